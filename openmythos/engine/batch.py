@@ -6,13 +6,14 @@ token of some rows and returns the logits of the next one and the loops that it 
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from openmythos.engine.compiling import compile_call
 from openmythos.model.cache import KVCache
 from openmythos.model.context import ForwardContext
 from openmythos.model.exit import ExitState, Fixed, Rule
@@ -30,8 +31,8 @@ class CachedBatch:
         self, model: RecurrentDepthLM, cache: KVCache, seed: int, *, compiled: bool = False
     ) -> None:
         self.model, self.cache, self.seed, self.core_applications = model, cache, seed, 0
-        self.eager = _Calls(model.encode, partial(_advance, model), model.decode)
-        self.fast = self.eager.compiled() if compiled else self.eager
+        self.eager = _Calls(RecurrentDepthLM.encode, _advance, RecurrentDepthLM.decode)
+        self.fast = _compiled_calls(model) if compiled else self.eager
 
     @property
     def length(self) -> int:
@@ -56,7 +57,7 @@ class CachedBatch:
         ids, valid = _left_padded(fed, self.cache.valid.device)
         ctx = self._append(ids, valid)
         readout, loops = self._loop(self.fast, ctx, valid, depths, rule)
-        return self.fast.decode(readout, ctx)[:, -1], loops.tolist()
+        return self.fast.decode(self.model, readout, ctx)[:, -1], loops.tolist()
 
     def _append(self, tokens: Int[Tensor, "B T"], valid: Bool[Tensor, "B T"]) -> ForwardContext:
         """The context of the rows that have a real token among ``tokens``."""
@@ -76,7 +77,7 @@ class CachedBatch:
         """Loop the context's rows until the rule or their depth stops them: readouts, loops."""
         halting = self.model.halting
         rows = torch.arange(len(valid), device=valid.device) if ctx.rows is None else ctx.rows
-        e = calls.encode(ctx.tokens, ctx)
+        e = calls.encode(self.model, ctx.tokens, ctx)
         noise = torch.Generator().manual_seed(self.seed)  # the same for every chunk
         h = self.model.init_state(e, noise, ctx).clone()  # may be e: one more graph to compile
         live = _Live(
@@ -95,7 +96,7 @@ class CachedBatch:
         while True:
             loop_idx = torch.full_like(live.index, loop)
             h, readout, mixed, tracker = calls.advance(
-                live.h, live.e, loop_idx, live.ctx, live.mixed, live.tracker
+                self.model, live.h, live.e, loop_idx, live.ctx, live.mixed, live.tracker
             )
             live = replace(live, h=h, mixed=mixed, tracker=tracker)
             self.core_applications += work
@@ -104,7 +105,9 @@ class CachedBatch:
                 continue
             out = live.depths <= loop
             if not bool(out.all()):
-                logits = calls.decode(readout, live.ctx)[:, -1] if rule.needs_logits else None
+                logits = None
+                if rule.needs_logits:
+                    logits = calls.decode(self.model, readout, live.ctx)[:, -1]
                 mass = None if tracker is None else tracker.mass[:, -1]
                 stop, state = rule.check(live.state, h[:, -1], logits, mass)
                 out, live = out | stop, replace(live, state=state)
@@ -192,10 +195,19 @@ class _Calls:
     advance: Callable[..., tuple[Any, ...]]
     decode: Callable[..., Tensor]
 
-    def compiled(self) -> "_Calls":
-        """The same through ``torch.compile``; past ``recompile_limit`` graphs it runs eagerly."""
-        make = partial(torch.compile, recompile_limit=64)
-        return _Calls(make(self.encode), make(self.advance), make(self.decode))
+
+# A model is compiled once for all of its sessions, and forgotten with it.
+_COMPILED: WeakKeyDictionary[RecurrentDepthLM, _Calls] = WeakKeyDictionary()
+
+
+def _compiled_calls(model: RecurrentDepthLM) -> _Calls:
+    if model not in _COMPILED:
+        _COMPILED[model] = _Calls(
+            compile_call(RecurrentDepthLM.encode),
+            compile_call(_advance),
+            compile_call(RecurrentDepthLM.decode),
+        )
+    return _COMPILED[model]
 
 
 def _advance(

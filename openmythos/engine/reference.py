@@ -139,9 +139,10 @@ class Session:
     it. Depth, exit rule and sampling may change with every call. Tokens stand in columns that all
     rows share; there are ``max_len`` of them (default: ``max_seq_len``).
 
-    ``compiled`` sends new tokens through ``torch.compile``: the first ones, and the first of a new
-    batch size, wait for the compiler; the others come about twice as fast. Prompts are read
-    eagerly. It needs the cache and, on a CPU, a C++ compiler.
+    ``compiled`` sends new tokens through ``torch.compile``: a model's first ones, and the first of
+    a new batch size, wait for the compiler; the others come several times as fast. Prompts are
+    read eagerly. It needs the cache, a model whose settings stay as they are, and, on a CPU, a C++
+    compiler.
     """
 
     def __init__(

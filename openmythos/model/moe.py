@@ -11,7 +11,7 @@ from torch.nn import functional
 from openmythos.config import MoEConfig, WeightLoRAConfig
 from openmythos.model.context import ForwardContext
 from openmythos.model.feedforward import SwiGLU
-from openmythos.ops.moe import moe_experts
+from openmythos.ops.moe import SplitExperts, moe_experts
 
 
 class MoE(nn.Module):
@@ -70,11 +70,11 @@ class MoE(nn.Module):
         return y if self.shared is None else y + self.shared(x, loop_idx)
 
     def _experts(self, x: Tensor, ctx: ForwardContext | None) -> tuple[Any, Any]:
-        """The weights: on a CPU one tensor an expert, the same in all loops of a forward."""
+        """The weights: on a CPU split once for all loops of a forward."""
         if x.device.type != "cpu" or torch.compiler.is_compiling():
             return self.gate_up, self.down
 
-        split = lambda: (self.gate_up.unbind(), self.down.unbind())  # noqa: E731
+        split = lambda: (SplitExperts(self.gate_up), SplitExperts(self.down))  # noqa: E731
         return split() if ctx is None else ctx.once((self, torch.is_grad_enabled()), split)
 
     def route(

@@ -1,11 +1,15 @@
-"""The experts' products: a loop over experts as reference, one grouped product as fast path."""
+"""The experts' products: a loop over experts as reference, one grouped product as fast path.
+
+On a CPU the grouped kernel is a loop over all experts as well, and ``SplitExperts`` is faster.
+"""
 
 from itertools import pairwise
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
+from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn import functional
 
 
@@ -84,26 +88,106 @@ def _backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
 _opaque_grouped_mm.register_autograd(_backward, setup_context=_keep_inputs)
 
 
-def split_mm(
-    x: Float[Tensor, "M I"], weights: tuple[Tensor, ...], counts: list[int]
-) -> Float[Tensor, "M O"]:
-    """As ``grouped_mm`` on weights that are separate tensors: an expert without rows costs nothing.
+class SplitExperts:
+    """The weights of all experts as separate tensors, for every loop of one forward on a CPU.
 
-    On a CPU the kernel is a loop over all experts as well, and its gradient is as large as all
-    experts at every loop of the model; here autograd adds up one chosen expert at a time.
+    An expert without rows costs nothing. The gradient is made once for all loops, when the last of
+    them has given its share: one product an expert over the rows of all loops, written where it
+    belongs, instead of one gradient as large as all experts a loop.
     """
-    chosen = [(weight, count) for weight, count in zip(weights, counts, strict=True) if count]
-    parts = x.split([count for _, count in chosen])
-    products = zip(parts, chosen, strict=True)
-    return torch.cat([functional.linear(part, weight) for part, (weight, _) in products])
+
+    def __init__(self, weights: Float[Tensor, "E O I"]) -> None:
+        self.weights = weights.detach()
+        self.parts = self.weights.unbind()
+        self._uses: list[tuple[Tensor, Tensor, list[int]]] = []  # rows in, gradient out, counts
+        self._backward_pass = -1
+        wanted = torch.is_grad_enabled() and weights.requires_grad
+        # Every product depends on it, so that its gradient comes after those of all products.
+        self.token = _Gradient.apply(weights, self) if wanted else None
+
+    def product(self, x: Float[Tensor, "M I"], counts: list[int]) -> Float[Tensor, "M O"]:
+        """As ``grouped_mm``, with the number of each expert's rows."""
+        if not torch.is_grad_enabled():
+            return self.multiply(x, counts, transpose=False)
+        product: Tensor = _Product.apply(x, self.token, self, counts)
+        return product
+
+    def multiply(self, x: Tensor, counts: list[int], *, transpose: bool) -> Tensor:
+        """Each expert's rows times its weights, transposed or not."""
+        chosen = [weight for weight, count in zip(self.parts, counts, strict=True) if count]
+        parts = x.split([count for count in counts if count])
+        pairs = zip(parts, (weight.to(x.dtype) for weight in chosen), strict=True)
+        return torch.cat([part @ (weight if transpose else weight.mT) for part, weight in pairs])
+
+    def add_use(self, x: Tensor, grad: Tensor, counts: list[int]) -> None:
+        """Keep what one product gives to the gradient."""
+        current = torch._C._current_graph_task_id()
+        if current != self._backward_pass:  # what an earlier one left has nothing to do with it
+            self._uses.clear()
+        self._backward_pass = current
+        self._uses.append((x, grad, counts))
+
+    def gradient(self) -> Float[Tensor, "E O I"]:
+        """The gradient of all weights from the uses of this backward pass."""
+        result = torch.empty_like(self.weights)
+        rows = [(x.split(counts), grad.split(counts)) for x, grad, counts in self._uses]
+        for index, target in enumerate(result):
+            used = [(x[index], grad[index]) for x, grad in rows if len(x[index])]
+            if not used:
+                target.zero_()
+                continue
+            x, grad = (torch.cat(parts) for parts in zip(*used, strict=True))
+            if x.dtype == target.dtype:
+                torch.mm(grad.mT, x, out=target)
+            else:
+                target.copy_(grad.mT @ x)
+        self._uses.clear()
+        return result
 
 
-def _expert_mm(x: Tensor, weights: Tensor | tuple[Tensor, ...], counts: Tensor) -> Tensor:
-    if isinstance(weights, tuple):
-        return split_mm(x, weights, counts.tolist())
+class _Gradient(torch.autograd.Function):
+    """An empty number that stands for the weights; its gradient is theirs."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, weights: Tensor, experts: SplitExperts) -> Tensor:
+        ctx.experts = experts  # type: ignore[attr-defined]
+        return weights.new_zeros(())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.experts.gradient(), None
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, x: Tensor, token: Tensor | None, experts: SplitExperts, counts: list[int]
+    ) -> Tensor:
+        ctx.save_for_backward(x, experts.weights)  # the weights so that a change is noticed
+        ctx.experts, ctx.counts = experts, counts  # type: ignore[attr-defined]
+        return experts.multiply(x, counts, transpose=False)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        x, _ = ctx.saved_tensors
+        grad_x = grad_token = None
+        if ctx.needs_input_grad[0]:
+            grad_x = ctx.experts.multiply(grad, ctx.counts, transpose=True)
+        if ctx.needs_input_grad[1]:
+            ctx.experts.add_use(x, grad, ctx.counts)
+            grad_token = ctx.experts.weights.new_zeros(())
+        return grad_x, grad_token, None, None
+
+
+def _expert_mm(x: Tensor, weights: Tensor | SplitExperts, counts: Tensor) -> Tensor:
+    if isinstance(weights, SplitExperts):
+        return weights.product(x, counts.tolist())
     return grouped_mm(x, weights, counts.cumsum(0).to(torch.int32))
 
 
+@torch.compiler.allow_in_graph  # one node, for which a backend may have a kernel
 def gathered_experts(
     x: Float[Tensor, "N D"],
     expert: Int[Tensor, "N K"],
@@ -124,15 +208,14 @@ def moe_experts(
     x: Float[Tensor, "N D"],
     expert: Int[Tensor, "N K"],
     weight: Float[Tensor, "N K"],
-    gate_up: Float[Tensor, "E _ D"] | tuple[Tensor, ...],
-    down: Float[Tensor, "E D F"] | tuple[Tensor, ...],
+    gate_up: Float[Tensor, "E _ D"] | SplitExperts,
+    down: Float[Tensor, "E D F"] | SplitExperts,
     counts: Int[Tensor, "E"],
 ) -> Float[Tensor, "N D"]:
     """Sum over each token's K experts of ``weight * down(SiLU(gate x) * up x)``.
 
     Tokens are sorted by expert once, so that each expert's rows are one block of a grouped product.
-    ``counts`` is the number of (token, slot) pairs of each expert. Weights may be one tensor or one
-    an expert, as ``split_mm`` takes them.
+    ``counts`` is the number of (token, slot) pairs of each expert.
     """
     if torch.is_autocast_enabled(x.device.type):  # the grouped kernel is unknown to autocast
         low = torch.get_autocast_dtype(x.device.type)
@@ -140,9 +223,9 @@ def moe_experts(
         if isinstance(gate_up, Tensor) and isinstance(down, Tensor):
             gate_up, down = gate_up.to(low), down.to(low)
     compiling = torch.compiler.is_compiling() and not torch.is_grad_enabled()
-    few = compiling and expert.numel() <= len(gate_up)
-    if few and isinstance(gate_up, Tensor) and isinstance(down, Tensor):
-        return gathered_experts(x, expert, weight, gate_up, down)
+    if compiling and isinstance(gate_up, Tensor) and isinstance(down, Tensor):
+        if expert.numel() <= len(gate_up):
+            return gathered_experts(x, expert, weight, gate_up, down)
     num_slots = expert.shape[1]
     order = expert.flatten().argsort(stable=True)
     token = order // num_slots

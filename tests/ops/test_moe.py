@@ -3,11 +3,11 @@ import torch
 from torch.nn import functional
 
 from openmythos.ops.moe import (
+    SplitExperts,
     gathered_experts,
     grouped_mm,
     grouped_mm_reference,
     moe_experts,
-    split_mm,
 )
 from tests.strategies import seeded, unchecked
 
@@ -98,15 +98,51 @@ def test_moe_experts_equals_a_loop_forward_and_backward(width, dtype):
 
 @pytest.mark.parametrize("counts", COUNTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_split_mm_equals_the_reference_forward_and_backward(counts, dtype):
+def test_split_experts_equal_the_reference_forward_and_backward(counts, dtype):
+    """Two uses, as by two loops: the gradient is that of both."""
     x, weights, ends = case(3, 5, 7, counts, dtype)
-    got, wanted = split_mm(x, weights.unbind(), counts), grouped_mm_reference(x, weights, ends)
+    other_counts, generator = [2, 0, 1], seeded(5)
+    other = torch.randn(3, 5, generator=generator).to(dtype).requires_grad_()
+    other_ends = torch.tensor(other_counts).cumsum(0).to(torch.int32)
+    experts = SplitExperts(weights)
+    got = torch.cat((experts.product(x, counts), experts.product(other, other_counts)))
+    wanted = torch.cat(
+        (grouped_mm_reference(x, weights, ends), grouped_mm_reference(other, weights, other_ends))
+    )
     torch.testing.assert_close(got, wanted)
     pull = torch.randn(got.shape, generator=seeded(4)).to(dtype)
-    ours = torch.autograd.grad(got, (x, weights), pull)
-    theirs = torch.autograd.grad(wanted, (x, weights), pull)
-    for mine, other in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(mine, other)
+    ours = torch.autograd.grad(got, (x, other, weights), pull)
+    theirs = torch.autograd.grad(wanted, (x, other, weights), pull)
+    for mine, reference in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, reference)
+
+
+def test_split_experts_count_each_backward_pass_alone():
+    """A pass that stops before the weights, then one that reaches them, then it again."""
+    x, weights, _ = case(3, 5, 7, [3, 2, 4], torch.float64)
+    experts = SplitExperts(weights)
+    first = experts.product(x, [3, 2, 4])
+    loss = experts.product(first[:, :5], [4, 4, 1]).square().sum()
+    torch.autograd.grad(loss, x, retain_graph=True)
+    torch.autograd.grad(first.sum(), weights, retain_graph=True)
+    once, again = (torch.autograd.grad(loss, weights, retain_graph=True)[0] for _ in range(2))
+    ends = [torch.tensor(counts).cumsum(0) for counts in ([3, 2, 4], [4, 4, 1])]
+    inner = grouped_mm_reference(x, weights, ends[0])[:, :5]
+    wanted = torch.autograd.grad(
+        grouped_mm_reference(inner, weights, ends[1]).square().sum(), weights
+    )
+    torch.testing.assert_close(once, wanted[0])
+    torch.testing.assert_close(again, wanted[0])
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_split_experts_pass_gradients_on_when_they_are_frozen(frozen):
+    x, weights, ends = case(3, 5, 7, [3, 0, 4], torch.float64)
+    weights.requires_grad_(not frozen)
+    SplitExperts(weights).product(x, [3, 0, 4]).sum().backward()
+    wanted = torch.autograd.grad(grouped_mm_reference(x, weights, ends).sum(), x)
+    torch.testing.assert_close(x.grad, wanted[0])
+    assert (weights.grad is None) == frozen
 
 
 def test_moe_experts_takes_split_weights():
@@ -114,6 +150,6 @@ def test_moe_experts_takes_split_weights():
     x, expert = torch.randn(3, 5), torch.tensor([[0, 3], [3, 0], [2, 3]])
     weight, counts = torch.rand(3, 2), torch.bincount(expert.flatten(), minlength=4)
     torch.testing.assert_close(
-        moe_experts(x, expert, weight, gate_up.unbind(), down.unbind(), counts),
+        moe_experts(x, expert, weight, SplitExperts(gate_up), SplitExperts(down), counts),
         moe_experts(x, expert, weight, gate_up, down, counts),
     )

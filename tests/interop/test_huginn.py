@@ -445,6 +445,16 @@ def test_wrong_weights_are_listed_by_their_names(tmp_path: Path) -> None:
     assert "transformer.ln_f.weight is [23], expected [24]" in text
 
 
+def test_retrofitted_olmo_is_refused(tmp_path: Path) -> None:
+    """Two norms as well, but after the branches: its norms of queries and keys give it away."""
+    folder = exported(RETROFITTED, random_model(retrofit()), tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["transformer.prelude.0.attn.q_norm.weight"] = torch.ones(24)
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=r"unexpected: transformer\.prelude\.0\.attn\.q_norm"):
+        load_pretrained(folder)
+
+
 def test_a_head_that_is_not_tied_is_refused(tmp_path: Path) -> None:
     folder = exported(FAMILY, random_model(huginn()), tmp_path / "model")
     tensors = load_file(folder / "model.safetensors")

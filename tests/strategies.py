@@ -169,7 +169,12 @@ def model_fields(draw: st.DrawFn) -> Json:
             {"kind": "swiglu", "d_ff": 12}, {"kind": "relu_squared", "d_ff": 12, "scale": 0.5}
         ),
         "core_feed_forward": draw(core_feed_forwards()),
-        "rope": pick(None, {}, {"theta": 50.0, "interleaved": True}),
+        "rope": pick(
+            None,
+            {},
+            {"theta": 50.0, "interleaved": True},
+            {"theta": 50.0, "scaling": {"factor": 4.0, "original_max_seq_len": 16}},
+        ),
         "block": {"norm": pick("pre", "peri", "sandwich"), "layer_scale": pick(None, 0.1)},
         "injection": injection,
         "state_init": pick("copy", *(others if injection != "none" else [])),

@@ -13,11 +13,11 @@ from openmythos.checkpoint import (
     load_checkpoint,
     read_config,
 )
-from openmythos.interop import openmythos_original
+from openmythos.interop import huginn, openmythos_original, ouro
 from openmythos.interop.mapping import read_tensors
 from openmythos.model.recurrent import RecurrentDepthLM
 
-FAMILIES = (openmythos_original.FAMILY,)
+FAMILIES = (openmythos_original.FAMILY, huginn.FAMILY, huginn.RETROFITTED, ouro.FAMILY)
 
 
 def load_pretrained(

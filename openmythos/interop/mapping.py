@@ -282,7 +282,11 @@ def export_config(family: Family, config: ModelConfig) -> dict[str, Any]:
         ValueError: The family cannot express the model; lists the fields that would change.
     """
     written = family.write_config(config)
-    ours, back = _flat(to_dict(config)), _flat(to_dict(family.read_config(written)))
+    try:
+        read = family.read_config(written)
+    except ValueError as error:
+        raise ValueError(f"{family.name} cannot express this model: {error}") from None
+    ours, back = _flat(to_dict(config)), _flat(to_dict(read))
     changed = [
         f"{name} is {ours.get(name)!r}, there {back.get(name)!r}"
         for name in sorted(ours.keys() | back.keys())

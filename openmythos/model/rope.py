@@ -6,6 +6,8 @@ buffer, so no ``.to(dtype)`` can spoil them.
 Source: Su et al. 2021 (arXiv 2104.09864), equation 15.
 """
 
+import math
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -15,16 +17,32 @@ from openmythos.config import RopeConfig
 Rope = tuple[Float[Tensor, "B T 1 K"], Float[Tensor, "B T 1 K"]]
 
 
+def rope_frequencies(
+    dim: int, config: RopeConfig, device: torch.device | None = None
+) -> Float[Tensor, "K"]:
+    """Radians a position, ``theta^(-2j/dim)``, of each pair of channels; in fp64.
+
+    Source: the scaling is that of Llama 3.1, as transformers defines the rope type "llama3".
+    """
+    exponents = torch.arange(0, dim, 2, dtype=torch.float64, device=device) / dim
+    frequencies = config.theta**-exponents
+    part = config.scaling
+    if part is None:
+        return frequencies
+    turns = frequencies * part.original_max_seq_len / (2 * math.pi)
+    kept = (turns - part.low_freq_factor) / (part.high_freq_factor - part.low_freq_factor)
+    return torch.lerp(frequencies / part.factor, frequencies, kept.clamp(0, 1))
+
+
 def rope_angles(
     positions: Int[Tensor, "B T"], dim: int, config: RopeConfig, dtype: torch.dtype
 ) -> Rope:
-    """Cosine and signed sine of ``position / theta^(2j/dim)`` for the channels K, in fp32 or up.
+    """Cosine and signed sine of ``position * frequency`` for the channels K, in fp32 or up.
 
     Both channels of a pair have the same cosine; the first has the negative sine.
     """
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    exponents = torch.arange(0, dim, 2, dtype=torch.float64, device=positions.device) / dim
-    frequencies = (config.theta**-exponents).to(wide)
+    frequencies = rope_frequencies(dim, config, positions.device).to(wide)
     angles = positions[..., None, None].to(wide) * frequencies
     cos, sin = angles.cos(), angles.sin()
     if config.interleaved:

@@ -94,6 +94,19 @@ def test_inspect_as_json_is_exact(app: typer.Typer) -> None:
     assert report["training_bytes"] == 16 * report["total_params"]
 
 
+def test_inspect_huginn_states_flops_and_cache_by_depth(app: typer.Typer) -> None:
+    """Cache: 2 + 4 r + 2 layers of 55 heads of 96, two bytes a number (huginn.md, section 2.2)."""
+    report = inspected(app, "huginn-3.5b", "--num-loops", "4,32,64", "--context-length", "1")
+    mib = [row["kv_bytes_per_token"]["per_loop"] / 2**20 for row in report["depths"]]
+    assert mib == [pytest.approx(size, abs=0.005) for size in (0.403, 2.66, 5.24)]
+    block, width = 4 * 5280**2 + 3 * 5280 * 17_920, 5280
+    for row, loops in zip(report["depths"], (4, 32, 64), strict=True):
+        macs = (4 + 4 * loops) * (block + 2 * width) + (1 + loops) * width**2 + 65_536 * width
+        assert row["inference_flops_per_token"] == 2 * macs
+    text = run(app, "inspect", "huginn-3.5b", "--num-loops", "4,32,64")
+    assert all(size in text for size in ("412 KiB", "2.66 MiB", "5.24 MiB", "118 GFLOP"))
+
+
 def test_inspect_parts_add_up_to_a_forward(app: typer.Typer) -> None:
     report = inspected(app, "mythos-1b", "--num-loops", "3")
     flops = sum(part["flops_per_token"] * (3 if part["looped"] else 1) for part in report["parts"])

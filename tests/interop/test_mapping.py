@@ -213,6 +213,9 @@ def test_models_that_the_family_cannot_express(model: RecurrentDepthLM) -> None:
     with pytest.raises(ValueError, match="small cannot express this model") as error:
         export_config(FAMILY, config)
     assert "feed_forward.d_ff is 9, there 4; num_loops is 3, there 1" in str(error.value)
+    strict = replace(FAMILY, write_config=lambda config: write_config(config) | {"act": "gelu"})
+    with pytest.raises(ValueError, match=r"small cannot express this model: .*act is 'gelu'"):
+        export_config(strict, model.config)
 
 
 def test_config_fields_are_checked() -> None:

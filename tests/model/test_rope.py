@@ -1,8 +1,10 @@
 import pytest
 import torch
+import transformers
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from openmythos.config import RopeConfig
-from openmythos.model.rope import apply_rope, rope_angles
+from openmythos.config import Llama3ScalingConfig, RopeConfig
+from openmythos.model.rope import apply_rope, rope_angles, rope_frequencies
 
 DIM = 6
 
@@ -69,3 +71,66 @@ def test_angles_stay_wide_in_low_precision(dtype):
     assert got.dtype == dtype
     wanted = rotated(x.double(), positions, RopeConfig())
     torch.testing.assert_close(got.double(), wanted, rtol=0.01, atol=0.01)
+
+
+# --- scaling -------------------------------------------------------------------------------------
+
+SCALINGS = {
+    "Llama 3.1": (128, 500_000.0, Llama3ScalingConfig(factor=8.0)),
+    "Llama 3.2": (64, 500_000.0, Llama3ScalingConfig(factor=32.0)),
+    "narrow band": (
+        24,
+        100.0,
+        Llama3ScalingConfig(
+            factor=2.5, low_freq_factor=1.5, high_freq_factor=2.0, original_max_seq_len=50
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize(("dim", "theta", "part"), SCALINGS.values(), ids=list(SCALINGS))
+def test_llama3_scaling_is_that_of_transformers(dim, theta, part):
+    rope = {
+        "rope_type": "llama3",
+        "rope_theta": theta,
+        "factor": part.factor,
+        "low_freq_factor": part.low_freq_factor,
+        "high_freq_factor": part.high_freq_factor,
+        "original_max_position_embeddings": part.original_max_seq_len,
+    }
+    theirs = transformers.LlamaConfig(head_dim=dim, rope_parameters=rope)
+    wanted, attention_factor = ROPE_INIT_FUNCTIONS["llama3"](theirs, torch.device("cpu"))
+    found = rope_frequencies(dim, RopeConfig(theta=theta, scaling=part))
+    assert attention_factor == 1
+    torch.testing.assert_close(found.float(), wanted, rtol=1e-6, atol=0)  # theirs are fp32
+    plain = rope_frequencies(dim, RopeConfig(theta=theta))
+    slowed = plain / found
+    assert slowed[0] == 1
+    assert float(slowed[-1]) == pytest.approx(part.factor)
+    assert ((slowed > 1.001) & (slowed < part.factor - 0.001)).any()  # the band is not empty
+
+
+def test_scaled_angles_turn_slower():
+    part = Llama3ScalingConfig(factor=4.0, original_max_seq_len=8)
+    x, positions = torch.randn(1, 3, 2, DIM).double(), torch.tensor([[0, 5, 40]])
+    scaled = rotated(x, positions, RopeConfig(theta=100.0, scaling=part))
+    turns = rope_frequencies(DIM, RopeConfig(theta=100.0, scaling=part)) * positions[0, :, None]
+    first, second = x.chunk(2, dim=-1)
+    cos, sin = turns.cos()[None, :, None], turns.sin()[None, :, None]
+    wanted = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    torch.testing.assert_close(scaled, wanted)
+    assert not torch.allclose(scaled, rotated(x, positions, RopeConfig(theta=100.0)))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"factor": 0.5}, "factor is 0.5; it must be at least 1"),
+        ({"factor": 8.0, "high_freq_factor": 1.0}, "high_freq_factor is 1.0; it must be above"),
+        ({"factor": 8.0, "low_freq_factor": 0.0}, "high_freq_factor is 4.0"),
+        ({"factor": 8.0, "original_max_seq_len": 0}, "original_max_seq_len is 0"),
+    ],
+)
+def test_bad_scalings_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        Llama3ScalingConfig(**fields)

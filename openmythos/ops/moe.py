@@ -204,6 +204,11 @@ def gathered_experts(
     return (down[expert] * hidden[:, :, None, :]).sum(dim=-1).sum(dim=1)
 
 
+def _few(expert: Tensor, weights: Tensor) -> bool:
+    compiling = torch.compiler.is_compiling() and not torch.is_grad_enabled()
+    return compiling and expert.numel() <= len(weights)
+
+
 def moe_experts(
     x: Float[Tensor, "N D"],
     expert: Int[Tensor, "N K"],
@@ -222,10 +227,8 @@ def moe_experts(
         x, weight = x.to(low), weight.to(low)
         if isinstance(gate_up, Tensor) and isinstance(down, Tensor):
             gate_up, down = gate_up.to(low), down.to(low)
-    compiling = torch.compiler.is_compiling() and not torch.is_grad_enabled()
-    if compiling and isinstance(gate_up, Tensor) and isinstance(down, Tensor):
-        if expert.numel() <= len(gate_up):
-            return gathered_experts(x, expert, weight, gate_up, down)
+    if isinstance(gate_up, Tensor) and isinstance(down, Tensor) and _few(expert, gate_up):
+        return gathered_experts(x, expert, weight, gate_up, down)
     num_slots = expert.shape[1]
     order = expert.flatten().argsort(stable=True)
     token = order // num_slots

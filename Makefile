@@ -33,8 +33,9 @@ $(STAMP): pyproject.toml constraints/cpu.txt
 demo: $(STAMP)
 	@$(BIN)/openmythos demo $(ARGS)
 
+# One thread a process: two torch threads beside a busy process are slower than one.
 test: $(STAMP)
-	@$(BIN)/python -m pytest $(ARGS)
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n auto --maxprocesses 4 $(ARGS)
 
 lint: $(STAMP)
 	@$(BIN)/ruff check .

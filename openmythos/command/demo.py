@@ -69,7 +69,7 @@ def demo(
             console.print(f"  {mark} ", Text(found.text))
     console.rule("[bold]Done")
     for name in ("depth_curve.png", "hops_grid.png", report.name):
-        console.print(f"  {folder / name}")
+        console.print(f"  {folder / name}", soft_wrap=True)
     console.print(f"  {results.total_seconds:.0f} s in all")
 
 

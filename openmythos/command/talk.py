@@ -16,10 +16,13 @@ from openmythos.command.option import (
     Overrides,
     Seed,
     check_device,
+    write_whole,
 )
 
 if TYPE_CHECKING:
     from openmythos.engine.reference import Session
+    from openmythos.model.cache import CacheLayout
+    from openmythos.model.exit import Rule
     from openmythos.model.recurrent import RecurrentDepthLM
     from openmythos.tokenizer import Tokenizer
 
@@ -36,6 +39,13 @@ ExitKind = Annotated[
         "cumulative_threshold; its fields with --set exit_rule.FIELD=VALUE.",
     ),
 ]
+Layout = Annotated[
+    str,
+    typer.Option(
+        "--cache-layout",
+        help="per_loop (exact), last_loop, first_loop or every_k (--set cache_layout.k=2).",
+    ),
+]
 Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
 TopK = Annotated[int | None, typer.Option(help="Keep the K most likely tokens.")]
 TopP = Annotated[float | None, typer.Option(help="Keep the fewest tokens of this probability.")]
@@ -47,18 +57,23 @@ def generate(
     max_new_tokens: NewTokens = 64,
     num_loops: NumLoops = None,
     exit_rule: ExitKind = "fixed",
+    cache_layout: Layout = "per_loop",
     overrides: Overrides = None,
     temperature: Temperature = 0.0,
     top_k: TopK = None,
     top_p: TopP = None,
+    compiled: Annotated[
+        bool, typer.Option("--compiled", help="Wait for the compiler, then decode faster.")
+    ] = False,
     seed: Seed = 0,
     device: Device = "cpu",
+    out: Annotated[Path | None, typer.Option(help="Write the JSON to this file too.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Continue prompts, all in one batch."""
     if not prompt:
         raise ValueError('give at least one --prompt "..."')
-    rule = exit_rule_of(exit_rule, overrides or [])
+    rule, layout = decoding_of(exit_rule, cache_layout, overrides or [])
     model, tokenizer = load(checkpoint, device)
     from openmythos import generate as run
 
@@ -72,13 +87,17 @@ def generate(
         top_k=top_k,
         top_p=top_p,
         stop_tokens=[tokenizer.eos_id],
+        cache_layout=layout,
+        compiled=compiled,
         seed=seed,
     )
+    rows = [
+        {"prompt": text, "text": tokenizer.decode(tokens), "tokens": tokens, "loops": loops}
+        for text, tokens, loops in zip(prompt, result.tokens, result.loops, strict=True)
+    ]
+    if out is not None:
+        write_whole(out, json.dumps(rows, indent=2) + "\n")
     if as_json:
-        rows = [
-            {"prompt": text, "text": tokenizer.decode(tokens), "tokens": tokens, "loops": loops}
-            for text, tokens, loops in zip(prompt, result.tokens, result.loops, strict=True)
-        ]
         typer.echo(json.dumps(rows))
         return
     most = model.config.num_loops if num_loops is None else num_loops
@@ -95,6 +114,7 @@ def chat(
     max_new_tokens: NewTokens = 128,
     num_loops: NumLoops = None,
     exit_rule: ExitKind = "fixed",
+    cache_layout: Layout = "per_loop",
     overrides: Overrides = None,
     temperature: Temperature = 0.8,
     top_k: TopK = 50,
@@ -103,7 +123,7 @@ def chat(
     device: Device = "cpu",
 ) -> None:
     """Talk to a model: each line goes on where the last answer ended."""
-    rule = exit_rule_of(exit_rule, overrides or [])
+    rule, layout = decoding_of(exit_rule, cache_layout, overrides or [])
     model, tokenizer = load(checkpoint, device)
     from openmythos.engine.reference import Session
 
@@ -112,7 +132,7 @@ def chat(
     deepest = max(4 * model.config.num_loops, depth)
 
     def fresh() -> "Session":
-        return Session(model, batch_size=1, max_loops=deepest, seed=seed)
+        return Session(model, max_loops=deepest, cache_layout=layout, seed=seed)
 
     session, prefix = fresh(), [tokenizer.bos_id]
     console.print(Text("/loops N, /reset, /quit; a base model continues text.", "dim"))
@@ -166,24 +186,45 @@ def read_depth(console: Console, line: str, depth: int, deepest: int) -> int:
     return depth
 
 
-def exit_rule_of(kind: str, overrides: list[str]) -> Any:
-    """The exit rule of the command line: its kind, and fields as ``exit_rule.FIELD=VALUE``.
+def decoding_of(
+    exit_rule: str, cache_layout: str, overrides: list[str]
+) -> tuple["Rule", "CacheLayout"]:
+    """The exit rule and the cache layout of the command line, by kind.
+
+    Their fields come as ``exit_rule.FIELD=VALUE`` and ``cache_layout.FIELD=VALUE``.
 
     Raises:
-        ValueError: An unknown rule, field or value.
+        ValueError: An unknown kind, field or value.
     """
+    from openmythos.model.cache import EveryK, FirstLoop, LastLoop, PerLoop
     from openmythos.model.exit import make_exit_rule
+    from openmythos.schema import from_dict
+    from openmythos.seams import require
 
-    fields = {}
+    layouts: dict[str, type[CacheLayout]] = {
+        "per_loop": PerLoop,
+        "last_loop": LastLoop,
+        "first_loop": FirstLoop,
+        "every_k": EveryK,
+    }
+    fields: dict[str, dict[str, Any]] = {"exit_rule": {}, "cache_layout": {}}
     for override in overrides:
         key, separator, text = override.partition("=")
-        if not separator or not key.startswith("exit_rule."):
-            raise ValueError(f"--set {override!r}: here only exit_rule.FIELD=VALUE can be set")
+        part, _, field = key.partition(".")
+        if not separator or not field or part not in fields:
+            raise ValueError(
+                f"--set {override!r}: here only exit_rule.FIELD=VALUE and cache_layout.FIELD=VALUE "
+                "can be set"
+            )
         try:
-            fields[key.removeprefix("exit_rule.")] = json.loads(text)
+            fields[part][field] = json.loads(text)
         except json.JSONDecodeError:
             raise ValueError(f"--set {override!r}: the value is not a number") from None
-    return make_exit_rule(kind, **fields)
+    require(cache_layout in layouts, "--cache-layout", cache_layout, f"one of {', '.join(layouts)}")
+    layout = from_dict(
+        layouts[cache_layout], fields["cache_layout"], f"cache_layout {cache_layout!r}"
+    )
+    return make_exit_rule(exit_rule, **fields["exit_rule"]), layout
 
 
 def load(checkpoint: Path, device: str) -> tuple["RecurrentDepthLM", "Tokenizer"]:

@@ -102,10 +102,12 @@ def train(
     console = Console(highlight=False)
     run = set_up(resolved, out, device)
     describe(console, run.model, (data or DEFAULT_DATA) if config is None else str(config))
+    print_leak_baselines(console, run)
     result = run_training(console, run, "training")
     state = "interrupted and saved" if result.interrupted else "done"
     kept = run.folder.last_checkpoint()
-    console.print(f"{state}: step {result.step}, {result.seconds:.0f} s, checkpoint {kept}")
+    said = f"{state}: step {result.step}, {result.seconds:.0f} s, checkpoint {kept}"
+    console.print(said, soft_wrap=True)
     if result.interrupted:
         raise typer.Exit(130)
 
@@ -126,6 +128,19 @@ def describe(console: Console, model: "RecurrentDepthLM", data: str) -> None:
     p, c, d = config.num_prelude_layers, config.num_core_layers, config.num_coda_layers
     layers = f"{p} prelude + {c} core (looped) + {d} coda layers"
     console.print(f"{count:,} parameters, {layers}, on {data}")
+
+
+def print_leak_baselines(console: Console, run: "Run") -> None:
+    """What guessers reach on walks that they do not follow; nothing for text."""
+    from openmythos.train.task import HopsTraining
+
+    if not isinstance(run.task, HopsTraining):
+        return
+    task = run.task.task
+    hardest = task.config.max_train_hops
+    guesses = task.leak_baselines(hardest)
+    shown = ", ".join(f"{name.replace('_', ' ')} {share:.3f}" for name, share in guesses.items())
+    console.print(f"leak baselines at {hardest} hops: {shown}", soft_wrap=True)
 
 
 def run_training(console: Console, run: "Run", title: str) -> "TrainResult":

@@ -1,7 +1,9 @@
+from pathlib import Path
+
 import pytest
 import torch
 
-from openmythos.command.option import check_device, parse_loops
+from openmythos.command.option import check_device, parse_loops, write_whole
 
 
 def test_parse_loops() -> None:
@@ -25,3 +27,11 @@ def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     assert check_device("cuda:1") == "cuda:1"
     with pytest.raises(ValueError, match="'cuda:2', but this machine has 2 of cuda"):
         check_device("cuda:2")
+
+
+def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "file.json"
+    for text in ("one", "two"):
+        write_whole(path, text)
+        assert path.read_text() == text
+    assert [found.name for found in path.parent.iterdir()] == ["file.json"]

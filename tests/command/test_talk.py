@@ -38,6 +38,17 @@ def test_generate_with_an_exit_rule_and_sampling(invoke: Invoke, text_run: Path)
     assert seeds[0] == seeds[1] != seeds[2]
 
 
+def test_generate_with_another_cache_layout_into_a_file(
+    invoke: Invoke, text_run: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "answers.json"
+    options = ("generate", text_run, *PROMPTS, "--max-new-tokens", 6, "--json")
+    exact = invoke(*options, "--cache-layout", "every_k", *sets("cache_layout.k=1"), "--out", out)
+    assert json.loads(exact) == json.loads(invoke(*options)) == json.loads(out.read_text())
+    for layout in ("last_loop", "first_loop"):
+        assert len(json.loads(invoke(*options, "--cache-layout", layout))) == 2
+
+
 def test_generate_refuses(invoke: Invoke, text_run: Path, hops_run: Path, tmp_path: Path) -> None:
     prompt = ("--prompt", "a")
     for arguments, said in (
@@ -45,10 +56,15 @@ def test_generate_refuses(invoke: Invoke, text_run: Path, hops_run: Path, tmp_pa
         ((tmp_path / "absent", *prompt), "does not exist"),
         ((hops_run, *prompt), "no tokenizer.json"),
         ((text_run, *prompt, "--exit-rule", "hope"), "exit_rule.kind is 'hope'"),
-        ((text_run, *prompt, *sets("threshold=1")), "only exit_rule.FIELD=VALUE"),
+        (
+            (text_run, *prompt, *sets("threshold=1")),
+            "only exit_rule.FIELD=VALUE and cache_layout.FIELD=VALUE",
+        ),
         ((text_run, *prompt, "--exit-rule", "kl", *sets("exit_rule.treshold=1")), "'threshold'"),
         ((text_run, *prompt, "--exit-rule", "kl", *sets("exit_rule.threshold=x")), "not a number"),
         ((text_run, *prompt, "--exit-rule", "cumulative_threshold"), "threshold"),
+        ((text_run, *prompt, "--cache-layout", "none"), "--cache-layout is 'none'"),
+        ((text_run, *prompt, "--cache-layout", "every_k"), "missing"),
         ((text_run, *prompt, "--num-loops", 0), "num_loops is 0"),
         ((text_run, *prompt, "--max-new-tokens", 1000), "max_seq_len=64"),
         ((text_run, *prompt, "--device", "cuda:77"), "--device is 'cuda:77'"),

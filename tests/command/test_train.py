@@ -50,6 +50,15 @@ def test_the_written_config_makes_the_same_run(
     assert_equal_runs(text_run, tmp_path / "again")
 
 
+def test_training_on_walks_names_the_leak_baselines(invoke: Invoke, tmp_path: Path) -> None:
+    small = [word for word in SMALL if not word.startswith(("data.", "model.vocab"))]
+    small += ["data.num_entities=5", "data.num_relations=2", "data.max_train_hops=3"]
+    said = invoke("train", "tiny", "--data", "hops", "--out", tmp_path, *sets(*small))
+    share = "0.200"  # one in five, whatever a guesser knows
+    guesses = f"chance {share}, majority {share}, last token {share}, suffix only {share}"
+    assert f"leak baselines at 3 hops: {guesses}" in said
+
+
 def test_the_seed_of_a_config_can_be_changed(
     invoke: Invoke, text_run: Path, tmp_path: Path
 ) -> None:

@@ -10,7 +10,6 @@ from openmythos.seams import (
     ACTConfig,
     AddInjectionConfig,
     AttentionConfig,
-    BlockConfig,
     CopyInitConfig,
     DenseConfig,
     ExitGateConfig,
@@ -37,7 +36,7 @@ from openmythos.seams import (
     SinusoidalLoopConfig,
     StateInitConfig,
     SwiGLUConfig,
-    ValueEmbeddingConfig,
+    UniversalACTConfig,
     WeightLoRAConfig,
     ZerosInitConfig,
     require,
@@ -52,6 +51,7 @@ __all__ = [
     "BlockConfig",
     "CopyInitConfig",
     "DenseConfig",
+    "DepthAttentionConfig",
     "ExitGateConfig",
     "FeedForwardConfig",
     "GQAConfig",
@@ -77,10 +77,53 @@ __all__ = [
     "SinusoidalLoopConfig",
     "StateInitConfig",
     "SwiGLUConfig",
+    "UniversalACTConfig",
     "ValueEmbeddingConfig",
     "WeightLoRAConfig",
     "ZerosInitConfig",
 ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValueEmbeddingConfig:
+    """Token tables added to the attention values of some layers, gated per kv head (Parcae).
+
+    ``layers`` are global layer numbers: prelude, then core (each counted once), then coda.
+    """
+
+    layers: tuple[int, ...]
+    gate_channels: int = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockConfig:
+    """Where the norms stand.
+
+    ``pre``: x + f(n(x)). ``peri``: x + n'(f(n(x))) (Ouro). ``sandwich``: n'(x + f(n(x))) (Huginn).
+    ``layer_scale`` multiplies each branch by a learned vector that starts at this value.
+    """
+
+    norm: Literal["pre", "peri", "sandwich"] = "pre"
+    norm_eps: float = 1e-6
+    layer_scale: float | None = None
+
+    def __post_init__(self) -> None:
+        require_literals(self)
+        require(self.norm_eps > 0, "block.norm_eps", self.norm_eps, "above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DepthAttentionConfig:
+    """Attention of the core over the token's own last loops, beside the sequence: MoDA, Dreamer.
+
+    Keys and values are those that the same layer made for the token at its last
+    ``num_recent_loops`` loops; num_loops - 1 of them are all. Nothing is added to the weights.
+    """
+
+    num_recent_loops: int
+
+    def __post_init__(self) -> None:
+        require_positive(self, "num_recent_loops")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +151,7 @@ class ModelConfig:
     state_init: StateInitConfig = field(default_factory=ZerosInitConfig)
     loop_embedding: LoopEmbeddingConfig | None = None
     loop_adapter: LoopAdapterConfig | None = None
+    depth_attention: DepthAttentionConfig | None = None
     halting: HaltingConfig | None = None
     value_embedding: ValueEmbeddingConfig | None = None
     prelude_norm: bool = True
@@ -128,10 +172,15 @@ class ModelConfig:
             require(dim % 2 == 0, "the attention's rotary dimension", dim, "even")
         if self.readout == "final_norm":
             require(self.final_norm, "final_norm", False, "true when readout is 'final_norm'")
-        if isinstance(self.injection, NoInjectionConfig):
+        if not self.adds_e:
             copies = isinstance(self.state_init, CopyInitConfig)
-            allowed = "'copy' with injection 'none', or the tokens would never reach the state"
+            which = f"injection {self.injection.kind!r}"
+            which += " and add_e=false" if isinstance(self.injection, GateInjectionConfig) else ""
+            allowed = f"'copy' with {which}, or the tokens would never reach the state"
             require(copies, "state_init.kind", self.state_init.kind, allowed)
+        if self.depth_attention is not None:
+            kind, allowed = self.attention.kind, "'gqa' with depth_attention"
+            require(kind == "gqa", "attention.kind", kind, allowed)
         if isinstance(self.loop_embedding, SinusoidalLoopConfig):
             channels, name = self.loop_embedding.num_channels, "loop_embedding.num_channels"
             require(1 <= channels <= self.d_model, name, channels, f"in 1..{self.d_model}")
@@ -155,6 +204,18 @@ class ModelConfig:
     def core_ff(self) -> FeedForwardConfig:
         """The feed-forward of the core's blocks."""
         return self.feed_forward if self.core_feed_forward is None else self.core_feed_forward
+
+    @property
+    def adds_e(self) -> bool:
+        """Whether e re-enters at every loop; otherwise it reaches the state in h_0 alone."""
+        if isinstance(self.injection, GateInjectionConfig):
+            return self.injection.add_e
+        return not isinstance(self.injection, NoInjectionConfig)
+
+    @property
+    def num_recent_loops(self) -> int:
+        """Earlier loops of its own that a token attends to in the core."""
+        return 0 if self.depth_attention is None else self.depth_attention.num_recent_loops
 
     def effective_depth(self, num_loops: int | None = None) -> int:
         """Layers that a token passes at ``num_loops`` loops (default: the config's)."""

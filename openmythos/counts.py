@@ -253,14 +253,16 @@ def forward_flops(
     Args:
         config: The model's.
         num_loops: Default: the config's.
-        context_length: Keys that a token attends to, itself included. A causal sequence of T tokens
-            attends to (T + 1) / 2 on average, while kernels that compute the whole square take T.
+        context_length: Keys that a token attends to, itself included; those of depth attention come
+            on top. A causal sequence of T tokens attends to (T + 1) / 2 on average, while kernels
+            that compute the whole square take T.
         cached: One token decoded after a cache, where MLA attends to the latents themselves.
     """
     loops = config.num_loops if num_loops is None else num_loops
     macs = sum(part.weights.macs * (loops if part.looped else 1) for part in parts(config))
-    per_key = _attention_macs_per_key(config, cached) * config.effective_depth(loops)
-    return 2 * (macs + per_key * context_length)
+    keys = context_length * config.effective_depth(loops)
+    keys += config.num_recent_loops * config.num_core_layers * loops  # hidden ones as well
+    return 2 * (macs + _attention_macs_per_key(config, cached) * keys)
 
 
 def training_flops(
@@ -272,8 +274,9 @@ def training_flops(
 ) -> int:
     """FLOPs of a forward and backward, per token: 3 forwards, 1 for a loop without gradient.
 
-    Two small products are counted though nothing needs their gradient: a linear injection's by the
-    state before the first loop with gradient, and a geometric halting head's at the last loop.
+    Small products are counted though nothing needs their gradient. Before the first loop with
+    gradient: a linear injection's and a ``universal_act`` head's by the state, depth attention's by
+    earlier loops. At the last loop: a geometric halting head's.
 
     Args:
         config: The model's.
@@ -293,7 +296,7 @@ def training_flops(
     one_loop = forward(1) - forward(0)
     once = FORWARD_AND_BACKWARD * forward(0)
     # Gradients reach the prelude through e at every loop, or else through h_0 and all loops.
-    loops_to_reach = loops if isinstance(config.injection, NoInjectionConfig) else 1
+    loops_to_reach = 1 if config.adds_e else loops
     if with_grad < loops_to_reach:
         once -= (FORWARD_AND_BACKWARD - 1) * _encode_flops(config, context_length)
     return once + one_loop * (loops - with_grad + FORWARD_AND_BACKWARD * with_grad)

@@ -228,10 +228,17 @@ class NoInjectionConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class GateInjectionConfig:
-    """y = core(h + e), z = sigmoid(W [y; h] + bias), h' = z y + (1 - z) h (Chen 2026)."""
+    """y = core(h + e), z = sigmoid(W [y; h] + bias), h' = z y + (1 - z) h.
+
+    Without ``add_e``, y = core(h): in Chen's model a loop adds a signal of its own (a ``learned``
+    loop embedding), and the tokens enter through h_0 alone.
+
+    Source: Chen 2026 (arXiv 2603.21676).
+    """
 
     kind: ClassVar[str] = "gate"
     bias_init: float = -2.0
+    add_e: bool = True
 
 
 # --- state init, depth conditioning, halting -----------------------------------------------------
@@ -261,11 +268,16 @@ class NormalInitConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SinusoidalLoopConfig:
-    """A sinusoid of the loop index on the first ``num_channels`` channels of the core's input."""
+    """A sinusoid of the loop index on the first ``num_channels`` channels of the core's input.
+
+    ``positions`` adds that of the token's position as well, at every loop: the two-dimensional
+    signal of the Universal Transformer, which has no rotary positions.
+    """
 
     kind: ClassVar[str] = "sinusoidal"
     num_channels: int
     theta: float = 10_000.0
+    positions: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -326,6 +338,26 @@ class ACTConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class UniversalACTConfig(ACTConfig):
+    """The Universal Transformer's ACT: the head reads the state that a loop starts from.
+
+    ``basic`` readouts are new w + old (1 - w), so later loops push earlier ones out and a rest of
+    the zero vector stays; ``accumulated`` ones are Graves' sum. ``keep_remainder`` False is the
+    published code, where a token that has not halted when the loops end keeps the mass it has.
+
+    Source: tensor2tensor, universal_transformer_util.py, act_type "basic" and "accumulated".
+    """
+
+    kind: ClassVar[str] = "universal_act"
+    bias_init: float = 1.0
+    readout: Literal["basic", "accumulated"] = "basic"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_literals(self)
+
+
+@dataclass(frozen=True, kw_only=True)
 class PonderNetConfig:
     """Exit probabilities lambda_n prod(1 - lambda_j); the loss is weighted, not the state."""
 
@@ -339,34 +371,6 @@ class ExitGateConfig:
 
     kind: ClassVar[str] = "exit_gate"
     bias_init: float = 0.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class ValueEmbeddingConfig:
-    """Token tables added to the attention values of some layers, gated per kv head (Parcae).
-
-    ``layers`` are global layer numbers: prelude, then core (each counted once), then coda.
-    """
-
-    layers: tuple[int, ...]
-    gate_channels: int = 32
-
-
-@dataclass(frozen=True, kw_only=True)
-class BlockConfig:
-    """Where the norms stand.
-
-    ``pre``: x + f(n(x)). ``peri``: x + n'(f(n(x))) (Ouro). ``sandwich``: n'(x + f(n(x))) (Huginn).
-    ``layer_scale`` multiplies each branch by a learned vector that starts at this value.
-    """
-
-    norm: Literal["pre", "peri", "sandwich"] = "pre"
-    norm_eps: float = 1e-6
-    layer_scale: float | None = None
-
-    def __post_init__(self) -> None:
-        require_literals(self)
-        require(self.norm_eps > 0, "block.norm_eps", self.norm_eps, "above 0")
 
 
 AttentionConfig = GQAConfig | MLAConfig
@@ -383,4 +387,4 @@ InjectionConfig = (
 StateInitConfig = ZerosInitConfig | CopyInitConfig | NormalInitConfig
 LoopEmbeddingConfig = SinusoidalLoopConfig | LearnedLoopConfig
 LoopAdapterConfig = WeightLoRAConfig | OutputLoRAConfig
-HaltingConfig = ACTConfig | PonderNetConfig | ExitGateConfig
+HaltingConfig = ACTConfig | UniversalACTConfig | PonderNetConfig | ExitGateConfig

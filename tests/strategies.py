@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from openmythos.config import (
     CopyInitConfig,
+    GateInjectionConfig,
     GQAConfig,
     MLAConfig,
     ModelConfig,
@@ -44,7 +45,8 @@ def small_config(**changes: Any) -> ModelConfig:
         "attention": GQA,
         "feed_forward": SwiGLUConfig(d_ff=24),
     }
-    if isinstance(changes.get("injection"), NoInjectionConfig):
+    injection = changes.get("injection")
+    if injection in (NoInjectionConfig(), GateInjectionConfig(add_e=False)):
         fields["state_init"] = CopyInitConfig()  # the only way in for the tokens
     return ModelConfig(**{**fields, **changes})
 
@@ -152,9 +154,10 @@ def model_fields(draw: st.DrawFn) -> Json:
             "gate_channels": st.sampled_from([1, 8]),
         }
     )
-    injection = pick(
-        "lti", {"kind": "lti", "decay_init": 0.9}, "original_lti", "linear", "add", "none", "gate"
-    )
+    chens = {"kind": "gate", "add_e": False}
+    plain = ("original_lti", "linear", "add", "none", "gate", chens)
+    recent = st.fixed_dictionaries({"num_recent_loops": st.integers(1, 3)})
+    injection = pick("lti", {"kind": "lti", "decay_init": 0.9}, *plain)
     others = ["zeros", {"kind": "normal", "std": 0.7}]
     return {
         "vocab_size": 32,
@@ -177,18 +180,24 @@ def model_fields(draw: st.DrawFn) -> Json:
         ),
         "block": {"norm": pick("pre", "peri", "sandwich"), "layer_scale": pick(None, 0.1)},
         "injection": injection,
-        "state_init": pick("copy", *(others if injection != "none" else [])),
+        "state_init": pick("copy", *(others if injection not in ("none", chens) else [])),
         "loop_embedding": pick(
-            None, {"kind": "sinusoidal", "num_channels": 5}, {"kind": "learned", "num_loops": 2}
+            None,
+            {"kind": "sinusoidal", "num_channels": 5},
+            {"kind": "sinusoidal", "num_channels": 16, "positions": True},
+            {"kind": "learned", "num_loops": 2},
         ),
         "loop_adapter": pick(
             None,
             {"kind": "weight_lora", "rank": 2, "num_loops": 3},
             {"kind": "output_lora", "rank": 2, "num_loops": 3},
         ),
+        "depth_attention": draw(st.none() | recent) if attention["kind"] == "gqa" else None,
         "halting": pick(
             None,
             "act",
+            {"kind": "universal_act", "bias_init": -1.0},
+            {"kind": "universal_act", "readout": "accumulated", "keep_remainder": False},
             {"kind": "act", "bias_init": 0.0, "threshold": 0.9, "keep_remainder": False},
             "pondernet",
             "exit_gate",

@@ -5,6 +5,9 @@ from hypothesis import given, settings
 
 from openmythos.config import (
     BlockConfig,
+    CopyInitConfig,
+    DepthAttentionConfig,
+    GateInjectionConfig,
     ModelConfig,
     MoEConfig,
     NoInjectionConfig,
@@ -40,6 +43,17 @@ def test_a_saved_config_is_readable(tmp_path):
         (
             {"injection": NoInjectionConfig(), "state_init": ZerosInitConfig()},
             "state_init.kind is 'zeros'; it must be 'copy' with injection 'none'",
+        ),
+        (
+            {
+                "injection": GateInjectionConfig(add_e=False),
+                "state_init": ZerosInitConfig(),
+            },
+            "state_init.kind is 'zeros'; it must be 'copy' with injection 'gate' and add_e=false",
+        ),
+        (
+            {"depth_attention": DepthAttentionConfig(num_recent_loops=2), "attention": MLA},
+            "attention.kind is 'mla'; it must be 'gqa' with depth_attention",
         ),
         ({"vocab_size": 0}, "vocab_size is 0; it must be at least 1"),
         ({"num_core_layers": 0}, "num_core_layers is 0; it must be at least 1"),
@@ -80,6 +94,24 @@ def test_bad_fields_are_named_in_one_line(changes, message):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("kind", "fields", "message"),
+    [
+        (
+            BlockConfig,
+            {"norm": "post"},
+            "norm is 'post'; it must be one of 'pre', 'peri', 'sandwich'",
+        ),
+        (BlockConfig, {"norm_eps": 0.0}, "block.norm_eps is 0.0; it must be above 0"),
+        (DepthAttentionConfig, {"num_recent_loops": 0}, "num_recent_loops is 0; it must be at lea"),
+    ],
+)
+def test_bad_fields_of_a_part_are_named_in_one_line(kind, fields, message):
+    with unchecked(), pytest.raises(ValueError, match=message) as caught:
+        kind(**fields)
+    assert "\n" not in str(caught.value)
+
+
 def test_an_odd_rotary_dimension_needs_no_rope():
     odd = {"kind": "gqa", "num_heads": 2, "num_kv_heads": 1, "head_dim": 5}
     data = {**to_dict(small_config()), "attention": odd}
@@ -95,6 +127,17 @@ def test_derived_numbers():
     assert config.effective_depth(1) == 6
     assert config.core_ff is config.feed_forward
     assert isinstance(small_config(core_feed_forward=MOE).core_ff, MoEConfig)
+    depth = DepthAttentionConfig(num_recent_loops=3)
+    assert (config.num_recent_loops, small_config(depth_attention=depth).num_recent_loops) == (0, 3)
+
+
+def test_how_the_tokens_reach_the_state():
+    copied = {"state_init": CopyInitConfig()}
+    gate, silent = GateInjectionConfig(), GateInjectionConfig(add_e=False)
+    assert small_config().adds_e
+    assert small_config(injection=gate).adds_e
+    assert not small_config(injection=silent, **copied).adds_e
+    assert not small_config(injection=NoInjectionConfig(), **copied).adds_e
 
 
 def test_overrides_of_a_model():

@@ -14,6 +14,7 @@ from openmythos.config import (
     ACTConfig,
     AddInjectionConfig,
     CopyInitConfig,
+    DepthAttentionConfig,
     GateInjectionConfig,
     LearnedLoopConfig,
     LinearInjectionConfig,
@@ -23,6 +24,7 @@ from openmythos.config import (
     OutputLoRAConfig,
     PonderNetConfig,
     ReLUSquaredConfig,
+    UniversalACTConfig,
     ValueEmbeddingConfig,
     WeightLoRAConfig,
 )
@@ -172,6 +174,7 @@ def training_flops(config: ModelConfig, grad_loops: int | None) -> int:
         },
         {"injection": NoInjectionConfig(), "state_init": CopyInitConfig(), "readout": "linear"},
         {"value_embedding": ValueEmbeddingConfig(layers=(0, 2), gate_channels=3)},
+        {"injection": GateInjectionConfig(add_e=False), "state_init": CopyInitConfig()},
         {"feed_forward": ReLUSquaredConfig(d_ff=9), "tie_embeddings": False},
     ],
     ids=lambda changes: "-".join(changes) or "plain",
@@ -190,10 +193,18 @@ def test_training_flops_are_those_of_torch(
     [
         ({"injection": LinearInjectionConfig()}, 2 * 16**2),
         ({"halting": PonderNetConfig()}, 2 * 2 * 16),
+        ({"halting": UniversalACTConfig()}, 2 * 16),
+        # Both layers' scores and values, by the keys and values of loops that nothing trains.
+        ({"depth_attention": DepthAttentionConfig(num_recent_loops=3)}, 2 * 2 * 2 * (4 * 4) * 3),
     ],
-    ids=["state-before-the-first-gradient", "gate-of-the-last-loop"],
+    ids=[
+        "state-before-the-first-gradient",
+        "gate-of-the-last-loop",
+        "gate-before-the-first-gradient",
+        "keys-before-the-first-gradient",
+    ],
 )
-def test_training_flops_count_two_products_that_need_no_gradient(
+def test_training_flops_count_products_that_need_no_gradient(
     changes: dict[str, object], unneeded: int, grad_loops: int
 ) -> None:
     config = small_config(**changes)
@@ -210,6 +221,19 @@ def test_flops_grow_by_a_loop_and_by_a_key() -> None:
     one_key = counts.forward_flops(config, context_length=1, cached=True)
     one_key -= counts.forward_flops(config, cached=True)
     assert one_key == 2 * 2 * (5 + 2) * 2 * config.effective_depth()
+
+
+def test_depth_attention_costs_a_key_a_recent_loop() -> None:
+    plain, deep = (
+        small_config(depth_attention=depth)
+        for depth in (None, DepthAttentionConfig(num_recent_loops=3))
+    )
+    assert counts.total_params(deep) == counts.total_params(plain)
+    for context in (0, 9):
+        more = counts.forward_flops(deep, num_loops=5, context_length=context)
+        more -= counts.forward_flops(plain, num_loops=5, context_length=context)
+        assert more == 2 * (4 * 2 * 4) * 3 * (2 * 5)
+    assert counts.kv_bytes_per_token(deep) == counts.kv_bytes_per_token(plain)
 
 
 def test_training_is_three_forwards_less_the_loops_without_gradient() -> None:

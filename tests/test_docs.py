@@ -1,6 +1,8 @@
 """README and docs: every command, option, target, file and internal link that they name exists."""
 
 import functools
+import itertools
+import json
 import os
 import re
 import shlex
@@ -8,9 +10,13 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote
 
 import pytest
+import torch
+
+from openmythos.schema import from_dict, to_dict
 
 ROOT = Path(__file__).parent.parent
 REPOSITORY_FOLDERS = (
@@ -232,6 +238,26 @@ def test_links_in_the_docs_resolve() -> None:
 def test_files_named_in_the_docs_exist() -> None:
     complaints = mention_complaints(ROOT)
     assert not complaints, "\n" + "\n".join(complaints)
+
+
+def test_the_models_of_the_seams_page_are_one_class() -> None:
+    """Its blocks run in order; each leaves a config, whose model runs and survives JSON."""
+    text, names = (ROOT / "docs" / "seams.md").read_text(encoding="utf-8"), dict[str, Any]()
+    blocks = [content for language, content in split_code(text)[1] if language == "python"]
+    exec(blocks[0], names)
+    models = []
+    for block in blocks[1:]:
+        names.pop("config", None)
+        exec(block, names)
+        config = names["config"]
+        assert from_dict(type(config), json.loads(json.dumps(to_dict(config)))) == config
+        model = names["om"].RecurrentDepthLM(config)
+        logits = model(torch.arange(6)[None], num_loops=3).logits
+        assert logits.shape == (1, 6, 256)
+        assert logits.isfinite().all()
+        models.append(to_dict(config))
+    assert len(models) == 7
+    assert all(a != b for a, b in itertools.combinations(models, 2))
 
 
 # --- small examples: each check can fail ---------------------------------------------------------

@@ -6,7 +6,6 @@ import pytest
 from openmythos import seams
 from openmythos.seams import (
     ACTConfig,
-    BlockConfig,
     GQAConfig,
     LearnedLoopConfig,
     LTIInjectionConfig,
@@ -16,6 +15,7 @@ from openmythos.seams import (
     ReLUSquaredConfig,
     RopeConfig,
     SwiGLUConfig,
+    UniversalACTConfig,
     WeightLoRAConfig,
 )
 from tests.strategies import unchecked
@@ -83,15 +83,19 @@ def test_members_of_a_union_have_different_kinds_and_are_frozen(union):
         ),
         (LTIInjectionConfig, {"decay_init": 1.0}, r"decay_init is 1.0; it must be in \(0, 1\)"),
         (ACTConfig, {"threshold": 0.0}, r"halting.threshold is 0.0; it must be in \(0, 1\]"),
+        (
+            UniversalACTConfig,
+            {"threshold": 2.0},
+            r"halting.threshold is 2.0; it must be in \(0, 1\]",
+        ),
+        (
+            UniversalACTConfig,
+            {"readout": "sum"},
+            "readout is 'sum'; it must be one of 'basic', 'accumulated'",
+        ),
         (LearnedLoopConfig, {"num_loops": 0}, "num_loops is 0; it must be at least 1"),
         (WeightLoRAConfig, {"rank": 0, "num_loops": 1}, "rank is 0; it must be at least 1"),
         (OutputLoRAConfig, {"rank": 1, "num_loops": 0}, "num_loops is 0; it must be at least 1"),
-        (
-            BlockConfig,
-            {"norm": "post"},
-            "norm is 'post'; it must be one of 'pre', 'peri', 'sandwich'",
-        ),
-        (BlockConfig, {"norm_eps": 0.0}, "block.norm_eps is 0.0; it must be above 0"),
     ],
 )
 def test_bad_fields_are_named_in_one_line(kind, fields, message):

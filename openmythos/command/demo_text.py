@@ -80,7 +80,7 @@ def act_text(console: Console, out: Path, config: "RunConfig", device: str) -> "
     depth, drawn = sampling.mean_recurrence, [row["num_loops"] for row in rows]
     return TextResult(
         train_curve=[(row["seconds"], row["bits_per_byte"]) for row in rows],
-        held_out_curve=[(result.seconds, curve[depth])] if depth in curve else [],
+        held_out_curve=[(result.seconds, bits) for loops, bits in curve.items() if loops == depth],
         validation=curve,
         mean_recurrence=float(depth),
         sampled_loops=(math.floor(min(drawn)), math.ceil(max(drawn))),

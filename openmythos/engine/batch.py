@@ -220,15 +220,16 @@ def _advance(
     tracker: Tracker | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tracker | None]:
     """One loop: the state, the readout if the rows stopped here, what they carry on if not."""
-    h, halting = model.step(h, e, loop_idx, ctx), model.halting
+    before, halting = h, model.halting
+    h = model.step(h, e, loop_idx, ctx)
     if halting is None or tracker is None:
         return h, h, mixed, None
-    prob = halting(h)
+    prob = model.exit_prob(before, h, loop_idx, ctx)
     weight, after = halting.step(tracker, prob, last=False)
     if not halting.mixes_states:
         return h, h, mixed, after
     last, _ = halting.step(tracker, prob, last=True)
-    readout, mixed = (mixed + w[..., None].to(h.dtype) * h for w in (last, weight))
+    readout, mixed = (halting.mix(mixed, h, w) for w in (last, weight))
     return h, readout, mixed, after
 
 

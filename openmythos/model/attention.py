@@ -10,7 +10,7 @@ from openmythos.model.context import ForwardContext
 from openmythos.model.depth import LoopLinear
 from openmythos.model.norm import RMSNorm, rms_norm
 from openmythos.model.rope import apply_rope
-from openmythos.ops.attention import attention
+from openmythos.ops.attention import attention, depth_attention
 
 
 class Attention(nn.Module):
@@ -58,6 +58,7 @@ class GQA(Attention):
         part = config.attention
         assert isinstance(part, GQAConfig)
         self.config = part
+        self.num_recent_loops = config.num_recent_loops if stage == "core" else 0
         self.norm_eps = config.block.norm_eps
         num_heads, num_kv_heads, head_dim = part.num_heads, part.num_kv_heads, part.head_dim
         self.num_qk_heads = num_heads + num_kv_heads
@@ -91,9 +92,29 @@ class GQA(Attention):
             .split((part.num_heads, part.num_kv_heads), dim=1)
         )
         v = self._add_value_embedding(v, x, ctx).transpose(1, 2)
-        k, v = self.cached((k, v), ctx, loop_idx)
-        y = attention(q, k, v, ctx.mask, part.head_dim**-0.5)
+        scale, fresh = part.head_dim**-0.5, (k, v)
+        k, v = self.cached(fresh, ctx, loop_idx)
+        if self.num_recent_loops:
+            assert loop_idx is not None
+            own_k, own_v, visible = self._earlier_loops(fresh, ctx, loop_idx)
+            y = depth_attention(q, k, v, ctx.mask, scale, own_k, own_v, visible)
+        else:
+            y = attention(q, k, v, ctx.mask, scale)
         return self.out(y.transpose(1, 2).reshape(num_rows, num_tokens, -1), loop_idx)
+
+    def _earlier_loops(
+        self, fresh: tuple[Tensor, Tensor], ctx: ForwardContext, loop_idx: Int[Tensor, "B"]
+    ) -> tuple[Tensor, ...]:
+        """The tokens' own keys and values at their last loops, and which of those were run."""
+        num, rows = self.num_recent_loops, ctx.rows
+        if ctx.cache is not None:
+            place = {"start": ctx.start, "stop": ctx.start + fresh[0].shape[2]}
+            own = ctx.cache.earlier(num, layer=self.layer, loop_idx=loop_idx, rows=rows, **place)
+        else:
+            assert ctx.recent is not None
+            own = ctx.recent.exchange(fresh, layer=self.layer, rows=rows)
+        back = torch.arange(1, num + 1, device=loop_idx.device)
+        return *(tensor.to(fresh[0].dtype) for tensor in own), loop_idx[:, None] >= back
 
     def _position(self, qk: Float[Tensor, "B T N K"], ctx: ForwardContext) -> Tensor:
         part = self.config

@@ -1,6 +1,7 @@
 """Keys and values of all layers and loops, and which loop's a later token reads.
 
 One slot is one (stage, layer) of the prelude or coda, or one (kept loop, layer) of the core.
+Without a cache, ``RecentLoops`` has the few that a token reads of itself.
 """
 
 from dataclasses import dataclass
@@ -110,6 +111,10 @@ class KVCache:
         device: torch.device | str = "cpu",
     ) -> None:
         self.layout = PerLoop() if layout is None else layout
+        if config.depth_attention is not None and not self.layout.exact:
+            raise ValueError(
+                f"cache layout {self.layout} loses loops that depth_attention reads; use PerLoop()"
+            )
         self.max_loops, self.max_len = max_loops, max_len
         self.num_core_layers = config.num_core_layers
         self.core_start = config.num_prelude_layers
@@ -176,6 +181,25 @@ class KVCache:
             result.append(tensor[slots, where, :, :stop].to(fresh.dtype))
         return tuple(result)
 
+    def earlier(
+        self,
+        num_recent: int,
+        *,
+        layer: int,
+        loop_idx: Int[Tensor, "B"],
+        rows: Int[Tensor, "B"] | None,
+        start: int,
+        stop: int,
+    ) -> tuple[Tensor, ...]:
+        """A chunk's ``[R B heads T dim]`` of its last loops, newest first, as ``PerLoop`` has them.
+
+        Where a row has no such loop, loop 0 stands in.
+        """
+        back = torch.arange(1, num_recent + 1, device=loop_idx.device)[:, None]
+        slots = self.core_start + (loop_idx - back).clamp(min=0) * self.num_core_layers + layer
+        where = torch.arange(len(loop_idx), device=loop_idx.device) if rows is None else rows
+        return tuple(tensor[slots, where, :, start:stop] for tensor in self.tensors)
+
     def _write_one(
         self, tensor: Tensor, fresh: Tensor, rows: Int[Tensor, "B"] | None, start: int
     ) -> Tensor:
@@ -198,3 +222,37 @@ class KVCache:
             new = self.core_start + target * self.num_core_layers + layer
             for tensor in self.tensors:
                 tensor[new, rows, :, start:stop] = tensor[old, rows, :, start:stop]
+
+
+class RecentLoops:
+    """The last loops' keys and values of a forward without a cache, for ``depth_attention``.
+
+    ``tensors[layer]`` are ``[R B heads T dim]``, newest loop first, zeros at the start. They are
+    replaced and never written into, so gradients flow through them.
+    """
+
+    def __init__(self, config: ModelConfig, tokens: Int[Tensor, "B T"], dtype: torch.dtype) -> None:
+        (num_rows, num_tokens), num_recent = tokens.shape, config.num_recent_loops
+        empty = tuple(
+            torch.zeros(
+                num_recent, num_rows, heads, num_tokens, dim, dtype=dtype, device=tokens.device
+            )
+            for heads, dim in config.attention.cache_shapes
+        )
+        self.tensors = [empty] * config.num_core_layers
+
+    def exchange(
+        self, new: tuple[Tensor, ...], *, layer: int, rows: Int[Tensor, "B"] | None
+    ) -> tuple[Tensor, ...]:
+        """Return the loops before, and keep the ``[B heads T dim]`` tensors of this one."""
+        stored = self.tensors[layer]
+        earlier = stored if rows is None else tuple(tensor[:, rows] for tensor in stored)
+        kept = tuple(
+            torch.cat((fresh[None].to(old.dtype), old[:-1]))
+            for fresh, old in zip(new, earlier, strict=True)
+        )
+        if rows is not None:
+            pairs = zip(stored, kept, strict=True)
+            kept = tuple(whole.index_copy(1, rows, part) for whole, part in pairs)
+        self.tensors[layer] = kept
+        return earlier

@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from openmythos.config import ModelConfig
-from openmythos.model.cache import KVCache
+from openmythos.model.cache import KVCache, RecentLoops
 from openmythos.model.rope import Rope, rope_angles
 
 
@@ -19,6 +19,7 @@ class ForwardContext:
 
     ``mask`` is added to the attention scores; None means causal over the chunk itself. With a
     cache, ``rows`` are its rows of this batch (None: all), ``start`` is the chunk's first column.
+    Without one, ``recent`` is what depth attention reads, and ``rows`` are rows of that.
     ``shared`` holds what ``once`` has made.
     """
 
@@ -29,6 +30,7 @@ class ForwardContext:
     cache: KVCache | None = None
     rows: Int[Tensor, "B"] | None = None
     start: int = 0
+    recent: RecentLoops | None = None
     shared: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
@@ -46,7 +48,7 @@ class ForwardContext:
             positions=self.positions[index],
             rope=None if self.rope is None else (self.rope[0][index], self.rope[1][index]),
             mask=None if self.mask is None else self.mask[index],
-            rows=None if self.cache is None else batch_rows,
+            rows=None if self.cache is None and self.recent is None else batch_rows,
         )
 
 
@@ -184,4 +186,7 @@ def _finish(
     rope = None
     if config.rope is not None:
         rope = rope_angles(positions, config.attention.rope_dim, config.rope, dtype)
-    return ForwardContext(tokens, positions, rope, mask, cache, None, start)
+    recent = None
+    if config.depth_attention is not None and cache is None:
+        recent = RecentLoops(config, tokens, dtype)
+    return ForwardContext(tokens, positions, rope, mask, cache, None, start, recent)

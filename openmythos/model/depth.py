@@ -45,7 +45,10 @@ class LoopLinear(nn.Linear):
 class SinusoidalLoop(nn.Module):
     """Adds [sin(t w), cos(t w)] to the first channels; defined for every loop.
 
-    Source: kyegomez/OpenMythos, open_mythos/main.py, loop_index_embedding.
+    With ``positions``, [sin(p w), cos(p w)] of the token's position p too.
+
+    Source: kyegomez/OpenMythos, open_mythos/main.py, loop_index_embedding; with positions,
+        Universal Transformers (arXiv 1807.03819), equations 6 and 7, its channels in this order.
     """
 
     def __init__(self, config: SinusoidalLoopConfig) -> None:
@@ -53,15 +56,24 @@ class SinusoidalLoop(nn.Module):
         self.config = config
 
     def forward(
-        self, h: Float[Tensor, "B T D"], loop_idx: Int[Tensor, "B"]
+        self,
+        h: Float[Tensor, "B T D"],
+        loop_idx: Int[Tensor, "B"],
+        positions: Int[Tensor, "B T"],
     ) -> Float[Tensor, "B T D"]:
         """h plus its loop's signal."""
-        channels = self.config.num_channels
         wide = torch.float64 if h.dtype == torch.float64 else torch.float32
-        exponents = torch.arange(0, channels, 2, dtype=wide, device=h.device) / channels
-        angles = loop_idx[:, None].to(wide) * self.config.theta**-exponents
-        signal = torch.cat((angles.sin(), angles.cos()), dim=-1)[:, :channels].to(h.dtype)
-        return h + functional.pad(signal, (0, h.shape[-1] - channels))[:, None]
+        signal = self._wave(loop_idx[:, None].to(wide))
+        if self.config.positions:
+            signal = signal + self._wave(positions.to(wide))
+        rest = h.shape[-1] - self.config.num_channels
+        return h + functional.pad(signal.to(h.dtype), (0, rest))
+
+    def _wave(self, places: Float[Tensor, "B T"]) -> Float[Tensor, "B T C"]:
+        channels = self.config.num_channels
+        steps = torch.arange(0, channels, 2, dtype=places.dtype, device=places.device)
+        angles = places[..., None] * self.config.theta ** -(steps / channels)
+        return torch.cat((angles.sin(), angles.cos()), dim=-1)[..., :channels]
 
 
 class LearnedLoop(nn.Module):
@@ -72,7 +84,10 @@ class LearnedLoop(nn.Module):
         self.table = nn.Parameter(torch.zeros(config.num_loops, d_model))
 
     def forward(
-        self, h: Float[Tensor, "B T D"], loop_idx: Int[Tensor, "B"]
+        self,
+        h: Float[Tensor, "B T D"],
+        loop_idx: Int[Tensor, "B"],
+        positions: Int[Tensor, "B T"],
     ) -> Float[Tensor, "B T D"]:
         """h plus its loop's vector."""
         return h + self.table[loop_idx.clamp(max=len(self.table) - 1)][:, None]

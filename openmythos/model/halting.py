@@ -1,7 +1,8 @@
 """Learned halting: a distribution over the loops of each token that always sums to 1.
 
-A head reads the state after each loop. ``Tracker`` carries what is needed from loop to loop, so the
-same code serves training, where all loops are seen, and decoding, where they come one by one.
+A head reads the state after each loop, or the one before it. ``Tracker`` carries what is needed
+from loop to loop, so the same code serves training, where all loops are seen, and decoding, where
+they come one by one.
 """
 
 from dataclasses import dataclass, replace
@@ -10,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from openmythos.config import ACTConfig, HaltingConfig
+from openmythos.config import ACTConfig, HaltingConfig, UniversalACTConfig
 
 
 @dataclass(frozen=True)
@@ -30,9 +31,14 @@ class Tracker:
 
 
 class Halting(nn.Module):
-    """The head: one exit probability a token and loop, from the state after the loop."""
+    """The head: one exit probability a token and loop.
+
+    It reads the state after the loop or, with ``reads_before``, the one that the loop starts from.
+    With ``mixes_states`` the readout is a mixture of states (``mix``), otherwise the last state.
+    """
 
     mixes_states = False
+    reads_before = False
 
     def __init__(self, d_model: int, config: HaltingConfig) -> None:
         super().__init__()
@@ -55,6 +61,15 @@ class Halting(nn.Module):
     ) -> tuple[Float[Tensor, "..."], Tracker]:
         """The weight of this loop, and the tracker after it; the last loop takes what is left."""
         raise TypeError(f"{type(self).__name__} defines no halting recursion")
+
+    def mix(
+        self,
+        mixed: Float[Tensor, "... D"],
+        h: Float[Tensor, "... D"],
+        weight: Float[Tensor, "..."],
+    ) -> Float[Tensor, "... D"]:
+        """The mixture with this loop's state in it; it starts as zeros."""
+        return mixed + weight[..., None].to(h.dtype) * h
 
     def distribution(self, probs: Float[Tensor, "L ..."]) -> tuple[Float[Tensor, "L ..."], Tracker]:
         """Weights of all loops from their exit probabilities, and the final tracker."""
@@ -79,12 +94,16 @@ class ACT(Halting):
         super().__init__(d_model, config)
         self.threshold, self.keep_remainder = config.threshold, config.keep_remainder
 
+    def reached(self, mass: Float[Tensor, "..."]) -> Bool[Tensor, "..."]:
+        """Whether the exit probabilities are enough to halt."""
+        return mass >= self.threshold
+
     def step(
         self, tracker: Tracker, prob: Float[Tensor, "..."], *, last: bool
     ) -> tuple[Float[Tensor, "..."], Tracker]:
         """See ``Halting.step``."""
         running = tracker.running
-        halts = running & (tracker.mass + prob >= self.threshold)
+        halts = running & self.reached(tracker.mass + prob)
         if last and self.keep_remainder:
             halts = running
         remainder = (1 - tracker.mass).clamp(min=0)
@@ -92,6 +111,37 @@ class ACT(Halting):
         ponder = tracker.ponder + running + torch.where(halts, remainder, 0)
         mass = tracker.mass + weight
         return weight, Tracker(mass, running & ~halts, ponder)
+
+
+class UniversalACT(ACT):
+    """The Universal Transformer's: probabilities of the state before the loop, its own readout.
+
+    The weights w are Graves', but for a strict threshold. ``basic`` readouts are new w + old
+    (1 - w): four weights of 1/4 leave .105, .141, .188 and .25 of the states and .316 of zero.
+
+    Source: tensor2tensor, universal_transformer_util.py, universal_transformer_act.
+    """
+
+    reads_before = True
+
+    def __init__(self, d_model: int, config: UniversalACTConfig) -> None:
+        super().__init__(d_model, config)
+        self.accumulates = config.readout == "accumulated"
+
+    def reached(self, mass: Float[Tensor, "..."]) -> Bool[Tensor, "..."]:
+        """See ``ACT.reached``."""
+        return mass > self.threshold
+
+    def mix(
+        self,
+        mixed: Float[Tensor, "... D"],
+        h: Float[Tensor, "... D"],
+        weight: Float[Tensor, "..."],
+    ) -> Float[Tensor, "... D"]:
+        """See ``Halting.mix``."""
+        if self.accumulates:
+            return super().mix(mixed, h, weight)
+        return torch.lerp(mixed, h, weight[..., None].to(h.dtype))
 
 
 class Geometric(Halting):
@@ -114,6 +164,8 @@ class Geometric(Halting):
 
 def make_halting(d_model: int, config: HaltingConfig | None) -> Halting | None:
     """The halting head that the config names."""
+    if isinstance(config, UniversalACTConfig):
+        return UniversalACT(d_model, config)
     if isinstance(config, ACTConfig):
         return ACT(d_model, config)
     return None if config is None else Geometric(d_model, config)

@@ -153,7 +153,8 @@ class AddInjection(Injection):
 class GateInjection(Injection):
     """``y = core(h + e)``, ``z = sigmoid(W [y; h] + b)``, ``h' = z y + (1 - z) h``.
 
-    The bias starts below zero, so that a loop starts near the identity.
+    The bias starts below zero, so that a loop starts near the identity. ``add_e`` False leaves e
+    out; the h that is mixed carries the loop's signal, the h that is gated does not.
 
     Source: Chen 2026 (arXiv 2603.21676), the identity-biased gate.
     """
@@ -161,11 +162,11 @@ class GateInjection(Injection):
     def __init__(self, config: ModelConfig, part: GateInjectionConfig) -> None:
         super().__init__()
         self.gate = nn.Linear(2 * config.d_model, config.d_model)
-        self.bias_init = part.bias_init
+        self.bias_init, self.add_e = part.bias_init, part.add_e
 
     def mix(self, h: State, e: State) -> State:
-        """h + e."""
-        return h + e
+        """h + e, or h."""
+        return h + e if self.add_e else h
 
     def update(self, h: State, e: State, y: State) -> State:
         """z y + (1 - z) h."""

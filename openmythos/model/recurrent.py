@@ -102,8 +102,7 @@ class RecurrentDepthLM(nn.Module):
         ctx: ForwardContext,
     ) -> Float[Tensor, "B T D"]:
         """One loop. Rows may be at different loops; loops count from 0."""
-        signalled = h if self.loop_embedding is None else self.loop_embedding(h, loop_idx)
-        y = self.injection.mix(signalled, e)
+        y = self.injection.mix(self.signal(h, loop_idx, ctx), e)
         for block in self.core:
             y = block(y, ctx, loop_idx)
         if self.output_lora is not None:
@@ -164,13 +163,14 @@ class RecurrentDepthLM(nn.Module):
             loop_idx = loop - waits
             started = [row for row, depth in enumerate(depths) if most - depth <= loop]
             with torch.set_grad_enabled(torch.is_grad_enabled() and loop >= grad_from):
-                h = self._step_rows(h, e, loop_idx, ctx, started)
+                before, h = h, self._step_rows(h, e, loop_idx, ctx, started)
                 if self.halting is not None and tracker is not None:
-                    prob = self.halting(h) * (loop_idx >= 0)[:, None]
+                    prob = self.exit_prob(before, h, loop_idx.clamp(min=0), ctx)
+                    prob = prob * (loop_idx >= 0)[:, None]
                     weight, tracker = self.halting.step(tracker, prob, last=loop == most - 1)
                     weights.append(weight)
                     if self.halting.mixes_states:
-                        mixed = mixed + weight[..., None].to(h.dtype) * h
+                        mixed = self.halting.mix(mixed, h, weight)
             if keep_states:
                 states.append(h)
         if ctx.cache is not None and min(depths) < ctx.cache.max_loops:
@@ -186,6 +186,24 @@ class RecurrentDepthLM(nn.Module):
             ponder_cost=None if tracker is None else tracker.ponder - waits[:, None],
             states=tuple(states),
         )
+
+    def signal(
+        self, h: Float[Tensor, "B T D"], loop_idx: Int[Tensor, "B"], ctx: ForwardContext
+    ) -> Float[Tensor, "B T D"]:
+        """h with its loop's signal, as a loop starts from it."""
+        return h if self.loop_embedding is None else self.loop_embedding(h, loop_idx, ctx.positions)
+
+    def exit_prob(
+        self,
+        before: Float[Tensor, "B T D"],
+        after: Float[Tensor, "B T D"],
+        loop_idx: Int[Tensor, "B"],
+        ctx: ForwardContext,
+    ) -> Float[Tensor, "B T"]:
+        """What the halting head says of a loop, from whichever of its two states it reads."""
+        assert self.halting is not None
+        early = self.halting.reads_before
+        return self.halting(self.signal(before, loop_idx, ctx) if early else after)
 
     def _step_rows(
         self,

@@ -1,7 +1,7 @@
-"""Scaled dot-product attention: the reference and torch's fused kernel."""
+"""Scaled dot-product attention: the reference, torch's fused kernel, and keys of a token's own."""
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional
 
@@ -55,3 +55,38 @@ def attention(
         enable_gqa=not single and q.shape[1] != k.shape[1],
     )
     return y.reshape(*q.shape[:3], -1)[..., :width]
+
+
+def depth_attention(
+    q: Float[Tensor, "B H T K"],
+    k: Float[Tensor, "B G S K"],
+    v: Float[Tensor, "B G S W"],
+    mask: Float[Tensor, "B 1 T S"] | None,
+    scale: float,
+    own_k: Float[Tensor, "R B G T K"],
+    own_v: Float[Tensor, "R B G T W"],
+    visible: Bool[Tensor, "B R"],
+) -> Float[Tensor, "B H T W"]:
+    """Attention over the sequence and R further keys of each token's own, in one softmax.
+
+    No fused kernel takes keys that belong to one query, so the products are written out.
+
+    Source: MoDA (arXiv 2603.15619): softmax([q K; q K_depth]) [V; V_depth].
+    """
+    (num_rows, groups, num_k), num_q = k.shape[:3], q.shape[2]
+    scores = q.reshape(num_rows, groups, -1, q.shape[-1]) @ k.mT * scale
+    scores = scores.view(num_rows, groups, -1, num_q, num_k)
+    if mask is None:
+        causal = torch.ones(num_q, num_k, dtype=torch.bool, device=q.device).tril(num_k - num_q)
+        scores = scores.masked_fill(~causal, float("-inf"))
+    else:
+        scores = scores + mask[:, :, None]
+    by_token = q.unflatten(1, (groups, -1)).transpose(2, 3)  # [B G T heads K]
+    own = (by_token @ own_k.permute(1, 2, 3, 4, 0) * scale).transpose(2, 3)
+    own = own.masked_fill(~visible[:, None, None, None], float("-inf"))
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    weights = torch.cat((scores, own), dim=-1).softmax(dim=-1, dtype=wide).to(v.dtype)
+    past, own = weights.split((num_k, len(own_k)), dim=-1)
+    y = (past.flatten(2, 3) @ v).view(num_rows, groups, -1, num_q, v.shape[-1])
+    y = y + (own.transpose(2, 3) @ own_v.permute(1, 2, 3, 0, 4)).transpose(2, 3)
+    return y.flatten(1, 2)

@@ -63,6 +63,33 @@ class ClippedPoissonDepth(PoissonDepth):
 
 
 @dataclass(frozen=True, kw_only=True)
+class UniformDepth:
+    """Every depth of ``low .. high`` alike; with the loss of the last loop, the silent objective.
+
+    Source: Chen 2026 (arXiv 2603.21676).
+    """
+
+    kind: ClassVar[str] = "uniform"
+    low: int = 2
+    high: int = 8
+
+    def __post_init__(self) -> None:
+        require_positive(self, "low")
+        require(self.high >= self.low, "depth.high", self.high, f"at least low={self.low}")
+
+    @property
+    def mean_recurrence(self) -> float:
+        """The middle."""
+        return (self.low + self.high) / 2
+
+    def draw(self, mean: float, size: int, generator: torch.Generator) -> Int[Tensor, "N"]:
+        """See ``FixedDepth.draw``; a ramp moves both ends up from 1."""
+        grown = (mean - 1) / (self.mean_recurrence - 1) if self.mean_recurrence > 1 else 1.0
+        low, high = (round(1 + (end - 1) * grown) for end in (self.low, self.high))
+        return torch.randint(low, high + 1, (size,), generator=generator)
+
+
+@dataclass(frozen=True, kw_only=True)
 class LogNormalPoissonDepth(FixedDepth):
     """1 + Poisson(rate), rate log-normal around ``mean``: a long tail of deep steps.
 
@@ -83,7 +110,7 @@ class LogNormalPoissonDepth(FixedDepth):
         return torch.poisson(rate, generator=generator).long() + 1
 
 
-DepthConfig = FixedDepth | PoissonDepth | ClippedPoissonDepth | LogNormalPoissonDepth
+DepthConfig = FixedDepth | PoissonDepth | ClippedPoissonDepth | UniformDepth | LogNormalPoissonDepth
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from openmythos.config import (
     ACTConfig,
+    CopyInitConfig,
+    DepthAttentionConfig,
     GQAConfig,
     MLAConfig,
     ModelConfig,
@@ -19,6 +21,7 @@ from openmythos.config import (
     PonderNetConfig,
     SinusoidalLoopConfig,
     SwiGLUConfig,
+    UniversalACTConfig,
     ValueEmbeddingConfig,
     WeightLoRAConfig,
 )
@@ -97,6 +100,13 @@ class Dictionaries(KVCache):
             read.append(self.store[stage, layer, shown, past])
         return tuple(torch.cat(parts, dim=2) for parts in zip(*read, strict=True))
 
+    def earlier(self, num_recent: int, **where: Any) -> tuple[Tensor, ...]:
+        """The token's own loops before this one; loop 0 again where there are none."""
+        loop, layer, column = int(where["loop_idx"][0]), where["layer"], where["start"]
+        loops = [max(0, loop - back) for back in range(1, num_recent + 1)]
+        read = [self.store["core", layer, past, column] for past in loops]
+        return tuple(torch.stack(parts) for parts in zip(*read, strict=True))
+
 
 def forward_fill(loop: int, taken: int | None) -> int:
     return loop if taken is None else min(loop, taken - 1)
@@ -138,9 +148,12 @@ def oracle(
         h = model.init_state(e, torch.Generator().manual_seed(seed), ctx)
         seen, asked = Seen([h[0, 0]], [], []), decide is not None and position >= exit_from
         for loop in range(depths[position]):
-            h = model.step(h, e, torch.tensor([loop]), ctx)
+            before, h = h, model.step(h, e, torch.tensor([loop]), ctx)
             seen.states.append(h[0, 0])
-            if model.halting is not None:
+            if isinstance(model.config.halting, UniversalACTConfig):
+                started = model.loop_embedding(before, torch.tensor([loop]), ctx.positions)
+                seen.lambdas.append(float(model.halting(started)))
+            elif model.halting is not None:
                 seen.lambdas.append(float(model.halting(h)))
             if not asked and loop < depths[position] - 1:
                 continue
@@ -171,6 +184,9 @@ def act_weights(lambdas: list[float], threshold: float = 0.99) -> list[float]:
 
 def mixture(model: RecurrentDepthLM, seen: Seen) -> Tensor:
     weights = act_weights(seen.lambdas)
+    if isinstance(model.config.halting, UniversalACTConfig):
+        kept = [1 - w for w in weights]
+        weights = [w * math.prod(kept[i + 1 :]) for i, w in enumerate(weights)]
     terms = [w * state for w, state in zip(weights, seen.states[1:], strict=True)]
     return torch.stack(terms).sum(dim=0)[None, None]
 
@@ -201,6 +217,13 @@ def act_mass(lambdas: list[float]) -> float:
 
 ARGMAX = lambda seen: [max(range(len(p)), key=p.__getitem__) for p in seen.probs]  # noqa: E731
 
+UNIVERSAL: dict[str, Any] = {
+    "seed": 4,
+    "halting": UniversalACTConfig(),
+    "loop_embedding": SinusoidalLoopConfig(num_channels=12, positions=True),
+    "state_init": CopyInitConfig(),
+}
+LOOKS_BACK: dict[str, Any] = {"depth_attention": DepthAttentionConfig(num_recent_loops=2)}
 RULES: list[tuple[Rule, dict[str, Any], Callable[[Seen], bool]]] = [
     (KLExit(threshold=0.2), {}, lambda seen: kl(*last_two(seen)) < 0.2),
     (
@@ -236,6 +259,9 @@ RULES: list[tuple[Rule, dict[str, Any], Callable[[Seen], bool]]] = [
     ),
     (KLExit(threshold=0.05), {"attention": MLA}, lambda seen: kl(*last_two(seen)) < 0.05),
     (KLExit(threshold=0.02), {"halting": ACTConfig()}, lambda seen: kl(*last_two(seen)) < 0.02),
+    (KLExit(threshold=0.02), UNIVERSAL, lambda seen: kl(*last_two(seen)) < 0.02),
+    (CumulativeThreshold(threshold=0.8), UNIVERSAL, lambda seen: act_mass(seen.lambdas) >= 0.8),
+    (KLExit(threshold=0.2), LOOKS_BACK, lambda seen: kl(*last_two(seen)) < 0.2),
 ]
 
 
@@ -352,6 +378,8 @@ def test_depth_may_change_from_call_to_call() -> None:
         {"core_feed_forward": MOE},
         {"halting": ACTConfig()},
         {"halting": PonderNetConfig()},
+        UNIVERSAL,
+        LOOKS_BACK,
         {"num_coda_layers": 0, "num_prelude_layers": 0, "readout": "linear"},
         {"loop_adapter": WeightLoRAConfig(rank=2, num_loops=3)},
         {"loop_embedding": SinusoidalLoopConfig(num_channels=4)},

@@ -1,7 +1,15 @@
+import itertools
+
 import pytest
 import torch
 
-from openmythos.config import MLAConfig, RopeConfig, ValueEmbeddingConfig, WeightLoRAConfig
+from openmythos.config import (
+    DepthAttentionConfig,
+    MLAConfig,
+    RopeConfig,
+    ValueEmbeddingConfig,
+    WeightLoRAConfig,
+)
 from openmythos.model.attention import GQA as GQALayer
 from openmythos.model.attention import MLA as MLALayer
 from openmythos.model.cache import KVCache
@@ -119,6 +127,49 @@ def test_value_embeddings_by_hand_and_only_where_asked():
     q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v + extra))
     y = attention_reference(q, k, v, None, 0.5).transpose(1, 2).flatten(2)
     torch.testing.assert_close(layer(x, ctx, torch.tensor([0])), y @ layer.out.weight.T)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_depth_attention_by_hand(cached):
+    """Loop t sees the keys and values that its token had at loops t - 1 and t - 2, no others."""
+    config = small_config(depth_attention=DepthAttentionConfig(num_recent_loops=2))
+    model, layer = layer_of(config)
+    tokens = random_tokens(config, 2, 5)
+    cache = None
+    if cached:
+        cache = KVCache(config, batch_size=2, max_len=5, max_loops=4, dtype=torch.float64)
+    ctx = model.context(tokens, cache=cache)
+    inputs = torch.randn(4, 2, 5, 16, dtype=torch.float64, generator=seeded())
+    keys, values, groups = [], [], (0, 0, 1, 1)
+    with torch.no_grad():
+        for loop, x in enumerate(inputs):
+            got = layer(x, ctx, torch.full((2,), loop))
+            q, k, v = (x @ layer.qkv.weight.T).view(2, 5, 8, 4).split((4, 2, 2), dim=2)
+            q, k = layer.rotate(q, ctx), layer.rotate(k, ctx)
+            keys.append(k)
+            values.append(v)
+            y = torch.zeros(2, 5, 4, 4, dtype=torch.float64)
+            for row, t, head in itertools.product(range(2), range(5), range(4)):
+                at = groups[head]
+                own = range(max(0, loop - 2), loop)
+                k_all = [*k[row, : t + 1, at], *(keys[past][row, t, at] for past in own)]
+                v_all = [*v[row, : t + 1, at], *(values[past][row, t, at] for past in own)]
+                scores = torch.stack(k_all) @ q[row, t, head] / 2
+                y[row, t, head] = scores.softmax(0) @ torch.stack(v_all)
+            torch.testing.assert_close(got, y.flatten(2) @ layer.out.weight.T)
+
+
+def test_depth_attention_is_the_cores_alone():
+    config = small_config(depth_attention=DepthAttentionConfig(num_recent_loops=2))
+    model = random_model(config)
+    parts = [block.attention for block in (*model.prelude, *model.core, *model.coda)]
+    assert [part.num_recent_loops for part in parts] == [0, 2, 2, 0]
+    plain = random_model(small_config())
+    assert model.state_dict().keys() == plain.state_dict().keys()
+    tokens = random_tokens(config, 2, 5)
+    torch.testing.assert_close(model(tokens, num_loops=1).logits, plain(tokens, num_loops=1).logits)
+    deep = (model(tokens, num_loops=2).logits - plain(tokens, num_loops=2).logits).abs()
+    assert deep.max() > 0.01
 
 
 @pytest.mark.parametrize("attention", [GQA, MLA])

@@ -2,7 +2,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from openmythos.model.cache import EveryK, FirstLoop, KVCache, LastLoop, PerLoop
+from openmythos.config import DepthAttentionConfig
+from openmythos.model.cache import EveryK, FirstLoop, KVCache, LastLoop, PerLoop, RecentLoops
 from openmythos.model.recurrent import RecurrentDepthLM
 from tests.strategies import GQA, MLA, random_model, random_tokens, small_config
 
@@ -221,3 +222,70 @@ def test_another_batch_size_is_an_error():
 def test_k_is_at_least_one():
     with pytest.raises(ValueError, match="k is 0; it must be at least 1"):
         EveryK(0)
+
+
+# --- the loops that a token reads of itself ------------------------------------------------------
+
+DEPTH = small_config(depth_attention=DepthAttentionConfig(num_recent_loops=2))
+
+
+@pytest.mark.parametrize("layout", [EveryK(1), EveryK(2), LastLoop(), FirstLoop()])
+def test_layouts_that_lose_loops_are_refused_in_one_line(layout):
+    with pytest.raises(
+        ValueError, match="loses loops that depth_attention reads; use PerLoop"
+    ) as e:
+        KVCache(DEPTH, batch_size=1, max_len=4, max_loops=2, layout=layout)
+    assert "\n" not in str(e.value)
+
+
+def loop_keys(loop: int, rows: int = 3, tokens: int = 2) -> tuple[Tensor, Tensor]:
+    """Keys that name their loop and row; values are their negatives."""
+    names = 10.0 * (loop + 1) + torch.arange(rows).view(rows, 1, 1, 1)
+    keys = names.expand(rows, 2, tokens, 4)
+    return keys, -keys
+
+
+def named(tensor: Tensor) -> list[list[float]]:
+    return tensor[:, :, 0, 0, 0].tolist()
+
+
+def test_the_cache_shows_each_row_its_own_earlier_loops():
+    cache = KVCache(DEPTH, batch_size=3, max_len=5, max_loops=4)
+    place = {"layer": 1, "rows": None, "start": 2}
+    for loop in range(4):
+        where = torch.full((3,), loop)
+        cache.update(loop_keys(loop), stage="core", loop_idx=where, **place)
+    keys, values = cache.earlier(2, loop_idx=torch.tensor([3, 1, 2]), stop=4, **place)
+    assert keys.shape == (2, 3, 2, 2, 4)
+    assert named(keys) == [[30, 11, 22], [20, 11, 12]]  # row 1 has run one loop: it stands in
+    assert torch.equal(values, -keys)
+    place["rows"] = torch.tensor([2, 0])
+    keys, _ = cache.earlier(1, loop_idx=torch.tensor([1, 3]), stop=4, **place)
+    assert named(keys) == [[12, 30]]
+    other, _ = cache.earlier(1, loop_idx=torch.tensor([1, 3]), layer=0, rows=None, start=2, stop=4)
+    assert not other.any()
+
+
+def test_recent_loops_come_newest_first_and_rows_may_wait():
+    recent = RecentLoops(DEPTH, torch.zeros(3, 2, dtype=torch.int64), torch.float32)
+    keys, _ = recent.exchange(loop_keys(0), layer=0, rows=None)
+    assert keys.shape == (2, 3, 2, 2, 4)
+    assert not keys.any()
+    some = torch.tensor([2, 0])
+    keys, values = recent.exchange(loop_keys(1, rows=2), layer=0, rows=some)
+    assert named(keys) == [[12, 10], [0, 0]]
+    assert torch.equal(values, -keys)
+    keys, _ = recent.exchange(loop_keys(2), layer=0, rows=None)
+    assert named(keys) == [[21, 11, 20], [10, 0, 12]]
+    assert not recent.exchange(loop_keys(0), layer=1, rows=None)[0].any()
+
+
+def test_recent_loops_are_replaced_and_carry_gradients():
+    recent = RecentLoops(DEPTH, torch.zeros(1, 2, dtype=torch.int64), torch.float32)
+    fresh = tuple(tensor.clone().requires_grad_() for tensor in loop_keys(0, rows=1))
+    before = recent.exchange(fresh, layer=0, rows=None)
+    keys, values = recent.exchange(loop_keys(1, rows=1), layer=0, rows=None)
+    assert not any(tensor.any() for tensor in before)
+    (keys.sum() + 2 * values.sum()).backward()
+    assert fresh[0].grad.unique().tolist() == [1]
+    assert fresh[1].grad.unique().tolist() == [2]

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from openmythos.config import DepthAttentionConfig
 from openmythos.model.cache import KVCache
 from openmythos.model.context import make_context
 from tests.strategies import random_tokens, small_config
@@ -122,3 +123,17 @@ def test_what_loops_share_is_made_once_a_forward():
     assert ctx.once("key", lambda: made.append(1) or len(made)) == 1
     assert ctx.select(torch.tensor([0])).once("key", lambda: 7) == 1
     assert context(ctx.tokens).once("key", lambda: 7) == 7
+
+
+def test_recent_loops_only_without_a_cache_and_rows_of_them():
+    config = small_config(depth_attention=DepthAttentionConfig(num_recent_loops=2))
+    tokens = random_tokens(config, 3, 2)
+    ctx = make_context(config, tokens, dtype=torch.float32)
+    assert ctx.rows is None
+    some = ctx.select(torch.tensor([2, 0])).select(torch.tensor([1]))
+    assert some.rows.tolist() == [0]
+    assert some.recent is ctx.recent is not None
+    cache = KVCache(config, batch_size=3, max_len=2, max_loops=1)
+    assert make_context(config, tokens, dtype=torch.float32, cache=cache).recent is None
+    plain = context(tokens)
+    assert plain.recent is plain.select(torch.tensor([0])).rows is None

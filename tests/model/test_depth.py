@@ -20,13 +20,15 @@ from openmythos.model.depth import (
 from openmythos.model.recurrent import RecurrentDepthLM
 from tests.strategies import random_model, random_tokens, seeded, small_config
 
+NOWHERE = torch.zeros(3, 2, dtype=torch.int64)  # positions, where only the loop counts
+
 
 @pytest.mark.parametrize("channels", [4, 5])
 def test_sinusoid_is_the_originals(channels):
     """[sin(t w_j) for all j, cos(t w_j) for all j], cut; w_j = theta^(-2j/channels)."""
     embedding = SinusoidalLoop(SinusoidalLoopConfig(num_channels=channels, theta=100.0))
     h = torch.zeros(3, 2, 8, dtype=torch.float64)
-    got = embedding(h, torch.tensor([0, 1, 70]))
+    got = embedding(h, torch.tensor([0, 1, 70]), NOWHERE)
     rates = [100.0 ** (-2 * j / channels) for j in range(math.ceil(channels / 2))]
     for row, t in enumerate([0, 1, 70]):
         signal = [math.sin(t * w) for w in rates] + [math.cos(t * w) for w in rates]
@@ -34,10 +36,24 @@ def test_sinusoid_is_the_originals(channels):
         torch.testing.assert_close(got[row], wanted.expand(2, 8))
 
 
+def test_positions_make_the_universal_transformers_signal():
+    """P[p, t, 2j] = sin(p w_j) + sin(t w_j), P[p, t, 2j + 1] = the cosines (equations 6 and 7)."""
+    config = SinusoidalLoopConfig(num_channels=6, positions=True)
+    positions = torch.tensor([[0, 1, 2], [0, 0, 7]])
+    got = SinusoidalLoop(config)(torch.zeros(2, 3, 6).double(), torch.tensor([3, 5]), positions)
+    for row, t in enumerate([3, 5]):
+        for column, p in enumerate(positions[row].tolist()):
+            for j in range(3):
+                w = 10_000 ** (-2 * j / 6)
+                sine, cosine = got[row, column, j], got[row, column, 3 + j]
+                assert float(sine) == pytest.approx(math.sin(p * w) + math.sin(t * w))
+                assert float(cosine) == pytest.approx(math.cos(p * w) + math.cos(t * w))
+
+
 def test_sinusoid_is_computed_wide():
     embedding = SinusoidalLoop(SinusoidalLoopConfig(num_channels=4))
     h = torch.zeros(2, 1, 4, dtype=torch.bfloat16)
-    got = embedding(h, torch.tensor([257, 258]))
+    got = embedding(h, torch.tensor([257, 258]), torch.zeros(2, 1, dtype=torch.int64))
     assert got.dtype == torch.bfloat16
     assert not torch.equal(got[0], got[1])
 
@@ -46,11 +62,11 @@ def test_learned_starts_at_zero_and_ends_in_its_last_row():
     embedding = LearnedLoop(4, LearnedLoopConfig(num_loops=2))
     h = torch.randn(3, 2, 4)
     loops = torch.tensor([0, 1, 9])
-    assert torch.equal(embedding(h, loops), h)
+    assert torch.equal(embedding(h, loops, NOWHERE), h)
     with torch.no_grad():
         embedding.table.copy_(torch.tensor([[1.0], [2.0]]))
     torch.testing.assert_close(
-        embedding(h, loops) - h, torch.tensor([1.0, 2, 2]).view(3, 1, 1).expand(3, 2, 4)
+        embedding(h, loops, NOWHERE) - h, torch.tensor([1.0, 2, 2]).view(3, 1, 1).expand(3, 2, 4)
     )
 
 

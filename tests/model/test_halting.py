@@ -3,8 +3,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from openmythos.config import ACTConfig, ExitGateConfig, PonderNetConfig
-from openmythos.model.halting import ACT, Geometric, make_halting
+from openmythos.config import (
+    ACTConfig,
+    ExitGateConfig,
+    PonderNetConfig,
+    SinusoidalLoopConfig,
+    UniversalACTConfig,
+)
+from openmythos.model.halting import ACT, Geometric, UniversalACT, make_halting
 from tests.strategies import random_model, random_tokens, small_config
 
 PROBS = st.lists(
@@ -18,11 +24,10 @@ def act(**changes) -> ACT:
 
 @settings(max_examples=100)
 @given(PROBS)
-@pytest.mark.parametrize("kind", ["act", "pondernet", "exit_gate"])
+@pytest.mark.parametrize("kind", ["act", "universal_act", "pondernet", "exit_gate"])
 def test_weights_sum_to_one_at_every_budget(kind, probs):
-    config = {"act": ACTConfig(), "pondernet": PonderNetConfig(), "exit_gate": ExitGateConfig()}[
-        kind
-    ]
+    members = (ACTConfig(), UniversalACTConfig(), PonderNetConfig(), ExitGateConfig())
+    (config,) = (member for member in members if member.kind == kind)
     weights, tracker = make_halting(4, config).distribution(
         torch.tensor(probs, dtype=torch.float32)
     )
@@ -77,10 +82,54 @@ def test_the_geometric_distribution_by_hand(kind):
 
 def test_the_sum_differs_from_the_universal_transformers_interpolation():
     """Four weights of 0.25: Graves' sum keeps them, ``prev = w new + prev (1 - w)`` does not."""
-    weights, _ = act().distribution(torch.full((4, 1), 0.25, dtype=torch.float64))
-    assert weights[:, 0].tolist() == [0.25] * 4
-    basic = [float(w) * (0.75 ** (3 - n)) for n, w in enumerate(weights[:, 0])]
+    probs = torch.full((4, 1), 0.25, dtype=torch.float64)
+    shares = {}
+    for config in (ACTConfig(), *(UniversalACTConfig(readout=r) for r in ("basic", "accumulated"))):
+        head = make_halting(4, config)
+        weights, _ = head.distribution(probs)
+        assert weights[:, 0].tolist() == [0.25] * 4
+        mixed = torch.zeros(1, 4, dtype=torch.float64)
+        for state, weight in zip(torch.eye(4, dtype=torch.float64), weights, strict=True):
+            mixed = head.mix(mixed, state[None], weight)
+        shares[config.kind, getattr(config, "readout", None)] = mixed[0].tolist()
+    assert shares["act", None] == shares["universal_act", "accumulated"] == [0.25] * 4
+    basic = shares["universal_act", "basic"]
+    assert basic == pytest.approx([0.75**3 / 4, 0.75**2 / 4, 0.75 / 4, 0.25], abs=1e-12)
     assert basic == pytest.approx([0.105, 0.141, 0.1875, 0.25], abs=1e-3)
+    assert 1 - sum(basic) == pytest.approx(0.316, abs=1e-3)  # on the zero state
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_the_universal_transformers_recursion_as_published(keep):
+    """tensor2tensor's update, token by token; the weights sum to 1 only if the rest is kept."""
+    probs = torch.rand(6, 50, generator=torch.Generator().manual_seed(3), dtype=torch.float64) / 2
+    head = make_halting(4, UniversalACTConfig(keep_remainder=keep, threshold=0.9))
+    assert isinstance(head, UniversalACT)
+    weights, tracker = head.distribution(probs)
+    unfinished = 0
+    for token in range(50):
+        hp, rem, n, run = 0.0, 0.0, 0.0, True
+        for step, p in enumerate(probs[:, token].tolist()):
+            halts = run and (hp + p > 0.9 or (keep and step == 5))
+            n, w = n + run, 0.0
+            if halts:
+                rem = w = 1 - hp
+                hp, run = 1.0, False
+            elif run:
+                hp, w = hp + p, p
+            assert float(weights[step, token]) == pytest.approx(w, abs=1e-12)
+        unfinished += run
+        assert float(tracker.ponder[token]) == pytest.approx(n + rem, abs=1e-12)
+        assert float(weights[:, token].sum()) == pytest.approx(hp, abs=1e-12)
+    assert (unfinished > 0) == (not keep)
+
+
+def test_the_universal_transformers_threshold_must_be_passed():
+    probs = torch.tensor([0.6, 0.39, 0.9], dtype=torch.float64)[:, None]
+    assert act().distribution(probs)[0][:, 0].tolist() == pytest.approx([0.6, 0.4, 0.0])
+    weights, tracker = make_halting(4, UniversalACTConfig()).distribution(probs)
+    assert weights[:, 0].tolist() == pytest.approx([0.6, 0.39, 0.01])
+    assert float(tracker.ponder) == pytest.approx(3.01)
 
 
 @pytest.mark.parametrize(
@@ -147,6 +196,27 @@ def test_the_models_outputs_are_those_of_the_distribution(config):
     if model.halting.mixes_states:
         readout = (weights[..., None] * states).sum(dim=0)
     torch.testing.assert_close(out.logits, model.decode(readout, ctx))
+
+
+@pytest.mark.parametrize("readout", ["basic", "accumulated"])
+def test_a_head_that_reads_before_sees_what_each_loop_starts_from(readout):
+    config = UniversalACTConfig(bias_init=-1.0, readout=readout)
+    signal = SinusoidalLoopConfig(num_channels=16, positions=True)
+    model = random_model(small_config(halting=config, loop_embedding=signal))
+    tokens = random_tokens(model.config, 2, 5)
+    ctx = model.context(tokens)
+    out = model(tokens, num_loops=6, keep_states=True)
+    before = [torch.zeros(2, 5, 16), *out.states[:-1]]
+    read = [model.signal(h, torch.full((2,), t), ctx) for t, h in enumerate(before)]
+    weights, tracker = model.halting.distribution(model.halting(torch.stack(read)))
+    torch.testing.assert_close(out.exit_weights, weights)
+    torch.testing.assert_close(out.ponder_cost, tracker.ponder)
+    mixed = torch.zeros(2, 5, 16)
+    for w, h in zip(weights[..., None], out.states, strict=True):
+        mixed = w * h + mixed * (1 - w if readout == "basic" else 1)
+    torch.testing.assert_close(out.logits, model.decode(mixed, ctx))
+    after = model.halting(torch.stack(out.states))
+    assert not torch.allclose(model.halting.distribution(after)[0], weights)
 
 
 def test_no_head_for_no_config():

@@ -145,6 +145,14 @@ def test_gate_is_biased_towards_the_identity():
     torch.testing.assert_close(injection.update(h, e, y), h + (y - h) * 0.11920292202211755)
 
 
+def test_chens_gate_leaves_e_out():
+    injection = made(GateInjectionConfig(add_e=False))
+    h, e, y = state(1), state(2), state(3)
+    assert torch.equal(injection.mix(h, injection.drive(e)), h)
+    gate = torch.sigmoid(injection.gate(torch.cat((y, h), dim=-1)))
+    torch.testing.assert_close(injection.update(h, e, y), gate * y + (1 - gate) * h)
+
+
 @pytest.mark.parametrize("config", [AddInjectionConfig(), NoInjectionConfig()])
 def test_add_and_none(config):
     injection = make_injection(small_config(injection=config))

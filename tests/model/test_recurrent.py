@@ -1,8 +1,9 @@
 import copy
+from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -11,8 +12,10 @@ from openmythos.config import (
     AddInjectionConfig,
     BlockConfig,
     CopyInitConfig,
+    DepthAttentionConfig,
     ExitGateConfig,
     GateInjectionConfig,
+    LearnedLoopConfig,
     LinearInjectionConfig,
     ModelConfig,
     MoEConfig,
@@ -21,11 +24,14 @@ from openmythos.config import (
     OriginalLTIInjectionConfig,
     OutputLoRAConfig,
     PonderNetConfig,
+    RopeConfig,
+    SinusoidalLoopConfig,
+    UniversalACTConfig,
     WeightLoRAConfig,
 )
 from openmythos.model.cache import KVCache
 from openmythos.model.recurrent import ModelOutput, RecurrentDepthLM
-from openmythos.schema import apply_overrides, from_dict
+from openmythos.schema import apply_overrides, from_dict, to_dict
 from tests.strategies import (
     GQA,
     MLA,
@@ -81,6 +87,23 @@ def pad(rows: list[Tensor], *, left: bool) -> tuple[Tensor, Tensor]:
     return tokens, mask
 
 
+def universal(**changes: Any) -> ModelConfig:
+    """A Universal Transformer: whole-stack loop, its signal, its halting; no rotary positions."""
+    fields: dict[str, Any] = {
+        "num_prelude_layers": 0,
+        "num_coda_layers": 0,
+        "prelude_norm": False,
+        "rope": None,
+        "injection": NoInjectionConfig(),
+        "loop_embedding": SinusoidalLoopConfig(num_channels=16, positions=True),
+        "halting": UniversalACTConfig(bias_init=-1.0),
+    }
+    return small_config(**{**fields, **changes})
+
+
+DEPTH = small_config(depth_attention=DepthAttentionConfig(num_recent_loops=2))
+
+
 # --- one sequence gives the same logits in every company -----------------------------------------
 
 
@@ -98,6 +121,8 @@ def pad(rows: list[Tensor], *, left: bool) -> tuple[Tensor, Tensor]:
     depths=st.lists(st.integers(1, 5), min_size=3, max_size=3),
     seed=st.integers(0, 1000),
 )
+@example(fields=to_dict(DEPTH), lengths=[5, 2, 3], depths=[4, 1, 5], seed=1)
+@example(fields=to_dict(universal()), lengths=[4, 5, 1], depths=[3, 5, 2], seed=2)
 def test_batched_padded_packed_cached_and_chunked_equal_alone(fields, lengths, depths, seed):
     config = from_dict(ModelConfig, fields)
     model = random_model(config, seed=seed, dtype=torch.float64)
@@ -158,6 +183,92 @@ def test_cached_and_padded_equal_alone_in_fp32(attention, feed_forward):
     logits = run(model, padded, 8, padding_mask=mask).logits
     assert (logits[0, 1:] - whole[0]).abs().max() / scale < 1e-4
     assert (logits[1, mask[1]] - whole[1, :4]).abs().max() / scale < 1e-4
+
+
+# --- published recursions, written out -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("readout", ["basic", "accumulated"])
+def test_the_universal_transformer_by_hand(readout):
+    """tensor2tensor's loop: signal, probability, transform, interpolation; masks per token."""
+    halting = UniversalACTConfig(threshold=0.9, readout=readout, keep_remainder=False)
+    model = random_model(universal(halting=halting), seed=3, dtype=torch.float64)
+    tokens = random_tokens(model.config, 2, 7)
+    ctx = model.context(tokens)
+    rates = 10_000.0 ** -(torch.arange(0, 16, 2) / 16).double()
+
+    def wave(places: Tensor) -> Tensor:
+        angles = places.double()[..., None] * rates
+        return torch.cat((angles.sin(), angles.cos()), dim=-1)
+
+    state = model.embed(tokens)
+    zeros = torch.zeros(2, 7, dtype=torch.float64)
+    hp, rem, n, previous = zeros, zeros, zeros, torch.zeros_like(state)
+    for step in range(8):
+        state = state + wave(torch.arange(7)) + wave(torch.tensor(step))
+        p = (state @ model.halting.proj.weight[0] + model.halting.proj.bias).sigmoid()
+        going = hp < 1 - 1e-12
+        new_halted = going & (hp + p > 0.9)
+        n = n + going
+        going = going & ~new_halted
+        hp = hp + p * going
+        rem = rem + new_halted * (1 - hp)
+        hp = hp + new_halted * rem
+        w = (p * going + new_halted * rem)[..., None]
+        for block in model.core:
+            state = block(state, ctx, torch.full((2,), step))
+        previous = state * w + previous * (1 - w if readout == "basic" else 1)
+    out = run(model, tokens, 8)
+    torch.testing.assert_close(out.h, state)
+    torch.testing.assert_close(out.ponder_cost, n + rem)
+    torch.testing.assert_close(out.logits, model.decode(previous, ctx))
+    assert 0 < int((hp > 0.9).sum()) < 14  # some halt, others do not
+
+
+@pytest.mark.parametrize("block", ["I", "II"])
+def test_chens_model_by_hand(block):
+    """H~ = f(H + e_t), z = sigmoid([H~; H] W_z + b_z), H' = z H~ + (1 - z) H; e_t from a table."""
+    config = small_config(
+        num_prelude_layers=0,
+        num_core_layers=1,
+        num_coda_layers=0,
+        prelude_norm=False,
+        injection=GateInjectionConfig(add_e=False),
+        loop_embedding=LearnedLoopConfig(num_loops=4),
+        rope=None if block == "I" else RopeConfig(),
+        block=BlockConfig(layer_scale=None if block == "I" else 1e-4),
+    )
+    fresh = RecurrentDepthLM(config, seeded())
+    assert fresh.injection.gate.bias.unique().tolist() == [-2]
+    if block == "II":
+        assert fresh.core[0].attention_scale.unique().tolist() == pytest.approx([1e-4])
+        assert fresh.core[0].feed_forward_scale.unique().tolist() == pytest.approx([1e-4])
+    model = random_model(config, dtype=torch.float64)
+    tokens = random_tokens(config, 2, 5)
+    ctx, layer, gate = model.context(tokens), model.core[0], model.injection.gate
+    h = model.embed(tokens)
+    for t in range(6):
+        x, loop_idx = h + model.loop_embedding.table[min(t, 3)], torch.full((2,), t)
+        y = layer.attention(layer.attention_norm(x), ctx, loop_idx)
+        x = x + (y if block == "I" else layer.attention_scale * y)
+        y = layer.feed_forward(layer.feed_forward_norm(x), loop_idx, ctx)
+        x = x + (y if block == "I" else layer.feed_forward_scale * y)
+        z = (torch.cat((x, h), dim=-1) @ gate.weight.T + gate.bias).sigmoid()
+        h = z * x + (1 - z) * h
+    torch.testing.assert_close(run(model, tokens, 6).h, h)
+
+
+def test_rows_at_different_loops_of_one_step_read_their_own_earlier_loops():
+    """Depth attention: a row that starts later has fewer loops to look back on, in one call."""
+    model = random_model(DEPTH, dtype=torch.float64)
+    tokens = random_tokens(DEPTH, 2, 5)
+    wanted = [run(model, row[None], depth).h for row, depth in zip(tokens, (5, 3), strict=True)]
+    sizes = []
+    model.core[0].register_forward_pre_hook(lambda _, args: sizes.append(args[2].tolist()))
+    got = run(model, tokens, torch.tensor([5, 3])).h
+    assert sizes == [[0], [1], [2, 0], [3, 1], [4, 2]]
+    for row, alone in zip(got, wanted, strict=True):
+        torch.testing.assert_close(row, alone[0])
 
 
 # --- depth ---------------------------------------------------------------------------------------
@@ -317,9 +428,11 @@ def test_truncation_no_shorter_than_the_loops_changes_nothing(grad_loops):
         torch.testing.assert_close(cut[name], grad)
 
 
-@pytest.mark.parametrize("state_init", [CopyInitConfig(), NormalInitConfig()])
-def test_truncated_gradient_equals_a_hand_detached_one(state_init):
-    config = small_config(state_init=state_init)
+@pytest.mark.parametrize(
+    "changes", [{"state_init": CopyInitConfig()}, {"state_init": NormalInitConfig()}]
+)
+def test_truncated_gradient_equals_a_hand_detached_one(changes):
+    config = small_config(**changes)
     model = random_model(config, dtype=torch.float64)
     tokens = random_tokens(config, 2, 5)
     cut = gradients(model, tokens, num_loops=5, grad_loops=2)
@@ -340,8 +453,31 @@ def test_truncated_gradient_equals_a_hand_detached_one(state_init):
     )
 
 
-def test_truncation_cuts_the_last_loops_of_every_row():
-    config = small_config()
+def test_truncation_cuts_depth_attentions_keys_as_well():
+    """A loop without gradient gives keys without gradient, and a loop with one gives both."""
+    model = random_model(DEPTH, dtype=torch.float64)
+    tokens = random_tokens(DEPTH, 2, 5)
+    cut = gradients(model, tokens, num_loops=5, grad_loops=2)
+    model.zero_grad()
+    ctx = model.context(tokens)
+    e = model.encode(tokens, ctx)
+    h = model.init_state(e, seeded(SEED), ctx)
+    for loop in range(5):
+        if loop == 3:
+            h = h.detach()
+            held = ctx.recent.tensors
+            held[:] = [tuple(tensor.detach() for tensor in layer) for layer in held]
+        h = model.step(h, e, torch.full((2,), loop), ctx)
+    model.decode(h, ctx).square().sum().backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(cut[name], parameter.grad, msg=name)
+    full = gradients(model, tokens, num_loops=5)
+    weight = "core.0.attention.qkv.weight"
+    assert not torch.allclose(full[weight], cut[weight])
+
+
+@pytest.mark.parametrize("config", [small_config(), DEPTH], ids=["plain", "depth"])
+def test_truncation_cuts_the_last_loops_of_every_row(config):
     model = random_model(config, dtype=torch.float64)
     tokens = random_tokens(config, 2, 5)
     both = gradients(model, tokens, num_loops=torch.tensor([2, 5]), grad_loops=2)
@@ -380,6 +516,8 @@ FULL = {
     "gqa": small_config(core_feed_forward=MOE, halting=ACTConfig(bias_init=-1.0)),
     "mla": small_config(attention=MLA, injection=LinearInjectionConfig(), readout="linear"),
     "lora": small_config(loop_adapter=WeightLoRAConfig(rank=2, num_loops=3)),
+    "universal": universal(),
+    "depth": DEPTH,
     "gate": small_config(
         injection=GateInjectionConfig(), loop_adapter=OutputLoRAConfig(rank=2, num_loops=3)
     ),
@@ -555,6 +693,13 @@ def test_more_loops_than_the_cache_has_are_refused():
 # --- compilation ---------------------------------------------------------------------------------
 
 COMPILED = {
+    "depth": small_config(
+        num_prelude_layers=0,
+        num_core_layers=1,
+        num_coda_layers=0,
+        depth_attention=DepthAttentionConfig(num_recent_loops=2),
+    ),
+    "universal": universal(num_core_layers=1),
     "gqa": small_config(num_prelude_layers=0, num_core_layers=1, num_coda_layers=0),
     "mla": small_config(num_prelude_layers=0, num_core_layers=1, num_coda_layers=0, attention=MLA),
     "moe": small_config(

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from openmythos.ops.attention import attention, attention_reference
+from openmythos.ops.attention import attention, attention_reference, depth_attention
 from tests.strategies import seeded
 
 
@@ -43,3 +43,67 @@ def test_the_reference_by_hand():
 def test_a_chunk_after_a_cache_needs_a_mask():
     with pytest.raises(ValueError, match="3 queries on 5 keys need a mask"):
         attention(*case(3, 5), None, 0.3)
+
+
+# --- keys of a token's own -----------------------------------------------------------------------
+
+
+def own_case(num_own: int, num_q: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = seeded(1)
+    k = torch.randn(num_own, 2, 2, num_q, 6, generator=generator, dtype=torch.float64)
+    v = torch.randn(num_own, 2, 2, num_q, 5, generator=generator, dtype=torch.float64)
+    return k, v
+
+
+@pytest.mark.parametrize(("num_q", "num_k"), [(5, 5), (1, 5), (1, 1), (3, 5)])
+def test_no_earlier_loop_is_plain_attention(num_q, num_k):
+    q, k, v = case(num_q, num_k)
+    mask = None
+    if num_q == 3:
+        mask = torch.zeros(2, 1, 3, 5, dtype=torch.float64)
+        mask[0, 0, 0, 2:] = mask[1, 0, :, 0] = float("-inf")
+    none = torch.zeros(2, 3, dtype=torch.bool)
+    got = depth_attention(q, k, v, mask, 0.3, *own_case(3, num_q), none)
+    torch.testing.assert_close(got, attention(q, k, v, mask, 0.3))
+    empty = (own[:0] for own in own_case(3, num_q))
+    got = depth_attention(q, k, v, mask, 0.3, *empty, none[:, :0])
+    torch.testing.assert_close(got, attention(q, k, v, mask, 0.3))
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_earlier_loops_are_keys_of_their_own_token_alone(padded):
+    """For every token, torch's attention on its visible keys and its own, side by side."""
+    (q, k, v), (own_k, own_v) = case(4, 4), own_case(3, 4)
+    visible = torch.tensor([[True, False, False], [True, True, True]])
+    mask = None
+    if padded:
+        mask = torch.zeros(2, 1, 4, 4, dtype=torch.float64)
+        mask = mask.masked_fill(~torch.ones(4, 4).tril().bool(), float("-inf"))
+        mask[1, 0, 1:, 0] = float("-inf")
+    tensors = [tensor.requires_grad_() for tensor in (q, k, v, own_k, own_v)]
+    got = depth_attention(q, k, v, mask, 0.3, own_k, own_v, visible)
+    rows = []
+    for row in range(2):
+        shown, columns = visible[row], []
+        for t in range(4):
+            past = slice(1 if padded and row == 1 and t > 0 else 0, t + 1)
+            keys = torch.cat((k[row, :, past], own_k[shown, row, :, t].transpose(0, 1)), dim=1)
+            values = torch.cat((v[row, :, past], own_v[shown, row, :, t].transpose(0, 1)), dim=1)
+            columns.append(
+                torch.nn.functional.scaled_dot_product_attention(
+                    q[row : row + 1, :, t : t + 1],
+                    keys[None].repeat_interleave(2, dim=1),
+                    values[None].repeat_interleave(2, dim=1),
+                    scale=0.3,
+                )
+            )
+        rows.append(torch.cat(columns, dim=2))
+    wanted = torch.cat(rows)
+    torch.testing.assert_close(got, wanted)
+    weight = torch.randn(got.shape, dtype=torch.float64, generator=seeded(2))
+    grads = torch.autograd.grad((got * weight).sum(), tensors)
+    for grad, expected in zip(
+        grads, torch.autograd.grad((wanted * weight).sum(), tensors), strict=True
+    ):
+        torch.testing.assert_close(grad, expected)
+    assert not grads[3][1:, 0].any()  # hidden keys get no gradient

@@ -10,6 +10,7 @@ from openmythos.train.depth_schedule import (
     FixedDepth,
     LogNormalPoissonDepth,
     PoissonDepth,
+    UniformDepth,
 )
 from tests.strategies import seeded
 
@@ -24,7 +25,7 @@ def sample(schedule: DepthSchedule, step: int = 0, **changes: Any) -> torch.Tens
 @pytest.mark.parametrize("per_sequence", [False, True])
 @pytest.mark.parametrize(
     "sampling",
-    [FixedDepth(), PoissonDepth(), ClippedPoissonDepth(), LogNormalPoissonDepth()],
+    [FixedDepth(), PoissonDepth(), ClippedPoissonDepth(), LogNormalPoissonDepth(), UniformDepth()],
 )
 def test_a_pure_function_of_seed_and_step(sampling: Any, per_sequence: bool) -> None:
     schedule = DepthSchedule(sampling=sampling, per_sequence=per_sequence)
@@ -71,6 +72,23 @@ def test_clipped_poisson_has_the_published_distribution() -> None:
     assert draws.float().mean() == pytest.approx(4.08, abs=0.02)
 
 
+def test_uniform_is_chens() -> None:
+    draws = UniformDepth(low=5, high=8).draw(6.5, NUM_DRAWS, seeded())  # block I
+    found = Counter(draws.tolist())
+    assert set(found) == {5, 6, 7, 8}
+    assert all(count / NUM_DRAWS == pytest.approx(0.25, abs=0.004) for count in found.values())
+    assert UniformDepth(low=5, high=8).mean_recurrence == 6.5
+    once = UniformDepth(low=1, high=1)
+    assert set(once.draw(1.0, 10, seeded()).tolist()) == {1}
+
+
+def test_a_ramp_moves_both_ends_of_the_uniform() -> None:
+    schedule = DepthSchedule(sampling=UniformDepth(low=3, high=9), ramp=1.0, per_sequence=True)
+    for progress, ends in ((0.0, (1, 1)), (0.5, (2, 5)), (1.0, (3, 9))):
+        depths = sample(schedule, progress=progress, batch_size=1000)
+        assert (int(depths.min()), int(depths.max())) == ends
+
+
 def test_log_normal_poisson_is_huginns() -> None:
     draws = LogNormalPoissonDepth(mean_recurrence=32, sigma=0.5).draw(32.0, NUM_DRAWS, seeded())
     wide = draws.double()
@@ -108,6 +126,8 @@ def test_max_loops_and_grad_loops() -> None:
     [
         (lambda: FixedDepth(mean_recurrence=0), "mean_recurrence is 0"),
         (lambda: ClippedPoissonDepth(low=5, high=4), "depth.high is 4; .* low=5"),
+        (lambda: UniformDepth(low=5, high=4), "depth.high is 4; .* low=5"),
+        (lambda: UniformDepth(low=0), "low is 0; it must be at least 1"),
         (lambda: LogNormalPoissonDepth(sigma=-1.0), "depth.sigma is -1.0"),
         (lambda: DepthSchedule(sampling=FixedDepth(), ramp=2.0), "depth.ramp is 2.0"),
         (lambda: DepthSchedule(sampling=FixedDepth(), mean_backprop_depth=0), "is 0"),

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from openmythos.config import ACTConfig, ExitGateConfig, PonderNetConfig
+from openmythos.config import ACTConfig, ExitGateConfig, PonderNetConfig, UniversalACTConfig
 from openmythos.model.recurrent import ModelOutput, RecurrentDepthLM
 from openmythos.train.objective import (
     ExitWeightedObjective,
@@ -93,8 +93,16 @@ def test_z_loss_by_its_definition() -> None:
     assert (loss - plain).item() == pytest.approx(0.01 * log_z.square().mean().item(), abs=1e-12)
 
 
-def test_ponder_cost_pulls_through_the_remainder_alone() -> None:
-    model = model_with(ACTConfig(bias_init=-1.0, threshold=0.99))
+@pytest.mark.parametrize(
+    "halting",
+    [
+        ACTConfig(bias_init=-1.0, threshold=0.99),
+        UniversalACTConfig(bias_init=-1.0),
+        UniversalACTConfig(bias_init=-1.0, readout="accumulated"),
+    ],
+)
+def test_ponder_cost_pulls_through_the_remainder_alone(halting: Any) -> None:
+    model = model_with(halting)
     output, targets, ctx, depths = forward(model, [3, 3, 3], keep=False)
     objective = FinalLoopObjective(ponder_weight=0.5)
     loss, plain = objective.loss(model, output, targets, ctx, depths)
@@ -112,8 +120,9 @@ def test_ponder_cost_pulls_through_the_remainder_alone() -> None:
     assert direct.item() < 0  # a higher bias leaves a smaller remainder
 
 
-def test_ponder_cost_of_rows_with_their_own_depth() -> None:
-    model = model_with(ACTConfig(bias_init=-6.0))
+@pytest.mark.parametrize("halting", [ACTConfig(bias_init=-6.0), UniversalACTConfig()])
+def test_ponder_cost_of_rows_with_their_own_depth(halting: Any) -> None:
+    model = model_with(halting)
     output, targets, ctx, depths = forward(model, [1, 3, 2], keep=False)
     loss, plain = FinalLoopObjective(ponder_weight=1.0).loss(model, output, targets, ctx, depths)
     costs = []
@@ -222,6 +231,7 @@ def test_a_missing_or_wrong_head_is_named() -> None:
     for halting, objective, said in (
         (None, ExitWeightedObjective(), "needs model.halting.kind=pondernet or exit_gate"),
         (ACTConfig(), ExitWeightedObjective(), "it is act"),
+        (UniversalACTConfig(), ExitWeightedObjective(), "it is universal_act"),
         (None, FinalLoopObjective(ponder_weight=1.0), "needs model.halting.kind=act"),
         (PonderNetConfig(), FinalLoopObjective(ponder_weight=1.0), "it is pondernet"),
     ):

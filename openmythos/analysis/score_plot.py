@@ -8,7 +8,7 @@ from openmythos.analysis import plots
 from openmythos.analysis.result import ScoreCurve
 
 PANEL_WIDTH, PANEL_HEIGHT, COLUMNS = 2.9, 2.5, 3  # inches, and panels beside each other
-LEFT, RIGHT, TOP, BOTTOM = 0.50, 0.14, 0.42, 0.46  # inches around a panel
+LEFT, RIGHT, TOP, BOTTOM = 0.50, 0.14, 0.50, 0.46  # inches around a panel
 OFFSET: dict[str, Any] = {"textcoords": "offset points", "annotation_clip": False}
 
 

@@ -284,9 +284,9 @@ def show(curves: "Sequence[ScoreCurve]", flops: dict[int, int]) -> None:
         heading = f"{curve.task}\n{curve.metric.replace('_', ' ')}"
         table.add_column(heading, justify="right", overflow="fold", min_width=13)
     table.add_column("MFLOPs\na token", justify="right")
-    for n in flops:
+    for n, cost in flops.items():
         cells = [cell(curve.scores[n]) for curve in curves]
-        table.add_row(str(n), *cells, f"{flops[n] / 1e6:,.1f}", end_section=n == max(flops))
+        table.add_row(str(n), *cells, f"{cost / 1e6:,.1f}", end_section=n == max(flops))
     if len(flops) > 1:
         gains = [cell(curve.gain, sign="+") for curve in curves if curve.gain is not None]
         table.add_row("last - first", *gains, "")

@@ -56,14 +56,14 @@ def choice_questions(documents: Iterable[Document]) -> list[dict[str, Any]]:
 
 
 def word_questions(documents: Iterable[Document]) -> list[dict[str, Any]]:
-    """Which word comes next: ``context``, ``target``; a plain word of at least four letters."""
+    """Which word comes next: ``context``, ``target``; a plain word of at least two letters."""
     questions = []
     for document in documents:
         for words in prose(document.text):
             places = [
                 place
                 for place in range(MIN_CONTEXT_WORDS, len(words))
-                if re.fullmatch("[A-Za-z]{4,}", words[place])
+                if re.fullmatch("[A-Za-z]{2,}", words[place])
             ]
             if places:
                 place = places[_hash(" ".join(words)) % len(places)]

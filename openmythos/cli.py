@@ -4,7 +4,7 @@ import sys
 
 import typer
 
-from openmythos.command import demo, model, talk, train
+from openmythos.command import demo, evaluate, model, talk, train
 
 app = typer.Typer(
     help="Recurrent-depth (looped) language models: train, generate, inspect.",
@@ -17,7 +17,7 @@ app.command()(train.train)
 app.command()(talk.generate)
 app.command()(talk.chat)
 app.command()(train.prepare)
-app.command("eval")(train.evaluate)
+app.command("eval")(evaluate.evaluate)
 app.command()(model.presets)
 app.command()(model.inspect)
 

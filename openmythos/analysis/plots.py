@@ -1,4 +1,4 @@
-"""The demo's pictures: the only module that uses matplotlib, loaded on first use.
+"""The demo's pictures, and the only module that uses matplotlib, loaded on first use.
 
 Blue is what was measured at a chosen depth, orange is the depth that the model chose, grey is
 context. Every picture reads in grey print and by colour-blind people.
@@ -68,12 +68,12 @@ def require_matplotlib() -> None:
 
 def plot_depth_curve(result: TextResult, path: Path) -> None:
     """Held-out bits per byte over loops."""
-    _save(depth_curve(result), path)
+    save(depth_curve(result), path)
 
 
 def plot_hops_grid(result: HopsResult, path: Path, original: HopsResult | None = None) -> None:
     """Accuracy over hops x loops, and beside it the same model with the original's halting."""
-    _save(hops_grid(result, original), path)
+    save(hops_grid(result, original), path)
 
 
 # --- act 1 ---------------------------------------------------------------------------------------
@@ -81,7 +81,7 @@ def plot_hops_grid(result: HopsResult, path: Path, original: HopsResult | None =
 
 def depth_curve(result: TextResult) -> Figure:
     """Bits per byte over loops, with the trained depths marked."""
-    with _style():
+    with styled():
         figure, axes = _canvas(5.8, 3.7)
         curves = [(result.validation, BLUE, "this model")]
         if result.comparison is not None:
@@ -135,7 +135,7 @@ def _mark_training(axes: Axes, result: TextResult) -> None:
 
 def training_curve(result: TextResult) -> Figure:
     """Training bits per byte over seconds, with the held-out points."""
-    with _style():
+    with styled():
         figure, axes = _canvas(5.8, 3.1)
         known = [point for point in result.train_curve if math.isfinite(point[1])]
         seconds, raw = [time for time, _ in known], [value for _, value in known]
@@ -178,8 +178,8 @@ def hops_grid(result: HopsResult, original: HopsResult | None = None) -> Figure:
     space = 0.35
     width = sum(size[0] for size in sizes) + space * (len(panels) - 1)
     height = max(size[1] for size in sizes)
-    with _style():
-        figure = _figure(width, height)
+    with styled():
+        figure = figure_of(width, height)
         left = 0.0
         for panel, (panel_width, panel_height) in zip(panels, sizes, strict=True):
             inner = (panel_width - _LEFT - _RIGHT, panel_height - _TOP - _BOTTOM)
@@ -272,7 +272,7 @@ def _draw_exit_rule(axes: Axes, result: HopsResult, rows: Sequence[float]) -> No
 
 def stage_curve(result: HopsResult, original: HopsResult | None = None) -> Figure:
     """The curriculum's stage over steps."""
-    with _style():
+    with styled():
         figure, axes = _canvas(5.8, 2.7)
         curves = [(result, BLUE)]
         if original is not None and original.stage_curve:
@@ -300,8 +300,8 @@ def stage_curve(result: HopsResult, original: HopsResult | None = None) -> Figur
 
 def trace_curves(trace: LoopTrace) -> Figure:
     """State norm, relative step, step ratio beside rho(A), token correlation; all over loops."""
-    with _style():
-        figure = _figure(5.8, 4.3)
+    with styled():
+        figure = figure_of(5.8, 4.3)
         panels = figure.subplots(2, 2)
         figure.subplots_adjust(0.07, 0.11, 0.98, 0.93, wspace=0.22, hspace=0.46)
         loops = list(range(1, trace.num_loops + 1))
@@ -351,14 +351,16 @@ def _small(axes: Axes, loops: Sequence[int], values: Sequence[float], title: str
 _OFF: dict[str, Any] = {"textcoords": "offset points", "annotation_clip": False}
 
 
-def _style() -> Any:
+def styled() -> Any:
+    """The context in which a picture is made and saved."""
     require_matplotlib()
     import matplotlib
 
     return matplotlib.rc_context(cast(Any, STYLE))
 
 
-def _figure(width: float, height: float) -> Figure:
+def figure_of(width: float, height: float) -> Figure:
+    """An empty picture; sizes in inches."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), dpi=DPI)
@@ -366,21 +368,22 @@ def _figure(width: float, height: float) -> Figure:
 
 def _canvas(width: float, height: float) -> tuple[Figure, Axes]:
     """One pair of axes with margins in inches, so that all pictures align."""
-    figure = _figure(width, height)
+    figure = figure_of(width, height)
     left, right, top, bottom = 0.45, 0.12, 0.36, 0.46
     inner = (1 - (left + right) / width, 1 - (top + bottom) / height)
     return figure, figure.add_axes((left / width, bottom / height, *inner))
 
 
-def _save(figure: Figure, path: Path) -> None:
-    with _style():
+def save(figure: Figure, path: Path) -> None:
+    """Write a picture; the suffix chooses the format."""
+    with styled():
         figure.savefig(path, dpi=DPI, facecolor=PAPER)
 
 
 def to_svg(figure: Figure) -> str:
     """The picture as SVG text, without ground and date."""
     buffer = io.StringIO()
-    with _style():
+    with styled():
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     return buffer.getvalue()
 

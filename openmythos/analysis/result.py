@@ -168,12 +168,51 @@ class DemoResults:
 
     def to_dict(self) -> dict[str, Any]:
         """Ready for strict JSON: numbers that are not finite become null."""
-        return _finite(asdict(self))
+        return json_ready(asdict(self))
 
 
-def _finite(value: Any) -> Any:
+@dataclass(frozen=True)
+class Score:
+    """A mean over questions and its standard error, where that is known."""
+
+    value: float
+    stderr: float | None
+    num_questions: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreCurve:
+    """One metric of one task by number of loops.
+
+    Attributes:
+        scores: By loops, rising.
+        baselines: What guessers reach that use no model, by name.
+        gain: The deepest score less the shallowest; its standard error is that of the differences
+            question by question, far smaller than the scores' own.
+    """
+
+    task: str
+    metric: str
+    higher_is_better: bool
+    scores: Mapping[int, Score]
+    baselines: Mapping[str, float] = field(default_factory=dict)
+    gain: Score | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse a curve without a point."""
+        if not self.scores or list(self.scores) != sorted(self.scores):
+            raise ValueError(f"scores are at {list(self.scores)} loops; give some, rising")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Ready for strict JSON."""
+        points = [{"num_loops": loops, **asdict(score)} for loops, score in self.scores.items()]
+        return json_ready({**asdict(self), "scores": points})
+
+
+def json_ready(value: Any) -> Any:
+    """The same with null for numbers that are not finite, which strict JSON has not."""
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: json_ready(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [json_ready(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,4 +1,4 @@
-"""Commands that make models: prepare, train, eval."""
+"""Commands that make models: prepare and train."""
 
 import json
 from pathlib import Path
@@ -11,12 +11,10 @@ from rich.table import Table
 from openmythos.command.option import (
     AsJson,
     Device,
-    Loops,
     Out,
     Overrides,
     Seed,
     check_device,
-    parse_loops,
 )
 
 if TYPE_CHECKING:
@@ -194,72 +192,3 @@ def resolve(
         )
     seeds = [] if seed is None else [f"train.seed={seed}"]
     return apply_overrides(base, [*seeds, *overrides])
-
-
-def evaluate(
-    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint or run folder.")],
-    data: Annotated[
-        Path | None, typer.Option(help="Prepared folder; default: the run's own data.")
-    ] = None,
-    num_loops: Loops = "1,2,4,8,16",
-    batch_size: Annotated[int, typer.Option(help="Rows a batch; does not change results.")] = 16,
-    seq_len: Annotated[int, typer.Option(help="Tokens a row; at most the model's length.")] = 256,
-    max_batches: Annotated[
-        int | None, typer.Option(help="Use only the first batches.", min=1)
-    ] = None,
-    device: Device = "cpu",
-    as_json: AsJson = False,
-) -> None:
-    """Held-out bits per byte by number of loops."""
-    loops = parse_loops(num_loops)
-    check_device(device)
-    from openmythos import load_pretrained
-    from openmythos.checkpoint import checkpoint_folder
-    from openmythos.data.loader import TokenLoader
-    from openmythos.tokenizer import Tokenizer
-    from openmythos.train.task import held_out_bits_per_byte
-
-    folder = checkpoint_folder(checkpoint)
-    expected = Tokenizer.load(folder).fingerprint
-    source = run_data(folder) if data is None else data
-    model = load_pretrained(folder, device=device)
-    loader = TokenLoader(
-        source,
-        "val",
-        seq_len=min(seq_len, model.config.max_seq_len),
-        batch_size=batch_size,
-        tokenizer_fingerprint=expected,
-    )
-    rows = [
-        {"num_loops": n, "bits_per_byte": held_out_bits_per_byte(model, loader, n, max_batches)}
-        for n in loops
-    ]
-    if as_json:
-        typer.echo(json.dumps(rows))
-        return
-    table = Table(title=f"held-out text, {loader.num_bytes:,} bytes")
-    table.add_column("loops", justify="right")
-    table.add_column("bits per byte", justify="right")
-    for row in rows:
-        table.add_row(f"{row['num_loops']}", f"{row['bits_per_byte']:.4f}")
-    Console().print(table)
-
-
-def run_data(checkpoint: Path) -> Path:
-    """The prepared data of the run that a checkpoint belongs to.
-
-    Raises:
-        ValueError: It is not known.
-    """
-    run = checkpoint.parent.parent
-    places = [run / "data"]
-    if (run / "config.json").is_file():
-        stored = json.loads((run / "config.json").read_text(encoding="utf-8"))
-        data = stored.get("data") if isinstance(stored, dict) else None
-        source = data.get("source") if isinstance(data, dict) else None
-        if isinstance(source, str):
-            places.append(Path(source))
-    for place in places:
-        if (place / "index.json").is_file():
-            return place
-    raise ValueError(f"{run} has no prepared data; run `openmythos prepare` and give --data")

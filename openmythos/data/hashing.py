@@ -6,6 +6,8 @@ give other numbers in another NumPy release: a run must resume exactly after an 
 
 from __future__ import annotations
 
+import hashlib
+
 import numpy as np
 from jaxtyping import Int, UInt64
 
@@ -29,6 +31,16 @@ def mix(values: UInt64[np.ndarray, "..."], seed: int) -> UInt64[np.ndarray, "...
 def threshold(fraction: float) -> np.uint64:
     """The number that a uniform 64-bit hash is below with probability `fraction`, in [0, 1)."""
     return np.uint64(int(fraction * 2**64))
+
+
+def hash_bytes(data: bytes) -> int:
+    """A 64-bit number for a text."""
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
+
+
+def split_keys(hashes: UInt64[np.ndarray, " N"], seed: int) -> UInt64[np.ndarray, " N"]:
+    """Documents whose key is below ``threshold(fraction)`` are held out from training."""
+    return mix(hashes, 2 * seed)
 
 
 def permutation(size: int, *seeds: int) -> Int[np.ndarray, " N"]:

@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Int, Integer
 
-from openmythos.data.hashing import mix, threshold
+from openmythos.data.hashing import hash_bytes, mix, split_keys, threshold
 from openmythos.data.index import (
     FORMAT,
     FORMAT_VERSION,
@@ -212,7 +212,7 @@ class _Spool:
                 if data:
                     offsets.append(file.tell())
                     sizes.append(len(data))
-                    hashes.append(_hash_bytes(data))
+                    hashes.append(hash_bytes(data))
                     file.write(data)
         self.offsets = np.array(offsets, dtype=np.int64)
         self.sizes = np.array(sizes, dtype=np.int64)
@@ -230,7 +230,7 @@ class _Spool:
             self.sizes[order],
             self.hashes[order],
         )
-        keys = mix(self.hashes, 2 * seed)
+        keys = split_keys(self.hashes, seed)
         is_val = keys < threshold(val_fraction)
         if val_fraction > 0:
             if len(keys) < 2:
@@ -269,7 +269,7 @@ class _Spool:
                     end = _piece_end(data, start, target)
                     offsets.append(offset + start)
                     sizes.append(end - start)
-                    hashes.append(_hash_bytes(data[start:end]))
+                    hashes.append(hash_bytes(data[start:end]))
                     start = end
         self.offsets = np.array(offsets, dtype=np.int64)
         self.sizes = np.array(sizes, dtype=np.int64)
@@ -285,10 +285,6 @@ def _piece_end(data: bytes, start: int, target: int) -> int:
     return (
         len(data) if len(data) - start <= 2 * target else _piece_end(data, start + target, target)
     )
-
-
-def _hash_bytes(data: bytes) -> int:
-    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
 
 
 def _token_batches(

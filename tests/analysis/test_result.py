@@ -3,6 +3,7 @@ import math
 
 import pytest
 
+from openmythos.analysis.result import Score, ScoreCurve
 from tests.analysis.examples import demo_results, hops_result, loop_trace, text_result
 
 
@@ -45,3 +46,17 @@ def test_json_is_strict() -> None:
     assert parsed["text"]["trace"]["state_norm"] == [1.0, None, None, 2.0]
     assert parsed["text"]["validation"]["4"] == 2.0
     assert parsed["hops"]["accuracy"][3][2] == 0.6
+
+
+def test_score_curves_are_strict_json() -> None:
+    scores = {1: Score(0.5, 0.1, 20), 4: Score(math.inf, None, 20)}
+    curve = ScoreCurve(task="t", metric="acc", higher_is_better=True, scores=scores)
+    row = json.loads(json.dumps(curve.to_dict(), allow_nan=False))
+    assert row["scores"] == [
+        {"num_loops": 1, "value": 0.5, "stderr": 0.1, "num_questions": 20},
+        {"num_loops": 4, "value": None, "stderr": None, "num_questions": 20},
+    ]
+    assert row["gain"] is None and row["baselines"] == {}
+    for bad in ({}, {4: scores[4], 1: scores[1]}):
+        with pytest.raises(ValueError, match="give some, rising"):
+            ScoreCurve(task="t", metric="acc", higher_is_better=True, scores=bad)

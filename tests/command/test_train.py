@@ -101,37 +101,3 @@ def test_a_lost_run_ends_with_status_1_and_one_line(
     assert result.exit_code == 1
     said = "error: the loss is nan at step 1; last checkpoint: none was written yet\n"
     assert result.stderr == said
-
-
-def test_eval(invoke: Invoke, text_run: Path) -> None:
-    command = ("eval", text_run, "--num-loops", "1,3", "--seq-len", 32)
-    rows = json.loads(invoke(*command, "--json"))
-    assert [row["num_loops"] for row in rows] == [1, 3]
-    one_by_one = json.loads(invoke(*command, "--batch-size", 1, "--json"))
-    for a, b in zip(rows, one_by_one, strict=True):
-        assert a["bits_per_byte"] == pytest.approx(b["bits_per_byte"], rel=1e-5)
-    newest = text_run / "checkpoints" / "step-00000004"
-    given = invoke("eval", newest, *command[2:], "--data", text_run / "data", "--json")
-    assert json.loads(given) == rows
-    table = invoke(*command, "--max-batches", 1)
-    assert "bits per byte" in table and "held-out text" in table
-
-
-def test_eval_finds_the_prepared_folder_of_the_run(
-    invoke: Invoke, text_file: Path, tmp_path: Path
-) -> None:
-    data, out = tmp_path / "prepared", tmp_path / "run"
-    invoke("prepare", text_file, "--out", data, "--bytes")
-    invoke("train", "--data", data, "--out", out, *sets(*SMALL, "train.max_steps=1"))
-    assert len(json.loads(invoke("eval", out, "--num-loops", 2, "--json"))) == 1
-    invoke("prepare", text_file, "--out", tmp_path / "other", "--vocab-size", 270)
-    message = refused(invoke, "eval", out, "--data", tmp_path / "other")
-    assert "tokenizer mismatch" in message
-    assert "is not prepared data" in refused(invoke, "eval", out, "--data", tmp_path)
-
-
-def test_eval_refuses(invoke: Invoke, text_run: Path, hops_run: Path, tmp_path: Path) -> None:
-    assert "does not exist" in refused(invoke, "eval", tmp_path / "absent")
-    assert "no tokenizer" in refused(invoke, "eval", hops_run)
-    assert "--num-loops is '0'" in refused(invoke, "eval", text_run, "--num-loops", "0")
-    invoke("eval", text_run, "--max-batches", 0, status=2)

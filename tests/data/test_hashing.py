@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from openmythos.data.hashing import mix, permutation, threshold
+from openmythos.data.hashing import hash_bytes, mix, permutation, split_keys, threshold
 
 
 def test_values_are_pinned():
@@ -11,6 +11,8 @@ def test_values_are_pinned():
     values = mix(np.arange(3, dtype=np.uint64), 7).tolist()
     assert values == [18118111985298469400, 16790997907459186755, 16451771008405292174]
     assert permutation(8, 1, 2).tolist() == [1, 5, 7, 2, 4, 3, 6, 0]
+    assert hash_bytes(b"text") == 2024992729630503895
+    assert split_keys(np.array([5], dtype=np.uint64), 3) == mix(np.array([5], dtype=np.uint64), 6)
 
 
 @given(st.integers(1, 200), st.integers(0, 2**70), st.integers(0, 5))

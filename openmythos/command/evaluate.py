@@ -1,0 +1,306 @@
+"""``openmythos eval``: held-out loss, or scores on tasks, by number of loops."""
+
+import json
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from openmythos.command.option import AsJson, Device, Loops, Seed, check_device, parse_loops
+
+if TYPE_CHECKING:
+    from openmythos.analysis.result import Score, ScoreCurve
+    from openmythos.config import ModelConfig
+    from openmythos.data.synthetic import HopsConfig
+    from openmythos.eval.depth_sweep import Results
+    from openmythos.eval.scoring import Codec
+
+RESULTS_FILE, PICTURE_FILE = "results.json", "scores.png"
+DEFAULT_SEQ_LEN = 256
+
+
+Tasks = Annotated[
+    str | None,
+    typer.Option(
+        help="Separated by commas: python_docs_choice, python_docs_word, python_docs_bits, "
+        "hops_1 ..., a task file, a folder of them, or a task of lm-evaluation-harness. "
+        "Default: held-out loss."
+    ),
+]
+Limit = Annotated[int | None, typer.Option(help="Only the first questions of each task.", min=1)]
+Fewshot = Annotated[
+    int | None, typer.Option(help="Examples before each question of the harness.", min=0)
+]
+Data = Annotated[Path | None, typer.Option(help="Prepared folder; default: the run's own data.")]
+BatchSize = Annotated[int, typer.Option(help="Rows a batch; does not change results.", min=1)]
+SeqLen = Annotated[
+    int | None, typer.Option(help="Tokens a row of held-out text; default: 256.", min=1)
+]
+MaxBatches = Annotated[
+    int | None, typer.Option(help="Use only the first batches of held-out text.", min=1)
+]
+ResultsOut = Annotated[
+    Path | None, typer.Option(help=f"Folder for {RESULTS_FILE} and {PICTURE_FILE}.")
+]
+
+
+def evaluate(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint or run folder.")],
+    tasks: Tasks = None,
+    num_loops: Loops = "1,2,4,8,16",
+    limit: Limit = None,
+    num_fewshot: Fewshot = None,
+    data: Data = None,
+    batch_size: BatchSize = 16,
+    seq_len: SeqLen = None,
+    max_batches: MaxBatches = None,
+    out: ResultsOut = None,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    as_json: AsJson = False,
+) -> None:
+    """Scores by number of loops: held-out bits per byte, or --tasks."""
+    loops = parse_loops(num_loops)
+    check_device(device)
+    of_text = {"--data": data, "--seq-len": seq_len, "--max-batches": max_batches}
+    of_tasks = {"--limit": limit, "--num-fewshot": num_fewshot}
+    for option, given in (of_tasks if tasks is None else of_text).items():
+        if given is not None:
+            where = "needs --tasks" if tasks is None else "is of held-out text, not of --tasks"
+            raise ValueError(f"{option} {where}; leave it out")
+    if out is not None:
+        from openmythos.analysis.plots import require_matplotlib
+
+        require_matplotlib()  # now, not after the scores
+    from openmythos.checkpoint import checkpoint_folder
+    from openmythos.counts import count
+
+    folder = checkpoint_folder(checkpoint)
+    if tasks is None:
+        curves, config = held_out(folder, loops, data, batch_size, seq_len, max_batches, device)
+    else:
+        curves, config = on_tasks(
+            folder, tasks, loops, limit, num_fewshot, batch_size, seed, device
+        )
+    flops = {n: count(config, num_loops=n).inference_flops_per_token for n in curves[0].scores}
+    report = {
+        "checkpoint": str(checkpoint),
+        "settings": {"limit": limit, "num_fewshot": num_fewshot, "seed": seed},
+        "flops_per_token": [{"num_loops": n, "flops": flops[n]} for n in flops],
+        "curves": [curve.to_dict() for curve in curves],
+        "versions": versions(),
+    }
+    if out is not None:
+        write_results(report, curves, out)
+    if as_json:
+        points = curves[0].scores.items()
+        rows = [{"num_loops": n, "bits_per_byte": score.value} for n, score in points]
+        typer.echo(json.dumps(rows if tasks is None else report))
+        return
+    show(curves, flops)
+    if out is not None:
+        Console(highlight=False).print(
+            f"{out / RESULTS_FILE}\n{out / PICTURE_FILE}", soft_wrap=True
+        )
+
+
+# --- what is measured -----------------------------------------------------------------------------
+
+
+def held_out(
+    folder: Path,
+    loops: Sequence[int],
+    data: Path | None,
+    batch_size: int,
+    seq_len: int | None,
+    max_batches: int | None,
+    device: str,
+) -> "tuple[list[ScoreCurve], ModelConfig]":
+    """Bits per byte of the validation split, every token once."""
+    from openmythos import load_pretrained
+    from openmythos.analysis.result import Score
+    from openmythos.data.loader import TokenLoader
+    from openmythos.eval.depth_sweep import Measured, sweep
+    from openmythos.tokenizer import Tokenizer
+    from openmythos.train.task import held_out_bits_per_byte
+
+    expected = Tokenizer.load(folder).fingerprint
+    source = run_data(folder) if data is None else data
+    model = load_pretrained(folder, device=device)
+    loader = TokenLoader(
+        source,
+        "val",
+        seq_len=min(DEFAULT_SEQ_LEN if seq_len is None else seq_len, model.config.max_seq_len),
+        batch_size=batch_size,
+        tokenizer_fingerprint=expected,
+    )
+    rows = loader.num_windows if max_batches is None else max_batches * batch_size
+
+    def measure_at(n: int) -> "Results":
+        bits = held_out_bits_per_byte(model, loader, n, max_batches)
+        score = Score(bits, None, min(rows, loader.num_windows))
+        return {("held-out text", "bits_per_byte"): Measured(score=score, higher_is_better=False)}
+
+    return sweep(loops, measure_at), model.config
+
+
+def run_data(checkpoint: Path) -> Path:
+    """The prepared data of the run that a checkpoint belongs to.
+
+    Raises:
+        ValueError: It is not known.
+    """
+    run = checkpoint.parent.parent
+    places = [run / "data"]
+    source = _run_field(run, "data", "source")
+    if isinstance(source, str):
+        places.append(Path(source))
+    for place in places:
+        if (place / "index.json").is_file():
+            return place
+    raise ValueError(f"{run} has no prepared data; run `openmythos prepare` and give --data")
+
+
+def on_tasks(
+    folder: Path,
+    tasks: str,
+    loops: Sequence[int],
+    limit: int | None,
+    num_fewshot: int | None,
+    batch_size: int,
+    seed: int,
+    device: str,
+) -> "tuple[list[ScoreCurve], ModelConfig]":
+    """Every task at every depth; all tasks are found before the first is asked."""
+    from openmythos import load_pretrained
+    from openmythos.eval.depth_sweep import require_harness, sweep_tasks
+    from openmythos.eval.scoring import Scorer
+    from openmythos.eval.task import shipped_task
+
+    codec, walks = codec_of(folder)
+    names = [name for part in tasks.split(",") if (name := part.strip())]
+    if not names:
+        raise ValueError(f"--tasks is {tasks!r}; give names or files, separated by commas")
+    found = {name: shipped_task(name, walks) for name in names}
+    elsewhere = [name for name, task in found.items() if task is None]
+    others = None
+    if elsewhere:
+        require_harness()
+        from openmythos.eval.harness import load_tasks
+
+        others = load_tasks(elsewhere, num_fewshot=num_fewshot, seed=seed)
+    elif num_fewshot is not None:
+        raise ValueError("--num-fewshot is for tasks of the harness; those that ship have none")
+    model = load_pretrained(folder, device=device)
+    scorer = Scorer(model=model, codec=codec, num_loops=1, batch_size=batch_size, seed=seed)
+
+    def report(n: int, results: "Results") -> None:
+        said = [f"{task} {found.score.value:.3f}" for (task, _), found in results.items()]
+        typer.echo(f"{n} loops: {', '.join(said)}", err=True)
+
+    shipped = [task for task in found.values() if task is not None]
+    curves = sweep_tasks(scorer, loops, shipped, others, limit=limit, report=report)
+    if scorer.num_truncated:
+        typer.echo(
+            f"note: {scorer.num_truncated} contexts were longer than the model's "
+            f"{scorer.max_len} tokens and were cut on the left",
+            err=True,
+        )
+    return curves, model.config
+
+
+def codec_of(folder: Path) -> "tuple[Codec, HopsConfig | None]":
+    """A checkpoint's tokenizer; or the words and walks of the run on walks that it belongs to.
+
+    Raises:
+        ValueError: It has neither.
+    """
+    from openmythos.eval.walk import WalkCodec
+    from openmythos.schema import from_dict
+    from openmythos.tokenizer import Tokenizer
+    from openmythos.train.config import HopsData, RunConfig
+    from openmythos.train.setup import hops_training
+
+    if (folder / "tokenizer.json").is_file():
+        return Tokenizer.load(folder), None
+    run = folder.parent.parent
+    if _run_field(run, "data", "kind") == HopsData.kind:
+        stored = json.loads((run / "config.json").read_text(encoding="utf-8"))
+        config = from_dict(RunConfig, stored)
+        if isinstance(config.data, HopsData):
+            walks = hops_training(config.data, config.train.seed).task.config
+            return WalkCodec(walks), walks
+    raise ValueError(f"{folder} has no tokenizer.json and is of no run on walks: nothing to ask it")
+
+
+def _run_field(run: Path, part: str, name: str) -> Any:
+    """A field of a run's config.json; None where there is none."""
+    if not (run / "config.json").is_file():
+        return None
+    stored = json.loads((run / "config.json").read_text(encoding="utf-8"))
+    fields = stored.get(part) if isinstance(stored, dict) else None
+    return fields.get(name) if isinstance(fields, dict) else None
+
+
+def versions() -> dict[str, str]:
+    """What the scores depend on besides the weights."""
+    import importlib.metadata
+    import importlib.util
+
+    import torch
+
+    from openmythos import __version__
+
+    found = {"openmythos": __version__, "python": platform.python_version()}
+    found["torch"] = torch.__version__
+    if importlib.util.find_spec("lm_eval") is not None:
+        found["lm_eval"] = importlib.metadata.version("lm_eval")
+    return found
+
+
+# --- what is said ---------------------------------------------------------------------------------
+
+
+def write_results(report: dict[str, Any], curves: "Sequence[ScoreCurve]", out: Path) -> None:
+    """The numbers and their picture."""
+    from openmythos.analysis.score_plot import plot_score_curves
+
+    out.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(report, indent=2, allow_nan=False)
+    (out / RESULTS_FILE).write_text(text + "\n", encoding="utf-8")
+    plot_score_curves(curves, out / PICTURE_FILE)
+
+
+def show(curves: "Sequence[ScoreCurve]", flops: dict[int, int]) -> None:
+    """One table: a row a depth, a column a score, and what the depths cost."""
+    console = Console(highlight=False)
+    table = Table(title="scores by number of loops, with standard errors")
+    table.add_column("loops", justify="right")
+    for curve in curves:
+        heading = f"{curve.task}\n{curve.metric.replace('_', ' ')}"
+        table.add_column(heading, justify="right", overflow="fold", min_width=13)
+    table.add_column("MFLOPs\na token", justify="right")
+    for n, cost in flops.items():
+        cells = [cell(curve.scores[n]) for curve in curves]
+        table.add_row(str(n), *cells, f"{cost / 1e6:,.1f}", end_section=n == max(flops))
+    if len(flops) > 1:
+        gains = [cell(curve.gain, sign="+") for curve in curves if curve.gain is not None]
+        table.add_row("last - first", *gains, "")
+    counts = [max(score.num_questions for score in curve.scores.values()) for curve in curves]
+    table.add_row("questions", *(f"{number:,}" for number in counts), "")
+    console.print(table)
+    for curve in curves:
+        if curve.baselines:
+            said = ", ".join(f"{name} {value:.3f}" for name, value in curve.baselines.items())
+            console.print(f"without a model, {curve.task} {curve.metric}: {said}", soft_wrap=True)
+
+
+def cell(score: "Score", sign: str = "") -> str:
+    """A score with its standard error."""
+    if score.stderr is None:
+        return f"{score.value:{sign}.4f}"
+    return f"{score.value:{sign}.3f} ± {score.stderr:.3f}"

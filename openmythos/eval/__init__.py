@@ -1,0 +1,1 @@
+"""Scores of a model: held-out loss and tasks, by number of loops."""

@@ -1,0 +1,379 @@
+"""Models of ours in lm-evaluation-harness (0.4.13), and its tasks from names, files and folders.
+
+Import this module only where the harness is needed: it is an extra, and takes seconds to load.
+"""
+
+import contextlib
+import difflib
+import functools
+import io
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lm_eval.models  # noqa: F401  (before a model is registered, or the others are lost)
+import yaml
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
+from lm_eval.evaluator import evaluate
+from lm_eval.models.utils import normalize_gen_kwargs
+from lm_eval.tasks import TaskManager
+from lm_eval.tasks._yaml_loader import load_yaml
+
+from openmythos.analysis.result import Score
+from openmythos.checkpoint import checkpoint_folder
+from openmythos.eval.depth_sweep import Measured
+from openmythos.eval.scoring import GenerationRequest, Scorer
+from openmythos.eval.task import SHIPPED, Outcomes, choice_baselines, summarise
+from openmythos.interop.loading import load_pretrained
+from openmythos.tokenizer import Tokenizer
+
+SHIPPED_FOLDER = Path(__file__).parent / "tasks"
+DEFAULT_NEW_TOKENS = 256  # what the harness' own models generate where a task does not say
+BOOTSTRAPS = 1000
+GENERATION_WORDS = {"until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p"}
+
+
+@register_model("openmythos")
+class HarnessModel(TemplateLM):
+    """Answers the harness' three kinds of request with a ``Scorer``.
+
+    Args:
+        pretrained: A scorer; or a folder, for ``simple_evaluate(model="openmythos", ...)``.
+        num_loops: Loops of every token; default: the model's.
+        batch_size: Rows a batch; does not change scores.
+        max_batch_size: Of the harness' command line; unused.
+        device: Where a folder's model goes.
+        add_bos: Contexts begin with bos.
+        seed: Of initial states and samples.
+    """
+
+    def __init__(
+        self,
+        pretrained: Scorer | str | os.PathLike[str],
+        *,
+        num_loops: int | None = None,
+        batch_size: int | str = 16,
+        max_batch_size: int | None = None,
+        device: str = "cpu",
+        add_bos: bool = True,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if not isinstance(pretrained, Scorer):
+            folder = checkpoint_folder(pretrained)
+            model = load_pretrained(folder, device=device)
+            pretrained = Scorer(
+                model=model,
+                codec=Tokenizer.load(folder),
+                num_loops=model.config.num_loops if num_loops is None else num_loops,
+                batch_size=int(batch_size),
+                add_bos=add_bos,
+                seed=seed,
+            )
+        self.scorer = pretrained
+        self._device = pretrained.model.embed.weight.device
+
+    @property
+    def num_loops(self) -> int:
+        """Loops of every token; may be set between evaluations."""
+        return self.scorer.num_loops
+
+    @num_loops.setter
+    def num_loops(self, value: int) -> None:
+        self.scorer.num_loops = value
+
+    @property
+    def batch_size(self) -> int:
+        """Rows a batch."""
+        return self.scorer.batch_size
+
+    @property
+    def max_length(self) -> int:
+        """The most tokens that the model reads."""
+        return self.scorer.max_len
+
+    @property
+    def max_gen_toks(self) -> int:
+        """New tokens where a task does not say how many."""
+        return DEFAULT_NEW_TOKENS
+
+    @property
+    def eot_token_id(self) -> int:
+        """Ends a document."""
+        eos = self.scorer.codec.eos_id
+        return self.scorer.prefix_id if eos is None else eos
+
+    @property
+    def prefix_token_id(self) -> int:
+        """Stands for an empty context."""
+        return self.scorer.prefix_id
+
+    @property
+    def tokenizer_name(self) -> str:
+        """Tells caches of requests apart."""
+        codec = self.scorer.codec
+        name = codec.fingerprint if isinstance(codec, Tokenizer) else type(codec).__name__
+        return f"openmythos-{name}"
+
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **_: Any
+    ) -> list[int]:
+        """Ids of a text; with bos unless the caller or the scorer says otherwise."""
+        if add_special_tokens is False:
+            return self.scorer.codec.encode(string)
+        return self.scorer.encode_context(string)
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        return self.scorer.encode_pair(context, continuation)
+
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[Any]:
+        """(nats, greedy) of every continuation."""
+        return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+
+    def _loglikelihood_tokens(
+        self, requests: list[Any], disable_tqdm: bool = True, **_: Any
+    ) -> list[tuple[float, bool]]:
+        scores = self.scorer.score_tokens([(list(ctx), list(cont)) for _, ctx, cont in requests])
+        for (key, _, _), score in zip(requests, scores, strict=True):
+            if key is not None:
+                self.cache_hook.add_partial("loglikelihood", key, score)
+        return scores
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = True) -> list[float]:
+        """Nats of every whole text."""
+        totals = self.scorer.rolling([request.args[0] for request in requests])
+        for request, total in zip(requests, totals, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        return totals
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
+        """Every continuation up to its first stop text."""
+        asked = [generation_request(*request.args) for request in requests]
+        texts = self.scorer.generate(asked)
+        for request, text in zip(requests, texts, strict=True):
+            self.cache_hook.add_partial("generate_until", request.args, text)
+        return texts
+
+
+def generation_request(context: str, options: Mapping[str, Any]) -> GenerationRequest:
+    """What a task's ``generation_kwargs`` ask for.
+
+    Raises:
+        ValueError: They ask for something that the generator does not do, such as beams.
+    """
+    known = normalize_gen_kwargs(dict(options), DEFAULT_NEW_TOKENS)
+    unknown = sorted(set(known) - GENERATION_WORDS)
+    if unknown:
+        raise ValueError(
+            f"generation_kwargs has {', '.join(unknown)}; supported are "
+            f"{', '.join(sorted(GENERATION_WORDS))}"
+        )
+    return GenerationRequest(
+        context=context,
+        max_new_tokens=known["max_gen_toks"],
+        stops=tuple(stop for stop in known["until"] if stop),
+        temperature=known.get("temperature", 0.0) if known["do_sample"] else 0.0,
+        top_k=known.get("top_k") if known["do_sample"] else None,
+        top_p=known.get("top_p") if known["do_sample"] else None,
+    )
+
+
+# --- tasks ----------------------------------------------------------------------------------------
+
+
+def read_task(path: Path, **changes: Any) -> dict[str, Any]:
+    """A task file; files of its data are found beside it.
+
+    Args:
+        path: YAML as the harness has it.
+        changes: Fields to replace.
+
+    Raises:
+        ValueError: It is no task file.
+    """
+    try:
+        config = load_yaml(path)
+    except (OSError, ValueError, ImportError, AttributeError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} cannot be read as a task: {_first_line(error)}") from None
+    if not isinstance(config.get("task"), str):
+        raise ValueError(f"{path} has no task: NAME; give a file of one task")
+    options = config.get("dataset_kwargs") or {}
+    files = options.get("data_files")
+    if files is not None:
+        absolute = _beside(files, path.resolve().parent)
+        config["dataset_kwargs"] = {**options, "data_files": absolute}
+    return {**config, **changes}
+
+
+def _beside(files: Any, folder: Path) -> Any:
+    if isinstance(files, dict):
+        return {split: _beside(part, folder) for split, part in files.items()}
+    if isinstance(files, list):
+        return [_beside(part, folder) for part in files]
+    return str(folder / files) if (folder / files).is_file() else files
+
+
+def task_files(spec: str) -> list[Path] | None:
+    """The task files that a path names; None if the words are no path but a task's name.
+
+    Raises:
+        ValueError: There is no such file, or a folder without one.
+    """
+    path = Path(spec)
+    if path.is_dir():
+        files = sorted(path.rglob("*.yaml"))
+        if not files:
+            raise ValueError(f"{path} holds no task file (*.yaml)")
+        return files
+    if path.suffix in (".yaml", ".yml"):
+        if not path.is_file():
+            raise ValueError(f"task file {path} does not exist")
+        return [path]
+    return None
+
+
+@dataclass(frozen=True)
+class HarnessTasks:
+    """Tasks and groups that the harness has loaded, ready for any number of depths."""
+
+    loaded: Mapping[str, Any]
+    seed: int = 0
+
+    def measure(self, scorer: Scorer, limit: int | None) -> dict[tuple[str, str], Measured]:
+        """Every score of every task at the scorer's depth."""
+        for task in self.loaded["tasks"].values():
+            task.set_fewshot_seed(seed=self.seed)  # the same examples at every depth
+        said = io.StringIO()  # bars and notes of every call
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            found = evaluate(
+                HarnessModel(scorer),
+                {**self.loaded},
+                limit=limit,
+                bootstrap_iters=BOOTSTRAPS,
+                log_samples=True,
+            )
+        return dict(_measured(found))
+
+
+def load_tasks(
+    specs: Sequence[str], *, num_fewshot: int | None = None, seed: int = 0
+) -> HarnessTasks:
+    """Tasks by name (from the hub), by file, or all files of a folder.
+
+    Args:
+        specs: Names and paths.
+        num_fewshot: Examples before every question, where the task does not fix them at 0.
+        seed: Of the choice of examples.
+
+    Raises:
+        ValueError: An unknown name, a file that is no task, or data that cannot be reached.
+    """
+    chosen: list[tuple[str, Any]] = []
+    for spec in specs:
+        files = task_files(spec)
+        chosen += [(spec, spec)] if files is None else [(str(f), read_task(f)) for f in files]
+    manager = _manager(any(isinstance(what, str) for _, what in chosen))
+    loaded: dict[str, dict[str, Any]] = {"tasks": {}, "groups": {}, "group_map": {}}
+    for spec, what in chosen:
+        for kind, found in _load(manager, spec, what).items():
+            loaded[kind].update(found)
+    for task in loaded["tasks"].values():
+        fixed = task.get_config("num_fewshot")
+        if num_fewshot is not None and fixed != 0:
+            task.set_config(key="num_fewshot", value=num_fewshot)
+        elif fixed is None:
+            task.set_config(key="num_fewshot", value=0)
+    return HarnessTasks(loaded, seed)
+
+
+@functools.cache
+def _manager(include_defaults: bool) -> TaskManager:
+    """Reading the thousands of files of the harness' own tasks takes seconds."""
+    return TaskManager(include_defaults=include_defaults)
+
+
+def _load(manager: TaskManager, spec: str, what: Any) -> Mapping[str, Any]:
+    if isinstance(what, str) and what not in manager.task_index:
+        near = difflib.get_close_matches(what, [*manager.all_tasks, *SHIPPED], n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(
+            f"no task {what!r}{hint} Give a name of lm-evaluation-harness, one of "
+            f"{', '.join(SHIPPED)}, or a task file"
+        )
+    try:
+        return manager.load([what])
+    except Exception as error:  # network, hub and format errors have no common class
+        reason = f"{type(error).__name__}: {_first_line(error)}"
+        if isinstance(what, str):
+            raise ValueError(
+                f"task {spec} has its data on the Hugging Face hub, which could not be read "
+                f"({reason}); offline, use task files or {', '.join(SHIPPED)}"
+            ) from None
+        raise ValueError(f"task file {spec} cannot be loaded ({reason})") from None
+
+
+def _first_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200]
+
+
+# --- results --------------------------------------------------------------------------------------
+
+
+def _measured(found: Mapping[str, Any]) -> Iterable[tuple[tuple[str, str], Measured]]:
+    for task, metrics in {**found["results"], **found.get("groups", {})}.items():
+        logged = found["samples"].get(task, [])
+        for key, value in metrics.items():
+            metric, _, chosen = key.partition(",")
+            if not chosen or metric.endswith("_stderr") or not isinstance(value, float | int):
+                continue
+            stderr = metrics.get(f"{metric}_stderr,{chosen}")
+            higher = found["higher_is_better"].get(task, {}).get(metric)
+            outcomes = _outcomes(metric, [row for row in logged if row["filter"] == chosen])
+            known = None if outcomes is None else summarise(outcomes).stderr
+            if outcomes is not None and not math.isclose(summarise(outcomes).value, value):
+                outcomes = known = None  # the task counts otherwise
+            score = Score(
+                float(value),
+                float(stderr) if isinstance(stderr, float | int) else known,
+                int(metrics.get("sample_len", len(logged))),
+            )
+            name = metric if chosen == "none" else f"{metric} ({chosen})"
+            yield (
+                (task, name),
+                Measured(
+                    score=score,
+                    outcomes=outcomes,
+                    higher_is_better=higher is not False,
+                    baselines=_baselines(metric, logged),
+                ),
+            )
+
+
+def _outcomes(metric: str, rows: Sequence[Mapping[str, Any]]) -> Outcomes | None:
+    """A metric that is a mean, or bits over bytes, question by question; None if it is another."""
+    values = [row[metric] for row in rows if metric in row]
+    if not values or len(values) != len(rows):
+        return None
+    if metric == "bits_per_byte":
+        return [(-nats / math.log(2), float(size)) for nats, size in values]
+    if metric in ("acc", "acc_norm", "acc_bytes", "exact_match"):
+        return [(float(value), 1.0) for value in values]
+    return None
+
+
+def _baselines(metric: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Guessers on a multiple choice whose context is one and the same for all choices."""
+    questions = []
+    for row in rows:
+        asked, answer = row["arguments"], row["target"]
+        contexts = {context for context, *_ in asked}
+        if not metric.startswith("acc") or len(asked) < 2 or len(contexts) != 1:
+            return {}
+        if not isinstance(answer, int) or not 0 <= answer < len(asked):
+            return {}
+        questions.append((asked[0][0], [part[1] for part in asked], answer))
+    return choice_baselines(questions) if questions else {}

@@ -1,0 +1,208 @@
+"""Tasks that ship with the project, and their scores without lm-evaluation-harness.
+
+The same documents are task files in ``eval/tasks``, for the harness; both give the same numbers.
+
+Every task states what guessers reach that use no model: a score near one of them shows nothing.
+"""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from openmythos.analysis.result import Score
+from openmythos.data.synthetic import HopsConfig, HopsTask
+from openmythos.eval import python_docs
+from openmythos.eval.scoring import GenerationRequest, Scorer
+from openmythos.eval.walk import hops_documents
+
+Kind = Literal["choice", "next", "generate", "text"]
+Outcomes = list[tuple[float, float]]  # of every question: what counts, and its weight
+METRICS: dict[Kind, str] = {
+    "choice": "acc",
+    "next": "acc",
+    "generate": "exact_match",
+    "text": "bits_per_byte",
+}
+LOWER_IS_BETTER = ("bits_per_byte", "byte_perplexity", "word_perplexity", "perplexity")
+WORD = re.compile("[A-Za-z]+")
+WORD_TOKENS = 8
+HOPS = re.compile(r"hops_([1-9]\d*)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalTask:
+    """Questions of one kind.
+
+    A choice has ``context``, ``choices`` and ``answer``, the index of the likeliest choice. A next
+    has ``context`` and ``target``, which greedy decoding must give. A generate has the same, and
+    the first word generated counts. A text is ``text``, measured in bits per byte.
+    """
+
+    name: str
+    kind: Kind
+    documents: Sequence[Mapping[str, Any]]
+    baselines: Mapping[str, float]
+
+    @property
+    def metric(self) -> str:
+        """The name of its score."""
+        return METRICS[self.kind]
+
+
+# --- the tasks that ship --------------------------------------------------------------------------
+
+
+def _python_docs_choice() -> EvalTask:
+    questions = python_docs.choice_questions(python_docs.documents())
+    rows = [(q["context"], q["choices"], q["answer"]) for q in questions]
+    return EvalTask(
+        name="python_docs_choice",
+        kind="choice",
+        documents=questions,
+        baselines=choice_baselines(rows),
+    )
+
+
+def _python_docs_word() -> EvalTask:
+    questions = python_docs.word_questions(python_docs.documents())
+    return EvalTask(
+        name="python_docs_word",
+        kind="generate",
+        documents=questions,
+        baselines={"majority": majority([q["target"] for q in questions])},
+    )
+
+
+def _python_docs_bits() -> EvalTask:
+    texts = python_docs.texts(python_docs.documents())
+    return EvalTask(name="python_docs_bits", kind="text", documents=texts, baselines={})
+
+
+TEXT_TASKS: dict[str, Callable[[], EvalTask]] = {
+    "python_docs_choice": _python_docs_choice,
+    "python_docs_word": _python_docs_word,
+    "python_docs_bits": _python_docs_bits,
+}
+SHIPPED = (*TEXT_TASKS, "hops_1, hops_2 ...")
+
+
+def shipped_task(name: str, walks: HopsConfig | None) -> EvalTask | None:
+    """The task of this name; None if no such task ships.
+
+    Args:
+        name: A name of ``TEXT_TASKS``, or ``hops_4`` for walks of four hops.
+        walks: Those that the model was trained on; None for a model of text.
+
+    Raises:
+        ValueError: The model is of the other sort.
+    """
+    hops = HOPS.fullmatch(name)
+    if hops is not None and walks is not None:
+        num_hops = int(hops[1])
+        documents = hops_documents(walks, num_hops)
+        leaks = HopsTask(walks).leak_baselines(num_hops)
+        return EvalTask(name=name, kind="next", documents=documents, baselines=leaks)
+    if hops is not None:
+        raise ValueError(f"task {name} needs a run on walks (train --data hops); this is of text")
+    if name not in TEXT_TASKS:
+        return None
+    if walks is not None:
+        raise ValueError(f"task {name} needs a model of text; this one knows walks: give hops_1 ..")
+    return TEXT_TASKS[name]()
+
+
+# --- scores ---------------------------------------------------------------------------------------
+
+
+def measure(scorer: Scorer, task: EvalTask, limit: int | None = None) -> Outcomes:
+    """What each of the first ``limit`` questions gives at the scorer's depth."""
+    rows = task.documents[:limit]
+    if task.kind == "choice":
+        return _measure_choice(scorer, rows)
+    if task.kind == "next":
+        asked = [(row["context"], row["target"]) for row in rows]
+        return [(float(greedy), 1.0) for _, greedy in scorer.loglikelihood(asked)]
+    if task.kind == "generate":
+        requests = [
+            GenerationRequest(context=row["context"], max_new_tokens=WORD_TOKENS, stops=("\n",))
+            for row in rows
+        ]
+        words = [WORD.search(text) for text in scorer.generate(requests)]
+        return [
+            (float(word is not None and word[0] == row["target"]), 1.0)
+            for word, row in zip(words, rows, strict=True)
+        ]
+    nats = scorer.rolling([row["text"] for row in rows])
+    return [
+        (-total / math.log(2), float(len(row["text"].encode())))
+        for total, row in zip(nats, rows, strict=True)
+    ]
+
+
+def _measure_choice(scorer: Scorer, rows: Sequence[Mapping[str, Any]]) -> Outcomes:
+    asked = [(row["context"], choice) for row in rows for choice in row["choices"]]
+    nats = iter([total for total, _ in scorer.loglikelihood(asked)])
+    outcomes = []
+    for row in rows:
+        scores = [next(nats) for _ in row["choices"]]
+        outcomes.append((float(scores.index(max(scores)) == row["answer"]), 1.0))
+    return outcomes
+
+
+def summarise(outcomes: Outcomes) -> Score:
+    """The weighted mean and its standard error.
+
+    With weights of 1 that is the sample's deviation over sqrt(n). Otherwise (bits over bytes) it is
+    the error of a ratio of two sums.
+
+    Source: Cochran, Sampling Techniques (3rd edition, 1977), equation 6.13, no correction for a
+    finite population.
+    """
+    count, weight = len(outcomes), sum(part for _, part in outcomes)
+    value = sum(amount for amount, _ in outcomes) / weight
+    if count < 2:
+        return Score(value, None, count)
+    squares = sum((amount - value * part) ** 2 for amount, part in outcomes)
+    return Score(value, math.sqrt(squares * count / (count - 1)) / weight, count)
+
+
+def differences(deep: Outcomes, shallow: Outcomes) -> Outcomes:
+    """Question by question; both have the same weights."""
+    return [(a - b, weight) for (a, weight), (b, _) in zip(deep, shallow, strict=True)]
+
+
+# --- what no model is needed for ------------------------------------------------------------------
+
+
+def choice_baselines(rows: Sequence[tuple[str, Sequence[str], int]]) -> dict[str, float]:
+    """Accuracy of guessers on (context, choices, answer).
+
+    chance: a uniform guess. position: the commonest place. longest, shortest: by characters.
+    overlap: most words in common with the context.
+    """
+
+    def share(key: Callable[[str, str], float]) -> float:
+        right = 0
+        for context, choices, answer in rows:
+            keys = [key(context, choice) for choice in choices]
+            right += keys.index(max(keys)) == answer
+        return right / len(rows)
+
+    def overlap(context: str, choice: str) -> float:
+        return float(len(set(choice.lower().split()) & set(context.lower().split())))
+
+    return {
+        "chance": sum(1 / len(choices) for _, choices, _ in rows) / len(rows),
+        "position": majority([answer for _, _, answer in rows]),
+        "longest": share(lambda _, choice: float(len(choice))),
+        "shortest": share(lambda _, choice: float(-len(choice))),
+        "overlap": share(overlap),
+    }
+
+
+def majority(answers: Sequence[Any]) -> float:
+    """Share of the commonest answer."""
+    return Counter(answers).most_common(1)[0][1] / len(answers)

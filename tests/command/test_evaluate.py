@@ -1,0 +1,104 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from openmythos.eval import python_docs
+from tests.command.conftest import SMALL, Invoke, refused, sets
+from tests.eval.examples import documents
+
+
+def test_eval(invoke: Invoke, text_run: Path) -> None:
+    command = ("eval", text_run, "--num-loops", "1,3", "--seq-len", 32)
+    rows = json.loads(invoke(*command, "--json"))
+    assert [row["num_loops"] for row in rows] == [1, 3]
+    one_by_one = json.loads(invoke(*command, "--batch-size", 1, "--json"))
+    for a, b in zip(rows, one_by_one, strict=True):
+        assert a["bits_per_byte"] == pytest.approx(b["bits_per_byte"], rel=1e-5)
+    newest = text_run / "checkpoints" / "step-00000004"
+    given = invoke("eval", newest, *command[2:], "--data", text_run / "data", "--json")
+    assert json.loads(given) == rows
+    table = invoke(*command, "--max-batches", 1)
+    assert "bits per byte" in table and "held-out text" in table
+
+
+def test_eval_finds_the_prepared_folder_of_the_run(
+    invoke: Invoke, text_file: Path, tmp_path: Path
+) -> None:
+    data, out = tmp_path / "prepared", tmp_path / "run"
+    invoke("prepare", text_file, "--out", data, "--bytes")
+    invoke("train", "--data", data, "--out", out, *sets(*SMALL, "train.max_steps=1"))
+    assert len(json.loads(invoke("eval", out, "--num-loops", 2, "--json"))) == 1
+    invoke("prepare", text_file, "--out", tmp_path / "other", "--vocab-size", 270)
+    message = refused(invoke, "eval", out, "--data", tmp_path / "other")
+    assert "tokenizer mismatch" in message
+    assert "is not prepared data" in refused(invoke, "eval", out, "--data", tmp_path)
+
+
+def test_eval_refuses(invoke: Invoke, text_run: Path, hops_run: Path, tmp_path: Path) -> None:
+    assert "does not exist" in refused(invoke, "eval", tmp_path / "absent")
+    assert "no tokenizer" in refused(invoke, "eval", hops_run)
+    assert "--num-loops is '0'" in refused(invoke, "eval", text_run, "--num-loops", "0")
+    invoke("eval", text_run, "--max-batches", 0, status=2)
+
+
+def test_eval_writes_numbers_and_a_picture(invoke: Invoke, text_run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "scores"
+    said = invoke("eval", text_run, "--num-loops", "1,3", "--seq-len", 32, "--out", out)
+    assert str(out / "scores.png") in said
+    assert (out / "scores.png").read_bytes().startswith(b"\x89PNG")
+    report = json.loads((out / "results.json").read_text(encoding="utf-8"))
+    (curve,) = report["curves"]
+    assert [point["num_loops"] for point in curve["scores"]] == [1, 3]
+    assert curve["higher_is_better"] is False
+    flops = {point["num_loops"]: point["flops"] for point in report["flops_per_token"]}
+    assert 0 < flops[1] < flops[3]
+    assert report["versions"].keys() >= {"openmythos", "python", "torch"}
+
+
+def test_eval_on_tasks_that_ship(
+    invoke: Invoke, text_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(python_docs, "documents", documents)
+    command = ("eval", text_run, "--tasks", "python_docs_choice, python_docs_bits")
+    command = (*command, "--num-loops", "2,1", "--limit", 4)
+    report = json.loads(invoke(*command, "--json", "--out", tmp_path))
+    assert json.loads((tmp_path / "results.json").read_text(encoding="utf-8")) == report
+    choice, bits = report["curves"]
+    assert (choice["task"], bits["task"]) == ("python_docs_choice", "python_docs_bits")
+    assert choice["baselines"].keys() >= {"chance", "longest", "overlap"}
+    assert [point["num_questions"] for point in bits["scores"]] == [4, 4]
+    assert bits["gain"]["value"] == pytest.approx(
+        bits["scores"][1]["value"] - bits["scores"][0]["value"]
+    )
+    table = " ".join(invoke(*command, "--batch-size", 1).split())
+    for said in ("python_docs_choice", "bits per byte", "MFLOPs", "last - first", "± 0."):
+        assert said in table
+    assert "without a model, python_docs_choice acc: chance 0.250" in table
+
+
+def test_eval_on_walks(invoke: Invoke, hops_run: Path) -> None:
+    report = json.loads(
+        invoke("eval", hops_run, "--tasks", "hops_1,hops_4", "--num-loops", 2, "--json")
+    )
+    assert [curve["task"] for curve in report["curves"]] == ["hops_1", "hops_4"]
+    for curve in report["curves"]:
+        assert curve["baselines"] == dict.fromkeys(
+            ("chance", "majority", "last_token", "suffix_only"), 1 / 16
+        )
+        assert curve["scores"][0]["num_questions"] == 512
+        assert curve["gain"] is None
+
+
+def test_eval_refuses_tasks(invoke: Invoke, text_run: Path, hops_run: Path) -> None:
+    run = ("eval", text_run, "--tasks")
+    assert "hops_2 needs a run on walks" in refused(invoke, *run, "hops_2")
+    assert "needs a model of text" in refused(
+        invoke, "eval", hops_run, "--tasks", "python_docs_bits"
+    )
+    assert "--tasks is ' , '" in refused(invoke, *run, " , ")
+    assert "gone.yaml does not exist" in refused(invoke, *run, "gone.yaml")
+    assert "--data is of held-out text" in refused(invoke, *run, "hops_2", "--data", "x")
+    assert "--limit needs --tasks" in refused(invoke, "eval", text_run, "--limit", 3)
+    message = refused(invoke, "eval", hops_run, "--tasks", "hops_1", "--num-fewshot", 2)
+    assert "those that ship have none" in message

@@ -1,0 +1,300 @@
+import json
+import math
+import socket
+from pathlib import Path
+from typing import Any
+
+import datasets
+import huggingface_hub.constants
+import pytest
+import torch
+from lm_eval.api.registry import get_model
+from lm_eval.tasks import TaskManager
+
+from openmythos import save_pretrained
+from openmythos.config import (
+    CopyInitConfig,
+    GQAConfig,
+    ModelConfig,
+    NoInjectionConfig,
+    SwiGLUConfig,
+)
+from openmythos.data.synthetic import HopsConfig
+from openmythos.eval import python_docs
+from openmythos.eval.depth_sweep import measure_tasks, sweep_tasks
+from openmythos.eval.harness import (
+    SHIPPED_FOLDER,
+    HarnessModel,
+    HarnessTasks,
+    generation_request,
+    load_tasks,
+    read_task,
+    task_files,
+)
+from openmythos.eval.scoring import Scorer
+from openmythos.eval.task import TEXT_TASKS, shipped_task
+from openmythos.eval.walk import WalkCodec
+from openmythos.model.recurrent import RecurrentDepthLM
+from openmythos.tokenizer import byte_tokenizer
+from tests.eval.backends import assert_equal_scores, through_hf, through_ours
+from tests.eval.examples import bpe, documents, scorer, text_model, write_tasks
+from tests.strategies import random_model, small_config
+
+WALKS = HopsConfig(num_entities=12, num_relations=4, seed=2)
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """As with HF_HUB_OFFLINE=1, and without a way out should something try."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    cache = tmp_path_factory.mktemp("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
+
+    def refuse(*arguments: Any) -> None:
+        raise AssertionError(f"a test goes to {arguments[-1]}")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tasks(tmp_path_factory.mktemp("tasks"))
+
+
+# --- equal to the Hugging Face backend ------------------------------------------------------------
+
+
+def llama(vocab_size: int, max_seq_len: int) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(5)
+    config = LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=max_seq_len,
+        rms_norm_eps=1e-5,
+        initializer_range=0.4,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=2,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def as_ours(model: Any) -> RecurrentDepthLM:
+    """A Llama is a core without injection that runs once on a copy of the embeddings."""
+    theirs, config = model.state_dict(), model.config
+    ours = RecurrentDepthLM(
+        ModelConfig(
+            vocab_size=config.vocab_size,
+            d_model=32,
+            num_prelude_layers=0,
+            num_core_layers=2,
+            num_coda_layers=0,
+            num_loops=1,
+            max_seq_len=config.max_position_embeddings,
+            attention=GQAConfig(num_heads=4, num_kv_heads=2, head_dim=8),
+            feed_forward=SwiGLUConfig(d_ff=48),
+            injection=NoInjectionConfig(),
+            state_init=CopyInitConfig(),
+            prelude_norm=False,
+            tie_embeddings=False,
+        )
+    )
+    weights = {
+        "embed.weight": theirs["model.embed_tokens.weight"],
+        "final_norm.weight": theirs["model.norm.weight"],
+        "head.weight": theirs["lm_head.weight"],
+    }
+    for layer in range(2):
+        one, other = f"core.{layer}", f"model.layers.{layer}"
+        qkv = [theirs[f"{other}.self_attn.{name}_proj.weight"] for name in "qkv"]
+        gate_up = [theirs[f"{other}.mlp.{name}_proj.weight"] for name in ("gate", "up")]
+        weights[f"{one}.attention.qkv.weight"] = torch.cat(qkv)
+        weights[f"{one}.attention.out.weight"] = theirs[f"{other}.self_attn.o_proj.weight"]
+        weights[f"{one}.feed_forward.gate_up.weight"] = torch.cat(gate_up)
+        weights[f"{one}.feed_forward.down.weight"] = theirs[f"{other}.mlp.down_proj.weight"]
+        weights[f"{one}.attention_norm.weight"] = theirs[f"{other}.input_layernorm.weight"]
+        after = theirs[f"{other}.post_attention_layernorm.weight"]
+        weights[f"{one}.feed_forward_norm.weight"] = after
+    ours.load_state_dict(weights)
+    return ours.eval()
+
+
+def test_scores_are_those_of_the_hugging_face_backend(tasks: Path, tmp_path: Path) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    codec = bpe()
+    model = llama(codec.vocab_size, max_seq_len=96)
+    model.save_pretrained(tmp_path)
+    codec.save(tmp_path)
+    PreTrainedTokenizerFast(
+        tokenizer_file=str(tmp_path / "tokenizer.json"),
+        bos_token="<|bos|>",
+        eos_token="<|eos|>",
+        pad_token="<|pad|>",
+    ).save_pretrained(tmp_path)
+    theirs = through_hf(tmp_path, tasks, dtype="float32")
+    asked = Scorer(model=as_ours(model), codec=codec, num_loops=1, batch_size=4, add_bos=False)
+    ours = through_ours(asked, tasks)
+    assert theirs["results"].keys() == {"some_answer", "some_choice", "some_text"}
+    assert_equal_scores(ours, theirs, 1e-4)
+    broken = Scorer(model=as_ours(model), codec=codec, num_loops=2, add_bos=False)
+    with pytest.raises(AssertionError):
+        assert_equal_scores(through_ours(broken, tasks), theirs, 1e-4)
+
+
+# --- the adapter ----------------------------------------------------------------------------------
+
+
+def test_the_batch_size_does_not_change_scores(tasks: Path) -> None:
+    model = text_model()
+    found = [through_ours(scorer(model, batch_size=size, add_bos=False), tasks) for size in (1, 8)]
+    assert_equal_scores(*found, 1e-5)
+
+
+def test_the_adapter_has_what_the_harness_asks_for() -> None:
+    asked = scorer()
+    model, codec = HarnessModel(asked), byte_tokenizer()
+    assert model.num_loops == 3 and model.max_length == 256 and model.batch_size == 16
+    model.num_loops = 5
+    assert asked.num_loops == 5
+    assert model.eot_token_id == codec.eos_id and model.prefix_token_id == codec.bos_id
+    assert model.tok_encode("ab") == [codec.bos_id, *codec.encode("ab")]
+    assert model.tok_encode("ab", add_special_tokens=False) == codec.encode("ab")
+    assert codec.fingerprint in model.tokenizer_name
+    walks = HarnessModel(scorer(random_model(small_config()), codec=WalkCodec(WALKS)))
+    assert "WalkCodec" in walks.tokenizer_name
+
+
+def test_the_harness_knows_the_model_by_name(tmp_path: Path) -> None:
+    assert get_model("openmythos") is HarnessModel
+    assert get_model("hf").__name__ == "HFLM"
+    model = text_model()
+    save_pretrained(model, tmp_path, byte_tokenizer())
+    made = get_model("openmythos").create_from_arg_obj(
+        {"pretrained": str(tmp_path), "num_loops": 2}, {"batch_size": 2, "device": "cpu"}
+    )
+    assert (made.num_loops, made.batch_size, made.scorer.add_bos) == (2, 2, True)
+    pairs = [("The sky is", " blue"), ("", "x")]
+    expected = scorer(model, num_loops=2).loglikelihood(pairs)
+    for (nats, _), (wanted, _) in zip(made.scorer.loglikelihood(pairs), expected, strict=True):
+        assert nats == pytest.approx(wanted, abs=1e-5)
+
+
+def test_generation_options() -> None:
+    request = generation_request("a", {"until": "x", "max_gen_toks": 7, "do_sample": False})
+    assert (request.stops, request.max_new_tokens, request.temperature) == (("x",), 7, 0.0)
+    drawn = generation_request("a", {"do_sample": True, "temperature": 0.5, "top_p": 0.9})
+    assert (drawn.temperature, drawn.top_p, drawn.max_new_tokens) == (0.5, 0.9, 256)
+    assert generation_request("a", {"temperature": 0.0, "top_p": 0.9}).top_p is None
+    with pytest.raises(ValueError, match="generation_kwargs has num_beams; supported are do_sam"):
+        generation_request("a", {"num_beams": 4})
+
+
+# --- tasks ----------------------------------------------------------------------------------------
+
+
+def test_our_own_evaluator_gives_the_harness_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(python_docs, "documents", documents)
+    asked = scorer(batch_size=32)
+    ours = measure_tasks(asked, [task for name in TEXT_TASKS if (task := shipped_task(name, None))])
+    theirs = load_tasks([str(SHIPPED_FOLDER / f"{name}.yaml") for name in TEXT_TASKS])
+    found = theirs.measure(asked, None)
+    names = {metric.split(" (")[0]: key for key in found for metric in [key[1]]}
+    assert len(found) == len(ours) == 3
+    for (task, metric), mine in ours.items():
+        other = found[names[metric]]
+        assert names[metric][0] == task and other.higher_is_better == mine.higher_is_better
+        assert mine.score.value == pytest.approx(other.score.value, abs=1e-9)
+        assert mine.score.stderr == pytest.approx(other.score.stderr, abs=1e-9)
+        assert mine.score.num_questions == other.score.num_questions
+        assert mine.outcomes is not None and other.outcomes is not None
+        for one, two in zip(mine.outcomes, other.outcomes, strict=True):
+            assert one == pytest.approx(two, abs=1e-6)
+    assert ours["python_docs_choice", "acc"].baselines == pytest.approx(
+        dict(found["python_docs_choice", "acc"].baselines)
+    )
+
+
+def test_walks_in_the_harness_are_our_own() -> None:
+    model = random_model(small_config(vocab_size=16))
+    asked = scorer(model, codec=WalkCodec(WALKS), num_loops=2, batch_size=64)
+    fields = {"num_entities": 12, "num_relations": 4, "seed": 2}
+    config = read_task(
+        SHIPPED_FOLDER / "hops.yaml", task="hops_3", metadata={"num_hops": 3, "walks": fields}
+    )
+    loaded = TaskManager(include_defaults=False).load([config])
+    (theirs,) = HarnessTasks(loaded).measure(asked, None).values()
+    task = shipped_task("hops_3", WALKS)
+    assert task is not None
+    (ours,) = measure_tasks(asked, [task]).values()
+    assert theirs.score.value == pytest.approx(ours.score.value)
+    assert theirs.score.stderr == pytest.approx(ours.score.stderr)
+
+
+def test_a_folder_of_tasks_at_several_depths(tasks: Path) -> None:
+    others = load_tasks([str(tasks)], num_fewshot=1)
+    curves = sweep_tasks(scorer(), (1, 3), [], others)
+    named = {(curve.task, curve.metric): curve for curve in curves}
+    assert named.keys() == {
+        ("some_choice", "acc"),
+        ("some_choice", "acc_norm"),
+        ("some_text", "bits_per_byte"),
+        ("some_text", "byte_perplexity"),
+        ("some_answer", "exact_match"),
+    }
+    for curve in curves:
+        assert list(curve.scores) == [1, 3]
+        assert all(math.isfinite(score.value) for score in curve.scores.values())
+    bits = named["some_text", "bits_per_byte"]
+    assert not bits.higher_is_better and bits.scores[1].stderr is not None
+    assert bits.scores[1] != bits.scores[3]
+    assert named["some_text", "byte_perplexity"].scores[1].stderr is None
+    choice = named["some_choice", "acc"]
+    assert choice.scores[1].num_questions == 3 and choice.gain is not None
+    (limited,) = sweep_tasks(
+        scorer(), (1,), [], load_tasks([str(tasks / "some_text.yaml")]), limit=1
+    )[:1]
+    assert limited.scores[1].num_questions == 1
+
+
+def test_task_files(tasks: Path, tmp_path: Path) -> None:
+    assert [path.name for path in task_files(str(tasks)) or []] == [
+        "some_answer.yaml",
+        "some_choice.yaml",
+        "some_text.yaml",
+    ]
+    assert task_files("arc_easy") is None
+    with pytest.raises(ValueError, match=r"task file .*gone.yaml does not exist"):
+        task_files(str(tmp_path / "gone.yaml"))
+    with pytest.raises(ValueError, match="holds no task file"):
+        task_files(str(tmp_path))
+    read = read_task(tasks / "some_text.yaml")
+    assert read["dataset_kwargs"]["data_files"] == {"test": str(tasks / "some_text.jsonl")}
+    for text, said in (("[1, 2", "cannot be read as a task"), ("a: 1", "has no task: NAME")):
+        (tmp_path / "bad.yaml").write_text(text, encoding="utf-8")
+        with pytest.raises(ValueError, match=said):
+            read_task(tmp_path / "bad.yaml")
+
+
+def test_what_cannot_be_loaded_is_one_clear_line(tasks: Path, tmp_path: Path) -> None:
+    def refused(spec: str) -> str:
+        with pytest.raises(ValueError, match=r".") as caught:
+            load_tasks([spec])
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    assert "no task 'arc_eazy'; did you mean 'arc_easy'?" in refused("arc_eazy")
+    said = refused("arc_easy")
+    assert "task arc_easy has its data on the Hugging Face hub" in said
+    assert "offline, use task files or python_docs_choice" in said
+    config = json.loads((tasks / "some_text.yaml").read_text(encoding="utf-8"))
+    config["dataset_kwargs"] = {"data_files": {"test": "gone.jsonl"}}
+    (tmp_path / "lost.yaml").write_text(json.dumps(config), encoding="utf-8")
+    assert "lost.yaml cannot be loaded" in refused(str(tmp_path / "lost.yaml"))

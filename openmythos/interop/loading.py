@@ -13,11 +13,11 @@ from openmythos.checkpoint import (
     load_checkpoint,
     read_config,
 )
-from openmythos.interop import openmythos_original
+from openmythos.interop import hf_export, openmythos_original
 from openmythos.interop.mapping import read_tensors
 from openmythos.model.recurrent import RecurrentDepthLM
 
-FAMILIES = (openmythos_original.FAMILY,)
+FAMILIES = (openmythos_original.FAMILY, hf_export.FAMILY)
 
 
 def load_pretrained(

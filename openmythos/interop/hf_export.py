@@ -5,7 +5,6 @@ runs it or needs transformers.
 """
 
 import dataclasses
-import json
 import re
 import shutil
 from collections.abc import Collection, Mapping
@@ -13,7 +12,9 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+import tokenizers
 import torch
+from tokenizers.processors import TemplateProcessing
 
 from openmythos import checkpoint, counts
 from openmythos import config as seams
@@ -298,15 +299,18 @@ def _write_tokenizer(
     """Write the tokenizer's files; the ids of its special tokens under transformers' names."""
     if isinstance(tokenizer, Tokenizer):
         path = tokenizer.save(fresh)
+        backend = tokenizers.Tokenizer.from_file(str(path))
         ids = (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id)
-        texts = {
-            token["id"]: token["content"]
-            for token in json.loads(path.read_text(encoding="utf-8"))["added_tokens"]
-        }
+        bos, eos, pad = (backend.id_to_token(token_id) for token_id in ids)
+        backend.post_processor = TemplateProcessing(  # as documents begin in training
+            single=f"{bos}:0 $A:0",
+            pair=f"{bos}:0 $A:0 {bos}:1 $B:1",
+            special_tokens=[(bos, tokenizer.bos_id)],
+        )
+        backend.save(str(path))
         settings = {
             "tokenizer_class": "PreTrainedTokenizerFast",
-            **{name: texts[i] for name, i in zip(SPECIAL_TOKENS, ids, strict=True)},
-            "add_bos_token": True,  # as documents begin in training
+            **dict(zip(SPECIAL_TOKENS, (bos, eos, pad), strict=True)),
             "split_special_tokens": True,  # text that spells a special token stays text
             "clean_up_tokenization_spaces": False,
             "padding_side": "left",

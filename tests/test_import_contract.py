@@ -59,10 +59,6 @@ TRANSFORMERS = "transformers only in the sources that an export carries"
         ("Web libraries only in serve", {"engine/runner.py": "from fastapi import FastAPI"}),
         (TRANSFORMERS, {"interop/hf_export.py": "def f():\n    import transformers"}),
         (
-            "Nothing imports the sources that an export carries",
-            {"interop/loading.py": "import openmythos.interop.hf.x", "interop/hf/x.py": ""},
-        ),
-        (
             "The package imports no experiment, benchmark or test",
             {"model/block.py": "from experiments.depth import run"},
         ),

@@ -226,3 +226,11 @@ def test_the_sources_stand_alone() -> None:
         for module in imported(SOURCES / name) - siblings:
             first = module.split(".")[0]
             assert first in {"torch", "transformers"} or first in sys.stdlib_module_names, module
+
+
+def test_nothing_imports_the_sources(repo_root: Path) -> None:
+    """They are files to copy; a module that imports them needs transformers."""
+    paths = [path for path in (repo_root / "openmythos").rglob("*.py") if path.parent != SOURCES]
+    assert len(paths) > 50
+    assert not [path for path in paths if any("interop.hf." in name for name in imported(path))]
+    assert not [path for path in paths if "openmythos.interop.hf" in imported(path)]

@@ -78,7 +78,10 @@ def run_engine(python: str, asked: dict) -> dict:
     ran = subprocess.run(command, capture_output=True, text=True, timeout=580, check=False)
     found = [line for line in ran.stdout.splitlines() if line.startswith("RESULT ")]
     if not found:
-        raise SystemExit(f"error: vLLM gave no result\n{(ran.stdout + ran.stderr)[-6000:]}")
+        log = Path(asked["folder"]).parent / "engine.log"
+        log.write_text(ran.stdout + ran.stderr, encoding="utf-8")
+        causes = [line for line in log.read_text(encoding="utf-8").splitlines() if "Error" in line]
+        raise SystemExit("\n".join(["error: vLLM gave no result", *causes[-20:]]))
     return json.loads(found[-1].removeprefix("RESULT "))
 
 

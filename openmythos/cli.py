@@ -4,7 +4,7 @@ import sys
 
 import typer
 
-from openmythos.command import demo, evaluate, model, talk, train
+from openmythos.command import demo, evaluate, export, model, talk, train
 
 app = typer.Typer(
     help="Recurrent-depth (looped) language models: train, generate, inspect.",
@@ -20,6 +20,8 @@ app.command()(train.prepare)
 app.command("eval")(evaluate.evaluate)
 app.command()(model.presets)
 app.command()(model.inspect)
+app.command()(export.export)
+app.command()(export.convert)
 
 
 def main() -> None:

@@ -10,7 +10,10 @@ import pytest
 
 from openmythos import cli
 
-COMMANDS = ("demo", "train", "generate", "chat", "prepare", "eval", "presets", "inspect")
+COMMANDS = (
+    *("demo", "train", "generate", "chat", "prepare", "eval", "presets", "inspect", "export"),
+    "convert",
+)
 
 
 def openmythos(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:

@@ -40,6 +40,7 @@ def test_contracts_hold() -> None:
 
 
 LAYERS = "Imports point down"
+TRANSFORMERS = "transformers only in the sources that an export carries"
 
 
 @pytest.mark.parametrize(
@@ -56,6 +57,7 @@ LAYERS = "Imports point down"
         ),
         ("matplotlib only in analysis.plots", {"analysis/lenses.py": "import matplotlib.pyplot"}),
         ("Web libraries only in serve", {"engine/runner.py": "from fastapi import FastAPI"}),
+        (TRANSFORMERS, {"interop/hf_export.py": "def f():\n    import transformers"}),
         (
             "The package imports no experiment, benchmark or test",
             {"model/block.py": "from experiments.depth import run"},
@@ -74,6 +76,8 @@ def test_contracts_allow_what_they_should(tmp_path: Path) -> None:
         "serve/app.py": "import fastapi\nimport openmythos.engine.runner",
         "train/loop.py": "import openmythos.model.block",
         "engine/runner.py": "import openmythos.model.block",
+        "interop/hf/layers.py": "import transformers",
+        "interop/hf/modeling.py": "from .layers import x\nfrom transformers.utils import y",
         "analysis/plots.py": "import matplotlib.pyplot",
         "model/block.py": "import openmythos.config",
         "config.py": "import openmythos.schema",

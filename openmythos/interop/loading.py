@@ -13,11 +13,17 @@ from openmythos.checkpoint import (
     load_checkpoint,
     read_config,
 )
-from openmythos.interop import huginn, openmythos_original, ouro
+from openmythos.interop import hf_export, huginn, openmythos_original, ouro
 from openmythos.interop.mapping import read_tensors
 from openmythos.model.recurrent import RecurrentDepthLM
 
-FAMILIES = (openmythos_original.FAMILY, huginn.FAMILY, huginn.RETROFITTED, ouro.FAMILY)
+FAMILIES = (
+    openmythos_original.FAMILY,
+    huginn.FAMILY,
+    huginn.RETROFITTED,
+    ouro.FAMILY,
+    hf_export.FAMILY,
+)
 
 
 def load_pretrained(

@@ -1,0 +1,1 @@
+"""Source files that an export carries along; transformers runs them, this package never does."""

@@ -1,0 +1,40 @@
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from openmythos.interop.hf_export import export_hf
+from tests.interop.hf.examples import DENSE, LATENT, SPARSE
+from tests.strategies import random_model
+
+
+def test_slots_follow_the_depth_however_it_is_set(transformers: ModuleType, tmp_path: Path) -> None:
+    """1 prelude, 2 core and 1 coda layer: 2 + 2 N slots."""
+    folder = export_hf(random_model(DENSE), tmp_path / "export")
+    auto, remote = transformers.AutoConfig, {"trust_remote_code": True}
+    config = auto.from_pretrained(folder, **remote)
+    assert (config.num_loops, config.num_hidden_layers) == (4, 10)
+    config.num_loops = 2  # as vLLM's hf_overrides does
+    assert config.num_hidden_layers == 6
+    assert auto.from_pretrained(folder, num_loops=6, **remote).num_hidden_layers == 14
+    config.save_pretrained(tmp_path / "again")
+    assert config.to_dict()["num_hidden_layers"] == 6
+    assert type(config)().num_hidden_layers == 6  # its defaults make a small model
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (SPARSE, (4, 2, 4, 24, 4, 2, 8)),
+        (LATENT, (2, 2, 6, 24, 0, 0, 0)),  # nope 4 + rope 2, wider than the values' 3
+    ],
+)
+def test_what_engines_read_is_derived(
+    transformers: ModuleType, tmp_path: Path, config: object, expected: tuple[int, ...]
+) -> None:
+    folder = export_hf(random_model(config), tmp_path / "export")  # type: ignore[arg-type]
+    found = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    names = ("num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size")
+    names += ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
+    assert tuple(getattr(found, name) for name in names) == expected
+    assert not hasattr(found, "kv_lora_rank")  # vLLM would cache latents, which slots cannot

@@ -1,0 +1,33 @@
+from dataclasses import replace
+
+import torch
+
+from openmythos.config import NormalInitConfig
+from tests.interop.hf.conftest import Open
+from tests.interop.hf.examples import HUGINN
+from tests.strategies import random_tokens, seeded
+
+
+@torch.no_grad()
+def test_the_noise_of_a_seed_is_ours(opened: Open) -> None:
+    """Without a generator ours has seed 0; with one, the number that it draws."""
+    model, export = opened(HUGINN)
+    tokens = random_tokens(HUGINN, 2, 7)
+    drawn = int(torch.randint(2**31, (), generator=seeded(3)))
+    for seed, generator in ((0, None), (drawn, seeded(3))):
+        export.config.state_seed = seed
+        ours = model(tokens, generator=generator).logits
+        assert (export(tokens).logits - ours).abs().max() < 1e-5
+    export.config.state_seed = drawn + 1
+    assert (export(tokens).logits - ours).abs().max() > 1e-2
+
+
+@torch.no_grad()
+def test_the_noise_follows_the_position_and_not_the_column(opened: Open) -> None:
+    config = replace(HUGINN, state_init=NormalInitConfig(std=1.0))
+    _, export = opened(config)
+    alone = export(torch.tensor([[5, 6, 7]])).logits
+    padded = torch.tensor([[0, 0, 5, 6, 7], [8, 9, 5, 6, 7]])
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+    found = export(padded, attention_mask=mask).logits[:1, 2:]
+    assert (found - alone).abs().max() < 1e-5

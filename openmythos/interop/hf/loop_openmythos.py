@@ -38,14 +38,14 @@ class Injection(nn.Module):
             init.zeros_(self.a_log)
             rate = math.expm1(-math.log(self.part["decay_init"]))
             init.constant_(self.dt_bias, math.log(rate))
-            init.eye_(self.weight)
+            _identity(self.weight)
         elif self.kind == "original_lti":
             init.zeros_(self.log_a)
             init.zeros_(self.log_dt)
             init.constant_(self.weight, 0.1)
         elif self.kind == "linear":
-            init.eye_(self.h_weight)
-            init.eye_(self.e_weight)
+            _identity(self.h_weight)
+            _identity(self.e_weight)
         elif self.kind == "gate":
             init.constant_(self.gate.bias, self.part["bias_init"])
 
@@ -82,6 +82,11 @@ class Injection(nn.Module):
             gate = torch.sigmoid(self.gate(torch.cat((y, h), -1)))
             return torch.lerp(h, y.to(h.dtype), gate.to(h.dtype))
         return y
+
+
+def _identity(weight: Tensor) -> None:
+    """``init.eye_`` mixes devices where an engine builds the model on the meta device."""
+    init.copy_(weight, torch.eye(len(weight), dtype=weight.dtype, device=weight.device))
 
 
 class LoopSignal(nn.Module):

@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._inductor.compile_fx import compile_fx
 from torch.nn import functional
 
 from openmythos.ops import narrow
@@ -20,6 +19,7 @@ def compile_call(call: Callable[..., Any]) -> Callable[..., Any]:
     Guards on modules are left out, since checking them takes longer than some of the products; in
     exchange the graphs are not shared with other models.
     """
+    torch.compiler.allow_in_graph(gathered_experts)  # one node, so that it can be replaced
     settings: dict[str, Any] = {  # torch's overloads do not know all of them
         "backend": _backend,
         "recompile_limit": RECOMPILE_LIMIT,
@@ -32,6 +32,8 @@ def compile_call(call: Callable[..., Any]) -> Callable[..., Any]:
 
 def _backend(graph: fx.GraphModule, inputs: Sequence[Any]) -> Any:
     """Inductor, after products that ``narrow`` makes faster are given to it."""
+    from torch._inductor.compile_fx import compile_fx  # takes seconds to import
+
     kernels = {functional.linear: narrow.linear, gathered_experts: narrow.experts}
     for node in graph.graph.nodes:
         kernel = kernels.get(node.target)

@@ -187,7 +187,6 @@ def _expert_mm(x: Tensor, weights: Tensor | SplitExperts, counts: Tensor) -> Ten
     return grouped_mm(x, weights, counts.cumsum(0).to(torch.int32))
 
 
-@torch.compiler.allow_in_graph  # one node, for which a backend may have a kernel
 def gathered_experts(
     x: Float[Tensor, "N D"],
     expert: Int[Tensor, "N K"],

@@ -18,7 +18,6 @@ from pathlib import Path
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.utils import cpp_extension
 
 MAX_ROWS = 8  # beyond, the library's blocked product is faster
 SOURCE = Path(__file__).with_suffix(".cpp")
@@ -51,6 +50,8 @@ def load() -> bool:
 
 def _build(compiler: str) -> Path:
     """The library's file; its name tells the source, torch and the processor it is made for."""
+    from torch.utils import cpp_extension
+
     command = [compiler, *FLAGS, *(f"-I{path}" for path in cpp_extension.include_paths())]
     command += [str(SOURCE), *(f"-L{path}" for path in cpp_extension.library_paths())]
     command += ["-ltorch", "-ltorch_cpu", "-lc10", "-o"]

@@ -282,7 +282,7 @@ def show(curves: "Sequence[ScoreCurve]", flops: dict[int, int]) -> None:
     table.add_column("loops", justify="right")
     for curve in curves:
         heading = f"{curve.task}\n{curve.metric.replace('_', ' ')}"
-        table.add_column(heading, justify="right", overflow="fold", min_width=13)
+        table.add_column(heading, justify="right", overflow="fold", min_width=14)
     table.add_column("MFLOPs\na token", justify="right")
     for n, cost in flops.items():
         cells = [cell(curve.scores[n]) for curve in curves]

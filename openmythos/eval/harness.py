@@ -7,6 +7,7 @@ import contextlib
 import difflib
 import functools
 import io
+import logging
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -272,6 +273,8 @@ def load_tasks(
     Raises:
         ValueError: An unknown name, a file that is no task, or data that cannot be reached.
     """
+    # Without a connection it tells of every retry; the error says it once.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     chosen: list[tuple[str, Any]] = []
     for spec in specs:
         files = task_files(spec)

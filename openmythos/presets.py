@@ -15,6 +15,8 @@ presets`` lists exact and active counts. One rule a choice, so that the sizes ca
 - Vocabularies are 65,536 to 10b, 131,072 to 100b, 163,840 (Kimi K2's) above. The head is tied up
   to 50b, where a second table would weigh, and has its own matrix above.
 
+Published models are in ``published``.
+
 Source: sizes after kyegomez/OpenMythos, open_mythos/variants.py; layer shapes after DeepSeek-V3
     (arXiv 2412.19437), section 4.2, and Kimi K2 (arXiv 2507.20534), section 2.3; loops after Parcae
     (arXiv 2604.12946), table 21.
@@ -34,6 +36,7 @@ from openmythos.config import (
     SwiGLUConfig,
     ZerosInitConfig,
 )
+from openmythos.published import PUBLISHED
 
 SMALL_VOCAB, MEDIUM_VOCAB, LARGE_VOCAB = 65_536, 131_072, 163_840
 
@@ -221,6 +224,7 @@ PRESETS: dict[str, Callable[[], ModelConfig]] = {
     "mythos-500b": mythos_500b,
     "mythos-1t": mythos_1t,
     "kimi-scale-1t": kimi_scale_1t,
+    **PUBLISHED,
 }
 
 

@@ -58,7 +58,8 @@ class GQA(Attention):
         part = config.attention
         assert isinstance(part, GQAConfig)
         self.config = part
-        self.norm_eps = config.block.norm_eps
+        eps = part.qk_norm_eps
+        self.norm_eps = config.block.norm_eps if eps is None else eps
         num_heads, num_kv_heads, head_dim = part.num_heads, part.num_kv_heads, part.head_dim
         self.num_qk_heads = num_heads + num_kv_heads
         width = (self.num_qk_heads + num_kv_heads) * head_dim

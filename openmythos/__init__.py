@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from openmythos.config import ModelConfig
     from openmythos.engine.reference import generate
     from openmythos.interop.loading import load_pretrained
+    from openmythos.matched_baseline import baseline
     from openmythos.model.recurrent import RecurrentDepthLM
     from openmythos.presets import preset
     from openmythos.tokenizer import Tokenizer
@@ -21,6 +22,7 @@ __all__ = [
     "ModelConfig",
     "RecurrentDepthLM",
     "Tokenizer",
+    "baseline",
     "generate",
     "load_pretrained",
     "preset",
@@ -31,6 +33,7 @@ _HOME = {
     "ModelConfig": "openmythos.config",
     "RecurrentDepthLM": "openmythos.model.recurrent",
     "Tokenizer": "openmythos.tokenizer",
+    "baseline": "openmythos.matched_baseline",
     "generate": "openmythos.engine.reference",
     "load_pretrained": "openmythos.interop.loading",
     "preset": "openmythos.presets",

@@ -2,22 +2,19 @@
 
 Writing replaces a whole folder at once. Reading checks every name and shape before it reads a
 weight, and every weight before it returns a model. The folders of other families are the matter of
-``interop``, which uses ``StoredWeights``, ``check_shapes`` and ``fill_model`` from here.
+``interop``, which uses ``empty_model`` and ``fill_model`` from here.
 """
 
 import contextlib
 import ctypes
 import json
 import os
-import pickle
 import shutil
 import sys
-import zipfile
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -25,18 +22,21 @@ from torch import Tensor, nn
 from openmythos.config import ModelConfig
 from openmythos.model.recurrent import RecurrentDepthLM
 from openmythos.schema import from_dict, to_dict
+from openmythos.stored_weights import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    StoredWeights,
+    check_shapes,
+    listed,
+    read_json,
+    tensor_shapes,
+)
 from openmythos.tokenizer import Tokenizer
 
 FORMAT, FORMAT_VERSION = "openmythos", 1
-CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
-INDEX_FILE = WEIGHTS_FILE + ".index.json"
-PICKLE_FILES = ("pytorch_model.bin", "model.bin", "model.pt", "model.pth")
 OWN_FILES = {CONFIG_FILE, WEIGHTS_FILE, "tokenizer.json"}
-REOPEN_BYTES = 1 << 26  # an open safetensors file keeps all that was read of it in memory
-MAX_LISTED = 30  # names that one error message lists of a kind
 
 PathLike = str | os.PathLike[str]
-Shapes = Mapping[str, tuple[int, ...]]
 
 
 def save_pretrained(
@@ -111,7 +111,7 @@ def _refuse_foreign(target: Path, own_files: Collection[str]) -> None:
     if target.is_dir():
         foreign = sorted(path.name for path in target.iterdir() if path.name not in own_files)
         if foreign:
-            names = _listed(foreign)
+            names = listed(foreign)
             raise ValueError(
                 f"{target} holds {names}: replacing the folder would delete that; choose another"
             )
@@ -175,141 +175,13 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG_FILE
     if not path.is_file():
         raise ValueError(f"{folder} is no checkpoint: it has no {CONFIG_FILE}")
-    return _read_json(path)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # of JSON or of UTF-8
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(data, dict):
-        raise ValueError(f"{path} holds {type(data).__name__}, not a JSON object")
-    return data
-
-
-class StoredWeights:
-    """A folder's weights: names and shapes at once, each tensor when it is asked for.
-
-    Reads model.safetensors, its sharded form with an index, or a pickle that holds tensors only.
-
-    Raises:
-        ValueError: No weights, a damaged file, or a pickle that holds code.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._places: dict[str, Path | Tensor] = {}  # a safetensors file, or the tensor itself
-        self._file: Any = None
-        self._opened: Path | None = None
-        self._num_bytes = 0
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        pickles = [folder / name for name in PICKLE_FILES if (folder / name).is_file()]
-        if (folder / WEIGHTS_FILE).is_file():
-            self._open(folder / WEIGHTS_FILE)
-        elif (folder / INDEX_FILE).is_file():
-            self._open_shards(_read_json(folder / INDEX_FILE))
-        elif pickles:
-            tensors = _load_pickle(pickles[0])
-            self._places.update(tensors)
-            self.shapes = tensor_shapes(tensors)
-        else:
-            raise ValueError(f"{folder} has no weights; expected {WEIGHTS_FILE}")
-
-    def read(self, name: str) -> Tensor:
-        """One tensor; a view of its file, to be copied before it is kept."""
-        place = self._places[name]
-        if isinstance(place, Tensor):
-            return place
-        if place != self._opened or self._num_bytes > REOPEN_BYTES:
-            self._file = safetensors.safe_open(place, framework="pt", device="cpu")
-            self._opened, self._num_bytes = place, 0
-        tensor = self._file.get_tensor(name)
-        self._num_bytes += tensor.nbytes
-        return tensor
-
-    def _open(self, path: Path) -> None:
-        try:
-            with safetensors.safe_open(path, framework="pt", device="cpu") as file:
-                for name in file.keys():  # noqa: SIM118 (not a dict)
-                    self.shapes[name] = tuple(file.get_slice(name).get_shape())
-                    self._places[name] = path
-        except (safetensors.SafetensorError, OSError) as error:
-            raise ValueError(f"{path} is truncated or damaged: {error}") from None
-
-    def _open_shards(self, index: Mapping[str, Any]) -> None:
-        places = index.get("weight_map")
-        if not isinstance(places, dict) or any(Path(p).name != p for p in places.values()):
-            raise ValueError(f"{self.folder / INDEX_FILE} has no weight_map of file names")
-        for shard in sorted(set(places.values())):
-            self._open(self.folder / shard)
-        lost = sorted(set(places) - set(self.shapes))
-        if lost:
-            raise ValueError(f"{self.folder}: no shard holds {_listed(lost)}")
-
-
-def _load_pickle(path: Path) -> dict[str, Tensor]:
-    """The tensors of a pickle, read without running code; a training state's model is unwrapped."""
-    try:
-        data = torch.load(
-            path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
-        )
-    except pickle.UnpicklingError:
-        raise ValueError(
-            f"{path} is damaged or holds code besides tensors, and was not loaded because that "
-            "could run the code; convert it to safetensors with the program that wrote it"
-        ) from None
-    except (RuntimeError, EOFError, OSError) as error:
-        reason = str(error).splitlines()[:1]
-        raise ValueError(f"{path} is truncated or damaged: {''.join(reason)}") from None
-    for wrapper in ("model", "state_dict"):
-        if isinstance(data, dict) and isinstance(data.get(wrapper), dict):
-            data = data[wrapper]
-    if not isinstance(data, dict) or not all(isinstance(t, Tensor) for t in data.values()):
-        raise ValueError(f"{path} is not a dictionary of tensors")
-    for prefix in ("module.", "_orig_mod."):  # of data-parallel and compiled models
-        data = {name.removeprefix(prefix): tensor for name, tensor in data.items()}
-    return data
+    return read_json(path)
 
 
 def empty_model(config: ModelConfig) -> RecurrentDepthLM:
     """The model without memory for its weights; ``fill_model`` completes it."""
     with torch.device("meta"):
         return RecurrentDepthLM(config)
-
-
-def tensor_shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    """The shape of every tensor."""
-    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-
-
-def check_shapes(given: Shapes, expected: Shapes, where: Path) -> None:
-    """Compare names and shapes.
-
-    Raises:
-        ValueError: Lists what is missing, unexpected or of the wrong shape.
-    """
-    complaints = []
-    if missing := sorted(set(expected) - set(given)):
-        complaints.append(f"missing: {_listed(missing)}")
-    if unexpected := sorted(set(given) - set(expected)):
-        complaints.append(f"unexpected: {_listed(unexpected)}")
-    wrong = [
-        f"{name} is {list(given[name])}, expected {list(expected[name])}"
-        for name in sorted(set(given) & set(expected))
-        if tuple(given[name]) != tuple(expected[name])
-    ]
-    if wrong:
-        complaints.append(f"wrong shape: {_listed(wrong)}")
-    if complaints:
-        raise ValueError(
-            f"the weights in {where} do not fit its {CONFIG_FILE}: {'; '.join(complaints)}"
-        )
-
-
-def _listed(names: list[str]) -> str:
-    more = len(names) - MAX_LISTED
-    return ", ".join(names[:MAX_LISTED]) + (f" and {more} more" if more > 0 else "")
 
 
 @torch.no_grad()
@@ -330,16 +202,18 @@ def fill_model(
         device: Of everything.
 
     Raises:
-        ValueError: A weight that is not floating or not finite, or a dtype that is not floating.
+        ValueError: A dtype that is not floating, or that cannot hold a weight.
     """
     if dtype is not None and not dtype.is_floating_point:
         raise ValueError(f"dtype is {dtype}; it must be a floating dtype")
     for name, tensor in tensors:
-        _check_numbers(name, tensor, where)
         owner, _, leaf = name.rpartition(".")
         module = model.get_submodule(owner)
         if leaf in module._parameters:
-            setattr(module, leaf, nn.Parameter(tensor.to(device, dtype).contiguous()))
+            cast = tensor.to(device, dtype).contiguous()
+            if dtype == torch.float16 and not bool(cast.isfinite().all()):
+                raise ValueError(f"{where}: {name} has weights that are too large for {dtype}")
+            setattr(module, leaf, nn.Parameter(cast))
         else:
             setattr(module, leaf, tensor.to(device))
     for module in model.modules():
@@ -348,13 +222,6 @@ def fill_model(
                 setattr(module, name, torch.zeros_like(buffer, device=device))
     assert not any(tensor.is_meta for tensor in model.state_dict().values())
     return model.eval()
-
-
-def _check_numbers(name: str, tensor: Tensor, where: Path) -> None:
-    if not tensor.is_floating_point():
-        raise ValueError(f"{where}: {name} has dtype {tensor.dtype}; it must be floating")
-    if not all(bool(limit.isfinite()) for limit in tensor.aminmax()):
-        raise ValueError(f"{where}: {name} holds NaN or infinite weights")
 
 
 @torch.no_grad()
@@ -368,7 +235,7 @@ def load_weights(model: RecurrentDepthLM, path: PathLike) -> None:
     weights = StoredWeights(folder)
     check_shapes(weights.shapes, tensor_shapes(ours), folder)
     for name in ours:
-        _check_numbers(name, weights.read(name), folder)
+        weights.read(name)  # refuses what is not finite
     for name, tensor in ours.items():
         tensor.copy_(weights.read(name))
 
@@ -380,6 +247,18 @@ def load_checkpoint(
 
     Raises:
         ValueError: Not such a folder, or one that is damaged, incomplete or does not fit.
+    """
+    model, weights = open_checkpoint(path)
+    cast = dict.fromkeys((name for name, _ in model.named_parameters()), dtype)
+    stored = ((n, weights.read(n).to(dtype=cast.get(n), copy=True)) for n in weights.shapes)
+    return fill_model(model, stored, weights.folder, dtype, device)
+
+
+def open_checkpoint(path: PathLike) -> tuple[RecurrentDepthLM, StoredWeights]:
+    """The model without its weights, and the weights, whose names and shapes fit it.
+
+    Raises:
+        ValueError: What ``load_checkpoint`` refuses, save weights that are not finite.
     """
     folder = checkpoint_folder(path)
     data = read_config(folder)
@@ -395,5 +274,4 @@ def load_checkpoint(
         raise ValueError(f"{folder / CONFIG_FILE}: {error}") from None
     weights, model = StoredWeights(folder), empty_model(config)
     check_shapes(weights.shapes, tensor_shapes(model.state_dict()), folder)
-    stored = ((name, weights.read(name).clone()) for name in weights.shapes)
-    return fill_model(model, stored, folder, dtype, device)
+    return model, weights

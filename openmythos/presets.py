@@ -15,7 +15,7 @@ presets`` lists exact and active counts. One rule a choice, so that the sizes ca
 - Vocabularies are 65,536 to 10b, 131,072 to 100b, 163,840 (Kimi K2's) above. The head is tied up
   to 50b, where a second table would weigh, and has its own matrix above.
 
-The last presets are published models, each with exactly its parameters; ``interop`` loads them.
+Published models are in ``published``.
 
 Source: sizes after kyegomez/OpenMythos, open_mythos/variants.py; layer shapes after DeepSeek-V3
     (arXiv 2412.19437), section 4.2, and Kimi K2 (arXiv 2507.20534), section 2.3; loops after Parcae
@@ -26,22 +26,17 @@ import difflib
 from collections.abc import Callable
 
 from openmythos.config import (
-    BlockConfig,
-    CopyInitConfig,
-    ExitGateConfig,
     GQAConfig,
-    LinearInjectionConfig,
     LTIInjectionConfig,
     MLAConfig,
     ModelConfig,
     MoEConfig,
-    NoInjectionConfig,
-    NormalInitConfig,
     ReLUSquaredConfig,
     RopeConfig,
     SwiGLUConfig,
     ZerosInitConfig,
 )
+from openmythos.published import PUBLISHED
 
 SMALL_VOCAB, MEDIUM_VOCAB, LARGE_VOCAB = 65_536, 131_072, 163_840
 
@@ -219,41 +214,6 @@ def kimi_scale_1t() -> ModelConfig:
     )
 
 
-def huginn_3_5b() -> ModelConfig:
-    """Huginn-0125: 3,564,976,800 parameters.
-
-    Source: Huginn (arXiv 2502.05171), section 3.1, and the config.json of huginn-0125.
-    """
-    return ModelConfig(
-        vocab_size=SMALL_VOCAB,
-        d_model=5280,
-        num_prelude_layers=2,
-        num_core_layers=4,
-        num_coda_layers=2,
-        num_loops=32,
-        attention=GQAConfig(num_heads=55, num_kv_heads=55, head_dim=96, qk_bias=True),
-        feed_forward=SwiGLUConfig(d_ff=17_920),
-        max_seq_len=4096,
-        rope=RopeConfig(theta=50_000.0, interleaved=True),
-        block=BlockConfig(norm="sandwich"),
-        injection=LinearInjectionConfig(),
-        state_init=NormalInitConfig(std=0.632455532033676),  # sqrt(2 / 5), as its loader rounds it
-        prelude_norm=False,
-        readout="final_norm",
-        embed_scale=5280**0.5,
-    )
-
-
-def ouro_1_4b() -> ModelConfig:
-    """Ouro-1.4B: 1,434,652,673 parameters."""
-    return _ouro(num_layers=24)
-
-
-def ouro_2_6b() -> ModelConfig:
-    """Ouro-2.6B, the same layers twice: 2,667,974,657 parameters."""
-    return _ouro(num_layers=48)
-
-
 PRESETS: dict[str, Callable[[], ModelConfig]] = {
     "tiny": tiny,
     "mythos-1b": mythos_1b,
@@ -264,37 +224,8 @@ PRESETS: dict[str, Callable[[], ModelConfig]] = {
     "mythos-500b": mythos_500b,
     "mythos-1t": mythos_1t,
     "kimi-scale-1t": kimi_scale_1t,
-    "huginn-3.5b": huginn_3_5b,
-    "ouro-1.4b": ouro_1_4b,
-    "ouro-2.6b": ouro_2_6b,
+    **PUBLISHED,
 }
-
-
-def _ouro(*, num_layers: int) -> ModelConfig:
-    """The whole stack is the core.
-
-    Source: Ouro (arXiv 2510.25741), section 4, and the config.json of its checkpoints.
-    """
-    return ModelConfig(
-        vocab_size=49_152,
-        d_model=2048,
-        num_prelude_layers=0,
-        num_core_layers=num_layers,
-        num_coda_layers=0,
-        num_loops=4,
-        attention=GQAConfig(num_heads=16, num_kv_heads=16, head_dim=128),
-        feed_forward=SwiGLUConfig(d_ff=5632),
-        max_seq_len=65_536,
-        rope=RopeConfig(theta=1_000_000.0),
-        block=BlockConfig(norm="peri"),
-        injection=NoInjectionConfig(),
-        state_init=CopyInitConfig(),
-        halting=ExitGateConfig(),
-        prelude_norm=False,
-        loop_norm=True,
-        final_norm=False,
-        tie_embeddings=False,
-    )
 
 
 def _large_mla(*, num_heads: int, q_lora_rank: int) -> MLAConfig:

@@ -34,13 +34,17 @@ def require_literals(owner: object) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class GQAConfig:
-    """Grouped-query attention: keys and values of ``num_kv_heads`` heads are cached."""
+    """Grouped-query attention: keys and values of ``num_kv_heads`` heads are cached.
+
+    ``qk_norm_eps`` None is the block's ``norm_eps``.
+    """
 
     kind: ClassVar[str] = "gqa"
     num_heads: int
     num_kv_heads: int
     head_dim: int
     qk_norm: Literal["none", "weightless", "weighted"] = "none"
+    qk_norm_eps: float | None = None
     qk_bias: bool = False
 
     def __post_init__(self) -> None:
@@ -49,6 +53,8 @@ class GQAConfig:
         divides = self.num_heads % self.num_kv_heads == 0
         allowed = f"a divisor of num_heads={self.num_heads}"
         require(divides, "attention.num_kv_heads", self.num_kv_heads, allowed)
+        eps = self.qk_norm_eps
+        require(eps is None or eps > 0, "attention.qk_norm_eps", eps, "above 0, or null")
 
     @property
     def rope_dim(self) -> int:

@@ -107,6 +107,7 @@ def attentions() -> st.SearchStrategy[Json]:
             "num_kv_heads": st.sampled_from([1, 2, 4]),
             "head_dim": st.sampled_from([2, 4]),
             "qk_norm": st.sampled_from(["none", "weightless", "weighted"]),
+            "qk_norm_eps": st.sampled_from([None, 1e-3]),
             "qk_bias": st.booleans(),
         }
     )

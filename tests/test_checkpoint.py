@@ -12,8 +12,6 @@ from safetensors.torch import load_file, save_file
 
 import openmythos.checkpoint
 from openmythos.checkpoint import (
-    StoredWeights,
-    check_shapes,
     checkpoint_folder,
     load_checkpoint,
     load_weights,
@@ -23,6 +21,7 @@ from openmythos.checkpoint import (
 from openmythos.config import GQAConfig, ModelConfig, MoEConfig, SwiGLUConfig
 from openmythos.model.recurrent import RecurrentDepthLM
 from openmythos.schema import apply_overrides, from_dict
+from openmythos.stored_weights import StoredWeights
 from openmythos.tokenizer import Tokenizer, byte_tokenizer
 
 CONFIG = ModelConfig(
@@ -128,6 +127,9 @@ def test_dtype_and_device(folder: Path) -> None:
     assert again.embed.weight.dtype == torch.bfloat16
     with pytest.raises(ValueError, match=r"torch\.int8; it must be a floating dtype"):
         load_checkpoint(folder, dtype=torch.int8)
+    edit_weights(folder, lambda tensors: tensors["final_norm.weight"].fill_(7e4))
+    with pytest.raises(ValueError, match=r"final_norm\.weight has weights that are too large"):
+        load_checkpoint(folder, dtype=torch.float16)
 
 
 def test_peak_memory_is_about_one_copy(tmp_path: Path) -> None:
@@ -139,7 +141,7 @@ def test_peak_memory_is_about_one_copy(tmp_path: Path) -> None:
     folder = save_pretrained(RecurrentDepthLM(big), tmp_path / "saved")  # 260 MB
     program = (
         "import sys, torch\n"
-        "from openmythos.checkpoint import load_checkpoint, StoredWeights\n"
+        "from openmythos.checkpoint import load_checkpoint\n"
         "def peak():\n"
         "    lines = open('/proc/self/status').read().splitlines()\n"
         "    return [int(line.split()[1]) for line in lines if line.startswith('VmHWM')][0]\n"
@@ -155,27 +157,6 @@ def test_peak_memory_is_about_one_copy(tmp_path: Path) -> None:
     assert grown < 1.3 * weights, (grown, weights)
 
 
-def test_shards_are_read(model: RecurrentDepthLM, folder: Path) -> None:
-    tensors = load_file(folder / "model.safetensors")
-    names = sorted(tensors)
-    places = {name: f"part-{i % 2}.safetensors" for i, name in enumerate(names)}
-    for part in set(places.values()):
-        save_file({n: tensors[n] for n in names if places[n] == part}, folder / part)
-    (folder / "model.safetensors").unlink()
-    index = folder / "model.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": places}), encoding="utf-8")
-    assert torch.equal(load_checkpoint(folder)(TOKENS).logits, model(TOKENS).logits)
-    edit_json(index, lambda data: data["weight_map"].update(ghost="part-0.safetensors"))
-    with pytest.raises(ValueError, match="no shard holds ghost"):
-        load_checkpoint(folder)
-    edit_json(index, lambda data: data["weight_map"].update(ghost="../part-0.safetensors"))
-    with pytest.raises(ValueError, match="weight_map"):
-        load_checkpoint(folder)
-    index.write_text(json.dumps({"weight_map": {"x": "absent.safetensors"}}), encoding="utf-8")
-    with pytest.raises(ValueError, match=r"absent\.safetensors is truncated or damaged"):
-        load_checkpoint(folder)
-
-
 def test_load_weights_fills_a_model_in_place(model: RecurrentDepthLM, folder: Path) -> None:
     other = make_model(1)
     parameter = other.embed.weight
@@ -188,50 +169,6 @@ def test_load_weights_fills_a_model_in_place(model: RecurrentDepthLM, folder: Pa
     with pytest.raises(ValueError, match=r"final_norm\.weight holds NaN"):
         load_weights(third, folder)
     assert torch.equal(third(TOKENS).logits, before)
-
-
-# --- pickles --------------------------------------------------------------------------------------
-
-
-class Harmful:
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple:
-        return (os.mkdir, (str(self.path),))
-
-
-@pytest.mark.parametrize("wrapper", [None, "model", "state_dict"])
-@pytest.mark.parametrize("zipped", [True, False])
-def test_pickled_tensors_are_read(
-    model: RecurrentDepthLM, folder: Path, wrapper: str | None, zipped: bool
-) -> None:
-    (folder / "model.safetensors").unlink()
-    data: dict = {f"_orig_mod.{name}": t for name, t in model.state_dict().items()}
-    if wrapper is not None:
-        data = {"step": 3, wrapper: data}
-    torch.save(data, folder / "model.pt", _use_new_zipfile_serialization=zipped)
-    assert torch.equal(load_checkpoint(folder)(TOKENS).logits, model(TOKENS).logits)
-
-
-def test_pickled_code_is_refused(folder: Path, tmp_path: Path) -> None:
-    (folder / "model.safetensors").unlink()
-    torch.save({"x": Harmful(tmp_path / "ran")}, folder / "pytorch_model.bin")
-    with pytest.raises(ValueError, match=r"pytorch_model\.bin .* holds code .* convert it to safe"):
-        load_checkpoint(folder)
-    assert not (tmp_path / "ran").exists()
-
-
-def test_bad_pickles_are_refused(model: RecurrentDepthLM, folder: Path) -> None:
-    (folder / "model.safetensors").unlink()
-    path = folder / "model.bin"
-    torch.save([1, 2], path)
-    with pytest.raises(ValueError, match="not a dictionary of tensors"):
-        load_checkpoint(folder)
-    torch.save(model.state_dict(), path)
-    path.write_bytes(path.read_bytes()[:-400])
-    with pytest.raises(ValueError, match=r"model\.bin is .*damaged"):
-        load_checkpoint(folder)
 
 
 # --- refusals -------------------------------------------------------------------------------------
@@ -254,12 +191,6 @@ def test_all_wrong_names_are_listed(folder: Path) -> None:
     assert "\n" not in text
 
 
-def test_long_lists_are_cut(tmp_path: Path) -> None:
-    names = {f"layer.{i:04}": (1,) for i in range(1000)}
-    with pytest.raises(ValueError, match=r"layer\.0029 and 970 more"):
-        check_shapes({}, names, tmp_path)
-
-
 @pytest.mark.parametrize("kept", [0, 5, 200, -1])
 def test_truncated_weights_are_refused(folder: Path, kept: int) -> None:
     path = folder / "model.safetensors"
@@ -274,15 +205,8 @@ def test_weights_that_are_not_finite_are_refused(folder: Path, value: float) -> 
         tensors["core.0.feed_forward.down"][2, 3, 4] = value
 
     edit_weights(folder, spoil)
-    with pytest.raises(ValueError, match=r"core\.0\.feed_forward\.down holds NaN or infinite"):
-        load_checkpoint(folder)
-
-
-def test_integer_weights_are_refused(folder: Path) -> None:
-    edit_weights(
-        folder, lambda t: t.update({"embed.weight": torch.zeros(20, 16, dtype=torch.int8)})
-    )
-    with pytest.raises(ValueError, match=r"embed\.weight has dtype torch\.int8"):
+    message = r"model\.safetensors: core\.0\.feed_forward\.down holds NaN or infinite"
+    with pytest.raises(ValueError, match=message):
         load_checkpoint(folder)
 
 

@@ -22,8 +22,6 @@ NAMED = {
     "kimi-scale-1t": 1e12,
 }
 
-PUBLISHED = {"huginn-3.5b": 3_564_976_800, "ouro-1.4b": 1_434_652_673, "ouro-2.6b": 2_667_974_657}
-
 
 def core_experts(config: ModelConfig) -> MoEConfig:
     assert isinstance(config.core_ff, MoEConfig)
@@ -38,11 +36,6 @@ def latent_attention(config: ModelConfig) -> MLAConfig:
 @pytest.mark.parametrize(("name", "size"), NAMED.items())
 def test_total_is_within_two_percent_of_the_name(name: str, size: float) -> None:
     assert counts.total_params(preset(name)) == pytest.approx(size, rel=0.02)
-
-
-@pytest.mark.parametrize(("name", "size"), PUBLISHED.items())
-def test_total_is_exactly_the_published_one(name: str, size: int) -> None:
-    assert counts.total_params(preset(name)) == size
 
 
 @pytest.mark.parametrize("name", NAMED)

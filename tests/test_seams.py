@@ -65,6 +65,7 @@ def test_members_of_a_union_have_different_kinds_and_are_frozen(union):
             {**GQA, "qk_norm": "wieghted"},
             "qk_norm is 'wieghted'; it must be one of 'none', ",
         ),
+        (GQAConfig, {**GQA, "qk_norm_eps": 0.0}, "qk_norm_eps is 0.0; it must be above 0, or null"),
         (MLAConfig, {**MLA, "v_head_dim": -1}, "v_head_dim is -1; it must be at least 1"),
         (RopeConfig, {"theta": 1.0}, "rope.theta is 1.0; it must be above 1"),
         (SwiGLUConfig, {"d_ff": 0}, "d_ff is 0; it must be at least 1"),

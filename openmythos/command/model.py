@@ -14,12 +14,15 @@ from rich.table import Table
 from openmythos import counts
 from openmythos.command.option import AsJson, Overrides, parse_loops
 from openmythos.config import ModelConfig, MoEConfig
+from openmythos.matched_baseline import MATCHES, baseline
 from openmythos.presets import PRESETS, preset
 from openmythos.schema import apply_overrides, from_dict, to_dict
 
 TABLE_WIDTH = 100  # characters, where the output is no terminal
 INSPECTED_CONTEXT = 4096  # tokens, unless the model allows fewer
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float8": 1}
+CHECKPOINT_FIELDS = ("format", "format_version")  # beside the model's in a checkpoint's config.json
+WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth"}
 
 
 def presets(as_json: AsJson = False) -> None:
@@ -65,6 +68,10 @@ def inspect(
     context_length: Annotated[
         int | None, typer.Option(help="Tokens; by default 4096, or max_seq_len where that is less.")
     ] = None,
+    baselines: Annotated[
+        bool,
+        typer.Option("--baselines", help="Add plain models of equal parameters, FLOPs and memory."),
+    ] = False,
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
@@ -78,6 +85,8 @@ def inspect(
         allowed = f"1 to max_seq_len={config.max_seq_len}"
         raise ValueError(f"--context-length is {context}; it must be {allowed}")
     report = inspection(config, depths, context)
+    if baselines:
+        report["baselines"] = baseline_rows(config, context)
     if as_json:
         print(json.dumps({"source": source, **report}, indent=2))
     else:
@@ -145,8 +154,36 @@ def inspection(config: ModelConfig, depths: Sequence[int], context_length: int) 
     }
 
 
+def baseline_rows(config: ModelConfig, context_length: int) -> list[dict[str, Any]]:
+    """The plain models that match, as ``inspect --baselines --json`` lists them."""
+    rows = []
+    for match in MATCHES:
+        found = baseline(config, match=match, context_length=context_length)
+        row = {"match": match, "target": found.target, "value": found.value}
+        rows.append({**row, "deviation": found.deviation, **sizes(found.config, context_length)})
+    return rows
+
+
+def sizes(config: ModelConfig, context_length: int) -> dict[str, Any]:
+    """What baselines are compared by; ``memory_bytes``: weights and one cache, in bfloat16."""
+    figures = counts.count(config, context_length=context_length)
+    cache = figures.kv_bytes_per_token * context_length
+    core = config.core_ff
+    return {
+        "layers": [config.num_prelude_layers, config.num_core_layers, config.num_coda_layers],
+        "num_loops": config.num_loops,
+        "d_ff": core.d_expert if isinstance(core, MoEConfig) else core.d_ff,
+        "total_params": figures.total_params,
+        "inference_flops_per_token": figures.inference_flops_per_token,
+        "memory_bytes": counts.weight_bytes(config) + cache,
+        "config": to_dict(config),
+    }
+
+
 def read_config(source: str) -> ModelConfig:
     """The config of a preset's name, a JSON file, or a run's or checkpoint's folder.
+
+    A checkpoint's weights, of any family, must have the names and shapes that its config says.
 
     Raises:
         ValueError: None of these, or the file is not a model's config; names the file.
@@ -158,6 +195,10 @@ def read_config(source: str) -> ModelConfig:
         except ValueError as error:
             raise ValueError(f"{source!r} is neither a file nor a folder, and {error}") from None
     if path.is_dir():
+        if any(file.suffix in WEIGHT_SUFFIXES or is_index(file) for file in path.iterdir()):
+            from openmythos.interop.loading import load_config
+
+            return load_config(path)
         path = path / "config.json"
         if not path.is_file():
             raise ValueError(f"{source!r} holds no config.json")
@@ -169,10 +210,16 @@ def read_config(source: str) -> ModelConfig:
         raise ValueError(f"{path}: expected an object, got {data!r}")
     if isinstance(data.get("model"), dict):
         data = data["model"]  # a run's config holds more than the model's
+    data = {key: value for key, value in data.items() if key not in CHECKPOINT_FIELDS}
     try:
         return from_dict(ModelConfig, data)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+def is_index(file: Path) -> bool:
+    """Whether it is the index of sharded weights."""
+    return file.name.endswith(".index.json")
 
 
 # --- units ----------------------------------------------------------------------------------------
@@ -240,6 +287,8 @@ def _print_inspection(source: str, report: dict[str, Any]) -> None:
     console.print(summary, "")
     console.print(_parts_table(report), "")
     console.print(_depths_table(report), "")
+    if "baselines" in report:
+        console.print(_baselines_table(report), "")
     sizes = [f"{name} {human_bytes(size)}" for name, size in report["weight_bytes"].items()]
     console.print("Memory of all weights:", ", ".join(sizes))
     training = human_bytes(report["training_bytes"])
@@ -288,5 +337,26 @@ def _depths_table(report: dict[str, Any]) -> Table:
             human_flops(row["inference_flops_per_token"]),
             human_flops(row["training_flops_per_token"]),
             *(human_bytes(size) for size in row["kv_bytes_per_token"].values()),
+        )
+    return table
+
+
+def _baselines_table(report: dict[str, Any]) -> Table:
+    """The looped model, then the plain ones."""
+    context = report["context_length"]
+    title = f"Plain models that match at a context of {context:,} (memory in bfloat16)"
+    columns = ("equal in", "layers", "loops", "d_ff", "parameters", "decoding", "memory", "off by")
+    table = _table(*columns, title=title)
+    own = sizes(from_dict(ModelConfig, report["config"]), context)
+    for row in ({"match": "(this model)", **own}, *report["baselines"]):
+        table.add_row(
+            row["match"],
+            "/".join(map(str, row["layers"])),
+            str(row["num_loops"]),
+            f"{row['d_ff']:,}",
+            human_count(row["total_params"]),
+            human_flops(row["inference_flops_per_token"]),
+            human_bytes(row["memory_bytes"]),
+            f"{row['deviation']:+.2%}" if "deviation" in row else "-",
         )
     return table

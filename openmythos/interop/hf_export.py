@@ -18,13 +18,7 @@ from tokenizers.processors import TemplateProcessing
 
 from openmythos import checkpoint, counts
 from openmythos import config as seams
-from openmythos.checkpoint import (
-    CONFIG_FILE,
-    OWN_FILES,
-    PathLike,
-    empty_model,
-    replaced_folder,
-)
+from openmythos.checkpoint import OWN_FILES, PathLike, empty_model, replaced_folder
 from openmythos.config import GQAConfig, ModelConfig
 from openmythos.interop.mapping import AnyRule, Family, Join, Rename, export_config
 from openmythos.interop.writing import (
@@ -36,6 +30,7 @@ from openmythos.interop.writing import (
 )
 from openmythos.model.recurrent import RecurrentDepthLM
 from openmythos.schema import from_dict, to_dict
+from openmythos.stored_weights import CONFIG_FILE
 from openmythos.tokenizer import Tokenizer
 
 MODEL_TYPE = "openmythos"

@@ -1,27 +1,33 @@
 """Load a checkpoint of any supported family."""
 
+from collections.abc import Iterator
+
 import torch
+from torch import Tensor
 
 from openmythos.checkpoint import (
-    CONFIG_FILE,
     FORMAT,
     PathLike,
-    StoredWeights,
     checkpoint_folder,
     empty_model,
     fill_model,
     load_checkpoint,
+    open_checkpoint,
     read_config,
 )
-from openmythos.interop import hf_export, huginn, openmythos_original, ouro
+from openmythos.config import ModelConfig
+from openmythos.interop import hf_export, huginn, openmythos_original, ouro, parcae
 from openmythos.interop.mapping import read_tensors
 from openmythos.model.recurrent import RecurrentDepthLM
+from openmythos.stored_weights import CONFIG_FILE, StoredWeights
 
 FAMILIES = (
     openmythos_original.FAMILY,
     huginn.FAMILY,
     huginn.RETROFITTED,
     ouro.FAMILY,
+    parcae.FAMILY,
+    parcae.GPT_FAMILY,
     hf_export.FAMILY,
 )
 
@@ -43,11 +49,29 @@ def load_pretrained(
         ValueError: No such folder, an unknown family, damaged files, weights that do not fit the
             config (all names are listed), or weights that are not finite.
     """
+    if "format" in read_config(checkpoint_folder(path)):
+        return load_checkpoint(path, dtype=dtype, device=device)
+    model, tensors = _open_foreign(path, dtype)
+    return fill_model(model, tensors, checkpoint_folder(path), dtype, device)
+
+
+def load_config(path: PathLike) -> ModelConfig:
+    """The config of a checkpoint folder of any family, whose names and shapes fit it.
+
+    Raises:
+        ValueError: What ``load_pretrained`` refuses, save weights that are not finite.
+    """
+    if "format" in read_config(checkpoint_folder(path)):
+        return open_checkpoint(path)[0].config
+    return _open_foreign(path, None)[0].config
+
+
+def _open_foreign(
+    path: PathLike, dtype: torch.dtype | None
+) -> tuple[RecurrentDepthLM, Iterator[tuple[str, Tensor]]]:
+    """The model without its weights, and the weights, whose names and shapes fit it."""
     folder = checkpoint_folder(path)
-    data = read_config(folder)
-    if "format" in data:
-        return load_checkpoint(folder, dtype=dtype, device=device)
-    weights = StoredWeights(folder)
+    data, weights = read_config(folder), StoredWeights(folder)
     family = next((f for f in FAMILIES if f.recognises(data, weights.shapes)), None)
     if family is None:
         known = ", ".join(family.name for family in FAMILIES)
@@ -55,9 +79,10 @@ def load_pretrained(
             f"{folder / CONFIG_FILE} is of no known family: it has no format={FORMAT!r}, and with "
             f"its weights it does not match {known}"
         )
+    weights.strip(family.prefixes)
     try:
         config = family.read_config(data)
     except ValueError as error:
         raise ValueError(f"{folder} (read as {family.name}): {error}") from None
     model = empty_model(config)
-    return fill_model(model, read_tensors(family, model, weights), folder, dtype, device)
+    return model, read_tensors(family, model, weights, dtype)

@@ -5,21 +5,21 @@ on one side and ours on the other, and only moves numbers, so that there and bac
 bytes. Expected names and shapes on the family's side follow from the rules and our model.
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from openmythos.checkpoint import StoredWeights, check_shapes, tensor_shapes
 from openmythos.config import ModelConfig
 from openmythos.model.recurrent import RecurrentDepthLM
 from openmythos.schema import to_dict
+from openmythos.stored_weights import StoredWeights, check_shapes, tensor_shapes
 
 # --- rules ----------------------------------------------------------------------------------------
-# ``read`` makes our tensors from theirs, in the order of the names; they may be kept.
-# ``write`` is its inverse.
+# ``read`` makes our tensors from theirs, in the order of the names; they may be kept. It takes one
+# of theirs at a time: many together are as large as what is made of them. ``write`` is its inverse.
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,9 @@ class Rename:
     def ours(self) -> tuple[str, ...]:
         return (self.our_name,)
 
-    def read(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        return self._turned(tensors[0])
+    def read(self, tensors: Iterable[Tensor]) -> list[Tensor]:
+        (tensor,) = tensors
+        return self._turned(tensor)
 
     def write(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         return self._turned(tensors[0])
@@ -66,8 +67,9 @@ class Reshape:
     def ours(self) -> tuple[str, ...]:
         return (self.our_name,)
 
-    def read(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        return [tensors[0].reshape(self.our_shape).clone()]
+    def read(self, tensors: Iterable[Tensor]) -> list[Tensor]:
+        (tensor,) = tensors
+        return [tensor.reshape(self.our_shape).clone()]
 
     def write(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         return [tensors[0].reshape(self.their_shape).clone()]
@@ -98,12 +100,22 @@ class Join:
     def ours(self) -> tuple[str, ...]:
         return (self.our_name,)
 
-    def read(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        if self.groups > 1:
-            grouped = [tensor.unflatten(0, (self.groups, -1)) for tensor in tensors]
-            joined = torch.cat(grouped, dim=1).flatten(0, 1)
-        else:
-            joined = torch.cat(list(tensors), dim=self.dim)
+    def read(self, tensors: Iterable[Tensor]) -> list[Tensor]:
+        joined, start = None, 0
+        for number, part in enumerate(tensors):
+            dim = self.dim if self.groups == 1 else 1
+            part = part if self.groups == 1 else part.unflatten(0, (self.groups, -1))
+            if joined is None:
+                shape = list(part.shape)
+                shape[dim] = sum(self.sizes or (shape[dim],) * len(self.theirs))
+                joined = part.new_empty(shape)
+            if part.dtype != joined.dtype:
+                joined = joined.to(torch.promote_types(part.dtype, joined.dtype))
+            length = part.shape[dim] if self.sizes is None else self.sizes[number]
+            joined.narrow(dim, start, length).copy_(part)
+            start += length
+        assert joined is not None
+        joined = joined if self.groups == 1 else joined.flatten(0, 1)
         return [joined if self.stack is None else joined.unflatten(0, (self.stack, -1))]
 
     def write(self, tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -132,8 +144,8 @@ class Split:
     def theirs(self) -> tuple[str, ...]:
         return (self.their_name,)
 
-    def read(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        return Join(self.ours, self.their_name, self.sizes, self.dim).write(tensors)
+    def read(self, tensors: Iterable[Tensor]) -> list[Tensor]:
+        return Join(self.ours, self.their_name, self.sizes, self.dim).write(list(tensors))
 
     def write(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         return Join(self.ours, self.their_name, self.sizes, self.dim).read(tensors)
@@ -154,8 +166,20 @@ class Recomputed:
     their_name: str
 
 
+@dataclass(frozen=True)
+class Dead:
+    """Skipped: a parameter that their model has and that no output depends on.
+
+    Read, it must be there with this shape; its numbers are dropped. Written, it is zeros: what is
+    exported is then complete, and computes the same.
+    """
+
+    their_name: str
+    their_shape: tuple[int, ...]
+
+
 Rule = Rename | Reshape | Join | Split
-AnyRule = Rule | TiedCopy | Recomputed
+AnyRule = Rule | TiedCopy | Recomputed | Dead
 
 
 # --- families -------------------------------------------------------------------------------------
@@ -167,7 +191,8 @@ class Family:
 
     ``recognises`` sees config.json and the names of the weights. ``read_config`` raises
     ``ValueError`` for what it cannot express; ``write_config`` need not check: ``export_config``
-    compares.
+    compares. ``prefixes`` may stand before all names of a file, as the family's programs leave
+    them.
     """
 
     name: str
@@ -175,6 +200,7 @@ class Family:
     read_config: Callable[[Mapping[str, Any]], ModelConfig]
     write_config: Callable[[ModelConfig], dict[str, Any]]
     rules: Callable[[ModelConfig], Sequence[AnyRule]]
+    prefixes: tuple[str, ...] = ()
 
 
 def check_fields(
@@ -216,9 +242,12 @@ def check_fields(
 
 
 def read_tensors(
-    family: Family, model: RecurrentDepthLM, weights: StoredWeights
+    family: Family,
+    model: RecurrentDepthLM,
+    weights: StoredWeights,
+    dtype: torch.dtype | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
-    """Our tensors, made one rule at a time from a family's files.
+    """Our tensors, made one rule at a time from a family's files; parameters in ``dtype``.
 
     Raises:
         ValueError: Names or shapes that do not fit, before the first tensor is read; a tied copy
@@ -232,16 +261,19 @@ def read_tensors(
     recomputed = {rule.their_name for rule in rules if isinstance(rule, Recomputed)}
     given = {name: shape for name, shape in weights.shapes.items() if name not in recomputed}
     check_shapes(given, needed | present, weights.folder)
-    return _read(rules, weights)
+    return _read(rules, weights, dtype, {name for name, _ in model.named_parameters()})
 
 
-def _read(rules: Sequence[AnyRule], weights: StoredWeights) -> Iterator[tuple[str, Tensor]]:
+def _read(
+    rules: Sequence[AnyRule], weights: StoredWeights, dtype: torch.dtype | None, cast: set[str]
+) -> Iterator[tuple[str, Tensor]]:
     for rule in rules:
-        if isinstance(rule, TiedCopy):
-            if rule.their_name in weights.shapes:
-                _check_tied(rule, weights)
-        elif not isinstance(rule, Recomputed):
-            parts = [weights.read(name) for name in rule.theirs]
+        if isinstance(rule, TiedCopy) and rule.their_name in weights.shapes:
+            _check_tied(rule, weights)  # before anything else is in memory
+    for rule in rules:
+        if not isinstance(rule, TiedCopy | Recomputed | Dead):
+            wanted = dtype if cast.issuperset(rule.ours) else None
+            parts = (weights.read(name).to(dtype=wanted) for name in rule.theirs)
             yield from zip(rule.ours, rule.read(parts), strict=True)
 
 
@@ -265,6 +297,9 @@ def _written(rules: Sequence[AnyRule], ours: Mapping[str, Tensor]) -> dict[str, 
     for rule in rules:
         if isinstance(rule, TiedCopy):
             theirs[rule.their_name] = theirs[rule.of].clone()
+        elif isinstance(rule, Dead):
+            like = next(iter(ours.values()))
+            theirs[rule.their_name] = like.new_zeros(rule.their_shape)
         elif not isinstance(rule, Recomputed):
             used += rule.ours
             parts = rule.write([ours[name] for name in rule.ours])

@@ -9,16 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from openmythos.checkpoint import (
-    CONFIG_FILE,
-    INDEX_FILE,
-    OWN_FILES,
-    WEIGHTS_FILE,
-    PathLike,
-    empty_model,
-    replaced_folder,
-)
+from openmythos.checkpoint import OWN_FILES, PathLike, empty_model, replaced_folder
 from openmythos.interop.mapping import (
+    Dead,
     Family,
     Recomputed,
     Rule,
@@ -27,6 +20,7 @@ from openmythos.interop.mapping import (
     export_tensors,
 )
 from openmythos.model.recurrent import RecurrentDepthLM
+from openmythos.stored_weights import CONFIG_FILE, INDEX_FILES, WEIGHTS_FILE
 from openmythos.tokenizer import Tokenizer
 
 MAX_SHARD_BYTES = 5 * 10**9  # a larger model is written in several files
@@ -74,7 +68,7 @@ def save_as(
 
 def shard_names(folder: PathLike) -> set[str]:
     """The names of sharded weights, which a new checkpoint may replace."""
-    return {INDEX_FILE, *(path.name for path in Path(folder).glob(SHARD_PATTERN))}
+    return {INDEX_FILES[0], *(path.name for path in Path(folder).glob(SHARD_PATTERN))}
 
 
 def check_writable(model: RecurrentDepthLM, dtype: torch.dtype | None) -> None:
@@ -141,10 +135,11 @@ def write_weights(
         _write_file(folder / name, shard, tensors)
         places |= {planned.name: name for planned in shard}
     size = sum(planned.num_bytes for planned in plan)
-    write_json(folder / INDEX_FILE, {"metadata": {"total_size": size}, "weight_map": places})
+    write_json(folder / INDEX_FILES[0], {"metadata": {"total_size": size}, "weight_map": places})
 
 
-WritingRule = tuple[Rule, Mapping[str, str]]  # a rule, and the name in the file of what it makes
+# A rule, and the name in the file of what it makes:
+WritingRule = tuple[Rule | Dead, Mapping[str, str]]
 
 
 def _writing_rules(
@@ -156,12 +151,18 @@ def _writing_rules(
     """
     export_tensors(family, empty_model(model.config))  # raises if a tensor of ours is left out
     rules = family.rules(model.config)
-    plain = [rule for rule in rules if not isinstance(rule, TiedCopy | Recomputed)]
+    plain = [rule for rule in rules if not isinstance(rule, TiedCopy | Recomputed | Dead)]
     makers = {name: rule for rule in plain for name in rule.theirs}
     found: list[WritingRule] = [(rule, {name: name for name in rule.theirs}) for rule in plain]
     tied = [rule for rule in rules if isinstance(rule, TiedCopy)]
     found += [(makers[rule.of], {rule.of: rule.their_name}) for rule in tied]
-    return sorted(found, key=lambda entry: -dtypes[entry[0].ours[0]].itemsize)
+    found += [(rule, {}) for rule in rules if isinstance(rule, Dead)]
+    return sorted(found, key=lambda entry: -_dtype_of(entry[0], dtypes).itemsize)
+
+
+def _dtype_of(rule: Rule | Dead, dtypes: Mapping[str, torch.dtype]) -> torch.dtype:
+    """Of what a rule writes; a dead parameter has that of the embedding."""
+    return dtypes["embed.weight" if isinstance(rule, Dead) else rule.ours[0]]
 
 
 def _stream(
@@ -170,6 +171,10 @@ def _stream(
     dtypes: Mapping[str, torch.dtype],
 ) -> Iterator[tuple[str, Tensor]]:
     for rule, names in rules:
+        if isinstance(rule, Dead):
+            numbers = ours["embed.weight"].new_zeros(rule.their_shape)
+            yield rule.their_name, numbers.to(_dtype_of(rule, dtypes))
+            continue
         parts = rule.write([ours[name].to(dtypes[name]) for name in rule.ours])
         for theirs, tensor in zip(rule.theirs, parts, strict=True):
             if theirs in names:

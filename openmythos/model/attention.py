@@ -59,7 +59,8 @@ class GQA(Attention):
         assert isinstance(part, GQAConfig)
         self.config = part
         self.num_recent_loops = config.num_recent_loops if stage == "core" else 0
-        self.norm_eps = config.block.norm_eps
+        eps = part.qk_norm_eps
+        self.norm_eps = config.block.norm_eps if eps is None else eps
         num_heads, num_kv_heads, head_dim = part.num_heads, part.num_kv_heads, part.head_dim
         self.num_qk_heads = num_heads + num_kv_heads
         width = (self.num_qk_heads + num_kv_heads) * head_dim

@@ -152,6 +152,49 @@ def test_inspect_reads_files_and_folders(app: typer.Typer, tmp_path: Path) -> No
         assert from_dict(ModelConfig, report["config"]) == config
 
 
+def test_inspect_reads_a_checkpoints_own_config(app: typer.Typer, tmp_path: Path) -> None:
+    config = apply_overrides(preset("tiny"), ["d_model=48"])
+    file = tmp_path / "config.json"
+    data = {"format": "openmythos", "format_version": 1, **to_dict(config)}
+    file.write_text(json.dumps(data), encoding="utf-8")
+    for source in (file, tmp_path):
+        assert from_dict(ModelConfig, inspected(app, str(source))["config"]) == config
+
+
+# --- baselines -----------------------------------------------------------------------------------
+
+
+def test_baselines_as_json(app: typer.Typer) -> None:
+    context = 100
+    report = inspected(app, "parcae-140m", "--baselines", "--context-length", str(context))
+    rows = report["baselines"]
+    assert [row["match"] for row in rows] == ["parameters", "flops", "memory"]
+    compared = ("total_params", "inference_flops_per_token", "memory_bytes")
+    for row, name in zip(rows, compared, strict=True):
+        config = from_dict(ModelConfig, row["config"])
+        figures = counts.count(config, context_length=context)
+        assert row["total_params"] == figures.total_params
+        assert row["inference_flops_per_token"] == figures.inference_flops_per_token
+        memory = 2 * figures.total_params + context * figures.kv_bytes_per_token
+        assert row["memory_bytes"] == memory
+        assert row["value"] == row[name]
+        assert row["num_loops"] == config.num_loops == 1
+        assert abs(row["deviation"]) < 0.02
+    assert rows[0]["target"] == report["total_params"]
+    at_default = [row for row in report["depths"] if row["num_loops"] == 8]
+    assert rows[1]["target"] == at_default[0]["inference_flops_per_token"]
+    assert "baselines" not in inspected(app, "parcae-140m")
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_baselines_as_a_table(app: typer.Typer, name: str) -> None:
+    lines = run(app, "inspect", name, "--baselines").splitlines()
+    assert max(map(len, lines)) <= WIDTH
+    start = next(i for i, line in enumerate(lines) if line.startswith("Plain models that match"))
+    names = [line.split("  ")[0] for line in lines[start + 1 : start + 6]]
+    assert names == ["equal in", "(this model)", "parameters", "flops", "memory"]
+
+
 def test_errors_say_what_is_wrong(app: typer.Typer, tmp_path: Path) -> None:
     unknown = error(app, "inspect", "mythos-1x")
     assert "'mythos-1x' is neither a file nor a folder" in unknown

@@ -8,7 +8,6 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from openmythos.checkpoint import StoredWeights
 from openmythos.config import (
     CopyInitConfig,
     GQAConfig,
@@ -19,6 +18,7 @@ from openmythos.config import (
 )
 from openmythos.interop.mapping import (
     AnyRule,
+    Dead,
     Family,
     Join,
     Recomputed,
@@ -33,6 +33,7 @@ from openmythos.interop.mapping import (
     read_tensors,
 )
 from openmythos.model.recurrent import RecurrentDepthLM
+from openmythos.stored_weights import StoredWeights
 
 ReadAll = Callable[[], dict[str, Tensor]]
 
@@ -73,6 +74,13 @@ def test_rules_go_there_and_back(rule: Rule, shapes: list[tuple[int, ...]]) -> N
     # The same rule gives shapes on the meta device.
     hollow = rule.write([tensor.to("meta") for tensor in ours])
     assert [tensor.shape for tensor in hollow] == [tensor.shape for tensor in theirs]
+
+
+def test_join_takes_one_part_at_a_time_and_keeps_the_wider_dtype() -> None:
+    parts = [numbered(2, 3), numbered(2, 3).double() / 3, numbered(2, 3).half()]
+    (joined,) = Join(("a", "b", "c"), "x").read(part for part in parts)
+    assert joined.dtype == torch.float64
+    assert torch.equal(joined, torch.cat([part.double() for part in parts]))
 
 
 def test_join_orders_its_parts() -> None:
@@ -169,6 +177,16 @@ def test_family_reads_what_it_writes(model: RecurrentDepthLM, read_all: ReadAll)
     assert export_config(FAMILY, model.config) == {k: v for k, v in CONFIG.items() if k != "note"}
 
 
+def test_parameters_are_read_in_a_dtype(
+    model: RecurrentDepthLM, tensors: dict[str, Tensor], tmp_path: Path
+) -> None:
+    save_file(tensors, tmp_path / "model.safetensors")
+    found = dict(read_tensors(FAMILY, model, StoredWeights(tmp_path), torch.bfloat16))
+    assert {tensor.dtype for tensor in found.values()} == {torch.bfloat16}
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(found[name], tensor.bfloat16())
+
+
 def test_skipped_tensors_may_be_absent(
     model: RecurrentDepthLM, tensors: dict[str, Tensor], read_all: ReadAll
 ) -> None:
@@ -182,6 +200,24 @@ def test_tied_copies_must_agree(
     tensors["lm_head"] = tensors["lm_head"] + 1
     with pytest.raises(ValueError, match="lm_head differs from wte, but the config ties them"):
         read_all()
+
+
+def test_dead_tensors_must_be_there_and_are_written_as_zeros(
+    model: RecurrentDepthLM, tensors: dict[str, Tensor], tmp_path: Path
+) -> None:
+    family = replace(FAMILY, rules=lambda config: [*rules(config), Dead("unused", (3, 2))])
+    written = export_tensors(family, model.double())
+    assert torch.equal(written["unused"], torch.zeros(3, 2, dtype=torch.float64))
+
+    def read(**extra: Tensor) -> dict[str, Tensor]:
+        save_file(tensors | extra, tmp_path / "model.safetensors")
+        return dict(read_tensors(family, model, StoredWeights(tmp_path)))
+
+    assert read(unused=torch.full((3, 2), float("nan"))).keys() == model.state_dict().keys()
+    with pytest.raises(ValueError, match="missing: unused"):
+        read()
+    with pytest.raises(ValueError, match=r"wrong shape: unused is \[3\], expected \[3, 2\]"):
+        read(unused=torch.zeros(3))
 
 
 def test_names_and_shapes_are_the_familys(

@@ -86,10 +86,10 @@ def test_mla_by_hand():
 
 @pytest.mark.parametrize("qk_norm", ["none", "weightless", "weighted"])
 @pytest.mark.parametrize("qk_bias", [False, True])
-def test_gqa_by_hand(qk_norm, qk_bias):
-    part = apply_overrides(
-        small_config(), [f"attention.qk_norm={qk_norm}", f"attention.qk_bias={qk_bias}".lower()]
-    )
+@pytest.mark.parametrize("eps", [None, 0.3])
+def test_gqa_by_hand(qk_norm, qk_bias, eps):
+    words = (f"qk_norm={qk_norm}", f"qk_bias={qk_bias}".lower(), f"qk_norm_eps={eps or 'null'}")
+    part = apply_overrides(small_config(), [f"attention.{word}" for word in words])
     model, layer = layer_of(part)
     ctx = model.context(random_tokens(part, 1, 5))
     x = torch.randn(1, 5, 16, dtype=torch.float64, generator=seeded())
@@ -97,7 +97,7 @@ def test_gqa_by_hand(qk_norm, qk_bias):
     if qk_bias:
         q, k = q + layer.qk_bias[:4], k + layer.qk_bias[4:]
     if qk_norm != "none":
-        q, k = (t / (t.square().mean(-1, keepdim=True) + 1e-6).sqrt() for t in (q, k))
+        q, k = (t / (t.square().mean(-1, keepdim=True) + (eps or 1e-6)).sqrt() for t in (q, k))
     if qk_norm == "weighted":
         q, k = q * layer.q_norm_weight, k * layer.k_norm_weight
     q, k = layer.rotate(q, ctx), layer.rotate(k, ctx)

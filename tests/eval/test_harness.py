@@ -7,18 +7,10 @@ from typing import Any
 import datasets
 import huggingface_hub.constants
 import pytest
-import torch
 from lm_eval.api.registry import get_model
 from lm_eval.tasks import TaskManager
 
 from openmythos import save_pretrained
-from openmythos.config import (
-    CopyInitConfig,
-    GQAConfig,
-    ModelConfig,
-    NoInjectionConfig,
-    SwiGLUConfig,
-)
 from openmythos.data.synthetic import HopsConfig
 from openmythos.eval import python_docs
 from openmythos.eval.depth_sweep import measure_tasks, sweep_tasks
@@ -31,10 +23,9 @@ from openmythos.eval.harness import (
     read_task,
     task_files,
 )
-from openmythos.eval.scoring import Scorer
 from openmythos.eval.task import TEXT_TASKS, shipped_task
 from openmythos.eval.walk import WalkCodec
-from openmythos.model.recurrent import RecurrentDepthLM
+from openmythos.interop.hf_export import export_hf
 from openmythos.tokenizer import byte_tokenizer
 from tests.eval.backends import assert_equal_scores, through_hf, through_ours
 from tests.eval.examples import bpe, documents, scorer, text_model, write_tasks
@@ -65,88 +56,20 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # --- equal to the Hugging Face backend ------------------------------------------------------------
 
 
-def llama(vocab_size: int, max_seq_len: int) -> Any:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(5)
-    config = LlamaConfig(
-        vocab_size=vocab_size,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=max_seq_len,
-        rms_norm_eps=1e-5,
-        initializer_range=0.4,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=2,
-    )
-    return LlamaForCausalLM(config).eval()
-
-
-def as_ours(model: Any) -> RecurrentDepthLM:
-    """A Llama is a core without injection that runs once on a copy of the embeddings."""
-    theirs, config = model.state_dict(), model.config
-    ours = RecurrentDepthLM(
-        ModelConfig(
-            vocab_size=config.vocab_size,
-            d_model=32,
-            num_prelude_layers=0,
-            num_core_layers=2,
-            num_coda_layers=0,
-            num_loops=1,
-            max_seq_len=config.max_position_embeddings,
-            attention=GQAConfig(num_heads=4, num_kv_heads=2, head_dim=8),
-            feed_forward=SwiGLUConfig(d_ff=48),
-            injection=NoInjectionConfig(),
-            state_init=CopyInitConfig(),
-            prelude_norm=False,
-            tie_embeddings=False,
-        )
-    )
-    weights = {
-        "embed.weight": theirs["model.embed_tokens.weight"],
-        "final_norm.weight": theirs["model.norm.weight"],
-        "head.weight": theirs["lm_head.weight"],
-    }
-    for layer in range(2):
-        one, other = f"core.{layer}", f"model.layers.{layer}"
-        qkv = [theirs[f"{other}.self_attn.{name}_proj.weight"] for name in "qkv"]
-        gate_up = [theirs[f"{other}.mlp.{name}_proj.weight"] for name in ("gate", "up")]
-        weights[f"{one}.attention.qkv.weight"] = torch.cat(qkv)
-        weights[f"{one}.attention.out.weight"] = theirs[f"{other}.self_attn.o_proj.weight"]
-        weights[f"{one}.feed_forward.gate_up.weight"] = torch.cat(gate_up)
-        weights[f"{one}.feed_forward.down.weight"] = theirs[f"{other}.mlp.down_proj.weight"]
-        weights[f"{one}.attention_norm.weight"] = theirs[f"{other}.input_layernorm.weight"]
-        after = theirs[f"{other}.post_attention_layernorm.weight"]
-        weights[f"{one}.feed_forward_norm.weight"] = after
-    ours.load_state_dict(weights)
-    return ours.eval()
-
-
-def test_scores_are_those_of_the_hugging_face_backend(tasks: Path, tmp_path: Path) -> None:
-    from transformers import PreTrainedTokenizerFast
-
+@pytest.mark.parametrize("num_loops", [2, 5])
+def test_an_export_scores_in_the_hugging_face_backend_as_here(
+    tasks: Path, tmp_path: Path, num_loops: int
+) -> None:
     codec = bpe()
-    model = llama(codec.vocab_size, max_seq_len=96)
-    model.save_pretrained(tmp_path)
-    codec.save(tmp_path)
-    PreTrainedTokenizerFast(
-        tokenizer_file=str(tmp_path / "tokenizer.json"),
-        bos_token="<|bos|>",
-        eos_token="<|eos|>",
-        pad_token="<|pad|>",
-    ).save_pretrained(tmp_path)
-    theirs = through_hf(tmp_path, tasks, dtype="float32")
-    asked = Scorer(model=as_ours(model), codec=codec, num_loops=1, batch_size=4, add_bos=False)
-    ours = through_ours(asked, tasks)
+    model = text_model(codec.vocab_size, max_seq_len=96)
+    folder = export_hf(model, tmp_path / "export", tokenizer=codec)
+    theirs = through_hf(folder, tasks, trust_remote_code=True, num_loops=num_loops, dtype="float32")
     assert theirs["results"].keys() == {"some_answer", "some_choice", "some_text"}
-    assert_equal_scores(ours, theirs, 1e-4)
-    broken = Scorer(model=as_ours(model), codec=codec, num_loops=2, add_bos=False)
+    asked = scorer(model, codec=codec, num_loops=num_loops, batch_size=4, add_bos=False)
+    assert_equal_scores(through_ours(asked, tasks), theirs, 1e-4)
+    shallow = scorer(model, codec=codec, num_loops=1, add_bos=False)
     with pytest.raises(AssertionError):
-        assert_equal_scores(through_ours(broken, tasks), theirs, 1e-4)
+        assert_equal_scores(through_ours(shallow, tasks), theirs, 1e-4)
 
 
 # --- the adapter ----------------------------------------------------------------------------------

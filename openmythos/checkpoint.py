@@ -31,7 +31,7 @@ FORMAT, FORMAT_VERSION = "openmythos", 1
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 INDEX_FILE = WEIGHTS_FILE + ".index.json"
 PICKLE_FILES = ("pytorch_model.bin", "model.bin", "model.pt", "model.pth")
-OWN_FILES = {CONFIG_FILE, WEIGHTS_FILE, "tokenizer.json"}
+OWN_FILES = {CONFIG_FILE, WEIGHTS_FILE, "tokenizer.json", "tokenizer_config.json"}
 REOPEN_BYTES = 1 << 26  # an open safetensors file keeps all that was read of it in memory
 MAX_LISTED = 30  # names that one error message lists of a kind
 

@@ -192,7 +192,6 @@ def resolve(
         except (OSError, ValueError) as error:  # of JSON, of UTF-8 or of a field
             raise ValueError(f"--config {config} cannot be used: {error}") from None
     else:
-        source = HopsData() if data == "hops" else TextData(source=data or DEFAULT_DATA)
         start = None if init_from is None else str(init_from)
         settings = TrainConfig(max_steps=1000, save_every=200, eval_every=200, init_from=start)
         if init_from is None:
@@ -201,6 +200,9 @@ def resolve(
             from openmythos.interop.loading import load_config
 
             model = load_config(init_from)
+        seq_len = min(TextData.seq_len, model.max_seq_len)
+        text = TextData(source=data or DEFAULT_DATA, seq_len=seq_len)
+        source = HopsData() if data == "hops" else text
         base = RunConfig(model=model, train=settings, data=source)
     seeds = [] if seed is None else [f"train.seed={seed}"]
     return apply_overrides(base, [*seeds, *overrides])

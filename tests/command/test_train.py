@@ -126,3 +126,26 @@ def test_eval_refuses(invoke: Invoke, text_run: Path, hops_run: Path, tmp_path: 
     assert "no tokenizer" in refused(invoke, "eval", hops_run)
     assert "--num-loops is '0'" in refused(invoke, "eval", text_run, "--num-loops", "0")
     invoke("eval", text_run, "--max-batches", 0, status=2)
+
+
+def test_prepare_and_train_from_a_checkpoint(
+    invoke: Invoke, text_run: Path, text_file: Path, tmp_path: Path
+) -> None:
+    """A run's model, weights and tokenizer, on data prepared with that tokenizer."""
+    data, out = tmp_path / "data", tmp_path / "run"
+    report = json.loads(
+        invoke("prepare", text_file, "--tokenizer", text_run, "--out", data, "--json")
+    )
+    assert report["vocab_size"] == stored(text_run)["model"]["vocab_size"]
+    file = text_run / "checkpoints" / "step-00000004" / "tokenizer.json"
+    invoke("prepare", text_file, "--tokenizer", file, "--out", data)
+    small = [word for word in SMALL if not word.startswith("model.")]
+    invoke("train", "--from", text_run, "--data", data, "--out", out, *sets(*small))
+    assert stored(out)["model"] == stored(text_run)["model"]
+    first, before = (next(iter(measured(folder)))["loss"] for folder in (out, text_run))
+    assert first < before  # four steps ahead
+    both = ("prepare", text_file, "--out", tmp_path / "other", "--bytes", "--tokenizer", file)
+    assert "both name a tokenizer" in refused(invoke, *both)
+    for other in (("tiny",), ("--config", out / "config.json")):
+        message = refused(invoke, "train", *other, "--from", text_run)
+        assert "already names the model" in message

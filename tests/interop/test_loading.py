@@ -6,7 +6,7 @@ import torch
 import openmythos
 from openmythos.checkpoint import save_pretrained
 from openmythos.config import GQAConfig, ModelConfig, SwiGLUConfig
-from openmythos.interop.loading import load_pretrained
+from openmythos.interop.loading import load_config, load_pretrained
 from openmythos.model.recurrent import RecurrentDepthLM
 
 CONFIG = ModelConfig(
@@ -40,3 +40,15 @@ def test_a_folder_of_another_format_is_refused(tmp_path: Path) -> None:
         load_pretrained(folder)
     with pytest.raises(ValueError, match="does not exist"):
         load_pretrained(tmp_path / "absent")
+
+
+def test_a_config_is_read_without_the_weights(tmp_path: Path) -> None:
+    folder = save_pretrained(RecurrentDepthLM(CONFIG), tmp_path / "saved")
+    assert load_config(folder) == CONFIG
+    stored = (folder / "config.json").read_text(encoding="utf-8")
+    (folder / "config.json").write_text(stored.replace('"d_model"', '"dmodel"'), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"config\.json: unknown key 'dmodel'"):
+        load_config(folder)
+    (folder / "config.json").write_text('{"model_type": "gpt2"}', encoding="utf-8")
+    with pytest.raises(ValueError, match="of no known family"):
+        load_config(folder)

@@ -10,7 +10,17 @@ import pytest
 
 from openmythos import cli
 
-COMMANDS = ("demo", "train", "generate", "chat", "prepare", "eval", "presets", "inspect")
+COMMANDS = (
+    "demo",
+    "train",
+    "generate",
+    "chat",
+    "prepare",
+    "eval",
+    "retrofit",
+    "presets",
+    "inspect",
+)
 
 
 def openmythos(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:

@@ -68,6 +68,7 @@ def check_stack(config: ModelConfig, layers: Layers) -> None:
         num_prelude_layers=0,
         num_coda_layers=0,
         num_loops=1,
+        core_feed_forward=None,
         injection=NoInjectionConfig(),
         state_init=CopyInitConfig(),
         loop_embedding=None,

@@ -34,7 +34,7 @@ from openmythos.stored_weights import (
 from openmythos.tokenizer import Tokenizer
 
 FORMAT, FORMAT_VERSION = "openmythos", 1
-OWN_FILES = {CONFIG_FILE, WEIGHTS_FILE, "tokenizer.json"}
+OWN_FILES = {CONFIG_FILE, WEIGHTS_FILE, "tokenizer.json", "tokenizer_config.json"}
 
 PathLike = str | os.PathLike[str]
 

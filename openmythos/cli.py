@@ -4,7 +4,7 @@ import sys
 
 import typer
 
-from openmythos.command import demo, evaluate, export, model, talk, train
+from openmythos.command import demo, evaluate, export, model, retrofit, talk, train
 
 app = typer.Typer(
     help="Recurrent-depth (looped) language models: train, generate, inspect.",
@@ -18,6 +18,7 @@ app.command()(talk.generate)
 app.command()(talk.chat)
 app.command()(train.prepare)
 app.command("eval")(evaluate.evaluate)
+app.command()(retrofit.retrofit)
 app.command()(model.presets)
 app.command()(model.inspect)
 app.command()(export.export)

@@ -26,6 +26,7 @@ EOS_TOKEN = "<|eos|>"
 PAD_TOKEN = "<|pad|>"
 SPECIAL_TOKENS = (BOS_TOKEN, EOS_TOKEN, PAD_TOKEN)
 FILE_NAME = "tokenizer.json"
+NAMES_FILE = "tokenizer_config.json"  # of transformers; names the special tokens
 MIN_BPE_VOCAB = 256 + len(SPECIAL_TOKENS)
 
 # GPT-4's pattern (cl100k) with two changes for a small vocabulary that reads Python: digits in
@@ -85,6 +86,7 @@ class Tokenizer:
         self._backend.encode_special_tokens = True
         self._config: dict[str, Any] = json.loads(backend.to_str())
         self._token_bytes = self._read_token_bytes()
+        self._names = {"bos_token": bos_token, "eos_token": eos_token, "pad_token": pad_token}
         self.bos_id = self._special_id(bos_token)
         self.eos_id = self._special_id(eos_token)
         self.pad_id = self._special_id(pad_token)
@@ -167,7 +169,8 @@ class Tokenizer:
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write `tokenizer.json`, in the `tokenizers` library's format, into `folder`.
 
-        Returns its path. The file appears whole or not at all.
+        Returns its path. The file appears whole or not at all. Where the special tokens have other
+        names than ours, `tokenizer_config.json` says which.
         """
         target = Path(folder) / FILE_NAME
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -182,6 +185,9 @@ class Tokenizer:
         except BaseException:
             Path(temporary).unlink(missing_ok=True)
             raise
+        if tuple(self._names.values()) != SPECIAL_TOKENS:
+            named = json.dumps(self._names, indent=2, ensure_ascii=False) + "\n"
+            (target.parent / NAMES_FILE).write_text(named, encoding="utf-8")
         return target
 
     @classmethod
@@ -189,16 +195,18 @@ class Tokenizer:
         cls,
         path: str | os.PathLike[str],
         *,
-        bos_token: str = BOS_TOKEN,
-        eos_token: str = EOS_TOKEN,
-        pad_token: str = PAD_TOKEN,
+        bos_token: str | None = None,
+        eos_token: str | None = None,
+        pad_token: str | None = None,
     ) -> Tokenizer:
         """Read a byte-level `tokenizer.json`, given the file or the folder that holds it.
 
+        The special tokens have the names that are given, else those of a `tokenizer_config.json`
+        beside the file, else ours.
+
         Args:
             path: The file or its folder.
-            bos_token: Text of the begin token, where another project's tokenizer names it
-                differently.
+            bos_token: Text of the begin token.
             eos_token: Text of the end token.
             pad_token: Text of the padding token; may repeat another special token.
 
@@ -222,7 +230,9 @@ class Tokenizer:
         ) as error:  # the library raises bare Exception for a file that it cannot parse
             reason = str(error).splitlines()[0]
             raise ValueError(f"{file} is not a tokenizer.json that can be read: {reason}") from None
-        return cls(backend, bos_token=bos_token, eos_token=eos_token, pad_token=pad_token)
+        given = {"bos_token": bos_token, "eos_token": eos_token, "pad_token": pad_token}
+        names = _special_names(file.parent / NAMES_FILE)
+        return cls(backend, **{**names, **{key: name for key, name in given.items() if name}})
 
     def _special_id(self, token: str) -> int:
         token_id = self._backend.token_to_id(token)
@@ -253,6 +263,24 @@ class Tokenizer:
             else:
                 table[token_id] = bytes(byte_of[character] for character in token)
         return table
+
+
+def _special_names(file: Path) -> dict[str, str]:
+    """The special tokens that transformers' file names; its end token stands for what is absent."""
+    ours = dict(zip(("bos_token", "eos_token", "pad_token"), SPECIAL_TOKENS, strict=True))
+    if not file.is_file():
+        return ours
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON: {error}") from None
+    found = {}
+    for key in ours:
+        token = data.get(key) if isinstance(data, dict) else None
+        text = token.get("content") if isinstance(token, dict) else token
+        if isinstance(text, str):
+            found[key] = text
+    return ours if "eos_token" not in found else dict.fromkeys(ours, found["eos_token"]) | found
 
 
 def byte_tokenizer() -> Tokenizer:

@@ -13,6 +13,7 @@ from openmythos import cli
 COMMANDS = (
     *("demo", "train", "generate", "chat", "prepare", "eval", "presets", "inspect", "export"),
     "convert",
+    "retrofit",
 )
 
 

@@ -1,6 +1,8 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -148,3 +150,43 @@ def test_errors_say_what_to_do(tmp_path):
 def test_long_runs_take_linear_time(unit):
     text = unit * 50_000
     assert BPE.decode(BPE.encode(text)) == text
+
+
+# --- special tokens under other names -------------------------------------------------------------
+
+
+def test_other_names_are_kept_beside_the_file(tmp_path: Path) -> None:
+    file = train_bpe(SAMPLE, 300).save(tmp_path / "ours")
+    assert [path.name for path in (tmp_path / "ours").iterdir()] == ["tokenizer.json"]
+    renamed = Tokenizer.load(file, bos_token="<|eos|>")
+    assert renamed.bos_id == renamed.eos_id
+    renamed.save(tmp_path / "renamed")
+    again = Tokenizer.load(tmp_path / "renamed")
+    assert (again.bos_id, again.eos_id, again.pad_id) == (1, 1, 2)
+    assert again.fingerprint == renamed.fingerprint != Tokenizer.load(file).fingerprint
+    assert Tokenizer.load(tmp_path / "renamed", bos_token="<|bos|>").bos_id == 0
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        ({"bos_token": "<|bos|>", "eos_token": "<|eos|>", "pad_token": "<|pad|>"}, (0, 1, 2)),
+        ({"eos_token": {"content": "<|pad|>", "lstrip": False}}, (2, 2, 2)),
+        ({"eos_token": "<|eos|>", "pad_token": None}, (1, 1, 1)),
+        ({"model_max_length": 5}, (0, 1, 2)),
+    ],
+)
+def test_the_names_of_a_transformers_folder(
+    tmp_path: Path, names: dict[str, Any], expected: tuple[int, int, int]
+) -> None:
+    byte_tokenizer().save(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(names), encoding="utf-8")
+    found = Tokenizer.load(tmp_path)
+    assert (found.bos_id, found.eos_id, found.pad_id) == expected
+
+
+def test_a_damaged_file_of_names_is_one_clear_error(tmp_path: Path) -> None:
+    byte_tokenizer().save(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text("{", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json is not JSON"):
+        Tokenizer.load(tmp_path)

@@ -36,16 +36,26 @@ def prepare(
     out: Out = Path("data"),
     vocab_size: Annotated[int, typer.Option(help="Of the BPE tokenizer.")] = 2048,
     byte_level: Annotated[bool, typer.Option("--bytes", help="Bytes instead of BPE.")] = False,
+    tokenizer_of: Annotated[
+        Path | None,
+        typer.Option("--tokenizer", help="Checkpoint or tokenizer.json to use, instead of BPE."),
+    ] = None,
     val_fraction: Annotated[float, typer.Option(help="Share of documents held out.")] = 0.1,
     column: Annotated[str, typer.Option(help="Text column of JSONL and Parquet.")] = "text",
     seed: Seed = 0,
     as_json: AsJson = False,
 ) -> None:
     """Tokenise a source into memory-mapped shards."""
+    from openmythos.checkpoint import checkpoint_folder
     from openmythos.data.prepare import prepare as write
-    from openmythos.tokenizer import byte_tokenizer
+    from openmythos.tokenizer import Tokenizer, byte_tokenizer
 
     tokenizer = byte_tokenizer() if byte_level else None
+    if tokenizer_of is not None:
+        if byte_level:
+            raise ValueError("--bytes and --tokenizer both name a tokenizer; give one of them")
+        is_file = tokenizer_of.is_file()
+        tokenizer = Tokenizer.load(tokenizer_of if is_file else checkpoint_folder(tokenizer_of))
     data = write(
         source,
         out,
@@ -84,6 +94,10 @@ def train(
     config: Annotated[
         Path | None, typer.Option(help="A run's config.json, instead of preset and data.")
     ] = None,
+    init_from: Annotated[
+        Path | None,
+        typer.Option("--from", help="Checkpoint whose model and weights to start from."),
+    ] = None,
     out: Out = Path("runs/train"),
     overrides: Overrides = None,
     device: Device = "cpu",
@@ -93,7 +107,7 @@ def train(
     ] = None,
 ) -> None:
     """Train a model; run the same command again to continue an interrupted run."""
-    resolved = resolve(preset, data, config, overrides or [], seed)
+    resolved = resolve(preset, data, config, overrides or [], seed, init_from)
     check_device(device)
     from openmythos.train.setup import set_up
 
@@ -163,16 +177,22 @@ def resolve(
     config: Path | None,
     overrides: list[str],
     seed: int | None,
+    init_from: Path | None = None,
 ) -> "RunConfig":
-    """The run's configuration: defaults, then preset or file, then overrides.
+    """The run's configuration: defaults, then preset, checkpoint or file, then overrides.
 
     Raises:
-        ValueError: A field is unknown or out of range, or a file comes with a preset or data.
+        ValueError: A field is unknown or out of range, or two arguments name the model or the data.
     """
     from openmythos import presets
     from openmythos.schema import apply_overrides, from_dict
     from openmythos.train.config import HopsData, RunConfig, TextData, TrainConfig
 
+    if init_from is not None and (preset is not None or config is not None):
+        raise ValueError(
+            f"--from {init_from} already names the model; leave the preset and --config out, and "
+            "change fields with --set"
+        )
     if config is not None:
         if preset is not None or data is not None:
             raise ValueError(
@@ -185,10 +205,17 @@ def resolve(
         except (OSError, ValueError) as error:  # of JSON, of UTF-8 or of a field
             raise ValueError(f"--config {config} cannot be used: {error}") from None
     else:
-        source = HopsData() if data == "hops" else TextData(source=data or DEFAULT_DATA)
-        settings = TrainConfig(max_steps=1000, save_every=200, eval_every=200)
-        base = RunConfig(
-            model=presets.preset(preset or DEFAULT_PRESET), train=settings, data=source
-        )
+        start = None if init_from is None else str(init_from)
+        settings = TrainConfig(max_steps=1000, save_every=200, eval_every=200, init_from=start)
+        if init_from is None:
+            model = presets.preset(preset or DEFAULT_PRESET)
+        else:
+            from openmythos.interop.loading import load_config
+
+            model = load_config(init_from)
+        seq_len = min(TextData.seq_len, model.max_seq_len)
+        text = TextData(source=data or DEFAULT_DATA, seq_len=seq_len)
+        source = HopsData() if data == "hops" else text
+        base = RunConfig(model=model, train=settings, data=source)
     seeds = [] if seed is None else [f"train.seed={seed}"]
     return apply_overrides(base, [*seeds, *overrides])

@@ -16,7 +16,7 @@ from openmythos.checkpoint import (
     read_config,
 )
 from openmythos.config import ModelConfig
-from openmythos.interop import hf_export, huginn, openmythos_original, ouro, parcae
+from openmythos.interop import hf_export, huginn, llama, openmythos_original, ouro, parcae
 from openmythos.interop.mapping import read_tensors
 from openmythos.model.recurrent import RecurrentDepthLM
 from openmythos.stored_weights import CONFIG_FILE, StoredWeights
@@ -28,6 +28,8 @@ FAMILIES = (
     ouro.FAMILY,
     parcae.FAMILY,
     parcae.GPT_FAMILY,
+    llama.LLAMA,
+    llama.NANBEIGE,
     hf_export.FAMILY,
 )
 

@@ -17,10 +17,12 @@ class TrainConfig:
     The learning rate and the depth ramp follow the share of the run that is done. With
     ``max_steps`` alone that is a pure function of the step, and a resumed run repeats exactly.
     ``batch_size`` is the rows of one optimiser step, over all accumulation steps.
-    ``balance_rate`` moves the experts' selection bias after every step.
+    ``balance_rate`` moves the experts' selection bias after every step. ``init_from`` is a
+    checkpoint folder, of any family, whose weights the run starts from; None starts from new ones.
     """
 
     seed: int = 0
+    init_from: str | None = None
     max_steps: int | None = None
     max_seconds: float | None = None
     batch_size: int = 16

@@ -2,13 +2,13 @@
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from openmythos.seams import require, require_positive
+from openmythos.seams import require, require_literals, require_positive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,18 +117,24 @@ DepthConfig = FixedDepth | PoissonDepth | ClippedPoissonDepth | UniformDepth | L
 class DepthSchedule:
     """Depth of each step, and how many of its last loops get gradients.
 
-    ``ramp`` is the share of the run over which the mean grows linearly from 1 to
-    ``mean_recurrence``. ``mean_backprop_depth`` is the number of last loops with gradients (None:
-    all).
+    ``ramp`` is the share of the run over which the mean grows to ``mean_recurrence``, and
+    ``ramp_shape`` how: on a line that starts at 1, or as the retrofits of Huginn's authors do, in
+    whole numbers, ceil(mean f) with f the share of the ramp that is done, p, or 1 - sqrt(1 - p),
+    which stays low for longer. ``mean_backprop_depth`` is the number of last loops with gradients
+    (None: all).
+
+    Source: of the ceil shapes, Retrofitting recurrence (arXiv 2511.07384) and its train.py.
     """
 
     sampling: DepthConfig
     per_sequence: bool = False
     mean_backprop_depth: int | None = None
     ramp: float = 0.0
+    ramp_shape: Literal["linear", "ceil_linear", "ceil_one_minus_sqrt"] = "linear"
     max_loops: int = 64
 
     def __post_init__(self) -> None:
+        require_literals(self)
         require(0 <= self.ramp <= 1, "depth.ramp", self.ramp, "in 0..1")
         require_positive(self, "max_loops")
         mean, allowed = self.sampling.mean_recurrence, f"at most max_loops={self.max_loops}"
@@ -148,9 +154,18 @@ class DepthSchedule:
             batch_size: Rows; without ``per_sequence`` they all get the same depth.
         """
         generator = torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**63)
-        mean = float(self.sampling.mean_recurrence)
-        if self.ramp > 0:
-            mean = 1 + (mean - 1) * min(1.0, progress / self.ramp)
+        mean = self.mean(progress)
         size = batch_size if self.per_sequence else 1
         depths = self.sampling.draw(mean, size, generator).clamp(max=self.max_loops)
         return depths.expand(batch_size), self.mean_backprop_depth
+
+    def mean(self, progress: float) -> float:
+        """The mean depth when ``progress`` (0..1) of the run is done."""
+        mean = self.sampling.mean_recurrence
+        if self.ramp == 0 or progress >= self.ramp:
+            return float(mean)
+        done = progress / self.ramp
+        if self.ramp_shape == "linear":
+            return 1 + (mean - 1) * done
+        share = done if self.ramp_shape == "ceil_linear" else 1 - math.sqrt(1 - done)
+        return float(max(1, math.ceil(mean * share)))

@@ -5,12 +5,16 @@ from pathlib import Path
 
 import torch
 
+from openmythos.checkpoint import checkpoint_folder, empty_model, fill_model
+from openmythos.config import ModelConfig
 from openmythos.data.index import INDEX_FILE
 from openmythos.data.loader import TokenLoader
 from openmythos.data.prepare import prepare
 from openmythos.data.synthetic import Curriculum, HopsConfig, HopsTask
+from openmythos.interop.loading import load_pretrained
 from openmythos.model.recurrent import RecurrentDepthLM
 from openmythos.schema import to_dict
+from openmythos.stored_weights import check_shapes, tensor_shapes
 from openmythos.tokenizer import Tokenizer
 from openmythos.train.config import HopsData, RunConfig, TextData
 from openmythos.train.run import RunFolder
@@ -30,8 +34,12 @@ class Run:
 def set_up(config: RunConfig, out: Path, device: str = "cpu") -> Run:
     """Prepare the data, fit the vocabulary, make the model and write the resolved configuration.
 
+    Weights that ``train.init_from`` names are read unless the run has a checkpoint of its own, and
+    keep their vocabulary.
+
     Raises:
-        ValueError: The data cannot be used, or ``out`` holds another run.
+        ValueError: The data cannot be used, ``out`` holds another run, or the weights to start from
+            do not fit the model or the data's tokenizer.
     """
     tokenizer: Tokenizer | None = None
     task: Task
@@ -44,12 +52,44 @@ def set_up(config: RunConfig, out: Path, device: str = "cpu") -> Run:
     else:
         task = hops_training(config.data, config.train.seed)
         vocab_size = task.task.vocab_size
-    config = replace(config, model=replace(config.model, vocab_size=vocab_size))
+    source = config.train.init_from
+    if source is None:
+        config = replace(config, model=replace(config.model, vocab_size=vocab_size))
+    elif vocab_size > config.model.vocab_size:
+        raise ValueError(
+            f"the data has {vocab_size} token ids, the model in {source} "
+            f"{config.model.vocab_size}; prepare the data with --tokenizer {source}"
+        )
     folder = RunFolder(out, config.train.keep_checkpoints, tokenizer)
-    folder.write_config(to_dict(config))
     generator = torch.Generator().manual_seed(config.train.seed)
-    model = RecurrentDepthLM(config.model, generator).to(device)
+    if source is None or folder.last_checkpoint() is not None:
+        model = RecurrentDepthLM(config.model, generator).to(device)
+    else:
+        model = initial_model(Path(source), config.model, tokenizer, device)
+    folder.write_config(to_dict(config))
     return Run(config, model, task, folder)
+
+
+def initial_model(
+    source: Path, config: ModelConfig, tokenizer: Tokenizer | None, device: str
+) -> RecurrentDepthLM:
+    """A model of this config with the weights of a checkpoint, in fp32.
+
+    Raises:
+        ValueError: The weights do not fit, or belong to another tokenizer.
+    """
+    folder = checkpoint_folder(source)
+    if tokenizer is not None and (folder / "tokenizer.json").is_file():
+        theirs = Tokenizer.load(folder).fingerprint
+        if theirs != tokenizer.fingerprint:
+            raise ValueError(
+                f"tokenizer mismatch: {source} uses {theirs[:12]}, the data "
+                f"{tokenizer.fingerprint[:12]}; prepare the data with --tokenizer {source}"
+            )
+    weights = load_pretrained(folder).state_dict()
+    model = empty_model(config)
+    check_shapes(tensor_shapes(weights), tensor_shapes(model.state_dict()), folder)
+    return fill_model(model, weights.items(), folder, torch.float32, device)
 
 
 def text_task(data: TextData, config: RunConfig, out: Path) -> TextTask:
@@ -59,9 +99,11 @@ def text_task(data: TextData, config: RunConfig, out: Path) -> TextTask:
         prepared = source
     else:
         prepared = out / "data"
+        start = config.train.init_from
         prepare(
             data.source,
             prepared,
+            tokenizer=None if start is None else Tokenizer.load(checkpoint_folder(start)),
             vocab_size=config.model.vocab_size,
             val_fraction=data.val_fraction,
             column=data.column,

@@ -101,3 +101,26 @@ def test_a_lost_run_ends_with_status_1_and_one_line(
     assert result.exit_code == 1
     said = "error: the loss is nan at step 1; last checkpoint: none was written yet\n"
     assert result.stderr == said
+
+
+def test_prepare_and_train_from_a_checkpoint(
+    invoke: Invoke, text_run: Path, text_file: Path, tmp_path: Path
+) -> None:
+    """A run's model, weights and tokenizer, on data prepared with that tokenizer."""
+    data, out = tmp_path / "data", tmp_path / "run"
+    report = json.loads(
+        invoke("prepare", text_file, "--tokenizer", text_run, "--out", data, "--json")
+    )
+    assert report["vocab_size"] == stored(text_run)["model"]["vocab_size"]
+    file = text_run / "checkpoints" / "step-00000004" / "tokenizer.json"
+    invoke("prepare", text_file, "--tokenizer", file, "--out", data)
+    small = [word for word in SMALL if not word.startswith("model.")]
+    invoke("train", "--from", text_run, "--data", data, "--out", out, *sets(*small))
+    assert stored(out)["model"] == stored(text_run)["model"]
+    first, before = (next(iter(measured(folder)))["loss"] for folder in (out, text_run))
+    assert first < before  # four steps ahead
+    both = ("prepare", text_file, "--out", tmp_path / "other", "--bytes", "--tokenizer", file)
+    assert "both name a tokenizer" in refused(invoke, *both)
+    for other in (("tiny",), ("--config", out / "config.json")):
+        message = refused(invoke, "train", *other, "--from", text_run)
+        assert "already names the model" in message

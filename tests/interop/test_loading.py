@@ -266,3 +266,15 @@ def test_peak_memory_is_the_model_and_little_more(tmp_path: Path, case: str) -> 
         pytest.skip("the peak of one process is read from /proc")
     row = load_memory.measure(case, 300_000_000, tmp_path)
     assert float(row["ratio"]) < 1.3, row
+
+
+def test_a_config_is_read_without_the_weights(tmp_path: Path) -> None:
+    folder = save_pretrained(RecurrentDepthLM(CONFIG), tmp_path / "saved")
+    assert load_config(folder) == CONFIG
+    stored = (folder / "config.json").read_text(encoding="utf-8")
+    (folder / "config.json").write_text(stored.replace('"d_model"', '"dmodel"'), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"unknown key 'dmodel'"):
+        load_config(folder)
+    (folder / "config.json").write_text('{"model_type": "gpt2"}', encoding="utf-8")
+    with pytest.raises(ValueError, match="of no known family"):
+        load_config(folder)

@@ -1,4 +1,5 @@
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from openmythos.train.depth_schedule import (
     PoissonDepth,
     UniformDepth,
 )
-from tests.strategies import seeded
+from tests.strategies import seeded, unchecked
 
 NUM_DRAWS = 200_000
 
@@ -111,6 +112,21 @@ def test_ramp_raises_the_mean_linearly() -> None:
     assert many.mean() == pytest.approx(5, abs=0.1)
 
 
+def test_ramps_of_the_retrofit_recipe_have_exact_values() -> None:
+    """ceil(32 f) over the first half of the run, f = p or 1 - sqrt(1 - p), and 1 at the start."""
+    sampling = FixedDepth(mean_recurrence=32)
+    progress = (0.0, 0.01, 0.125, 0.25, 0.375, 0.495, 0.5, 0.75, 1.0)
+    line = DepthSchedule(sampling=sampling, ramp=0.5, ramp_shape="ceil_linear")
+    assert [line.mean(p) for p in progress] == [1, 1, 8, 16, 24, 32, 32, 32, 32]
+    root = DepthSchedule(sampling=sampling, ramp=0.5, ramp_shape="ceil_one_minus_sqrt")
+    # 32 (1 - sqrt(1 - p)) at p = .25, .5, .75, .99: 4.29, 9.37, 16, 28.8
+    assert [root.mean(p) for p in progress] == [1, 1, 5, 10, 16, 29, 32, 32, 32]
+    assert all(a.mean(0.3) == 32 for a in (replace(line, ramp=0.0), replace(root, ramp=0.25)))
+    for schedule in (line, root):
+        drawn = [int(sample(schedule, progress=p)[0]) for p in progress]
+        assert drawn == [schedule.mean(p) for p in progress]
+
+
 def test_max_loops_and_grad_loops() -> None:
     schedule = DepthSchedule(
         sampling=PoissonDepth(mean_recurrence=6), per_sequence=True, max_loops=7
@@ -140,3 +156,8 @@ def test_max_loops_and_grad_loops() -> None:
 def test_bad_fields(build: Any, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         build()
+
+
+def test_a_misspelt_shape_is_refused() -> None:
+    with unchecked(), pytest.raises(ValueError, match="ramp_shape is 'sqrt'"):
+        DepthSchedule(sampling=FixedDepth(), ramp=0.5, ramp_shape="sqrt")

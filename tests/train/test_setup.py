@@ -1,17 +1,24 @@
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from openmythos.checkpoint import save_pretrained
+from openmythos.config import LinearInjectionConfig
 from openmythos.data.prepare import prepare
+from openmythos.interop.loading import load_config, load_pretrained
 from openmythos.schema import from_dict
 from openmythos.tokenizer import byte_tokenizer
 from openmythos.train.config import RunConfig, TextData
 from openmythos.train.setup import set_up
 from openmythos.train.task import HopsTraining, TextTask
-from tests.train.examples import changed, hops_config, text_config, write_text
+from tests.strategies import random_model
+from tests.train import examples
+from tests.train.examples import changed, hops_config, text_config, tiny_model, write_text
 
 
 def test_text_from_a_file(tmp_path: Path) -> None:
@@ -72,8 +79,6 @@ def test_another_runs_data_is_not_touched(tmp_path: Path) -> None:
 
 
 def test_changed_text_is_noticed_when_the_run_goes_on(tmp_path: Path) -> None:
-    from tests.train import examples
-
     source = write_text(tmp_path)
     config = text_config(source, max_steps=2)
     examples.run(config, tmp_path / "run")
@@ -87,3 +92,69 @@ def test_unusable_text_is_one_clear_error(tmp_path: Path) -> None:
     empty.touch()
     with pytest.raises(ValueError, match=r"empty\.txt"):
         set_up(text_config(empty), tmp_path / "run")
+
+
+# --- starting from a checkpoint -------------------------------------------------------------------
+
+
+def checkpoint(folder: Path, vocab_size: int = 259) -> Path:
+    """A model with random weights, and the byte tokenizer."""
+    config = replace(tiny_model(injection=LinearInjectionConfig()), vocab_size=vocab_size)
+    return save_pretrained(random_model(config), folder, byte_tokenizer())
+
+
+def from_checkpoint(source: Path, start: Path, **changes: Any) -> RunConfig:
+    config = text_config(source, init_from=str(start), **changes)
+    return replace(config, model=load_config(start))
+
+
+def test_a_run_starts_from_a_checkpoint(tmp_path: Path) -> None:
+    """Its weights, its tokenizer, and a vocabulary that may be larger than the tokenizer's."""
+    start, source = checkpoint(tmp_path / "start", vocab_size=264), write_text(tmp_path)
+    run = set_up(from_checkpoint(source, start), tmp_path / "run")
+    assert run.config.model.vocab_size == 264
+    assert run.folder.tokenizer.fingerprint == byte_tokenizer().fingerprint
+    wanted = load_pretrained(start)
+    for name, tensor in run.model.state_dict().items():
+        assert torch.equal(tensor, wanted.state_dict()[name])
+    assert all(p.requires_grad for p in run.model.parameters())
+    stored = json.loads((tmp_path / "run" / "config.json").read_text(encoding="utf-8"))
+    assert stored["train"]["init_from"] == str(start)
+
+
+def test_half_precision_weights_train_in_full(tmp_path: Path) -> None:
+    start = checkpoint(tmp_path / "start")
+    save_pretrained(load_pretrained(start).bfloat16(), start, byte_tokenizer())
+    run = set_up(from_checkpoint(write_text(tmp_path), start), tmp_path / "run")
+    assert all(p.dtype == torch.float32 for p in run.model.parameters())
+
+
+def test_a_run_that_goes_on_keeps_what_it_has_learnt(tmp_path: Path) -> None:
+    """The start is read once; after that the run needs it no more."""
+    start, source = checkpoint(tmp_path / "start"), write_text(tmp_path)
+    prepare(str(source), tmp_path / "data", tokenizer=byte_tokenizer())
+    config = from_checkpoint(tmp_path / "data", start, max_steps=4)
+    whole = examples.run(config, tmp_path / "whole")
+    shutil.rmtree(start)
+    again = examples.run(config, tmp_path / "whole")
+    assert again.step == whole.step == 4
+    trained = load_pretrained(tmp_path / "whole")
+    assert trained.config == config.model
+
+
+def test_a_start_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+    start, source = checkpoint(tmp_path / "start"), write_text(tmp_path)
+    config = from_checkpoint(source, start)
+    wider = replace(config, model=replace(config.model, num_core_layers=2))
+    with pytest.raises(ValueError, match=r"missing: core\.1\."):
+        set_up(wider, tmp_path / "run")
+    prepare(str(source), tmp_path / "data", vocab_size=300)
+    other = replace(config, data=TextData(source=str(tmp_path / "data"), seq_len=32))
+    with pytest.raises(ValueError, match=r"300 token ids, the model in .* --tokenizer"):
+        set_up(other, tmp_path / "other")
+    prepare(str(source), tmp_path / "data", vocab_size=260)
+    larger = checkpoint(tmp_path / "larger", vocab_size=270)
+    mixed = replace(from_checkpoint(source, larger), data=other.data)
+    with pytest.raises(ValueError, match="tokenizer mismatch"):
+        set_up(mixed, tmp_path / "mixed")
+    assert not (tmp_path / "mixed" / "config.json").exists()

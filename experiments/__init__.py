@@ -1,0 +1,1 @@
+"""One folder a claim: the question, one script, what was expected, what came out."""

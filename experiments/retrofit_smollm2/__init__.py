@@ -1,0 +1,1 @@
+"""SmolLM2-135M as a looped model; see README.md."""

@@ -1,0 +1,164 @@
+"""A GGUF file of a Llama as a checkpoint folder under transformers' names; needs the gguf package.
+
+Quantised weights are widened to fp32, the numbers that the file stands for. llama.cpp rotates
+neighbouring channels, so its writers reorder the rows of q and k; they are put back here.
+
+Source: ggml-org/llama.cpp, gguf-py and convert_hf_to_gguf.py (LlamaModel.permute).
+"""
+
+import importlib.util
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+import torch
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from torch import Tensor
+
+from openmythos.checkpoint import PathLike, replaced_folder, save_weights
+from openmythos.stored_weights import CONFIG_FILE
+from openmythos.tokenizer import Tokenizer
+
+TENSORS = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+OUTER = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+# How text is cut before the merges, by tokenizer.ggml.pre.
+CUTS = {
+    "gpt-2": pre_tokenizers.ByteLevel(add_prefix_space=False),
+    "smollm": pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    ),
+}
+CONTROL, USER_DEFINED = 3, 4  # token types
+
+
+def convert_gguf(path: PathLike, folder: PathLike) -> Path:
+    """Write ``folder`` with config.json, model.safetensors and tokenizer.json; return its path.
+
+    Raises:
+        ValueError: No such file, it is not GGUF, it is no Llama with a byte-level BPE tokenizer
+            that is known, or the package is missing.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise ValueError(f"{file} does not exist; give a .gguf file of a Llama")
+    with file.open("rb") as opened:
+        if opened.read(4) != b"GGUF":
+            raise ValueError(f"{file} is not a GGUF file; give a .gguf file of a Llama")
+    if importlib.util.find_spec("gguf") is None:
+        raise ValueError(f"reading {file} needs the gguf package: pip install gguf")
+    from gguf import GGUFReader
+
+    try:
+        reader = GGUFReader(file)
+    except (ValueError, IndexError, OSError) as error:
+        raise ValueError(f"{file} is truncated or damaged: {error}") from None
+    fields = {name: field.contents() for name, field in reader.fields.items()}
+    try:
+        config, tokenizer = _config(fields), _tokenizer(fields)
+        weights = dict(_weights(reader.tensors, config))
+    except KeyError as error:
+        raise ValueError(f"{file} lacks {error.args[0]}") from None
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
+    config["tie_word_embeddings"] = "lm_head.weight" not in weights
+    with replaced_folder(folder) as fresh:
+        save_weights(weights, fresh)
+        (fresh / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        tokenizer.save(fresh)
+    return Path(folder)
+
+
+def _config(fields: Mapping[str, Any]) -> dict[str, Any]:
+    kind = fields["general.architecture"]
+    if kind != "llama":
+        raise ValueError(f"general.architecture is {kind!r}; only 'llama' is read")
+    scaled = [name for name in fields if name.startswith("llama.rope.scaling")]
+    if scaled:
+        raise ValueError(f"{', '.join(scaled)}: scaled rotary positions are not read from GGUF")
+    heads, width = fields["llama.attention.head_count"], fields["llama.embedding_length"]
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": len(fields["tokenizer.ggml.tokens"]),
+        "hidden_size": width,
+        "intermediate_size": fields["llama.feed_forward_length"],
+        "num_hidden_layers": fields["llama.block_count"],
+        "num_attention_heads": heads,
+        "num_key_value_heads": fields.get("llama.attention.head_count_kv", heads),
+        "head_dim": fields.get("llama.attention.key_length", width // heads),
+        "hidden_act": "silu",
+        "max_position_embeddings": fields["llama.context_length"],
+        "rms_norm_eps": fields["llama.attention.layer_norm_rms_epsilon"],
+        "rope_theta": fields.get("llama.rope.freq_base", 10_000.0),
+        "bos_token_id": fields["tokenizer.ggml.bos_token_id"],
+        "eos_token_id": fields["tokenizer.ggml.eos_token_id"],
+    }
+
+
+def _weights(tensors: Any, config: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    from gguf import dequantize
+
+    for tensor in tensors:
+        name = OUTER.get(tensor.name)
+        stem, _, leaf = tensor.name.removeprefix("blk.").partition(".")
+        part = leaf.removesuffix(".weight")
+        if tensor.name.startswith("blk.") and part in TENSORS:
+            name = f"model.layers.{stem}.{TENSORS[part]}.weight"
+        if name is None:
+            raise ValueError(f"unknown tensor {tensor.name}")
+        shape = tuple(int(size) for size in reversed(tensor.shape))  # GGUF counts from the inside
+        numbers = dequantize(tensor.data, tensor.tensor_type)  # fp32; a view of the file if it was
+        wide = torch.tensor(numbers).reshape(shape)
+        heads = {"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"}.get(part)
+        yield name, wide if heads is None else _rotate_half_rows(wide, config[heads])
+
+
+def _rotate_half_rows(weight: Tensor, num_heads: int) -> Tensor:
+    """Rows of each head from pairs (2j, 2j + 1) to pairs (j, j + half)."""
+    pairs = weight.unflatten(0, (num_heads, -1, 2))
+    return pairs.transpose(1, 2).flatten(0, 2)
+
+
+def _tokenizer(fields: Mapping[str, Any]) -> Tokenizer:
+    kind, cut = fields["tokenizer.ggml.model"], fields.get("tokenizer.ggml.pre", "gpt-2")
+    if kind != "gpt2" or cut not in CUTS:
+        allowed = f"model 'gpt2' with pre {', '.join(map(repr, CUTS))}"
+        raise ValueError(f"its tokenizer is {kind!r} with pre {cut!r}; allowed: {allowed}")
+    tokens = fields["tokenizer.ggml.tokens"]
+    merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]
+    vocab = {token: index for index, token in enumerate(tokens)}
+    backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges))
+    backend.pre_tokenizer = CUTS[cut]
+    backend.decoder = decoders.ByteLevel()
+    types = fields["tokenizer.ggml.token_type"]
+    for token, of_type in zip(tokens, types, strict=True):
+        if of_type in (CONTROL, USER_DEFINED):
+            added = AddedToken(token, special=of_type == CONTROL, normalized=False)
+            add = backend.add_special_tokens if of_type == CONTROL else backend.add_tokens
+            add([added])
+    end = fields["tokenizer.ggml.eos_token_id"]
+    return Tokenizer(
+        backend,
+        bos_token=tokens[fields["tokenizer.ggml.bos_token_id"]],
+        eos_token=tokens[end],
+        pad_token=tokens[fields.get("tokenizer.ggml.padding_token_id", end)],
+    )

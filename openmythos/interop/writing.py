@@ -135,7 +135,7 @@ def write_weights(
     if len(shards) == 1:
         _write_file(folder / WEIGHTS_FILE, shards[0], tensors)
         return
-    places = {}
+    places: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         _write_file(folder / name, shard, tensors)

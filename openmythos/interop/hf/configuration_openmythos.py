@@ -28,6 +28,9 @@ def _tensor_parallel_plan() -> dict[str, str]:
     return plan
 
 
+Part = Any  # a dictionary with a kind, or None; no type of its own to check a file with
+
+
 class OpenMythosConfig(PreTrainedConfig):
     """A prelude, a core that is looped ``num_loops`` times, a coda.
 
@@ -52,18 +55,18 @@ class OpenMythosConfig(PreTrainedConfig):
     num_core_layers: int = 1
     num_coda_layers: int = 1
     num_loops: int = 4
-    attention: dict[str, Any] | None = None
-    feed_forward: dict[str, Any] | None = None
-    core_feed_forward: dict[str, Any] | None = None
+    attention: Part = None
+    feed_forward: Part = None
+    core_feed_forward: Part = None
     max_position_embeddings: int = 2048
-    rope: dict[str, Any] | None = None
-    block: dict[str, Any] | None = None
-    injection: dict[str, Any] | None = None
-    state_init: dict[str, Any] | None = None
-    loop_embedding: dict[str, Any] | None = None
-    loop_adapter: dict[str, Any] | None = None
-    halting: dict[str, Any] | None = None
-    value_embedding: dict[str, Any] | None = None
+    rope: Part = None
+    block: Part = None
+    injection: Part = None
+    state_init: Part = None
+    loop_embedding: Part = None
+    loop_adapter: Part = None
+    halting: Part = None
+    value_embedding: Part = None
     prelude_norm: bool = True
     loop_norm: bool = False
     readout: str = "none"

@@ -35,8 +35,8 @@ def weightless_norm(x: Tensor, eps: float) -> Tensor:
     return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
 
 
-def make_norm(config: OpenMythosConfig, wanted: bool = True) -> nn.Module | None:
-    """A norm of the stream."""
+def make_norm(config: OpenMythosConfig, wanted: bool = True) -> Any:
+    """A norm of the stream, or None."""
     return RMSNorm(config.hidden_size, config.rms_norm_eps) if wanted else None
 
 
@@ -83,8 +83,8 @@ class LoopLoRA(nn.Module):
         return functional.linear(functional.linear(hidden_states, self.down[row]), self.up[row])
 
 
-def make_lora(config: OpenMythosConfig, stage: str, num_in: int, num_out: int) -> LoopLoRA | None:
-    """The change a loop makes to a projection of the core, where the model has such changes."""
+def make_lora(config: OpenMythosConfig, stage: str, num_in: int, num_out: int) -> Any:
+    """The change a loop makes to a projection of the core, or None where there is none."""
     part = config.loop_adapter
     if stage != "core" or part is None or part["kind"] != "weight_lora":
         return None
@@ -263,6 +263,7 @@ class Router(nn.Module):
     def __init__(self, config: OpenMythosConfig, part: dict[str, Any]) -> None:
         super().__init__()
         self.part = part
+        self.selection_bias: Tensor
         self.weight = nn.Parameter(torch.empty(part["num_experts"], config.hidden_size))
         bias = torch.zeros(part["bias_loops"], part["num_experts"])
         self.register_buffer("selection_bias", bias)  # a row a loop; engines know no such bias

@@ -102,8 +102,9 @@ class OpenMythosPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if hasattr(module, "reset"):
-            module.reset(self.config.initializer_range)
+        reset = getattr(module, "reset", None)  # of our modules that hold parameters themselves
+        if reset is not None:
+            reset(self.config.initializer_range)
 
 
 class OpenMythosModel(OpenMythosPreTrainedModel):
@@ -129,7 +130,7 @@ class OpenMythosModel(OpenMythosPreTrainedModel):
         outer = adapter is not None and adapter["kind"] == "output_lora"
         self.output_lora = OutputLoRA(config) if outer else None
         # Only ACT's head changes the output; the others are carried as weights.
-        self.halting = None if config.halting is None else nn.Linear(dim, 1)
+        self.halting: Any = None if config.halting is None else nn.Linear(dim, 1)
         self.readout = nn.Linear(dim, dim, bias=False) if config.readout == "linear" else None
         self.gradient_checkpointing = False
         self.post_init()
@@ -138,11 +139,11 @@ class OpenMythosModel(OpenMythosPreTrainedModel):
     @capture_outputs
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
+        inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         num_loops: int | None = None,
         **kwargs: Any,
@@ -156,23 +157,24 @@ class OpenMythosModel(OpenMythosPreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         loops = self._depth(num_loops, past_key_values)
-        if position_ids is None:
-            position_ids = _positions(inputs_embeds, attention_mask, past_key_values)
+        positions = position_ids
+        if positions is None:
+            positions = _positions(inputs_embeds, attention_mask, past_key_values)
         mask = create_causal_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             past_key_values=past_key_values,
-            position_ids=position_ids,
+            position_ids=positions,
         )
         shared = {
-            "rope": rotary_angles(self.config, position_ids),
+            "rope": rotary_angles(self.config, positions),
             "attention_mask": mask,
             "past_key_values": past_key_values,
             "input_ids": input_ids,
             **kwargs,
         }
-        h = self._loop(inputs_embeds * self.config.embed_scale, position_ids, loops, shared)
+        h = self._loop(inputs_embeds * self.config.embed_scale, positions, loops, shared)
         if self.config.readout == "final_norm":
             h = self.norm(h)
         elif self.readout is not None:
@@ -264,12 +266,12 @@ class OpenMythosForCausalLM(OpenMythosPreTrainedModel, GenerationMixin):
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        labels: torch.LongTensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         num_loops: int | None = None,

@@ -50,7 +50,7 @@ def test_generate_batch_gives_our_tokens(opened: Open, transformers: ModuleType)
     """Continuous batching numbers the cache by module: a slot too few would go unnoticed."""
     model, export = opened(SPARSE)
     settings = transformers.GenerationConfig(eos_token_id=-1, **GREEDY)
-    small = transformers.ContinuousBatchingConfig(num_blocks=4, page_size=16, max_batch_tokens=32)
+    small = transformers.ContinuousBatchingConfig(num_blocks=4, max_batch_tokens=32)
     outputs = export.generate_batch(
         inputs=PROMPTS, generation_config=settings, continuous_batching_config=small
     )
@@ -75,13 +75,16 @@ def test_beams_and_samples_do_not_depend_on_the_cache(opened: Open) -> None:
     assert samples[0] == samples[1] == samples[2] != continued(export, num_loops=2)
 
 
-def test_depths_that_a_cache_cannot_be_true_to_are_refused(opened: Open) -> None:
+def test_depths_that_a_cache_cannot_be_true_to_are_refused(
+    opened: Open, transformers: ModuleType
+) -> None:
     _, export = opened(DENSE)
     with pytest.raises(ValueError, match=r"num_loops is 5; with a cache it must be at most .* 4"):
         continued(export, num_loops=5)
     with pytest.raises(ValueError, match="num_loops is 0; it must be at least 1"):
         export(PADDED, num_loops=0)
-    cache = export(PADDED, num_loops=4).past_key_values
+    cache = transformers.StaticCache(config=export.config, max_cache_len=8)
+    export(PADDED, num_loops=4, past_key_values=cache)
     with pytest.raises(ValueError, match="num_loops is 2, but the cache was filled at 4"):
         export(PADDED[:, :1], num_loops=2, past_key_values=cache)
     cache.reset()

@@ -76,10 +76,10 @@ def evaluate(
         from openmythos.analysis.plots import require_matplotlib
 
         require_matplotlib()  # now, not after the scores
-    from openmythos.checkpoint import checkpoint_folder
     from openmythos.counts import count
+    from openmythos.interop.hub import local_folder
 
-    folder = checkpoint_folder(checkpoint)
+    folder = local_folder(checkpoint)
     if tasks is None:
         curves, config = held_out(folder, loops, data, batch_size, seq_len, max_batches, device)
     else:

@@ -33,11 +33,11 @@ def export(
     if to != "hf":
         raise ValueError(f"--to is {to!r}; allowed: 'hf'; for other families use convert")
     wanted = parse_dtype(dtype)
-    from openmythos.checkpoint import checkpoint_folder
     from openmythos.interop.hf_export import TOKENIZER_FILES, export_hf
+    from openmythos.interop.hub import local_folder
     from openmythos.interop.loading import load_pretrained
 
-    model, folder = load_pretrained(path), checkpoint_folder(path)
+    model, folder = load_pretrained(path), local_folder(path)
     tokenizer: Tokenizer | Path | None = own_tokenizer(folder)
     if tokenizer is None and any((folder / name).is_file() for name in TOKENIZER_FILES):
         tokenizer = folder
@@ -57,12 +57,13 @@ def convert(
 ) -> None:
     """Write a checkpoint under another family's names, or a published one under ours."""
     wanted = parse_dtype(dtype)
-    from openmythos.checkpoint import checkpoint_folder, save_pretrained
+    from openmythos.checkpoint import save_pretrained
+    from openmythos.interop.hub import local_folder
     from openmythos.interop.loading import load_pretrained
     from openmythos.interop.writing import save_as
 
     family = None if to == "openmythos" else family_named(to)
-    model, tokenizer = load_pretrained(path, dtype=wanted), own_tokenizer(checkpoint_folder(path))
+    model, tokenizer = load_pretrained(path, dtype=wanted), own_tokenizer(local_folder(path))
     if family is None:
         save_pretrained(model, out, tokenizer)
     else:

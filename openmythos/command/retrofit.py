@@ -57,12 +57,13 @@ def retrofit(
         raise ValueError("--tie keeps head and h_0 as they are; leave --untie, --state-init out")
     initial = state_init_of(state_init)
 
-    from openmythos.checkpoint import checkpoint_folder, save_pretrained
+    from openmythos.checkpoint import save_pretrained
+    from openmythos.interop.hub import local_folder
     from openmythos.interop.loading import load_pretrained
     from openmythos.interop.retrofit import retrofit as split
     from openmythos.interop.tying import tie as tie_layers
 
-    folder = checkpoint_folder(source)
+    folder = local_folder(source)
     if out.resolve() == folder.resolve():
         raise ValueError(f"--out {out} is the source itself; choose another folder")
     model = load_pretrained(folder)

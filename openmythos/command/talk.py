@@ -235,10 +235,10 @@ def load(checkpoint: Path, device: str) -> tuple["RecurrentDepthLM", "Tokenizer"
     """
     check_device(device)
     from openmythos import load_pretrained
-    from openmythos.checkpoint import checkpoint_folder
+    from openmythos.interop.hub import local_folder
     from openmythos.tokenizer import Tokenizer
 
-    folder = checkpoint_folder(checkpoint)
+    folder = local_folder(checkpoint)
     if not (folder / "tokenizer.json").exists():
         raise ValueError(f"{folder} has no tokenizer.json; the model was not trained on text")
     return load_pretrained(folder, device=device), Tokenizer.load(folder)

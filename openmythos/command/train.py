@@ -46,8 +46,8 @@ def prepare(
     as_json: AsJson = False,
 ) -> None:
     """Tokenise a source into memory-mapped shards."""
-    from openmythos.checkpoint import checkpoint_folder
     from openmythos.data.prepare import prepare as write
+    from openmythos.interop.hub import local_folder
     from openmythos.tokenizer import Tokenizer, byte_tokenizer
 
     tokenizer = byte_tokenizer() if byte_level else None
@@ -55,7 +55,7 @@ def prepare(
         if byte_level:
             raise ValueError("--bytes and --tokenizer both name a tokenizer; give one of them")
         is_file = tokenizer_of.is_file()
-        tokenizer = Tokenizer.load(tokenizer_of if is_file else checkpoint_folder(tokenizer_of))
+        tokenizer = Tokenizer.load(tokenizer_of if is_file else local_folder(tokenizer_of))
     data = write(
         source,
         out,

@@ -1,6 +1,7 @@
 """Load a checkpoint of any supported family."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -8,7 +9,6 @@ from torch import Tensor
 from openmythos.checkpoint import (
     FORMAT,
     PathLike,
-    checkpoint_folder,
     empty_model,
     fill_model,
     load_checkpoint,
@@ -17,6 +17,7 @@ from openmythos.checkpoint import (
 )
 from openmythos.config import ModelConfig
 from openmythos.interop import hf_export, huginn, llama, openmythos_original, ouro, parcae
+from openmythos.interop.hub import local_folder
 from openmythos.interop.mapping import read_tensors
 from openmythos.model.recurrent import RecurrentDepthLM
 from openmythos.stored_weights import CONFIG_FILE, StoredWeights
@@ -40,7 +41,7 @@ def load_pretrained(
     """Load a checkpoint folder: ours, or one of a family in ``FAMILIES``.
 
     Args:
-        path: A folder with config.json and the weights.
+        path: A folder with config.json and the weights, or a model's name on the Hugging Face hub.
         dtype: Of the parameters; None keeps what is stored.
         device: Of the model.
 
@@ -51,10 +52,11 @@ def load_pretrained(
         ValueError: No such folder, an unknown family, damaged files, weights that do not fit the
             config (all names are listed), or weights that are not finite.
     """
-    if "format" in read_config(checkpoint_folder(path)):
-        return load_checkpoint(path, dtype=dtype, device=device)
-    model, tensors = _open_foreign(path, dtype)
-    return fill_model(model, tensors, checkpoint_folder(path), dtype, device)
+    folder = local_folder(path)
+    if "format" in read_config(folder):
+        return load_checkpoint(folder, dtype=dtype, device=device)
+    model, tensors = _open_foreign(folder, dtype)
+    return fill_model(model, tensors, folder, dtype, device)
 
 
 def load_config(path: PathLike) -> ModelConfig:
@@ -63,16 +65,16 @@ def load_config(path: PathLike) -> ModelConfig:
     Raises:
         ValueError: What ``load_pretrained`` refuses, save weights that are not finite.
     """
-    if "format" in read_config(checkpoint_folder(path)):
-        return open_checkpoint(path)[0].config
-    return _open_foreign(path, None)[0].config
+    folder = local_folder(path)
+    if "format" in read_config(folder):
+        return open_checkpoint(folder)[0].config
+    return _open_foreign(folder, None)[0].config
 
 
 def _open_foreign(
-    path: PathLike, dtype: torch.dtype | None
+    folder: Path, dtype: torch.dtype | None
 ) -> tuple[RecurrentDepthLM, Iterator[tuple[str, Tensor]]]:
     """The model without its weights, and the weights, whose names and shapes fit it."""
-    folder = checkpoint_folder(path)
     data, weights = read_config(folder), StoredWeights(folder)
     family = next((f for f in FAMILIES if f.recognises(data, weights.shapes)), None)
     if family is None:

@@ -5,12 +5,13 @@ from pathlib import Path
 
 import torch
 
-from openmythos.checkpoint import checkpoint_folder, empty_model, fill_model
+from openmythos.checkpoint import empty_model, fill_model
 from openmythos.config import ModelConfig
 from openmythos.data.index import INDEX_FILE
 from openmythos.data.loader import TokenLoader
 from openmythos.data.prepare import prepare
 from openmythos.data.synthetic import Curriculum, HopsConfig, HopsTask
+from openmythos.interop.hub import local_folder
 from openmythos.interop.loading import load_pretrained
 from openmythos.model.recurrent import RecurrentDepthLM
 from openmythos.schema import to_dict
@@ -78,7 +79,7 @@ def initial_model(
     Raises:
         ValueError: The weights do not fit, or belong to another tokenizer.
     """
-    folder = checkpoint_folder(source)
+    folder = local_folder(source)
     if tokenizer is not None and (folder / "tokenizer.json").is_file():
         theirs = Tokenizer.load(folder).fingerprint
         if theirs != tokenizer.fingerprint:
@@ -103,7 +104,7 @@ def text_task(data: TextData, config: RunConfig, out: Path) -> TextTask:
         prepare(
             data.source,
             prepared,
-            tokenizer=None if start is None else Tokenizer.load(checkpoint_folder(start)),
+            tokenizer=None if start is None else Tokenizer.load(local_folder(start)),
             vocab_size=config.model.vocab_size,
             val_fraction=data.val_fraction,
             column=data.column,

@@ -65,6 +65,7 @@ def save_weights(tensors: Mapping[str, Tensor], folder: Path) -> None:
     """Write model.safetensors; names that share their memory are an error of safetensors."""
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     save_file(plain, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    (folder / WEIGHTS_FILE).chmod(0o644)  # the library makes it private to its owner
 
 
 @contextlib.contextmanager

@@ -138,8 +138,9 @@ def _with_width(config: ModelConfig, width: int) -> ModelConfig:
     core, dense = config.core_feed_forward, config.feed_forward
     if core is None:
         return replace(config, feed_forward=replace(dense, d_ff=width))
-    changed = {"d_expert" if isinstance(core, MoEConfig) else "d_ff": width}
-    return replace(config, core_feed_forward=replace(core, **changed))
+    if isinstance(core, MoEConfig):
+        return replace(config, core_feed_forward=replace(core, d_expert=width))
+    return replace(config, core_feed_forward=replace(core, d_ff=width))
 
 
 def _nearest(size: Callable[[int], int], target: int) -> int:

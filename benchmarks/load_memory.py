@@ -4,8 +4,9 @@
     .venv/bin/python -m benchmarks.load_memory --gigabytes 0.25 --only sharded
 
 Each checkpoint is written into a temporary folder and loaded in a fresh process, which reports its
-resident memory after the library is imported, its peak, and the difference. Pages of files that are
-mapped count as resident, so reading a file through a map can cost as much as a copy.
+resident memory after the import, after a tiny checkpoint (what torch imports only when it is used),
+and at its peak. Pages of files that are mapped count as resident, so reading a file through a map
+can cost as much as a copy.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -24,12 +26,14 @@ from torch import Tensor
 from openmythos.checkpoint import empty_model, save_pretrained
 from openmythos.config import GQAConfig, ModelConfig, SwiGLUConfig
 from openmythos.interop import openmythos_original
+from openmythos.interop.loading import load_pretrained
 from openmythos.interop.mapping import export_tensors
 from openmythos.model.recurrent import RecurrentDepthLM
 
 GIGABYTE = 10**9
 NUM_SHARDS = 4
-LIMIT = 1.3  # of the bytes that are loaded
+TINY = "tiny"  # the folder of a checkpoint that is loaded first
+LIMIT = 1.3  # of the weights, in the larger of the dtypes that are stored and asked for
 ORIGINAL = {
     "vocab_size": 32_000,
     "dim": 1024,
@@ -75,14 +79,14 @@ def resident(field: str) -> int:
 
 def load(folder: str, dtype: str) -> None:
     """In a fresh process: load and print what it took."""
-    from openmythos.interop.loading import load_pretrained
-
-    imported, started = resident("VmRSS"), time.perf_counter()
+    imported = resident("VmRSS")
+    load_pretrained(Path(folder).with_name(TINY))
+    ready, started = resident("VmRSS"), time.perf_counter()
     model = load_pretrained(folder, dtype=None if dtype == "None" else getattr(torch, dtype))
     seconds = time.perf_counter() - started
     loaded = sum(tensor.nbytes for tensor in model.state_dict().values())
-    peak = resident("VmHWM")
-    print(json.dumps({"imported": imported, "peak": peak, "loaded": loaded, "seconds": seconds}))
+    found = {"imported": imported, "ready": ready, "peak": resident("VmHWM"), "loaded": loaded}
+    print(json.dumps({**found, "seconds": seconds}))
 
 
 # --- checkpoints ----------------------------------------------------------------------------------
@@ -161,18 +165,23 @@ def measure(case: str, num_bytes: int, folder: Path) -> dict[str, float | str]:
     """One case, in megabytes."""
     writer, stored, wanted = CASES[case]
     on_disk = write(folder / "model", writer, stored, num_bytes)
+    save_pretrained(
+        RecurrentDepthLM(replace(our_config(1), d_model=16, vocab_size=8)), folder / TINY
+    )
     dtype = "None" if wanted is None else str(wanted).removeprefix("torch.")
     command = [sys.executable, "-m", "benchmarks.load_memory", "--load", str(folder / "model")]
     ran = subprocess.run([*command, dtype], capture_output=True, text=True, check=True)
     found = json.loads(ran.stdout.splitlines()[-1])
+    weights = found["loaded"] * max(1, stored.itemsize / (wanted or stored).itemsize)
     return {
         "case": case,
         "file_mb": on_disk / 1e6,
-        "loaded_mb": found["loaded"] / 1e6,
+        "weights_mb": weights / 1e6,
         "imported_mb": found["imported"] / 1e6,
+        "ready_mb": found["ready"] / 1e6,
         "peak_mb": found["peak"] / 1e6,
-        "increase_mb": (found["peak"] - found["imported"]) / 1e6,
-        "ratio": (found["peak"] - found["imported"]) / found["loaded"],
+        "increase_mb": (found["peak"] - found["ready"]) / 1e6,
+        "ratio": (found["peak"] - found["ready"]) / weights,
         "seconds": found["seconds"],
     }
 
@@ -180,9 +189,9 @@ def measure(case: str, num_bytes: int, folder: Path) -> dict[str, float | str]:
 def line(row: dict[str, float | str]) -> str:
     """A row of the table, in megabytes of 10^6 bytes."""
     return (
-        f"{row['case']:46} file {row['file_mb']:5.0f} MB, model {row['loaded_mb']:5.0f} MB: "
-        f"library {row['imported_mb']:4.0f} MB, peak {row['peak_mb']:5.0f} MB, "
-        f"increase {row['increase_mb']:5.0f} MB = {row['ratio']:.2f} x model, "
+        f"{row['case']:45} weights {row['weights_mb']:5.0f} MB: imported "
+        f"{row['imported_mb']:4.0f}, ready {row['ready_mb']:4.0f}, peak {row['peak_mb']:5.0f}; "
+        f"increase {row['increase_mb']:5.0f} MB = {row['ratio']:.2f} x weights, "
         f"{row['seconds']:.1f} s"
     )
 
@@ -206,7 +215,7 @@ def main() -> None:
     if options.json:
         print(json.dumps(rows, indent=2))
     if any(float(row["ratio"]) > LIMIT for row in rows):
-        sys.exit(f"a load took more than {LIMIT} times the model")
+        sys.exit(f"a load took more than {LIMIT} times the weights")
 
 
 if __name__ == "__main__":

@@ -251,7 +251,8 @@ def load_checkpoint(
     """
     model, weights = open_checkpoint(path)
     cast = dict.fromkeys((name for name, _ in model.named_parameters()), dtype)
-    stored = ((n, weights.read(n).to(dtype=cast.get(n), copy=True)) for n in weights.shapes)
+    names = sorted(weights.shapes, key=lambda name: weights.size([name]), reverse=True)
+    stored = ((n, weights.read(n).to(dtype=cast.get(n), copy=True)) for n in names)
     return fill_model(model, stored, weights.folder, dtype, device)
 
 

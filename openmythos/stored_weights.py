@@ -5,9 +5,10 @@ memory.
 """
 
 import json
+import math
 import pickle
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,10 @@ class StoredWeights:
             size = len(found[0])
             self.shapes = {name[size:]: shape for name, shape in self.shapes.items()}
             self._places = {name[size:]: place for name, place in self._places.items()}
+
+    def size(self, names: Iterable[str]) -> int:
+        """Numbers in these tensors; read large ones first, while there is room for their copies."""
+        return sum(math.prod(self.shapes[name]) for name in names)
 
     def read(self, name: str) -> Tensor:
         """One tensor; a view of its file, to be copied before it is kept.

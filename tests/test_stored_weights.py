@@ -85,6 +85,13 @@ def test_strip_drops_further_prefixes_in_any_order(tmp_path: Path) -> None:
     assert list(weights.shapes) == ["x."]  # no name may become empty
 
 
+def test_sizes_are_counted_in_numbers(tmp_path: Path) -> None:
+    save_file(TENSORS, tmp_path / "model.safetensors")
+    weights = StoredWeights(tmp_path)
+    assert weights.size(["a.weight", "c.bias"]) == 7
+    assert weights.size([]) == 0
+
+
 def test_nothing_is_no_weights(tmp_path: Path) -> None:
     assert "has no weights; expected model.safetensors" in refusal(tmp_path)
 

@@ -270,11 +270,11 @@ def _read(
     for rule in rules:
         if isinstance(rule, TiedCopy) and rule.their_name in weights.shapes:
             _check_tied(rule, weights)  # before anything else is in memory
-    for rule in rules:
-        if not isinstance(rule, TiedCopy | Recomputed | Dead):
-            wanted = dtype if cast.issuperset(rule.ours) else None
-            parts = (weights.read(name).to(dtype=wanted) for name in rule.theirs)
-            yield from zip(rule.ours, rule.read(parts), strict=True)
+    moves = [rule for rule in rules if not isinstance(rule, TiedCopy | Recomputed | Dead)]
+    for rule in sorted(moves, key=lambda rule: weights.size(rule.theirs), reverse=True):
+        wanted = dtype if cast.issuperset(rule.ours) else None
+        parts = (weights.read(name).to(dtype=wanted) for name in rule.theirs)
+        yield from zip(rule.ours, rule.read(parts), strict=True)
 
 
 def _check_tied(rule: TiedCopy, weights: StoredWeights) -> None:

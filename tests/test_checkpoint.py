@@ -382,3 +382,18 @@ def test_a_run_folder_means_its_newest_checkpoint(tmp_path: Path) -> None:
     assert checkpoint_folder(run) == run / "checkpoints" / "step-00000010"
     with pytest.raises(ValueError, match="does not exist"):
         checkpoint_folder(tmp_path / "absent")
+
+
+def test_an_empty_model_needs_no_compiler() -> None:
+    """Drawing weights on the meta device imports it: 80 MB of memory, and a second."""
+    program = (
+        "import sys, openmythos as om\n"
+        "from openmythos.checkpoint import empty_model\n"
+        "for name in ('tiny', 'huginn-3.5b', 'mythos-1b', 'ouro-1.4b', 'parcae-140m'):\n"
+        "    assert all(p.is_meta for p in empty_model(om.preset(name)).parameters())\n"
+        "print('torch._dynamo' in sys.modules)\n"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert ran.stdout.split() == ["False"]

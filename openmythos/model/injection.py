@@ -44,6 +44,11 @@ class Injection(nn.Module):
         return None
 
 
+def _identity(dim: int) -> Float[Tensor, "D D"]:
+    """As ``torch.eye``, which imports the compiler when it is called on the meta device."""
+    return torch.zeros(dim, dim).fill_diagonal_(1)
+
+
 def stable_decay(log_rate: Float[Tensor, "D"], dtype: torch.dtype) -> Float[Tensor, "D"]:
     """``exp(-exp(log_rate))``, below 1 in ``dtype`` for every finite parameter value.
 
@@ -68,7 +73,7 @@ class LTIInjection(Injection):
         delta = -math.log(part.decay_init)  # a_log starts at 0, so A = exp(-delta)
         self.a_log = nn.Parameter(torch.zeros(dim))
         self.dt_bias = nn.Parameter(torch.full((dim,), math.log(math.expm1(delta))))
-        self.weight = nn.Parameter(torch.eye(dim))
+        self.weight = nn.Parameter(_identity(dim))
 
     def log_delta(self) -> Float[Tensor, "D"]:
         """log softplus(dt_bias), finite where softplus itself rounds to zero."""
@@ -130,8 +135,8 @@ class LinearInjection(Injection):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.h_weight = nn.Parameter(torch.eye(config.d_model))
-        self.e_weight = nn.Parameter(torch.eye(config.d_model))
+        self.h_weight = nn.Parameter(_identity(config.d_model))
+        self.e_weight = nn.Parameter(_identity(config.d_model))
 
     def drive(self, e: State) -> State:
         """W_e e."""

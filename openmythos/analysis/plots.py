@@ -87,18 +87,18 @@ def depth_curve(result: TextResult) -> Figure:
         if result.comparison is not None:
             curves.append((result.comparison.validation, MUTED, result.comparison.label))
         ticks = sorted({loops for curve, _, _ in curves for loops in curve})
-        values = [value for curve, _, _ in curves for value in curve.values()]
-        values.extend(result.marks.values())
+        values = [*result.marks.values(), *(v for curve, _, _ in curves for v in curve.values())]
         low, high = min(values), max(values)
-        span = max(high - low, 0.02)
+        span = max(high - low, 0.1)  # a finer axis would make noise look like an effect
         axes.set_ylim(low - 0.16 * span, high + 0.30 * span)
         axes.set_xscale("log", base=2)
         axes.set_xlim(ticks[0] / 1.25, ticks[-1] * 1.3)
         _mark_training(axes, result)
         for label, mark in result.marks.items():
             axes.axhline(mark, color=MUTED, linestyle=(0, (1, 2.5)), linewidth=1.2)
-            place = (ticks[0] / 1.22, mark)
-            axes.annotate(f"{label}  {mark:.2f}", place, (0, 3), color=MUTED, fontsize=8.5, **_OFF)
+            gaps = [abs(result.validation[end(result.validation)] - mark) for end in (min, max)]
+            x, ha = (ticks[0] / 1.22, "left") if gaps[0] > gaps[1] else (ticks[-1] * 1.28, "right")
+            axes.annotate(f"{label}  {mark:.2f}", (x, mark), (0, 3), color=MUTED, ha=ha, **_OFF)
         for number, (curve, colour, label) in enumerate(curves):
             loops = sorted(curve)
             heights = [curve[n] for n in loops]

@@ -43,8 +43,10 @@ def demo(
     from openmythos.analysis.takeaway import takeaways
     from openmythos.command.demo_hops import act_hops
     from openmythos.command.demo_text import act_text
+    from openmythos.train.memory import keep_freed_memory
 
     require_matplotlib()  # now, not after the training
+    keep_freed_memory()  # the models are small, the minutes short
     started = time.perf_counter()
     console = Console(highlight=False)
     folder = free_folder(out)

@@ -34,7 +34,7 @@ def text_config(seed: int, seconds: float) -> "RunConfig":
     # Shallow first and gradients through one loop only: twice the text in the same time.
     depth = DepthSchedule(sampling=sampling, mean_backprop_depth=1, ramp=0.6, max_loops=16)
     settings = TrainConfig(
-        seed=seed, max_seconds=seconds, batch_size=8, depth=depth, eval_loops=(), log_every=5
+        seed=seed, max_seconds=seconds, batch_size=12, depth=depth, eval_loops=(), log_every=5
     )
     return RunConfig(model=model, train=settings, data=TextData(source="python-docs"))
 

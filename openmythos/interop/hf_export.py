@@ -75,12 +75,17 @@ COVERED: dict[type, Collection[str]] = {
         *("value_embedding", "prelude_norm", "loop_norm", "readout", "final_norm", "embed_scale"),
         "tie_embeddings",
     ),
-    seams.GQAConfig: ("num_heads", "num_kv_heads", "head_dim", "qk_norm", "qk_bias"),
+    seams.GQAConfig: (
+        *("num_heads", "num_kv_heads", "head_dim", "qk_norm", "qk_norm_eps", "qk_bias"),
+    ),
     seams.MLAConfig: (
         *("num_heads", "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim"),
         "v_head_dim",
     ),
-    seams.RopeConfig: ("theta", "interleaved"),
+    seams.RopeConfig: ("theta", "interleaved", "scaling"),
+    seams.Llama3ScalingConfig: (
+        *("factor", "low_freq_factor", "high_freq_factor", "original_max_seq_len"),
+    ),
     seams.SwiGLUConfig: ("d_ff",),
     seams.ReLUSquaredConfig: ("d_ff", "scale"),
     seams.MoEConfig: (

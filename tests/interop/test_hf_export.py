@@ -39,8 +39,11 @@ def test_an_export_loads_back_as_the_same_model(config: ModelConfig, tmp_path: P
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-@pytest.mark.parametrize("name", ["openmythos-mla", "openmythos-gqa"])
-def test_the_original_exports_and_comes_back(
+GOLDENS = ["openmythos-mla", "openmythos-gqa", "huginn", "parcae", "ouro"]
+
+
+@pytest.mark.parametrize("name", GOLDENS)
+def test_a_published_model_exports_and_comes_back(
     golden_dir: Callable[[str], Path], name: str, tmp_path: Path
 ) -> None:
     model = load_pretrained(golden_dir(name))

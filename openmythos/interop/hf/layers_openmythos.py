@@ -3,6 +3,7 @@
 ``loop`` is the number of the current loop, counted from 0, or None outside the core.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -47,7 +48,13 @@ def rotary_angles(config: OpenMythosConfig, position_ids: Tensor) -> Rope:
     dim = config.attention.get("qk_rope_head_dim") or config.head_dim
     double = torch.float32 if position_ids.device.type == "mps" else torch.float64
     exponents = torch.arange(0, dim, 2, dtype=double, device=position_ids.device) / dim
-    angles = position_ids[:, None, :, None].float() * (config.rope["theta"] ** -exponents).float()
+    frequencies = config.rope["theta"] ** -exponents
+    if part := config.rope.get("scaling"):  # that of Llama 3.1
+        turns = frequencies * part["original_max_seq_len"] / (2 * math.pi)
+        low, high = part["low_freq_factor"], part["high_freq_factor"]
+        kept = ((turns - low) / (high - low)).clamp(0, 1)
+        frequencies = torch.lerp(frequencies / part["factor"], frequencies, kept)
+    angles = position_ids[:, None, :, None].float() * frequencies.float()
     cos, sin = angles.cos(), angles.sin()
     if config.rope["interleaved"]:
         return cos.repeat_interleave(2, -1), torch.stack((-sin, sin), -1).flatten(-2), True
@@ -97,7 +104,8 @@ class Attention(nn.Module):
     def __init__(self, config: OpenMythosConfig, stage: str, layer: int) -> None:
         super().__init__()
         part, dim = config.attention, config.hidden_size
-        self.head_dim, self.eps = config.head_dim, config.rms_norm_eps
+        eps = part.get("qk_norm_eps")
+        self.head_dim, self.eps = config.head_dim, config.rms_norm_eps if eps is None else eps
         q, kv = (part[name] * self.head_dim for name in ("num_heads", "num_kv_heads"))
         self.q_proj = nn.Linear(dim, q, bias=part.get("qk_bias", False))
         self.k_proj = nn.Linear(dim, kv, bias=part.get("qk_bias", False))

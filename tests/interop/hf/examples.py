@@ -23,6 +23,7 @@ from openmythos.config import (
     ValueEmbeddingConfig,
     WeightLoRAConfig,
 )
+from openmythos.seams import Llama3ScalingConfig
 from tests.strategies import MLA, small_config
 
 BIASED_MOE = MoEConfig(
@@ -52,7 +53,9 @@ HUGINN = small_config(
     embed_scale=4.0,
 )
 PARCAE = small_config(
-    attention=GQAConfig(num_heads=4, num_kv_heads=2, head_dim=4, qk_norm="weightless"),
+    attention=GQAConfig(
+        num_heads=4, num_kv_heads=2, head_dim=4, qk_norm="weightless", qk_norm_eps=2.0**-3
+    ),
     feed_forward=ReLUSquaredConfig(d_ff=12, scale=0.5),
     value_embedding=ValueEmbeddingConfig(layers=(0, 2, 3), gate_channels=8),
     readout="linear",
@@ -108,6 +111,8 @@ CONFIGS: dict[str, ModelConfig] = {
         core_feed_forward=BIASED_MOE,
     ),
     "weight LoRA on a dense core": small_config(
-        loop_adapter=WeightLoRAConfig(rank=2, num_loops=6), max_seq_len=33
+        loop_adapter=WeightLoRAConfig(rank=2, num_loops=6),
+        max_seq_len=33,
+        rope=RopeConfig(scaling=Llama3ScalingConfig(factor=4.0, original_max_seq_len=16)),
     ),
 }

@@ -1,16 +1,12 @@
 """Root-mean-square normalisation."""
 
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn import functional
-
-
-def rms_norm(x: Float[Tensor, "... C"], eps: float) -> Float[Tensor, "... C"]:
-    """Scale the last dimension to unit mean square; statistics in at least fp32."""
-    if x.dtype in (torch.float32, torch.float64):
-        return functional.rms_norm(x, (x.shape[-1],), eps=eps)
-    return functional.rms_norm(x.float(), (x.shape[-1],), eps=eps).to(x.dtype)
 
 
 class RMSNorm(nn.Module):
@@ -26,4 +22,54 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Float[Tensor, "... C"]) -> Float[Tensor, "... C"]:
         """Normalise the last dimension."""
-        return rms_norm(x, self.eps) * self.weight.to(x.dtype)
+        return rms_norm(x, self.eps, self.weight)
+
+
+def rms_norm(
+    x: Float[Tensor, "... C"], eps: float, weight: Float[Tensor, "C"] | None = None
+) -> Float[Tensor, "... C"]:
+    """Scale the last dimension to unit mean square; statistics in at least fp32.
+
+    A narrow x is cast back before the weight.
+    """
+    weight = None if weight is None else weight.to(x.dtype)
+    if x.dtype not in (torch.float32, torch.float64):
+        y = _wide_rms_norm(x.float(), None, eps).to(x.dtype)
+        return y if weight is None else y * weight
+    return _wide_rms_norm(x, weight, eps)
+
+
+def _wide_rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        y: Tensor = _RMSNorm.apply(x, weight, eps)
+        return y
+    return functional.rms_norm(x, x.shape[-1:], weight, eps)
+
+
+class _RMSNorm(torch.autograd.Function):
+    """The gradient written out, for CPUs.
+
+    Torch has no fused kernel there, and autograd would keep and pass twice as many tensors.
+    """
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+        y = x.square()
+        scale = y.mean(dim=-1, keepdim=True).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, scale)
+        torch.mul(x, scale, out=y)
+        return y if weight is None else y.mul_(weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        # With n = x / rms(x) and g = grad * weight: (g - n mean(g n)) / rms(x).
+        x, weight, scale = ctx.saved_tensors
+        unit = x * scale
+        products, grad_weight = grad * unit, None
+        if weight is not None:
+            grad_weight = products.flatten(0, -2).sum(dim=0)
+            products *= weight
+        mean = products.mean(dim=-1, keepdim=True)
+        through = grad.clone() if weight is None else torch.mul(grad, weight, out=products)
+        return through.addcmul_(unit, mean, value=-1).mul_(scale), grad_weight, None

@@ -98,7 +98,6 @@ class SplitExperts:
 
     def __init__(self, weights: Float[Tensor, "E O I"]) -> None:
         self.weights = weights.detach()
-        self.parts = self.weights.unbind()
         self._uses: list[tuple[Tensor, Tensor, list[int]]] = []  # rows in, gradient out, counts
         self._backward_pass = -1
         wanted = torch.is_grad_enabled() and weights.requires_grad
@@ -114,10 +113,12 @@ class SplitExperts:
 
     def multiply(self, x: Tensor, counts: list[int], *, transpose: bool) -> Tensor:
         """Each expert's rows times its weights, transposed or not."""
-        chosen = [weight for weight, count in zip(self.parts, counts, strict=True) if count]
-        parts = x.split([count for count in counts if count])
-        pairs = zip(parts, (weight.to(x.dtype) for weight in chosen), strict=True)
-        return torch.cat([part @ (weight if transpose else weight.mT) for part, weight in pairs])
+        weights = self.weights if transpose else self.weights.mT
+        y = x.new_empty(len(x), weights.shape[-1])
+        for rows, out, weight in zip(x.split(counts), y.split(counts), weights, strict=True):
+            if len(rows):
+                torch.mm(rows, weight.to(x.dtype), out=out)
+        return y
 
     def add_use(self, x: Tensor, grad: Tensor, counts: list[int]) -> None:
         """Keep what one product gives to the gradient."""

@@ -23,6 +23,14 @@ def test_statistics_are_fp32_and_the_cast_comes_before_the_weight(dtype):
     assert torch.equal(got, wide.to(dtype) * norm.weight)
 
 
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_written_out_gradient(weighted):
+    x = torch.randn(2, 3, 6, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(6, dtype=torch.float64, requires_grad=True) if weighted else None
+    inputs = (x, weight) if weighted else (x,)
+    assert torch.autograd.gradcheck(lambda x, w=None: rms_norm(x, 1e-5, w), inputs)
+
+
 def test_a_zero_vector_stays_finite():
     x = torch.zeros(2, 4, requires_grad=True)
     RMSNorm(4, 1e-6)(x).sum().backward()

@@ -1,7 +1,13 @@
 import pytest
 import torch
 
-from openmythos.ops.attention import attention, attention_reference, depth_attention
+from openmythos.ops.attention import (
+    BLOCK,
+    MAX_BLOCK_LENGTH,
+    attention,
+    attention_reference,
+    depth_attention,
+)
 from tests.strategies import seeded
 
 
@@ -38,6 +44,32 @@ def test_the_reference_by_hand():
         scores[torch.ones(3, 3).triu(1).bool()] = float("-inf")
         wanted = scores.softmax(dim=-1) @ v[0, head // 2]
         torch.testing.assert_close(attention_reference(q, k, v, None, 0.3)[0, head], wanted)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("length", [BLOCK + 1, 2 * BLOCK, 3 * BLOCK + 5])
+def test_blocks_and_their_gradients_equal_the_reference(length, masked):
+    """Up to and across the borders of blocks; two query heads a group, values of another width."""
+    tensors = [tensor.requires_grad_() for tensor in case(length, length)]
+    mask = None
+    if masked:  # two packed documents a row, of other lengths in each
+        documents = torch.arange(length) >= torch.tensor([[length // 3], [length - 1]])
+        visible = (documents[:, :, None] == documents[:, None, :]).tril()
+        mask = torch.zeros(visible.shape, dtype=torch.float64).masked_fill(~visible, -torch.inf)
+        mask = mask[:, None]
+    got, wanted = (way(*tensors, mask, 0.3) for way in (attention, attention_reference))
+    assert "BlockAttention" in got.grad_fn.name()
+    torch.testing.assert_close(got, wanted)
+    upstream = torch.randn(got.shape, generator=seeded(2), dtype=torch.float64)
+    gradients = (torch.autograd.grad(y, tensors, upstream) for y in (got, wanted))
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("length", [BLOCK, MAX_BLOCK_LENGTH + 1])
+def test_short_and_long_sequences_are_left_to_the_fused_kernel(length):
+    q = torch.zeros(1, 1, length, 4, requires_grad=True)
+    assert "BlockAttention" not in attention(q, q, q, None, 0.3).grad_fn.name()
 
 
 def test_a_chunk_after_a_cache_needs_a_mask():

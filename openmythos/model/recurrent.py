@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn import functional
 
 from openmythos.config import ModelConfig, OutputLoRAConfig
@@ -118,8 +119,13 @@ class RecurrentDepthLM(nn.Module):
         )
         for block in self.coda:
             x = block(x, ctx)
-        weight = self.embed.weight if self.head is None else self.head.weight
-        return functional.linear(self.final_norm(x), weight)
+        x = self.final_norm(x)
+        if self.head is not None:
+            return self.head(x)
+        if torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
+            return functional.linear(x, self.embed.weight)
+        logits: Tensor = _TiedHead.apply(x, self.embed.weight)
+        return logits
 
     def forward(
         self,
@@ -228,3 +234,23 @@ class RecurrentDepthLM(nn.Module):
             allowed = f"an integer of at least 1, or a tensor of one for each of {num_rows} rows"
             raise ValueError(f"num_loops is {given}; it must be {allowed}")
         return depths
+
+
+class _TiedHead(torch.autograd.Function):
+    """``x W^T`` whose gradient of W autograd can add the embedding's to in place.
+
+    That of ``linear`` is a transposed view, and the sum would be one more tensor as large as W.
+    """
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return functional.linear(x, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        wants_x, wants_weight = ctx.needs_input_grad
+        grad_weight = grad.flatten(0, -2).mT @ x.flatten(0, -2) if wants_weight else None
+        return grad @ weight if wants_x else None, grad_weight

@@ -43,7 +43,8 @@ def hops_config(seed: int, seconds: float) -> "RunConfig":
         num_coda_layers=0,
         num_loops=8,
         max_seq_len=64,
-        attention=GQAConfig(num_heads=4, num_kv_heads=4, head_dim=16),
+        # Without QK-norm a run in several is lost, late and at once.
+        attention=GQAConfig(num_heads=4, num_kv_heads=4, head_dim=16, qk_norm="weightless"),
         feed_forward=ReLUSquaredConfig(d_ff=256),
         rope=None,
     )
@@ -55,7 +56,7 @@ def hops_config(seed: int, seconds: float) -> "RunConfig":
         optimizer=OptimizerConfig(
             lr=2e-3,
             embedding_lr=None,
-            muon_lr=0.005,  # at 0.01 the state grows until a run in several is lost
+            muon_lr=0.005,
             betas=(0.9, 0.98),
             weight_decay=0.01,
             warmup=0.03,

@@ -54,6 +54,13 @@ def apply_rope(x: Float[Tensor, "B T N K"], rope: Rope, *, interleaved: bool) ->
     """Rotate each pair of channels of ``x`` by its angle; computed in the angles' dtype."""
     cos, sin = rope
     wide = x.to(cos.dtype)
+    if interleaved and not torch.compiler.is_compiling():  # which does not know complex numbers
+        turn = torch.complex(cos[..., ::2], sin[..., 1::2])
+        # A pair is one complex number where it lies, unless odd widths stand before it.
+        even = all(step % 2 == 0 for step in (*wide.stride()[:-1], wide.storage_offset()))
+        wide = wide if even else wide.clone(memory_format=torch.contiguous_format)
+        pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)))
+        return torch.view_as_real(pairs * turn).flatten(-2).to(x.dtype)
     if interleaved:
         swapped = wide.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
     else:

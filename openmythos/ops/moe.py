@@ -99,6 +99,7 @@ class SplitExperts:
 
     def __init__(self, weights: Float[Tensor, "E O I"]) -> None:
         self.weights = weights.detach()
+        self.parts = self.weights.unbind()
         self._uses: list[tuple[Tensor, Tensor, list[int]]] = []  # rows in, gradient out, counts
         self._backward_pass = -1
         wanted = torch.is_grad_enabled() and weights.requires_grad
@@ -114,11 +115,12 @@ class SplitExperts:
 
     def multiply(self, x: Tensor, counts: list[int], *, transpose: bool) -> Tensor:
         """Each expert's rows times its weights, transposed or not."""
-        weights = self.weights if transpose else self.weights.mT
-        y = x.new_empty(len(x), weights.shape[-1])
-        for rows, out, weight in zip(x.split(counts), y.split(counts), weights, strict=True):
-            if len(rows):
-                torch.mm(rows, weight.to(x.dtype), out=out)
+        y = x.new_empty(len(x), self.weights.shape[2 if transpose else 1])
+        used = [expert for expert, count in enumerate(counts) if count]
+        blocks = [tensor.split([counts[expert] for expert in used]) for tensor in (x, y)]
+        for expert, rows, out in zip(used, *blocks, strict=True):
+            weight = self.parts[expert].to(x.dtype)
+            torch.mm(rows, weight if transpose else weight.mT, out=out)
         return y
 
     def add_use(self, x: Tensor, grad: Tensor, counts: list[int]) -> None:
@@ -131,18 +133,20 @@ class SplitExperts:
 
     def gradient(self) -> Float[Tensor, "E O I"]:
         """The gradient of all weights from the uses of this backward pass."""
-        rows = [(x.split(counts), grad.split(counts)) for x, grad, counts in self._uses]
-        used = torch.tensor([counts for _, _, counts in self._uses]).sum(dim=0).tolist()
-        result = torch.empty_like(self.weights) if all(used) else _lazy_zeros_like(self.weights)
-        for index, target in enumerate(result):
-            if not used[index]:
-                continue
-            parts = [(x[index], grad[index]) for x, grad in rows if len(x[index])]
-            x, grad = (torch.cat(part) for part in zip(*parts, strict=True))
-            if x.dtype == target.dtype:
-                torch.mm(grad.mT, x, out=target)
+        parts: dict[int, list[tuple[Tensor, Tensor]]] = {}
+        for x, grad, counts in self._uses:
+            used = [expert for expert, count in enumerate(counts) if count]
+            sizes = [counts[expert] for expert in used]
+            for expert, *pair in zip(used, x.split(sizes), grad.split(sizes), strict=True):
+                parts.setdefault(expert, []).append((pair[0], pair[1]))
+        rare = len(parts) < len(self.parts)
+        result = _lazy_zeros_like(self.weights) if rare else torch.empty_like(self.weights)
+        for expert, pairs in parts.items():
+            x, grad = (torch.cat(tensors) for tensors in zip(*pairs, strict=True))
+            if x.dtype == result.dtype:
+                torch.mm(grad.mT, x, out=result[expert])
             else:
-                target.copy_(grad.mT @ x)
+                result[expert] = grad.mT @ x
         self._uses.clear()
         return result
 

@@ -51,6 +51,17 @@ def test_scores_depend_on_the_distance_alone(interleaved):
     assert score(7, 3) != pytest.approx(score(7, 4))
 
 
+@pytest.mark.parametrize("before", [0, 1, 2])
+def test_a_slice_rotates_as_its_copy(before):
+    """Heads are slices of a wider projection, at any place in it."""
+    wide = torch.randn(2, 5, 3, before + 8 + 1)
+    heads = wide[..., before : before + 8]
+    rope = rope_angles(torch.arange(5).expand(2, -1), 8, RopeConfig(), torch.float32)
+    for interleaved in (True, False):
+        got = apply_rope(heads, rope, interleaved=interleaved)
+        assert torch.equal(got, apply_rope(heads.clone(), rope, interleaved=interleaved))
+
+
 def test_the_conventions_differ_by_a_permutation_of_channels():
     x = torch.randn(1, 4, 2, DIM, dtype=torch.float64)
     positions = torch.arange(4)[None]

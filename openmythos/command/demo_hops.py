@@ -35,8 +35,8 @@ def hops_config(seed: int, seconds: float) -> "RunConfig":
     from openmythos.train.depth_schedule import ClippedPoissonDepth, DepthSchedule
     from openmythos.train.optim import OptimizerConfig
 
-    # Without QK-norm or with one depth for all of a batch, a run in several is lost, late and at
-    # once: a batch of too few loops for its walks is noise, but moves the weights like any other.
+    # At twice the rate, without QK-norm or with one depth for all of a batch, a run in several is
+    # lost, late and at once: rows of too few loops for their walks are noise, but move the weights.
     low, high = TRAINED_LOOPS
     model = ModelConfig(
         vocab_size=20,
@@ -58,11 +58,11 @@ def hops_config(seed: int, seconds: float) -> "RunConfig":
         optimizer=OptimizerConfig(
             lr=2e-3,
             embedding_lr=None,
-            muon_lr=0.005,
+            muon_lr=0.003,
             betas=(0.9, 0.98),
             weight_decay=0.01,
             warmup=0.03,
-            decay=0.3,
+            decay=0.6,
         ),
         depth=DepthSchedule(sampling=sampled, per_sequence=True),
         eval_loops=(),

@@ -123,9 +123,12 @@ def test_usage_errors_and_no_arguments() -> None:
 
 
 LONG_PREPARE = """
-import sys, time
+import signal, sys, time
 import openmythos.data.prepare
 from openmythos.cli import main
+
+# A shell starts what runs in its background with the signal ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 def wait(*arguments, **options):
     print("started", flush=True)

@@ -193,9 +193,27 @@ class _Product(torch.autograd.Function):
         return grad_x, grad_token, None, None
 
 
-class _Spread(torch.autograd.Function):
+def _spread(x: Tensor, token: Tensor, place: Tensor) -> Tensor:
     """Row ``token[m]`` of x for each pair m; ``place[n, k]`` is where token n's pair k went."""
+    if torch.compiler.is_compiling():  # which fuses these two by itself
+        return x[token]
+    rows: Tensor = _Spread.apply(x, token, place)
+    return rows
 
+
+def _gather(rows: Tensor, token: Tensor, place: Tensor) -> Tensor:
+    """Each token's sum over its pairs, in the order of its slots; the transpose of ``_spread``.
+
+    index_add would add in any order on a GPU, and a sum over a reordered copy takes 30 times as
+    long on a CPU.
+    """
+    if torch.compiler.is_compiling():
+        return rows[place].sum(dim=1)
+    summed: Tensor = _Gather.apply(rows, token, place)
+    return summed
+
+
+class _Spread(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, token: Tensor, place: Tensor) -> Tensor:
         ctx.save_for_backward(token, place)
@@ -208,12 +226,6 @@ class _Spread(torch.autograd.Function):
 
 
 class _Gather(torch.autograd.Function):
-    """Each token's sum over its pairs, in the order of its slots; the transpose of ``_Spread``.
-
-    index_add would add in any order on a GPU, and a sum over a reordered copy takes 30 times as
-    long on a CPU.
-    """
-
     @staticmethod
     def forward(ctx: FunctionCtx, rows: Tensor, token: Tensor, place: Tensor) -> Tensor:
         ctx.save_for_backward(token, place)
@@ -276,8 +288,7 @@ def moe_experts(
     places = torch.empty_like(order)
     places[order] = torch.arange(len(order), device=order.device)
     token, place = order // expert.shape[1], places.view(expert.shape)
-    rows: Tensor = _Spread.apply(x, token, place)
+    rows = _spread(x, token, place)
     gate, up = _expert_mm(rows, gate_up, counts).chunk(2, dim=-1)
     hidden = functional.silu(gate) * up * weight.flatten()[order, None]
-    summed: Tensor = _Gather.apply(_expert_mm(hidden, down, counts), token, place)
-    return summed
+    return _gather(_expert_mm(hidden, down, counts), token, place)

@@ -35,7 +35,7 @@ def hops_config(seed: int, seconds: float) -> "RunConfig":
     from openmythos.train.depth_schedule import ClippedPoissonDepth, DepthSchedule
     from openmythos.train.optim import OptimizerConfig
 
-    # At twice the rate, without QK-norm or with one depth for all of a batch, a run in several is
+    # At a higher rate, without QK-norm or with one depth for all of a batch, a run in several is
     # lost, late and at once: rows of too few loops for their walks are noise, but move the weights.
     low, high = TRAINED_LOOPS
     model = ModelConfig(

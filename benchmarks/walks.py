@@ -3,7 +3,7 @@
 Each run trains as the demo does, one thread beside one other run, with its own graph, weights and
 order; the table is accuracy on held-out walks.
 
-    python -m benchmarks.walks --seeds 0,1,2,3,4,5
+    python -m benchmarks.walks --seeds 0 1 2 3 4 5
 """
 
 import argparse
@@ -59,12 +59,12 @@ def train(seed: int, seconds: float, folder: Path) -> dict[str, Any]:
 def main() -> None:
     """Train the seeds, two at a time, and print the table."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.walks", description=__doc__)
-    parser.add_argument("--seeds", default="0,1,2,3,4,5")
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(6)))
     parser.add_argument("--seconds", type=float, default=150.0)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    seeds = [int(seed) for seed in options.seeds.split(",")]
+    seeds = options.seeds
     console = Console(stderr=True)
     found: dict[int, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:

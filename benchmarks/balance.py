@@ -18,7 +18,7 @@ from rich.table import Table
 from openmythos.command.demo_text import text_config
 from openmythos.command.train import run_training
 from openmythos.data.loader import TokenLoader
-from openmythos.model.moe import MoE, max_violation
+from openmythos.model.feedforward import MoE, max_violation
 from openmythos.model.recurrent import RecurrentDepthLM
 from openmythos.schema import apply_overrides
 from openmythos.train.setup import set_up

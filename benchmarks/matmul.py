@@ -43,7 +43,9 @@ class ProductCounter(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         name = function.overloadpacket.__name__
-        if name in ("mm", "addmm"):
+        if function.namespace in ("openmythos_experts", "openmythos_attention"):
+            self._own(function.namespace, name, args)
+        elif name in ("mm", "addmm"):
             a, b = args[-2:]
             self.counts[Product(1, a.shape[0], a.shape[1], b.shape[1])] += 1
         elif name in ("bmm", "baddbmm"):
@@ -57,6 +59,28 @@ class ProductCounter(TorchDispatchMode):
             for _ in range(2):
                 self._attention(*args[1:4], causal=args[7])
         return function(*args, **kwargs)
+
+    def _own(self, namespace: str, name: str, args: tuple) -> None:
+        """Our kernels: experts by their rows, attention as the products of causal halves."""
+        if namespace == "openmythos_attention":
+            q, k, v = args[:3] if name == "forward" else args[1:4]
+            for _ in range(1 if name == "forward" else 2):
+                self._attention(q, k, v, causal=True)
+            return
+        weights = args[0] if name == "gradient" else args[2]
+        uses = args[5] if name == "gradient" else [args[3]]
+        outer, inner = weights.shape[1:]
+        ends = torch.stack(list(uses)).sum(dim=0).tolist()  # a gradient is of all loops' rows
+        for start, stop in zip([0, *ends], ends, strict=False):
+            if stop == start:
+                continue
+            rows = stop - start
+            if name == "gradient":
+                self.counts[Product(1, outer, rows, inner)] += 1
+            elif args[4]:
+                self.counts[Product(1, rows, inner, outer)] += 1
+            else:
+                self.counts[Product(1, rows, outer, inner)] += 1
 
     def _grouped(self, a: Tensor, b: Tensor, ends: Tensor) -> None:
         stops = ends.tolist()

@@ -14,8 +14,7 @@ from openmythos.config import (
 from openmythos.model.attention import make_attention
 from openmythos.model.cache import Stage
 from openmythos.model.context import ForwardContext
-from openmythos.model.feedforward import ReLUSquared, SwiGLU
-from openmythos.model.moe import MoE
+from openmythos.model.feedforward import MoE, ReLUSquared, SwiGLU
 from openmythos.model.norm import RMSNorm
 
 

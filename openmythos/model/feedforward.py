@@ -1,12 +1,20 @@
-"""Dense feed-forward layers."""
+"""Feed-forward layers: dense, and a mixture of experts."""
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from openmythos.config import ReLUSquaredConfig, WeightLoRAConfig
+from openmythos.config import MoEConfig, ReLUSquaredConfig, WeightLoRAConfig
 from openmythos.model.context import ForwardContext
 from openmythos.model.depth import LoopLinear
+from openmythos.ops import native
+from openmythos.ops.moe import LoopedExperts, moe_experts
 
 
 class SwiGLU(nn.Module):
@@ -27,8 +35,30 @@ class SwiGLU(nn.Module):
         ctx: ForwardContext | None = None,
     ) -> Float[Tensor, "B T D"]:
         """Apply to every token."""
-        gate, up = self.gate_up(x, loop_idx).chunk(2, dim=-1)
-        return self.down(functional.silu(gate) * up, loop_idx)
+        return self.down(swiglu(self.gate_up(x, loop_idx)), loop_idx)
+
+
+def swiglu(inner: Float[Tensor, "... _"]) -> Float[Tensor, "... F"]:
+    """``SiLU(gate) * up`` of the two halves of ``inner``."""
+    if native.has_fused(inner):
+        hidden: Tensor = _SwiGLU.apply(inner)
+        return hidden
+    gate, up = inner.chunk(2, dim=-1)
+    return functional.silu(gate) * up
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, inner: Tensor) -> Tensor:
+        ctx.save_for_backward(inner)
+        return native.swiglu(inner.flatten(0, -2)).unflatten(0, inner.shape[:-1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (inner,) = ctx.saved_tensors
+        grad_inner, _ = native.swiglu_backward(grad.flatten(0, -2), inner.flatten(0, -2))
+        return grad_inner.view(inner.shape)
 
 
 class ReLUSquared(nn.Module):
@@ -56,3 +86,102 @@ class ReLUSquared(nn.Module):
         if self.scale != 1:
             hidden = hidden * self.scale
         return self.down(hidden, loop_idx)
+
+
+class MoE(nn.Module):
+    """Routed experts, chosen per token and loop, plus shared experts that always run.
+
+    Experts are selected by score + bias and weighted by the score alone; no token is dropped. While
+    training, ``load`` counts the pairs of each (loop, expert); ``update_bias`` reads and clears it.
+    Loops past the ``bias_loops`` rows use the last row.
+
+    Source: DeepSeek-V3 (arXiv 2412.19437), equations 12 to 16; Wang et al. 2024 (arXiv 2408.15664).
+    """
+
+    def __init__(
+        self, d_model: int, config: MoEConfig, lora: WeightLoRAConfig | None = None
+    ) -> None:
+        super().__init__()
+        self.config = config
+        num_experts, width = config.num_experts, config.d_expert
+        self.router = nn.Linear(d_model, num_experts, bias=False)
+        self.gate_up = nn.Parameter(torch.empty(num_experts, 2 * width, d_model))
+        self.down = nn.Parameter(torch.empty(num_experts, d_model, width))
+        # The shared experts' sum is one wider expert.
+        shared_width = config.num_shared_experts * config.shared_width
+        self.shared = SwiGLU(d_model, shared_width, lora) if shared_width else None
+        self.bias: Tensor
+        self.load: Tensor
+        self.register_buffer("bias", torch.zeros(config.bias_loops, num_experts))
+        load = torch.zeros(config.bias_loops, num_experts, dtype=torch.int64)
+        self.register_buffer("load", load, persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "MoE":
+        """Keep the bias as it is in a cast of the model: bf16 would swallow its small steps."""
+        bias = self.bias
+        super()._apply(fn, recurse)
+        if self.bias.dtype != bias.dtype:
+            self.bias = bias.to(self.bias.device)
+        return self
+
+    def forward(
+        self,
+        x: Float[Tensor, "B T D"],
+        loop_idx: Int[Tensor, "B"] | None = None,
+        ctx: ForwardContext | None = None,
+    ) -> Float[Tensor, "B T D"]:
+        """Route every token."""
+        num_rows, num_tokens, d_model = x.shape
+        if loop_idx is None or self.config.bias_loops == 1:
+            row = torch.zeros(num_rows * num_tokens, dtype=torch.int64, device=x.device)
+        else:
+            row = loop_idx.clamp(max=self.config.bias_loops - 1).repeat_interleave(num_tokens)
+        flat = x.reshape(-1, d_model)
+        expert, weight, counts = self.route(flat, row)
+        y = self._experts(ctx)(flat, expert, weight.to(x.dtype), counts).view(x.shape)
+        return y if self.shared is None else y + self.shared(x, loop_idx)
+
+    def _experts(self, ctx: ForwardContext | None) -> Callable[..., Tensor]:
+        """The routed experts as a function; on a CPU one for all loops of a forward."""
+        if self.gate_up.device.type != "cpu" or torch.compiler.is_compiling():
+            return partial(moe_experts, gate_up=self.gate_up, down=self.down)
+        make = partial(LoopedExperts, self.gate_up, self.down)
+        return make() if ctx is None else ctx.once((self, torch.is_grad_enabled()), make)
+
+    def route(
+        self, x: Float[Tensor, "N D"], row: Int[Tensor, "N"]
+    ) -> tuple[Int[Tensor, "N K"], Float[Tensor, "N K"], Int[Tensor, "E"]]:
+        """Experts, their weights, and each expert's count of tokens; ``row`` chooses the bias."""
+        part = self.config
+        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        with torch.autocast(x.device.type, enabled=False):  # in bf16, rounding would choose experts
+            logits = functional.linear(x.to(wide), self.router.weight.to(wide))
+        scores = logits.sigmoid() if part.scoring == "sigmoid" else logits.softmax(dim=-1)
+        # The original selects by logits + bias; with a bias of zero the order is the same.
+        selection = scores if part.scoring == "sigmoid" else logits
+        expert = (selection.detach() + self.bias[row]).topk(part.num_experts_per_token).indices
+        weight = scores.gather(1, expert)
+        total = weight.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(wide).tiny)
+        weight = part.routed_scale * weight / total
+        pair = (row[:, None] * part.num_experts + expert).flatten()
+        load = torch.zeros(self.load.numel(), dtype=torch.int64, device=x.device)
+        load = load.index_add(0, pair, torch.ones_like(pair)).view(self.load.shape)
+        if self.training:
+            self.load += load
+        return expert, weight, load.sum(dim=0)
+
+    @torch.no_grad()
+    def update_bias(self, rate: float) -> None:
+        """Move every loop's bias by ``rate`` against its load, and clear the statistics.
+
+        Call after each optimiser step; with several processes, sum ``load`` over them before.
+        """
+        load = self.load.float()
+        seen = load.sum(dim=1, keepdim=True) > 0
+        self.bias += rate * torch.sign(load.mean(dim=1, keepdim=True) - load) * seen
+        self.load.zero_()
+
+
+def max_violation(load: Int[Tensor, "L E"]) -> Float[Tensor, "L"]:
+    """Max load / mean load - 1 of each loop: 0 is perfect balance, E - 1 is collapse (MaxVio)."""
+    return load.amax(dim=-1) / load.float().mean(dim=-1).clamp(min=1e-9) - 1

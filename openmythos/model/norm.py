@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from openmythos.ops import native
+
 
 class RMSNorm(nn.Module):
     """``weight * x / rms(x)``; cast back to the input's dtype before the weight.
@@ -54,22 +56,11 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-        y = x.square()
-        scale = y.mean(dim=-1, keepdim=True).add_(eps).rsqrt_()
+        y, scale = native.rms_norm(x, weight, eps)
         ctx.save_for_backward(x, weight, scale)
-        torch.mul(x, scale, out=y)
-        return y if weight is None else y.mul_(weight)
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
-        # With n = x / rms(x) and g = grad * weight: (g - n mean(g n)) / rms(x).
-        x, weight, scale = ctx.saved_tensors
-        unit = x * scale
-        products, grad_weight = grad * unit, None
-        if weight is not None:
-            grad_weight = products.flatten(0, -2).sum(dim=0)
-            products *= weight
-        mean = products.mean(dim=-1, keepdim=True)
-        through = grad.clone() if weight is None else torch.mul(grad, weight, out=products)
-        return through.addcmul_(unit, mean, value=-1).mul_(scale), grad_weight, None
+        return (*native.rms_norm_backward(grad, *ctx.saved_tensors), None)

@@ -1,6 +1,5 @@
 """Scaled dot-product attention: the reference, the fast ways, and keys of a token's own."""
 
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -9,8 +8,9 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn import functional
 
-BLOCK = 64  # queries of a block
-MAX_BLOCK_LENGTH = 1024  # tokens; a block's kept weights grow with the square of the length
+from openmythos.ops import native
+
+MIN_LENGTH, MAX_LENGTH = 32, 1024  # tokens of our kernel: it keeps weights, their square in number
 
 
 def attention_reference(
@@ -50,7 +50,7 @@ def attention(
     num_q, num_k = q.shape[2], k.shape[2]
     if mask is None and num_q not in (1, num_k):
         raise ValueError(f"{num_q} queries on {num_k} keys need a mask")
-    if _suits_blocks(q, k):
+    if _suits_blocks(q, k, v):
         blocks: Tensor = _BlockAttention.apply(q, k, v, mask, scale)
         return blocks
     width, single = v.shape[-1], num_q == 1
@@ -103,73 +103,37 @@ def depth_attention(
     return y.flatten(1, 2)
 
 
-def _suits_blocks(q: Tensor, k: Tensor) -> bool:
-    plain = q.dtype in (torch.float32, torch.float64) and not torch.compiler.is_compiling()
-    fits = BLOCK < q.shape[2] <= MAX_BLOCK_LENGTH and q.shape[2] == k.shape[2]
-    return fits and plain and q.device.type == "cpu"
-
-
-def _blocks(length: int) -> list[tuple[int, int]]:
-    return list(pairwise([*range(0, length, BLOCK), length]))
+def _suits_blocks(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    fits = MIN_LENGTH <= q.shape[2] <= MAX_LENGTH and q.shape[2] == k.shape[2]
+    plain = all(each.dtype == torch.float32 and each.device.type == "cpu" for each in (q, k, v))
+    whole = q.shape[-1] % 32 == 0 and v.shape[-1] % 32 == 0
+    eager = not torch.compiler.is_compiling()
+    return eager and fits and plain and whole and native.load("attention")
 
 
 class _BlockAttention(torch.autograd.Function):
-    """Causal attention in blocks of queries, each on the keys that it may see, for CPUs.
-
-    At training lengths that is 1.4 to 1.8 times as fast as torch's fused kernel for CPUs, forward
-    and backward. Heads of a group are rows of one product: [B G] matrices of [heads block, keys].
-    """
+    """Causal attention in blocks of queries, each on the keys that it may see."""
 
     @staticmethod
     def forward(
         ctx: FunctionCtx, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
     ) -> Tensor:
-        (num_rows, groups, length), width = k.shape[:3], v.shape[-1]
-        grouped = q.unflatten(1, (groups, -1))  # [B G heads T K]
-        keys, values = k.flatten(0, 1), v.flatten(0, 1)
-        y = q.new_empty(*grouped.shape[:-1], width)
-        kept = []
-        hidden = q.new_full((BLOCK, BLOCK), float("-inf")).triu(1) if mask is None else None
-        for start, stop in _blocks(length):
-            queries = (grouped[:, :, :, start:stop] * scale).reshape(len(keys), -1, q.shape[-1])
-            scores = torch.bmm(queries, keys[:, :stop].mT)
-            by_head = scores.view(num_rows, groups, -1, stop - start, stop)
-            if hidden is not None:
-                by_head[..., start:] += hidden[: stop - start, : stop - start]
-            elif mask is not None:
-                by_head += mask[:, :, None, start:stop, :stop]
-            weights = scores.softmax(dim=-1)
-            block = torch.bmm(weights, values[:, :stop])
-            y[:, :, :, start:stop] = block.view(*by_head.shape[:-1], width)
-            if any(ctx.needs_input_grad):  # type: ignore[attr-defined]
-                kept += [queries, weights]
-        ctx.save_for_backward(keys, values, *kept)
-        ctx.shapes, ctx.scale = (q.shape, k.shape, v.shape), scale  # type: ignore[attr-defined]
-        return y.flatten(1, 2)
+        q, k, v = (_side_by_side(each) for each in (q, k, v))
+        mask = None if mask is None else _side_by_side(mask)
+        y, weights = torch.ops.openmythos_attention.forward(q, k, v, mask, scale)
+        ctx.save_for_backward(q, k, v, weights)
+        ctx.scale = scale  # type: ignore[attr-defined]
+        by_head: Tensor = y.transpose(1, 2)
+        return by_head
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        keys, values, *kept = ctx.saved_tensors
-        q_shape, k_shape, v_shape = ctx.shapes
-        groups, length = k_shape[1:3]
-        grad = grad.unflatten(1, (groups, -1))
-        grad_q = grad.new_empty(*grad.shape[:-1], q_shape[-1])
-        grad_k = grad_v = None
-        blocks = zip(_blocks(length), kept[::2], kept[1::2], strict=True)
-        for (start, stop), queries, weights in reversed(list(blocks)):
-            grad_y = grad[:, :, :, start:stop].reshape(len(keys), -1, v_shape[-1])
-            grad_weights = torch.bmm(grad_y, values[:, :stop].mT)
-            grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
-            block = torch.bmm(grad_scores, keys[:, :stop])
-            target = grad_q[:, :, :, start:stop]
-            torch.mul(block.view(target.shape), ctx.scale, out=target)
-            if grad_k is None or grad_v is None:  # the last block sees all keys
-                grad_k = torch.bmm(grad_scores.mT, queries)
-                grad_v = torch.bmm(weights.mT, grad_y)
-                continue
-            grad_k[:, :stop].baddbmm_(grad_scores.mT, queries)
-            grad_v[:, :stop].baddbmm_(weights.mT, grad_y)
-        assert grad_k is not None
-        assert grad_v is not None
-        return grad_q.flatten(1, 2), grad_k.view(k_shape), grad_v.view(v_shape), None, None
+        kernel = torch.ops.openmythos_attention.backward
+        found = kernel(_side_by_side(grad), *ctx.saved_tensors, ctx.scale)
+        return (*(each.transpose(1, 2) for each in found), None, None)
+
+
+def _side_by_side(x: Tensor) -> Tensor:
+    """x, copied unless its channels are neighbours in memory."""
+    return x if x.stride(-1) == 1 else x.contiguous()

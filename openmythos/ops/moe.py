@@ -1,8 +1,11 @@
 """The experts' products: a loop over experts as reference, one grouped product as fast path.
 
-On a CPU the grouped kernel is a loop over all experts as well, and ``SplitExperts`` is faster.
+On a CPU the grouped kernel is a loop over all experts as well, and ``LoopedExperts`` is faster.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -12,6 +15,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn import functional
+
+from openmythos.ops import native
 
 
 def grouped_mm_reference(
@@ -89,108 +94,209 @@ def _backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
 _opaque_grouped_mm.register_autograd(_backward, setup_context=_keep_inputs)
 
 
-class SplitExperts:
-    """The weights of all experts as separate tensors, for every loop of one forward on a CPU.
+@dataclass(frozen=True)
+class Pairs:
+    """The (token, slot) pairs of a batch, sorted by expert: each expert's are one block."""
 
-    An expert without rows costs nothing. The gradient is made once for all loops, when the last of
-    them has given its share: one product an expert over the rows of all loops, written where it
-    belongs, instead of one gradient as large as all experts a loop.
+    order: Int[Tensor, "M"]  # which pair stands at m, counted token by token
+    token: Int[Tensor, "M"]
+    ends: Int[Tensor, "E"]  # of the experts' blocks
+
+    @cached_property
+    def blocks(self) -> list[tuple[int, slice]]:
+        """Each expert that has pairs, and where they are."""
+        bounds = pairwise([0, *self.ends.tolist()])
+        return [(expert, slice(*pair)) for expert, pair in enumerate(bounds) if pair[0] < pair[1]]
+
+
+def _sorted_pairs(
+    expert: Int[Tensor, "N K"], counts: Int[Tensor, "E"]
+) -> tuple[Int[Tensor, "M"], Int[Tensor, "M"], Int[Tensor, "E"]]:
+    """The fields of ``Pairs``, which the compiler does not know, from each token's experts."""
+    order = expert.flatten().argsort(stable=True)
+    return order, order // expert.shape[1], counts.cumsum(0)
+
+
+class LoopedExperts:
+    """The experts for every loop of one forward on a CPU.
+
+    An expert without rows costs nothing. The gradient of the weights is made once for all loops,
+    when the last of them has given its share: one product an expert over the rows of all loops,
+    written where it belongs, instead of one gradient as large as all experts a loop.
     """
 
-    def __init__(self, weights: Float[Tensor, "E O I"]) -> None:
-        self.weights = weights.detach()
-        self.parts = self.weights.unbind()
-        self._uses: list[tuple[Tensor, Tensor, list[int]]] = []  # rows in, gradient out, counts
-        self._backward_pass = -1
-        wanted = torch.is_grad_enabled() and weights.requires_grad
-        # Every product depends on it, so that its gradient comes after those of all products.
-        self.token = _Gradient.apply(weights, self) if wanted else None
+    def __init__(self, gate_up: Float[Tensor, "E _ D"], down: Float[Tensor, "E D F"]) -> None:
+        self._weights = _LoopedWeights(gate_up.detach(), down.detach())
+        wanted = torch.is_grad_enabled() and (gate_up.requires_grad or down.requires_grad)
+        # Every loop's result depends on it, so that its gradient comes after those of all loops.
+        self._token = _Gradient.apply(gate_up, down, self._weights) if wanted else None
 
-    def product(self, x: Float[Tensor, "M I"], counts: list[int]) -> Float[Tensor, "M O"]:
-        """As ``grouped_mm``, with the number of each expert's rows."""
-        if not torch.is_grad_enabled():
-            return self.multiply(x, counts, transpose=False)
-        product: Tensor = _Product.apply(x, self.token, self, counts)
-        return product
-
-    def multiply(self, x: Tensor, counts: list[int], *, transpose: bool) -> Tensor:
-        """Each expert's rows times its weights, transposed or not."""
-        y = x.new_empty(len(x), self.weights.shape[2 if transpose else 1])
-        used = [expert for expert, count in enumerate(counts) if count]
-        blocks = [tensor.split([counts[expert] for expert in used]) for tensor in (x, y)]
-        for expert, rows, out in zip(used, *blocks, strict=True):
-            weight = self.parts[expert].to(x.dtype)
-            torch.mm(rows, weight if transpose else weight.mT, out=out)
+    def __call__(
+        self,
+        x: Float[Tensor, "N D"],
+        expert: Int[Tensor, "N K"],
+        weight: Float[Tensor, "N K"],
+        counts: Int[Tensor, "E"],
+    ) -> Float[Tensor, "N D"]:
+        """As ``moe_experts``."""
+        if torch.is_autocast_enabled(x.device.type):
+            low = torch.get_autocast_dtype(x.device.type)
+            x, weight = x.to(low), weight.to(low)
+        pairs = Pairs(*_sorted_pairs(expert, counts))
+        y: Tensor = _Experts.apply(x, weight, self._token, self._weights, pairs)
         return y
 
-    def add_use(self, x: Tensor, grad: Tensor, counts: list[int]) -> None:
-        """Keep what one product gives to the gradient."""
+
+class _LoopedWeights:
+    """The weights of all experts, and what the loops give to their gradient."""
+
+    def __init__(self, gate_up: Tensor, down: Tensor) -> None:
+        self.gate_up, self.down = gate_up, down
+        self._uses: list[tuple[Pairs, Tensor, Tensor, Tensor, Tensor]] = []
+        self._backward_pass = -1
+
+    def add_use(self, pairs: Pairs, x: Tensor, inner: Tensor, hidden: Tensor, y: Tensor) -> None:
+        """Keep x, hidden, and the gradients of what the weights made of them: inner and y."""
         current = torch._C._current_graph_task_id()
         if current != self._backward_pass:  # what an earlier one left has nothing to do with it
             self._uses.clear()
         self._backward_pass = current
-        self._uses.append((x, grad, counts))
+        self._uses.append((pairs, x, inner, hidden, y))
 
-    def gradient(self) -> Float[Tensor, "E O I"]:
-        """The gradient of all weights from the uses of this backward pass."""
-        parts: dict[int, list[tuple[Tensor, Tensor]]] = {}
-        for x, grad, counts in self._uses:
-            used = [expert for expert, count in enumerate(counts) if count]
-            sizes = [counts[expert] for expert in used]
-            for expert, *pair in zip(used, x.split(sizes), grad.split(sizes), strict=True):
-                parts.setdefault(expert, []).append((pair[0], pair[1]))
-        rare = len(parts) < len(self.parts)
-        result = _lazy_zeros_like(self.weights) if rare else torch.empty_like(self.weights)
-        for expert, pairs in parts.items():
-            x, grad = (torch.cat(tensors) for tensors in zip(*pairs, strict=True))
-            if x.dtype == result.dtype:
-                torch.mm(grad.mT, x, out=result[expert])
-            else:
-                result[expert] = grad.mT @ x
+    def gradients(self, *wanted: bool) -> tuple[Tensor | None, Tensor | None]:
+        """The gradients of both weights from the uses of this backward pass."""
+        pairs, x, inner, hidden, y = zip(*self._uses, strict=True)
         self._uses.clear()
-        return result
-
-
-def _lazy_zeros_like(tensor: Tensor) -> Tensor:
-    """Zeros that cost nothing until they are touched: the system makes their pages then."""
-    zeros = torch.from_numpy(np.zeros(tensor.nbytes, dtype=np.uint8))
-    return zeros.view(tensor.dtype).view(tensor.shape)
+        token, place = [each.token for each in pairs], [torch.arange(len(each)) for each in hidden]
+        return (
+            _outer_products(self.gate_up, pairs, inner, place, x, token) if wanted[0] else None,
+            _outer_products(self.down, pairs, y, token, hidden, place) if wanted[1] else None,
+        )
 
 
 class _Gradient(torch.autograd.Function):
     """An empty number that stands for the weights; its gradient is theirs."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, weights: Tensor, experts: SplitExperts) -> Tensor:
-        ctx.experts = experts  # type: ignore[attr-defined]
-        return weights.new_zeros(())
+    def forward(ctx: FunctionCtx, gate_up: Tensor, down: Tensor, weights: _LoopedWeights) -> Tensor:
+        ctx.weights = weights  # type: ignore[attr-defined]
+        return gate_up.new_zeros(())
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return ctx.experts.gradient(), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return (*ctx.weights.gradients(*ctx.needs_input_grad[:2]), None)
 
 
-class _Product(torch.autograd.Function):
+class _Experts(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: FunctionCtx, x: Tensor, token: Tensor | None, experts: SplitExperts, counts: list[int]
+        ctx: FunctionCtx,
+        x: Tensor,
+        share: Tensor,
+        token: Tensor | None,
+        weights: _LoopedWeights,
+        pairs: Pairs,
     ) -> Tensor:
-        ctx.save_for_backward(x, experts.weights)  # the weights so that a change is noticed
-        ctx.experts, ctx.counts = experts, counts  # type: ignore[attr-defined]
-        return experts.multiply(x, counts, transpose=False)
+        inner = _multiply(x, pairs.token, weights.gate_up, pairs, transposed=True)
+        hidden = native.swiglu(inner, share, pairs.order)
+        # The weights as well, so that a change of them is noticed.
+        ctx.save_for_backward(x, share, inner, hidden, weights.gate_up, weights.down)
+        ctx.weights, ctx.pairs = weights, pairs  # type: ignore[attr-defined]
+        return _multiply_add(hidden, len(x), weights.down, pairs, transposed=True)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        x, _ = ctx.saved_tensors
-        grad_x = grad_token = None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, share, inner, hidden, gate_up, down = ctx.saved_tensors
+        weights, pairs, grad_x, grad_token = ctx.weights, ctx.pairs, None, None
+        through = _multiply(grad, pairs.token, down, pairs, transposed=False)
+        grad_inner, grad_share = native.swiglu_backward(through, inner, share, pairs.order)
         if ctx.needs_input_grad[0]:
-            grad_x = ctx.experts.multiply(grad, ctx.counts, transpose=True)
-        if ctx.needs_input_grad[1]:
-            ctx.experts.add_use(x, grad, ctx.counts)
-            grad_token = ctx.experts.weights.new_zeros(())
-        return grad_x, grad_token, None, None
+            grad_x = _multiply_add(grad_inner, len(x), gate_up, pairs, transposed=False)
+        if ctx.needs_input_grad[2]:
+            weights.add_use(pairs, x, grad_inner, hidden, grad)
+            grad_token = gate_up.new_zeros(())
+        return grad_x, grad_share, grad_token, None, None
+
+
+def _multiply(
+    x: Float[Tensor, "N _"],
+    source: Int[Tensor, "M"],
+    weights: Float[Tensor, "E O I"],
+    pairs: Pairs,
+    *,
+    transposed: bool,
+) -> Float[Tensor, "M _"]:
+    """Row ``source[m]`` of x times the weights W of m's expert: x W^T if transposed, else x W."""
+    if _has_native(weights, x):
+        kernel = torch.ops.openmythos_experts.multiply
+        product: Tensor = kernel(x.contiguous(), source, weights, pairs.ends, transposed)
+        return product
+    rows = x.index_select(0, source)
+    product = rows.new_empty(len(rows), weights.shape[1 if transposed else 2])
+    for expert, block in pairs.blocks:
+        weight = weights[expert].to(x.dtype)
+        torch.mm(rows[block], weight.mT if transposed else weight, out=product[block])
+    return product
+
+
+def _multiply_add(
+    x: Float[Tensor, "M _"],
+    num_tokens: int,
+    weights: Float[Tensor, "E O I"],
+    pairs: Pairs,
+    *,
+    transposed: bool,
+) -> Float[Tensor, "N _"]:
+    """As ``_multiply`` of all rows, summed over the pairs of each token."""
+    if _has_native(weights, x):
+        kernel = torch.ops.openmythos_experts.multiply_add
+        total: Tensor = kernel(x, pairs.token, weights, pairs.ends, transposed, num_tokens)
+        return total
+    every = torch.arange(len(x), device=x.device)
+    rows = _multiply(x, every, weights, pairs, transposed=transposed)
+    place = pairs.token.argsort(stable=True).view(num_tokens, -1)
+    return functional.embedding_bag(place, rows, mode="sum")
+
+
+def _outer_products(
+    weights: Float[Tensor, "E O I"],
+    pairs: Sequence[Pairs],
+    left: Sequence[Float[Tensor, "_ O"]],
+    left_rows: Sequence[Int[Tensor, "_"]],
+    right: Sequence[Float[Tensor, "_ I"]],
+    right_rows: Sequence[Int[Tensor, "_"]],
+) -> Float[Tensor, "E O I"]:
+    """Each expert's sum of ``left^T right`` over its pairs in all loops, each at its rows."""
+    result = _lazy_zeros_like(weights)
+    if _has_native(weights, *left, *right):
+        ends = [each.ends for each in pairs]
+        lefts, rights = ([each.contiguous() for each in side] for side in (left, right))
+        torch.ops.openmythos_experts.gradient(result, lefts, left_rows, rights, right_rows, ends)
+        return result
+    parts: dict[int, list[tuple[Tensor, Tensor]]] = {}
+    for loop, each in enumerate(pairs):
+        for expert, block in each.blocks:
+            rows = (left[loop][left_rows[loop][block]], right[loop][right_rows[loop][block]])
+            parts.setdefault(expert, []).append(rows)
+    for expert, loops in parts.items():
+        a, b = (torch.cat(tensors) for tensors in zip(*loops, strict=True))
+        result[expert] = a.mT @ b
+    return result
+
+
+def _has_native(weights: Tensor, *tensors: Tensor) -> bool:
+    """Whether our kernel takes them: fp32, in whole tiles of the widest vectors."""
+    whole = weights.shape[1] % 32 == 0 and weights.shape[2] % 32 == 0 and weights.is_contiguous()
+    narrow = any(tensor.dtype != torch.float32 for tensor in (weights, *tensors))
+    return whole and not narrow and native.load("experts")
+
+
+def _lazy_zeros_like(tensor: Tensor) -> Tensor:
+    """Zeros that cost nothing until they are touched: the system makes their pages then."""
+    zeros = torch.from_numpy(np.zeros(tensor.nbytes, dtype=np.uint8))
+    return zeros.view(tensor.dtype).view(tensor.shape)
 
 
 def _spread(x: Tensor, token: Tensor, place: Tensor) -> Tensor:
@@ -237,12 +343,6 @@ class _Gather(torch.autograd.Function):
         return spread, None, None
 
 
-def _expert_mm(x: Tensor, weights: Tensor | SplitExperts, counts: Tensor) -> Tensor:
-    if isinstance(weights, SplitExperts):
-        return weights.product(x, counts.tolist())
-    return grouped_mm(x, weights, counts.cumsum(0).to(torch.int32))
-
-
 def gathered_experts(
     x: Float[Tensor, "N D"],
     expert: Int[Tensor, "N K"],
@@ -268,9 +368,9 @@ def moe_experts(
     x: Float[Tensor, "N D"],
     expert: Int[Tensor, "N K"],
     weight: Float[Tensor, "N K"],
-    gate_up: Float[Tensor, "E _ D"] | SplitExperts,
-    down: Float[Tensor, "E D F"] | SplitExperts,
     counts: Int[Tensor, "E"],
+    gate_up: Float[Tensor, "E _ D"],
+    down: Float[Tensor, "E D F"],
 ) -> Float[Tensor, "N D"]:
     """Sum over each token's K experts of ``weight * down(SiLU(gate x) * up x)``.
 
@@ -279,16 +379,14 @@ def moe_experts(
     """
     if torch.is_autocast_enabled(x.device.type):  # the grouped kernel is unknown to autocast
         low = torch.get_autocast_dtype(x.device.type)
-        x, weight = x.to(low), weight.to(low)
-        if isinstance(gate_up, Tensor) and isinstance(down, Tensor):
-            gate_up, down = gate_up.to(low), down.to(low)
-    if isinstance(gate_up, Tensor) and isinstance(down, Tensor) and _few(expert, gate_up):
+        x, weight, gate_up, down = (each.to(low) for each in (x, weight, gate_up, down))
+    if _few(expert, gate_up):
         return gathered_experts(x, expert, weight, gate_up, down)
-    order = expert.flatten().argsort(stable=True)
+    order, token, ends = _sorted_pairs(expert, counts)
     places = torch.empty_like(order)
     places[order] = torch.arange(len(order), device=order.device)
-    token, place = order // expert.shape[1], places.view(expert.shape)
+    place, ends = places.view(expert.shape), ends.to(torch.int32)
     rows = _spread(x, token, place)
-    gate, up = _expert_mm(rows, gate_up, counts).chunk(2, dim=-1)
+    gate, up = grouped_mm(rows, gate_up, ends).chunk(2, dim=-1)
     hidden = functional.silu(gate) * up * weight.flatten()[order, None]
-    return _gather(_expert_mm(hidden, down, counts), token, place)
+    return _gather(grouped_mm(hidden, down, ends), token, place)

@@ -1,7 +1,7 @@
 // Products of few rows with large matrices, as decoding makes them: bound by reading the weights.
 //
 // Each row of weights is read once, from start to end, and meets all rows of x on the way: one
-// stream is what the processor's prefetcher follows best. Built by narrow.py at first use.
+// stream is what the processor's prefetcher follows best. Built by native.py at first use.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>

@@ -6,74 +6,24 @@ reads memory at less than half the speed of one straight pass. Its reference is 
 """
 
 import functools
-import hashlib
-import os
-import platform
-import shutil
-import subprocess
-import sys
-import warnings
-from pathlib import Path
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from openmythos.ops import native
+
 MAX_ROWS = 8  # beyond, the library's blocked product is faster
-SOURCE = Path(__file__).with_suffix(".cpp")
-FLAGS = ("-O3", "-march=native", "-std=c++20", "-shared", "-fPIC")
 
 
 @functools.cache
 def load() -> bool:
-    """Build the kernels if they are not built yet, and load them; False, with one warning, if not.
-
-    The library is kept in torch's folder for extensions (``TORCH_EXTENSIONS_DIR``).
-    """
-    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
-    if sys.platform != "linux" or compiler is None:
-        return False
-    try:
-        torch.ops.load_library(_build(compiler))
-    except (OSError, subprocess.CalledProcessError) as error:
-        reason = getattr(error, "stderr", None) or str(error)
-        warnings.warn(
-            f"decoding uses torch's matrix products, because {SOURCE.name} could not be built "
-            f"with {compiler}: {reason.strip().splitlines()[-1]}",
-            stacklevel=2,
-        )
+    """Load the kernels, as ``native.load``; the compiler then knows their shapes."""
+    if not native.load("narrow"):
         return False
     torch.library.register_fake("openmythos_narrow::linear", _fake_linear)
     torch.library.register_fake("openmythos_narrow::experts", _fake_experts)
     return True
-
-
-def _build(compiler: str) -> Path:
-    """The library's file; its name tells the source, torch and the processor it is made for."""
-    from torch.utils import cpp_extension
-
-    command = [compiler, *FLAGS, *(f"-I{path}" for path in cpp_extension.include_paths())]
-    command += [str(SOURCE), *(f"-L{path}" for path in cpp_extension.library_paths())]
-    command += ["-ltorch", "-ltorch_cpu", "-lc10", "-o"]
-    made_for = f"{torch.__version__} {command} {_processor()}".encode()
-    name = hashlib.sha256(SOURCE.read_bytes() + made_for).hexdigest()[:16]
-    root = os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()
-    target = Path(root, "openmythos", f"narrow_{name}.so")
-    if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        fresh = target.with_suffix(f".{os.getpid()}.tmp")
-        subprocess.run([*command, str(fresh)], check=True, capture_output=True, text=True)
-        fresh.replace(target)
-    return target
-
-
-def _processor() -> str:
-    """What ``-march=native`` depends on: a home folder may be shared by different machines."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line for line in lines if line.startswith(("flags", "Features"))), "")
 
 
 def linear(x: Float[Tensor, "... I"], weight: Float[Tensor, "O I"]) -> Float[Tensor, "... O"]:

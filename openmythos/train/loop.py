@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from openmythos.data.packing import IGNORED_TARGET, Batch
-from openmythos.model.moe import MoE, max_violation
+from openmythos.model.feedforward import MoE, max_violation
 from openmythos.model.recurrent import RecurrentDepthLM
 from openmythos.train.config import TrainConfig
 from openmythos.train.metrics import Recorder

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from openmythos.model.depth import LoopLinear
-from openmythos.model.moe import MoE
+from openmythos.model.feedforward import MoE
 from openmythos.seams import require
 
 # Source: the Polar Express (arXiv 2505.16932), algorithm 1, five steps with safety factor 2e-2.

@@ -3,8 +3,7 @@ import torch
 
 from openmythos.config import BlockConfig, MoEConfig, ReLUSquaredConfig, SwiGLUConfig
 from openmythos.model.block import make_feed_forward
-from openmythos.model.feedforward import ReLUSquared, SwiGLU
-from openmythos.model.moe import MoE
+from openmythos.model.feedforward import MoE, ReLUSquared, SwiGLU
 from tests.strategies import MOE, random_model, random_tokens, seeded, small_config
 
 

@@ -1,9 +1,12 @@
+import gc
+import weakref
+
 import pytest
 import torch
 from torch.nn import functional
 
 from openmythos.ops.moe import (
-    SplitExperts,
+    LoopedExperts,
     gathered_experts,
     grouped_mm,
     grouped_mm_reference,
@@ -84,7 +87,7 @@ def test_moe_experts_equals_a_loop_forward_and_backward(width, dtype):
     expert = torch.tensor([[0, 4], [4, 0], [1, 4], [4, 1], [0, 1], [0, 4], [1, 0]])  # none to 2, 3
     counts = torch.bincount(expert.flatten(), minlength=num_experts)
     leaves = (x, weight, gate_up, down)
-    got = moe_experts(x, expert, weight, gate_up, down, counts)
+    got = moe_experts(x, expert, weight, counts, gate_up, down)
     wanted = experts_reference(x, expert, weight, gate_up, down)
     torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
     gathered = gathered_experts(x, expert, weight, gate_up, down)
@@ -96,60 +99,131 @@ def test_moe_experts_equals_a_loop_forward_and_backward(width, dtype):
     assert not ours[2][2].any()
 
 
-@pytest.mark.parametrize("counts", COUNTS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_split_experts_equal_the_reference_forward_and_backward(counts, dtype):
-    """Two uses, as by two loops: the gradient is that of both."""
-    x, weights, ends = case(3, 5, 7, counts, dtype)
-    other_counts, generator = [2, 0, 1], seeded(5)
-    other = torch.randn(3, 5, generator=generator).to(dtype).requires_grad_()
-    other_ends = torch.tensor(other_counts).cumsum(0).to(torch.int32)
-    experts = SplitExperts(weights)
-    got = torch.cat((experts.product(x, counts), experts.product(other, other_counts)))
-    wanted = torch.cat(
-        (grouped_mm_reference(x, weights, ends), grouped_mm_reference(other, weights, other_ends))
-    )
-    torch.testing.assert_close(got, wanted)
-    pull = torch.randn(got.shape, generator=seeded(4)).to(dtype)
-    ours = torch.autograd.grad(got, (x, other, weights), pull)
-    theirs = torch.autograd.grad(wanted, (x, other, weights), pull)
-    for mine, reference in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(mine, reference)
+# --- all loops of one forward on a CPU -----------------------------------------------------------
+
+WAYS = {  # width of the model, of an expert, dtype: by torch's products, by our kernel
+    "torch": (8, 5, torch.float64),
+    "torch in fp32": (8, 5, torch.float32),
+    "kernel": (64, 32, torch.float32),
+    "kernel past a block": (320, 288, torch.float32),
+}
+BY_WAY = pytest.mark.parametrize(("dim", "width", "dtype"), WAYS.values(), ids=WAYS)
 
 
-def test_split_experts_count_each_backward_pass_alone():
+def experts_case(dim: int, width: int, dtype: torch.dtype, num_experts: int = 6):
+    generator = seeded(7)
+    gate_up = torch.randn(num_experts, 2 * width, dim, generator=generator).to(dtype) / dim**0.5
+    down = torch.randn(num_experts, dim, width, generator=generator).to(dtype) / width**0.5
+    return gate_up.requires_grad_(), down.requires_grad_()
+
+
+def loop_case(num_tokens: int, dim: int, dtype: torch.dtype, seed: int, num_experts: int = 6):
+    """x, experts, weights, counts; one expert is never chosen, one by every token."""
+    generator = seeded(seed)
+    x = torch.randn(num_tokens, dim, generator=generator).to(dtype).requires_grad_()
+    expert = torch.randint(1, num_experts - 1, (num_tokens, 1), generator=generator)
+    expert = torch.cat((torch.zeros_like(expert), expert), dim=1)
+    weight = torch.rand(num_tokens, 2, generator=generator).to(dtype).requires_grad_()
+    return x, expert, weight, torch.bincount(expert.flatten(), minlength=num_experts)
+
+
+def assert_equal(got, wanted, dtype):
+    tolerance = 1e-9 if dtype == torch.float64 else 2e-4
+    for mine, other in zip(got, wanted, strict=True):
+        torch.testing.assert_close(mine, other, rtol=tolerance, atol=tolerance)
+
+
+@BY_WAY
+@pytest.mark.parametrize("num_tokens", [1, 7, 150])
+def test_looped_experts_equal_the_reference_forward_and_backward(dim, width, dtype, num_tokens):
+    """Two uses, as by two loops: the gradient of the weights is that of both."""
+    weights = experts_case(dim, width, dtype)
+    cases = [loop_case(num_tokens, dim, dtype, 1), loop_case(3, dim, dtype, 2)]
+    experts = LoopedExperts(*weights)
+    got = torch.cat([experts(*case) for case in cases])
+    wanted = torch.cat([experts_reference(*case[:3], *weights) for case in cases])
+    assert_equal([got], [wanted], dtype)
+    leaves = [*weights, *(case[i] for case in cases for i in (0, 2))]
+    pull = torch.randn(got.shape[::-1], generator=seeded(4)).to(dtype).mT
+    ours = torch.autograd.grad(got, leaves, pull)
+    assert_equal(ours, torch.autograd.grad(wanted, leaves, pull), dtype)
+    assert not ours[0][5].any()
+    assert not ours[1][5].any()
+
+
+@BY_WAY
+def test_looped_experts_count_each_backward_pass_alone(dim, width, dtype):
     """A pass that stops before the weights, then one that reaches them, then it again."""
-    x, weights, _ = case(3, 5, 7, [3, 2, 4], torch.float64)
-    experts = SplitExperts(weights)
-    first = experts.product(x, [3, 2, 4])
-    loss = experts.product(first[:, :5], [4, 4, 1]).square().sum()
+    weights = experts_case(dim, width, dtype)
+    x, *routing = loop_case(9, dim, dtype, 1)
+    experts = LoopedExperts(*weights)
+    first = experts(x, *routing)
+    loss = experts(first, *loop_case(9, dim, dtype, 2)[1:]).square().sum()
     torch.autograd.grad(loss, x, retain_graph=True)
     torch.autograd.grad(first.sum(), weights, retain_graph=True)
-    once, again = (torch.autograd.grad(loss, weights, retain_graph=True)[0] for _ in range(2))
-    ends = [torch.tensor(counts).cumsum(0) for counts in ([3, 2, 4], [4, 4, 1])]
-    inner = grouped_mm_reference(x, weights, ends[0])[:, :5]
-    wanted = torch.autograd.grad(
-        grouped_mm_reference(inner, weights, ends[1]).square().sum(), weights
-    )
-    torch.testing.assert_close(once, wanted[0])
-    torch.testing.assert_close(again, wanted[0])
+    once, again = (torch.autograd.grad(loss, weights, retain_graph=True) for _ in range(2))
+    inner = experts_reference(x, *routing[:2], *weights)
+    other = loop_case(9, dim, dtype, 2)
+    wanted = experts_reference(inner, *other[1:3], *weights).square().sum()
+    wanted = torch.autograd.grad(wanted, weights)
+    assert_equal(once, wanted, dtype)
+    assert all(torch.equal(*pair) for pair in zip(once, again, strict=True))
 
 
-@pytest.mark.parametrize("frozen", [True, False])
-def test_split_experts_pass_gradients_on_when_they_are_frozen(frozen):
-    x, weights, ends = case(3, 5, 7, [3, 0, 4], torch.float64)
-    weights.requires_grad_(not frozen)
-    SplitExperts(weights).product(x, [3, 0, 4]).sum().backward()
-    wanted = torch.autograd.grad(grouped_mm_reference(x, weights, ends).sum(), x)
-    torch.testing.assert_close(x.grad, wanted[0])
-    assert (weights.grad is None) == frozen
+@BY_WAY
+@pytest.mark.parametrize("frozen", [(True, True), (False, True), (True, False)], ids=str)
+def test_looped_experts_pass_gradients_on_when_they_are_frozen(dim, width, dtype, frozen):
+    weights = experts_case(dim, width, dtype)
+    for each, still in zip(weights, frozen, strict=True):
+        each.requires_grad_(not still)
+    case = loop_case(5, dim, dtype, 1)
+    LoopedExperts(*weights)(*case).sum().backward()
+    leaves = [case[0], case[2], *(each for each in weights if each.requires_grad)]
+    wanted = torch.autograd.grad(experts_reference(*case[:3], *weights).sum(), leaves)
+    assert_equal([leaf.grad for leaf in leaves], wanted, dtype)
+    assert [each.grad is None for each in weights] == list(frozen)
 
 
-def test_moe_experts_takes_split_weights():
-    gate_up, down = torch.randn(4, 6, 5), torch.randn(4, 5, 3)
-    x, expert = torch.randn(3, 5), torch.tensor([[0, 3], [3, 0], [2, 3]])
-    weight, counts = torch.rand(3, 2), torch.bincount(expert.flatten(), minlength=4)
-    torch.testing.assert_close(
-        moe_experts(x, expert, weight, SplitExperts(gate_up), SplitExperts(down), counts),
-        moe_experts(x, expert, weight, gate_up, down, counts),
-    )
+@BY_WAY
+def test_looped_experts_without_gradients(dim, width, dtype):
+    weights, case = experts_case(dim, width, dtype), loop_case(5, dim, dtype, 1)
+    with torch.no_grad():
+        got = LoopedExperts(*weights)(*case)
+        assert_equal([got], [moe_experts(*case, *weights)], dtype)
+    assert not got.requires_grad
+
+
+def test_looped_experts_notice_weights_that_change_before_the_backward_pass():
+    weights, case = experts_case(64, 32, torch.float32), loop_case(5, 64, torch.float32, 1)
+    y = LoopedExperts(*weights)(*case)
+    with torch.no_grad():
+        weights[0].mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_looped_experts_are_freed_without_a_collection():
+    """No cycle holds the graph, and with it the activations of a forward."""
+    weights, case = experts_case(64, 32, torch.float32), loop_case(5, 64, torch.float32, 1)
+    experts = LoopedExperts(*weights)
+    y, kept = experts(*case), weakref.ref(experts._weights)
+    gc.disable()
+    try:
+        del experts, y
+        assert kept() is None
+    finally:
+        gc.enable()
+
+
+def test_the_kernel_gives_the_same_bits_with_any_threads():
+    weights, case = experts_case(64, 32, torch.float32), loop_case(40, 64, torch.float32, 1)
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            y = LoopedExperts(*weights)(*case)
+            found.append((y, *torch.autograd.grad(y.square().sum(), [*weights, case[0]])))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))

@@ -12,7 +12,7 @@ import torch
 
 from openmythos import load_pretrained
 from openmythos.config import ACTConfig, AddInjectionConfig, MoEConfig, NormalInitConfig
-from openmythos.model.moe import MoE, max_violation
+from openmythos.model.feedforward import MoE, max_violation
 from openmythos.model.recurrent import RecurrentDepthLM
 from openmythos.train import loop, run
 from openmythos.train.config import RunConfig, TrainConfig
@@ -399,7 +399,7 @@ def test_guard_counts_steps_in_a_row() -> None:
 def trained_violation(tmp_path: Path, rate: float) -> list[float]:
     """Max load / mean load - 1 of every loop after training on skewed text."""
     source = write_text(tmp_path)
-    made = text_config(source, max_steps=120, batch_size=8, balance_rate=rate, eval_every=0)
+    made = text_config(source, max_steps=200, batch_size=8, balance_rate=rate, eval_every=0)
     experts = MoEConfig(num_experts=8, num_experts_per_token=2, d_expert=8, bias_loops=3)
     depth = DepthSchedule(sampling=FixedDepth(mean_recurrence=3))
     model = examples.tiny_model(core_feed_forward=experts)
@@ -410,7 +410,7 @@ def trained_violation(tmp_path: Path, rate: float) -> list[float]:
     train(ready.model, ready.task, ready.config.train, folder, Recorder(folder.path))
     (layer,) = [m for m in ready.model.modules() if isinstance(m, MoE)]
     ready.model.train()
-    for step in range(200, 220):
+    for step in range(300, 320):
         batch = ready.task.batch(step, 8)
         ctx = ready.model.context(batch.tokens, documents=batch.documents)
         with torch.no_grad():

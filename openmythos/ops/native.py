@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 
+TRAINING = ("attention", "experts", "fused")
 FLAGS = ("-O3", "-march=native", "-std=c++20", "-shared", "-fPIC")
 
 
@@ -43,6 +45,12 @@ def load(name: str) -> bool:
         )
         return False
     return True
+
+
+def load_for_training() -> None:
+    """Load what a step of training uses, so that no step waits for a compiler; seconds, once."""
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(load, TRAINING))
 
 
 def _build(source: Path, compiler: str) -> Path:

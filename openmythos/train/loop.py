@@ -12,6 +12,7 @@ import torch
 from openmythos.data.packing import IGNORED_TARGET, Batch
 from openmythos.model.feedforward import MoE, max_violation
 from openmythos.model.recurrent import RecurrentDepthLM
+from openmythos.ops import native
 from openmythos.train.config import TrainConfig
 from openmythos.train.metrics import Recorder
 from openmythos.train.optim import make_optimizers
@@ -48,6 +49,8 @@ def train(
     state = run.resume(model, optimizers, task) or RunState(step=0, seconds=0.0)
     if config.compile:
         model.step = torch.compile(model.step, fullgraph=True)  # type: ignore[method-assign]
+    if model.embed.weight.device.type == "cpu":
+        native.load_for_training()
     model.train()
     recorder.start(state.step)
     guard = DivergenceGuard(state.first_nats, state.bad_steps)

@@ -15,8 +15,10 @@ from openmythos.config import (
     DepthAttentionConfig,
     ExitGateConfig,
     GateInjectionConfig,
+    GQAConfig,
     LearnedLoopConfig,
     LinearInjectionConfig,
+    MLAConfig,
     ModelConfig,
     MoEConfig,
     NoInjectionConfig,
@@ -26,6 +28,7 @@ from openmythos.config import (
     PonderNetConfig,
     RopeConfig,
     SinusoidalLoopConfig,
+    SwiGLUConfig,
     UniversalACTConfig,
     WeightLoRAConfig,
 )
@@ -165,24 +168,77 @@ def test_batched_padded_packed_cached_and_chunked_equal_alone(fields, lengths, d
         torch.testing.assert_close(logits[documents == index], wanted, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("attention", [GQA, MLA])
-@pytest.mark.parametrize("feed_forward", [None, MOE])
-def test_cached_and_padded_equal_alone_in_fp32(attention, feed_forward):
-    config = small_config(
-        attention=attention, core_feed_forward=feed_forward, halting=ACTConfig(bias_init=-1.0)
-    )
+# Widths and lengths that our kernels for CPUs take.
+WIDE = {
+    "d_model": 64,
+    "feed_forward": SwiGLUConfig(d_ff=32),
+    "attention": GQAConfig(num_heads=4, num_kv_heads=2, head_dim=32),
+}
+WIDE_MLA = MLAConfig(
+    num_heads=2,
+    q_lora_rank=32,
+    kv_lora_rank=32,
+    qk_nope_head_dim=48,
+    qk_rope_head_dim=16,
+    v_head_dim=32,
+)
+WIDE_MOE = MoEConfig(num_experts=4, num_experts_per_token=2, d_expert=32)
+
+
+@pytest.mark.parametrize(
+    ("changes", "length"),
+    [
+        ({}, 12),
+        ({"attention": MLA}, 12),
+        ({"core_feed_forward": MOE}, 12),
+        ({"attention": MLA, "core_feed_forward": MOE}, 12),
+        (WIDE, 52),
+        ({**WIDE, "attention": WIDE_MLA, "core_feed_forward": WIDE_MOE}, 52),
+    ],
+    ids=["gqa", "mla", "gqa-moe", "mla-moe", "wide-gqa", "wide-mla-moe"],
+)
+def test_cached_padded_and_packed_equal_alone_in_fp32(changes, length):
+    config = small_config(**{**changes, "halting": ACTConfig(bias_init=-1.0)})
     model = random_model(config)
-    tokens = random_tokens(config, 2, 12)
+    tokens = random_tokens(config, 2, length)
     whole = run(model, tokens, 8).logits
     scale = whole.abs().max()
     assert scale > 1
-    for chunks in ([1] * 12, [5, 7], [8, 1, 1, 2]):
-        cached = run_cached(model, tokens, 8, chunks, max_loops=8)
-        assert (cached - whole).abs().max() / scale < 1e-4
-    padded, mask = pad([tokens[0], tokens[1, :4]], left=True)
+
+    def check(logits: Tensor, expected: Tensor) -> None:
+        assert (logits - expected).abs().max() / scale < 1e-4
+
+    for chunks in ([1] * length, [5, length - 5], [length - 4, 1, 1, 2]):
+        check(run_cached(model, tokens, 8, chunks, max_loops=8), whole)
+    short = length - 8
+    padded, mask = pad([tokens[0], tokens[1, :short]], left=True)
     logits = run(model, padded, 8, padding_mask=mask).logits
-    assert (logits[0, 1:] - whole[0]).abs().max() / scale < 1e-4
-    assert (logits[1, mask[1]] - whole[1, :4]).abs().max() / scale < 1e-4
+    check(logits[0, 1:], whole[0])
+    check(logits[1, mask[1]], whole[1, :short])
+    packed = torch.cat((tokens[0, :9], tokens[1, :short]))
+    documents = torch.tensor([0] * 9 + [1] * short)
+    logits = run(model, packed[None], 8, documents=documents[None]).logits[0]
+    check(logits, torch.cat((whole[0, :9], whole[1, :short])))
+
+
+def test_gradients_of_packed_documents_are_those_of_each_alone():
+    """In fp32 and in widths that our kernels for CPUs take."""
+    config = small_config(**{**WIDE, "attention": WIDE_MLA, "core_feed_forward": WIDE_MOE})
+    model = random_model(config)
+    tokens, documents = random_tokens(config, 1, 60), (torch.arange(60) >= 22).long()[None]
+    parameters = [p for p in model.parameters() if p.requires_grad]
+
+    def gradients(*losses: Tensor) -> list[Tensor]:
+        found = torch.autograd.grad(sum(losses), parameters, materialize_grads=True)
+        assert sum(gradient.abs().max() > 0 for gradient in found) > 20
+        return list(found)
+
+    ctx = model.context(tokens, documents=documents)
+    together = gradients(model(tokens, num_loops=3, ctx=ctx).logits.square().sum())
+    parts = [model(tokens[:, part], num_loops=3).logits for part in (slice(22), slice(22, None))]
+    alone = gradients(*(logits.square().sum() for logits in parts))
+    for mine, other in zip(together, alone, strict=True):
+        assert (mine - other).abs().max() <= 1e-4 * max(1.0, float(other.abs().max()))
 
 
 # --- published recursions, written out -----------------------------------------------------------

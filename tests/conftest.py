@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -31,6 +32,14 @@ def fixed_seeds() -> None:
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def compiler() -> None:
+    """For tests of what is compiled here; where a compiler exists, it must do its work."""
+    names = (os.environ.get("CXX"), "c++", "g++")
+    if not any(shutil.which(name) for name in names if name):
+        pytest.skip("no C++ compiler here: install g++ or set CXX")
 
 
 @pytest.fixture

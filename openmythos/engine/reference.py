@@ -18,6 +18,7 @@ from openmythos.engine.sampling import SamplingConfig, row_generator, sample
 from openmythos.model.cache import CacheLayout, KVCache
 from openmythos.model.exit import Fixed, Rule
 from openmythos.model.recurrent import RecurrentDepthLM
+from openmythos.ops import native
 from openmythos.seams import require
 
 FinishReason = Literal["stop", "length"]
@@ -158,6 +159,7 @@ class Session:
         seed: int = 0,
     ) -> None:
         require(use_cache or not compiled, "compiled", compiled, "False without a cache")
+        native.require_compiler("compiled", compiled)
         self.model, self.use_cache = model, use_cache
         self.max_len = model.config.max_seq_len if max_len is None else max_len
         self.max_loops = model.config.num_loops if max_loops is None else max_loops

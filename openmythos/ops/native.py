@@ -19,8 +19,25 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 
+from openmythos.seams import require
+
 TRAINING = ("attention", "experts", "fused")
 FLAGS = ("-O3", "-march=native", "-std=c++20", "-shared", "-fPIC")
+
+
+def find_compiler() -> str | None:
+    """The C++ compiler: ``CXX``, or the first one there is."""
+    return os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
+
+
+def require_compiler(name: str, wanted: bool) -> None:
+    """Refuse a setting that asks for ``torch.compile`` where it cannot work.
+
+    Raises:
+        ValueError: It is wanted and there is no C++ compiler.
+    """
+    allowed = "False without a C++ compiler: install g++ or set CXX"
+    require(not wanted or find_compiler() is not None, name, wanted, allowed)
 
 
 @functools.cache
@@ -30,7 +47,7 @@ def load(name: str) -> bool:
     False if there is no compiler for it; if the compiler fails, with one warning.
     ``TORCH_EXTENSIONS_DIR`` says where the libraries are kept.
     """
-    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
+    compiler = find_compiler()
     if sys.platform != "linux" or compiler is None:
         return False
     source = Path(__file__).with_name(f"{name}.cpp")

@@ -45,6 +45,7 @@ def train(
     Raises:
         TrainingStopped: The loss or a gradient is not finite, or the loss diverged.
     """
+    native.require_compiler("train.compile", config.compile)
     optimizers = make_optimizers(model, config.optimizer)
     state = run.resume(model, optimizers, task) or RunState(step=0, seconds=0.0)
     if config.compile:

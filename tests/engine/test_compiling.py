@@ -15,6 +15,8 @@ from openmythos.model.recurrent import RecurrentDepthLM
 from openmythos.ops import narrow
 from tests.strategies import small_config, unchecked
 
+pytestmark = pytest.mark.usefixtures("compiler")
+
 
 class Layer(nn.Module):
     """A matrix and a setting that compiled code takes as a constant."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -486,6 +487,7 @@ def fresh_compiler() -> Iterator[None]:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("compiler")
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_a_compiled_session_gives_the_eager_tokens(
     backend: str, monkeypatch: pytest.MonkeyPatch, fresh_compiler: None
@@ -504,3 +506,10 @@ def test_a_compiled_session_gives_the_eager_tokens(
 def test_compile_needs_the_cache() -> None:
     with pytest.raises(ValueError, match="compiled is True; it must be False without a cache"):
         generate(make_model(), [[1]], max_new_tokens=1, use_cache=False, compiled=True)
+
+
+def test_compile_needs_a_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ValueError, match=r"False without a C\+\+ compiler: install g\+\+"):
+        generate(make_model(), [[1]], max_new_tokens=1, compiled=True)

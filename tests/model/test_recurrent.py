@@ -808,7 +808,7 @@ def test_one_compiled_step_serves_every_depth(name, training, fresh_compiler):
 
 
 @pytest.mark.slow
-def test_the_default_compiler_gives_the_eager_logits(fresh_compiler):
+def test_the_default_compiler_gives_the_eager_logits(compiler, fresh_compiler):
     model = random_model(COMPILED["moe"])
     tokens = random_tokens(model.config, 2, 4)
     wanted = run(model, tokens, 3).logits

@@ -63,7 +63,7 @@ def fast_case(length: int, *, side_by_side: bool) -> list[torch.Tensor]:
 @pytest.mark.parametrize("side_by_side", [False, True])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("length", [MIN_LENGTH, 47, 48, 49, 96, 151, 300])
-def test_our_kernel_and_its_gradients_equal_the_reference(length, masked, side_by_side):
+def test_our_kernel_and_its_gradients_equal_the_reference(compiler, length, masked, side_by_side):
     """Up to and across the borders of blocks and tiles."""
     tensors = fast_case(length, side_by_side=side_by_side)
     mask = None

@@ -215,7 +215,7 @@ def test_looped_experts_are_freed_without_a_collection():
         gc.enable()
 
 
-def test_the_kernel_gives_the_same_bits_with_any_threads():
+def test_the_kernel_gives_the_same_bits_with_any_threads(compiler):
     weights, case = experts_case(64, 32, torch.float32), loop_case(40, 64, torch.float32, 1)
     before = torch.get_num_threads()
     found = []

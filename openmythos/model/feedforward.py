@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from openmythos.config import MoEConfig, ReLUSquaredConfig, WeightLoRAConfig
@@ -40,9 +39,13 @@ class SwiGLU(nn.Module):
 
 def swiglu(inner: Float[Tensor, "... _"]) -> Float[Tensor, "... F"]:
     """``SiLU(gate) * up`` of the two halves of ``inner``."""
-    if native.has_fused(inner):
+    if native.takes_swiglu(inner):
         hidden: Tensor = _SwiGLU.apply(inner)
         return hidden
+    return _swiglu(inner)
+
+
+def _swiglu(inner: Tensor) -> Tensor:
     gate, up = inner.chunk(2, dim=-1)
     return functional.silu(gate) * up
 
@@ -51,14 +54,14 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, inner: Tensor) -> Tensor:
         ctx.save_for_backward(inner)
-        return native.swiglu(inner.flatten(0, -2)).unflatten(0, inner.shape[:-1])
+        return native.swiglu(inner)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
+    def backward(ctx: Any, grad: Tensor) -> Tensor | None:
         (inner,) = ctx.saved_tensors
-        grad_inner, _ = native.swiglu_backward(grad.flatten(0, -2), inner.flatten(0, -2))
-        return grad_inner.view(inner.shape)
+        if torch.is_grad_enabled():  # the gradient is to be differentiated again
+            return native.gradients_again(ctx, _swiglu, (inner,), grad)[0]
+        return native.swiglu_backward(grad, inner)[0]
 
 
 class ReLUSquared(nn.Module):

@@ -5,7 +5,6 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from openmythos.ops import native
@@ -42,7 +41,7 @@ def rms_norm(
 
 
 def _wide_rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+    if native.eager() and x.device.type == "cpu":
         y: Tensor = _RMSNorm.apply(x, weight, eps)
         return y
     return functional.rms_norm(x, x.shape[-1:], weight, eps)
@@ -58,9 +57,13 @@ class _RMSNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
         y, scale = native.rms_norm(x, weight, eps)
         ctx.save_for_backward(x, weight, scale)
+        ctx.eps = eps
         return y
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
-        return (*native.rms_norm_backward(grad, *ctx.saved_tensors), None)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, scale = ctx.saved_tensors
+        if torch.is_grad_enabled():  # the gradient is to be differentiated again
+            norm = lambda x, w: functional.rms_norm(x, x.shape[-1:], w, ctx.eps)  # noqa: E731
+            return (*native.gradients_again(ctx, norm, (x, weight), grad), None)
+        return (*native.rms_norm_backward(grad, x, weight, scale), None)

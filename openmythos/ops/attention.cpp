@@ -1,14 +1,13 @@
 // Causal attention of training in blocks of queries, each on the keys that it may see.
 //
-// Keys and values of a head stay in the second cache, scores never leave it, and queries, results
-// and gradients are read and written where they lie. Built by native.py at first use.
+// Keys and values of a head stay in the second cache. Queries, results and gradients are read and
+// written where they lie. Built by native.py at first use.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
-#include <cmath>
 #include <cstdint>
 #include <limits>
 #include <optional>
@@ -96,18 +95,14 @@ void multiply_transposed(const Rows& in, const std::vector<float>& panels, int64
 
 // Scores -> weights, in place: the first ``visible`` of ``columns``; the others are 0.
 void softmax(float* row, const float* mask, float scale, int64_t visible, int64_t columns) {
+  for (int64_t c = 0; c < visible; c += lanes) store(row + c, load(row + c) * scale);
+  if (mask)
+    for (int64_t c = 0; c < visible; ++c) row[c] += mask[c];
   std::fill(row + visible, row + columns, minus_infinity);
-  Vector most = Vector{} + minus_infinity;
-  for (int64_t c = 0; c < visible; c += lanes) {
-    Vector score = load(row + c) * scale;
-    if (mask && c + lanes <= visible) score += load(mask + c);
-    else if (mask) for (int64_t j = 0; c + j < visible; ++j) score[j] += mask[c + j];
-    store(row + c, score);
-    most = score > most ? score : most;
-  }
+  Vector most = Vector{} + minus_infinity, sums = {};
+  for (int64_t c = 0; c < visible; c += lanes) most = load(row + c) > most ? load(row + c) : most;
   float top = minus_infinity;
   for (int lane = 0; lane < lanes; ++lane) top = std::max(top, most[lane]);
-  Vector sums = {};
   for (int64_t c = 0; c < visible; c += lanes) {
     const Vector weight = tiles::exponential(load(row + c) - top);
     store(row + c, weight);
@@ -119,13 +114,13 @@ void softmax(float* row, const float* mask, float scale, int64_t visible, int64_
 }
 
 // q [B, H, T, C], k [B, G, T, C], v [B, G, T, W], mask [B, 1, T, T] added to the scores or none
-// -> [B, T, H, W], and the weights of all blocks for the gradient.
+// -> [B, T, H, W], and the weights of all blocks for the gradient if they are to be kept.
 std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v,
-                                   std::optional<Tensor> mask, double scale) {
+                                   std::optional<Tensor> mask, double scale, bool keep) {
   const int64_t batch = q.size(0), heads = q.size(1), length = q.size(2), width = q.size(3);
   const int64_t groups = k.size(1), width_v = v.size(3), size = offset(length, length);
   Tensor y = torch::stable::new_empty(q, {batch, length, heads, width_v});
-  Tensor kept = torch::stable::new_empty(q, {batch, heads, size});
+  Tensor kept = torch::stable::new_empty(q, {batch, heads, keep ? size : 0});
   const Tensor by_head = torch::stable::transpose(y, 1, 2);
   const float* masks = mask ? mask->const_data_ptr<float>() : nullptr;
   torch::stable::parallel_for(0, batch * groups, 1, [&](int64_t begin, int64_t end) {
@@ -134,10 +129,12 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
       const auto keys = Head(k, k.const_data_ptr<float>(), b, g).rows(0, length);
       const auto values = Head(v, v.const_data_ptr<float>(), b, g).rows(0, length);
       const auto turned = transposed_panels(keys, width), panels = plain_panels(values, width_v);
+      std::vector<float> scratch(keep ? 0 : queries * padded(length));
       for (int64_t h = g * per; h < (g + 1) * per; ++h)
         for (int64_t start = 0; start < length; start += queries) {
           const int64_t stop = std::min(start + queries, length), columns = padded(stop);
-          float* block = kept.mutable_data_ptr<float>() + (b * heads + h) * size + offset(start, length);
+          float* block = keep ? kept.mutable_data_ptr<float>() + (b * heads + h) * size + offset(start, length)
+                              : scratch.data();
           const auto weights = rows_of(block, stop - start, columns);
           multiply_transposed(Head(q, q.const_data_ptr<float>(), b, h).rows(start, stop), turned,
                               width, columns, weights);
@@ -205,7 +202,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& q,
 }  // namespace
 
 STABLE_TORCH_LIBRARY(openmythos_attention, library) {
-  library.def("forward(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale) -> (Tensor, Tensor)");
+  library.def("forward(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale, bool keep) -> (Tensor, Tensor)");
   library.def(
       "backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor kept, float scale) "
       "-> (Tensor, Tensor, Tensor)");

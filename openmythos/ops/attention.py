@@ -5,7 +5,6 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn import functional
 
 from openmythos.ops import native
@@ -50,9 +49,9 @@ def attention(
     num_q, num_k = q.shape[2], k.shape[2]
     if mask is None and num_q not in (1, num_k):
         raise ValueError(f"{num_q} queries on {num_k} keys need a mask")
-    if _suits_blocks(q, k, v):
-        blocks: Tensor = _BlockAttention.apply(q, k, v, mask, scale)
-        return blocks
+    if _suits_blocks(q, k, v, mask):
+        by_token: Tensor = _BlockAttention.apply(q, k, v, mask, scale)
+        return by_token.transpose(1, 2)
     width, single = v.shape[-1], num_q == 1
     if width < k.shape[-1]:
         v = functional.pad(v, (0, k.shape[-1] - width))
@@ -103,34 +102,41 @@ def depth_attention(
     return y.flatten(1, 2)
 
 
-def _suits_blocks(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    fits = MIN_LENGTH <= q.shape[2] <= MAX_LENGTH and q.shape[2] == k.shape[2]
-    plain = all(each.dtype == torch.float32 and each.device.type == "cpu" for each in (q, k, v))
-    whole = q.shape[-1] % 32 == 0 and v.shape[-1] % 32 == 0
-    eager = not torch.compiler.is_compiling()
-    return eager and fits and plain and whole and native.load("attention")
+def _suits_blocks(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
+    if not native.eager():
+        return False
+    (num_rows, heads, length, width), groups = q.shape, k.shape[1]
+    fits = MIN_LENGTH <= length <= MAX_LENGTH and width % 32 == 0 and v.shape[-1] % 32 == 0
+    same = k.shape == (num_rows, groups, length, width) and v.shape[:3] == k.shape[:3]
+    whole = heads % groups == 0 and (mask is None or mask.shape == (num_rows, 1, length, length))
+    return fits and same and whole and native.takes("attention", q, k, v, mask)
 
 
 class _BlockAttention(torch.autograd.Function):
-    """Causal attention in blocks of queries, each on the keys that it may see."""
+    """Causal attention in blocks of queries; the result is [B, T, H, W]."""
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
     ) -> Tensor:
-        q, k, v = (_side_by_side(each) for each in (q, k, v))
-        mask = None if mask is None else _side_by_side(mask)
-        y, weights = torch.ops.openmythos_attention.forward(q, k, v, mask, scale)
-        ctx.save_for_backward(q, k, v, weights)
-        ctx.scale = scale  # type: ignore[attr-defined]
-        by_head: Tensor = y.transpose(1, 2)
-        return by_head
+        packed = [None if each is None else _side_by_side(each) for each in (q, k, v, mask)]
+        kernel, keep = torch.ops.openmythos_attention.forward, any(ctx.needs_input_grad)
+        y, weights = kernel(*packed, scale, keep)
+        ctx.save_for_backward(q, k, v, mask, weights)
+        ctx.scale = scale
+        by_token: Tensor = y
+        return by_token
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, mask, weights = ctx.saved_tensors
+        if torch.is_grad_enabled():  # the gradient is to be differentiated again
+            attend = lambda q, k, v: attention_reference(q, k, v, mask, ctx.scale)  # noqa: E731
+            again = native.gradients_again(ctx, attend, (q, k, v), grad.transpose(1, 2))
+            return (*again, None, None)
         kernel = torch.ops.openmythos_attention.backward
-        found = kernel(_side_by_side(grad), *ctx.saved_tensors, ctx.scale)
+        packed = [_side_by_side(each) for each in (grad.transpose(1, 2), q, k, v)]
+        found = kernel(*packed, weights, ctx.scale)
         return (*(each.transpose(1, 2) for each in found), None, None)
 
 

@@ -96,8 +96,7 @@ Tensor multiply_add(const Tensor& x, const Tensor& target, const Tensor& weights
 
 // out [O, I] = the sum over rows of left^T right.
 void outer_products(const std::vector<const float*>& left, const std::vector<const float*>& right,
-                    float* out, int64_t outer, int64_t inner) {
-  std::vector<float> turned(outer * block);
+                    std::vector<float>& turned, float* out, int64_t outer, int64_t inner) {
   std::vector<const float*> in(outer);
   std::vector<float*> to(outer);
   for (int64_t o = 0; o < outer; ++o) in[o] = &turned[o * block], to[o] = out + o * inner;
@@ -121,6 +120,7 @@ void gradient(Tensor out, std::vector<Tensor> left, std::vector<Tensor> left_row
               std::vector<Tensor> right, std::vector<Tensor> right_rows, std::vector<Tensor> ends) {
   const int64_t outer = out.size(1), inner = out.size(2);
   std::vector<const float*> lefts, rights;
+  std::vector<float> turned(outer * block);
   for (int64_t expert = 0; expert < out.size(0); ++expert) {
     lefts.clear(), rights.clear();
     for (size_t u = 0; u < left.size(); ++u) {
@@ -131,7 +131,7 @@ void gradient(Tensor out, std::vector<Tensor> left, std::vector<Tensor> left_row
       }
     }
     if (!lefts.empty())
-      outer_products(lefts, rights, out.mutable_data_ptr<float>() + expert * outer * inner, outer, inner);
+      outer_products(lefts, rights, turned, out.mutable_data_ptr<float>() + expert * outer * inner, outer, inner);
   }
 }
 

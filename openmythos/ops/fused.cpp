@@ -23,6 +23,16 @@ namespace {
 constexpr int64_t grain = 1 << 15;  // elements that are worth a thread
 constexpr int64_t parts = 16;       // of the rows, whose sums are added in order whatever the threads
 
+// The shape of x with another last width, and the number of its rows.
+std::vector<int64_t> shape(const Tensor& x, int64_t width) {
+  std::vector<int64_t> sizes;
+  for (int64_t d = 0; d + 1 < x.dim(); ++d) sizes.push_back(x.size(d));
+  sizes.push_back(width);
+  return sizes;
+}
+int64_t last(const Tensor& x) { return x.size(x.dim() - 1); }
+int64_t rows_of(const Tensor& x) { return x.numel() / last(x); }
+
 template <typename Row>
 void for_rows(int64_t rows, int64_t width, const Row& row) {
   torch::stable::parallel_for(0, rows, grain / width + 1, [&](int64_t begin, int64_t end) {
@@ -30,9 +40,9 @@ void for_rows(int64_t rows, int64_t width, const Row& row) {
   });
 }
 
-// x [R, C] -> weight * x / rms(x) [R, C], 1 / rms(x) [R].
+// x [..., C], whose rows are R -> weight * x / rms(x), and 1 / rms(x) [R].
 std::tuple<Tensor, Tensor> rms_norm(const Tensor& x, std::optional<Tensor> weight, double eps) {
-  const int64_t rows = x.size(0), width = x.size(1);
+  const int64_t rows = rows_of(x), width = last(x);
   Tensor y = torch::stable::empty_like(x), scales = torch::stable::new_empty(x, {rows});
   const float* in = x.const_data_ptr<float>();
   const float* w = weight ? weight->const_data_ptr<float>() : nullptr;
@@ -51,10 +61,10 @@ std::tuple<Tensor, Tensor> rms_norm(const Tensor& x, std::optional<Tensor> weigh
   return {y, scales};
 }
 
-// With n = x / rms(x) and g = grad * weight: (g - n mean(g n)) / rms(x) [R, C], sum of grad n [C].
+// With n = x / rms(x) and g = grad * weight: (g - n mean(g n)) / rms(x), and the sum of grad n [C].
 std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad, const Tensor& x,
                                              std::optional<Tensor> weight, const Tensor& scales) {
-  const int64_t rows = x.size(0), width = x.size(1);
+  const int64_t rows = rows_of(x), width = last(x);
   Tensor grad_x = torch::stable::empty_like(x);
   Tensor grad_weight = torch::stable::new_zeros(x, {width});
   const float* g = grad.const_data_ptr<float>();
@@ -89,10 +99,10 @@ std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad, const Tensor& x
   return {grad_x, grad_weight};
 }
 
-// inner [R, 2 F] = (gate, up) -> SiLU(gate) * up * share [R, F]; share[order[r]] is the row's.
+// inner [..., 2 F] = (gate, up) -> SiLU(gate) * up * share [..., F]; share[order[r]] is row r's.
 Tensor swiglu(const Tensor& inner, std::optional<Tensor> share, std::optional<Tensor> order) {
-  const int64_t rows = inner.size(0), width = inner.size(1) / 2;
-  Tensor hidden = torch::stable::new_empty(inner, {rows, width});
+  const int64_t rows = rows_of(inner), width = last(inner) / 2;
+  Tensor hidden = torch::stable::new_empty(inner, shape(inner, width));
   const float* in = inner.const_data_ptr<float>();
   const float* shares = share ? share->const_data_ptr<float>() : nullptr;
   const int64_t* at = share ? order->const_data_ptr<int64_t>() : nullptr;
@@ -108,10 +118,10 @@ Tensor swiglu(const Tensor& inner, std::optional<Tensor> share, std::optional<Te
   return hidden;
 }
 
-// The gradients of inner [R, 2 F] and of the shares, in their order and shape (empty without).
+// The gradients of inner and of the shares, in their shapes (empty without shares).
 std::tuple<Tensor, Tensor> swiglu_backward(const Tensor& grad, const Tensor& inner,
                                            std::optional<Tensor> share, std::optional<Tensor> order) {
-  const int64_t rows = inner.size(0), width = inner.size(1) / 2;
+  const int64_t rows = rows_of(inner), width = last(inner) / 2;
   Tensor grad_inner = torch::stable::empty_like(inner);
   Tensor grad_share = share ? torch::stable::empty_like(*share) : torch::stable::new_empty(inner, {0});
   const float* g = grad.const_data_ptr<float>();

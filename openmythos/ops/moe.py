@@ -138,7 +138,16 @@ class LoopedExperts:
         weight: Float[Tensor, "N K"],
         counts: Int[Tensor, "E"],
     ) -> Float[Tensor, "N D"]:
-        """As ``moe_experts``."""
+        """As ``moe_experts``.
+
+        Raises:
+            ValueError: Shapes that do not fit, or counts that are not those of the experts.
+        """
+        width, num_pairs = self._weights.down.shape[1], int(counts.sum())
+        fits = x.shape == (len(expert), width) and expert.shape == weight.shape
+        if not fits or num_pairs != expert.numel():
+            shapes = f"x {(*x.shape,)}, expert {(*expert.shape,)}, weight {(*weight.shape,)}"
+            raise ValueError(f"{shapes}, {num_pairs} counted: they do not fit width {width}")
         if torch.is_autocast_enabled(x.device.type):
             low = torch.get_autocast_dtype(x.device.type)
             x, weight = x.to(low), weight.to(low)
@@ -165,6 +174,8 @@ class _LoopedWeights:
 
     def gradients(self, *wanted: bool) -> tuple[Tensor | None, Tensor | None]:
         """The gradients of both weights from the uses of this backward pass."""
+        if not self._uses:
+            raise RuntimeError("experts in another backward pass; set use_reentrant=False")
         pairs, x, inner, hidden, y = zip(*self._uses, strict=True)
         self._uses.clear()
         token, place = [each.token for each in pairs], [torch.arange(len(each)) for each in hidden]
@@ -206,8 +217,9 @@ class _Experts(torch.autograd.Function):
         return _multiply_add(hidden, len(x), weights.down, pairs, transposed=True)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError("second derivatives of experts on a CPU are not supported")
         x, share, inner, hidden, gate_up, down = ctx.saved_tensors
         weights, pairs, grad_x, grad_token = ctx.weights, ctx.pairs, None, None
         through = _multiply(grad, pairs.token, down, pairs, transposed=False)
@@ -252,11 +264,13 @@ def _multiply_add(
     """As ``_multiply`` of all rows, summed over the pairs of each token."""
     if _has_native(weights, x):
         kernel = torch.ops.openmythos_experts.multiply_add
-        total: Tensor = kernel(x, pairs.token, weights, pairs.ends, transposed, num_tokens)
+        packed = x.contiguous()
+        total: Tensor = kernel(packed, pairs.token, weights, pairs.ends, transposed, num_tokens)
         return total
     every = torch.arange(len(x), device=x.device)
     rows = _multiply(x, every, weights, pairs, transposed=transposed)
-    place = pairs.token.argsort(stable=True).view(num_tokens, -1)
+    num_slots = max(len(x) // max(num_tokens, 1), 1)
+    place = pairs.token.argsort(stable=True).view(num_tokens, num_slots)
     return functional.embedding_bag(place, rows, mode="sum")
 
 
@@ -287,10 +301,9 @@ def _outer_products(
 
 
 def _has_native(weights: Tensor, *tensors: Tensor) -> bool:
-    """Whether our kernel takes them: fp32, in whole tiles of the widest vectors."""
+    """Whether our kernel takes them: in whole tiles of the widest vectors."""
     whole = weights.shape[1] % 32 == 0 and weights.shape[2] % 32 == 0 and weights.is_contiguous()
-    narrow = any(tensor.dtype != torch.float32 for tensor in (weights, *tensors))
-    return whole and not narrow and native.load("experts")
+    return whole and native.takes("experts", weights, *tensors)
 
 
 def _lazy_zeros_like(tensor: Tensor) -> Tensor:
@@ -299,27 +312,9 @@ def _lazy_zeros_like(tensor: Tensor) -> Tensor:
     return zeros.view(tensor.dtype).view(tensor.shape)
 
 
-def _spread(x: Tensor, token: Tensor, place: Tensor) -> Tensor:
-    """Row ``token[m]`` of x for each pair m; ``place[n, k]`` is where token n's pair k went."""
-    if torch.compiler.is_compiling():  # which fuses these two by itself
-        return x[token]
-    rows: Tensor = _Spread.apply(x, token, place)
-    return rows
-
-
-def _gather(rows: Tensor, token: Tensor, place: Tensor) -> Tensor:
-    """Each token's sum over its pairs, in the order of its slots; the transpose of ``_spread``.
-
-    index_add would add in any order on a GPU, and a sum over a reordered copy takes 30 times as
-    long on a CPU.
-    """
-    if torch.compiler.is_compiling():
-        return rows[place].sum(dim=1)
-    summed: Tensor = _Gather.apply(rows, token, place)
-    return summed
-
-
 class _Spread(torch.autograd.Function):
+    """Row ``token[m]`` of x for each pair m; ``place[n, k]`` is where token n's pair k went."""
+
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, token: Tensor, place: Tensor) -> Tensor:
         ctx.save_for_backward(token, place)
@@ -332,6 +327,11 @@ class _Spread(torch.autograd.Function):
 
 
 class _Gather(torch.autograd.Function):
+    """Each token's sum over its pairs, in the order of its slots; the transpose of ``_Spread``.
+
+    index_add would add in any order on a GPU.
+    """
+
     @staticmethod
     def forward(ctx: FunctionCtx, rows: Tensor, token: Tensor, place: Tensor) -> Tensor:
         ctx.save_for_backward(token, place)
@@ -386,7 +386,10 @@ def moe_experts(
     places = torch.empty_like(order)
     places[order] = torch.arange(len(order), device=order.device)
     place, ends = places.view(expert.shape), ends.to(torch.int32)
-    rows = _spread(x, token, place)
+    compiling = torch.compiler.is_compiling()  # the compiler fuses these two by itself
+    rows: Tensor = x[token] if compiling else _Spread.apply(x, token, place)
     gate, up = grouped_mm(rows, gate_up, ends).chunk(2, dim=-1)
     hidden = functional.silu(gate) * up * weight.flatten()[order, None]
-    return _gather(grouped_mm(hidden, down, ends), token, place)
+    rows = grouped_mm(hidden, down, ends)
+    y: Tensor = rows[place].sum(dim=1) if compiling else _Gather.apply(rows, token, place)
+    return y

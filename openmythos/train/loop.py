@@ -50,8 +50,8 @@ def train(
     state = run.resume(model, optimizers, task) or RunState(step=0, seconds=0.0)
     if config.compile:
         model.step = torch.compile(model.step, fullgraph=True)  # type: ignore[method-assign]
-    if model.embed.weight.device.type == "cpu":
-        native.load_for_training()
+    if model.embed.weight.device.type == "cpu" and not config.compile:
+        native.load("fused")  # and with it the others, so that no step waits for a compiler
     model.train()
     recorder.start(state.step)
     guard = DivergenceGuard(state.first_nats, state.bad_steps)

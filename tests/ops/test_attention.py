@@ -4,6 +4,7 @@ import torch
 from openmythos.ops.attention import (
     MAX_LENGTH,
     MIN_LENGTH,
+    _suits_blocks,
     attention,
     attention_reference,
     depth_attention,
@@ -72,7 +73,7 @@ def test_our_kernel_and_its_gradients_equal_the_reference(compiler, length, mask
         visible = (documents[:, :, None] == documents[:, None, :]).tril()
         mask = torch.zeros(visible.shape).masked_fill(~visible, -torch.inf)[:, None]
     got, wanted = (way(*tensors, mask, 0.3) for way in (attention, attention_reference))
-    assert "BlockAttention" in got.grad_fn.name()
+    assert _suits_blocks(*tensors, mask)
     torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
     upstream = torch.randn(got.shape, generator=seeded(2))
     gradients = (torch.autograd.grad(y, tensors, upstream) for y in (got, wanted))
@@ -109,8 +110,32 @@ def test_a_masked_key_counts_for_nothing():
     ],
 )
 def test_what_our_kernel_does_not_take_is_left_to_torch(length, width, dtype):
-    q = torch.zeros(1, 1, length, width, dtype=dtype, requires_grad=True)
-    assert "BlockAttention" not in attention(q, q, q, None, 0.3).grad_fn.name()
+    q = torch.randn(1, 1, length, width, dtype=dtype)
+    assert not _suits_blocks(q, q, q, None)
+    wanted = attention_reference(q, q, q, None, 0.3)
+    torch.testing.assert_close(attention(q, q, q, None, 0.3), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_operands_of_other_shapes_are_left_to_torch():
+    q, k, v = fast_case(64, side_by_side=True)
+    mask = torch.zeros(1, 1, 64, 64)
+    assert _suits_blocks(q, k, v, mask.expand(2, 1, 64, 64))
+    for other in (mask, mask.expand(2, 4, 64, 64)):
+        assert not _suits_blocks(q, k, v, other)
+    assert not _suits_blocks(q[:, :3], k, v, None)  # three heads on two groups
+    assert not _suits_blocks(q, k[..., :32], v, None)
+    assert not _suits_blocks(q, k[:1], v[:1], None)
+    with pytest.raises(RuntimeError):
+        attention(q[:, :3], k, v, None, 0.3)
+
+
+def test_without_gradients_the_weights_are_not_kept():
+    q, k, v = fast_case(100, side_by_side=True)
+    kernel = torch.ops.openmythos_attention.forward
+    (y, kept), (same, none) = (kernel(q, k, v, None, 0.3, keep) for keep in (True, False))
+    assert torch.equal(y, same)
+    assert kept.numel() > 2 * 4 * 100 * 50
+    assert none.numel() == 0
 
 
 def test_a_chunk_after_a_cache_needs_a_mask():

@@ -7,6 +7,7 @@ from torch.nn import functional
 
 from openmythos.ops.moe import (
     LoopedExperts,
+    _has_native,
     gathered_experts,
     grouped_mm,
     grouped_mm_reference,
@@ -107,6 +108,42 @@ WAYS = {  # width of the model, of an expert, dtype: by torch's products, by our
     "kernel": (64, 32, torch.float32),
     "kernel past a block": (320, 288, torch.float32),
 }
+
+
+def test_the_kernel_takes_the_ways_named_after_it(compiler):
+    for name, way in WAYS.items():
+        weights = experts_case(*way)
+        taken = {_has_native(each, loop_case(5, *way[::2], 1)[0]) for each in weights}
+        assert taken == {name.startswith("kernel")}
+
+
+def test_experts_refuse_shapes_that_do_not_fit():
+    experts = LoopedExperts(*experts_case(64, 32, torch.float32))
+    x, expert, weight, counts = loop_case(5, 64, torch.float32, 1)
+    with unchecked():
+        for wrong in (
+            (x[:, :32], expert, weight, counts),
+            (x[:4], expert, weight, counts),
+            (x, expert, weight[:, :1], counts),
+            (x, expert, weight, counts + 1),
+        ):
+            with pytest.raises(ValueError, match="do not fit width 64"):
+                experts(*wrong)
+
+
+def test_experts_of_no_tokens_and_second_derivatives():
+    for way in WAYS.values():
+        weights, case = experts_case(*way), loop_case(5, *way[::2], 1)
+        x, expert, weight, counts = case
+        assert LoopedExperts(*weights)(x[:0], expert[:0], weight[:0], counts * 0).shape == (
+            0,
+            way[0],
+        )
+        y = LoopedExperts(*weights)(*case)
+        with pytest.raises(RuntimeError, match="second derivatives of experts"):
+            torch.autograd.grad(y.sum(), x, create_graph=True)
+
+
 BY_WAY = pytest.mark.parametrize(("dim", "width", "dtype"), WAYS.values(), ids=WAYS)
 
 

@@ -1,14 +1,21 @@
 """Our C++ kernels against torch's operators, which their fallbacks are made of."""
 
+import functools
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 
+from openmythos.model.feedforward import swiglu
+from openmythos.model.norm import RMSNorm, rms_norm
 from openmythos.ops import native
-from tests.strategies import seeded
+from openmythos.ops.attention import attention, attention_reference
+from tests.strategies import seeded, unchecked
 
 ROWS = [1, 5, 40]
 
@@ -43,7 +50,7 @@ def test_rms_norm_and_its_gradient_equal_torch(kernels, rows, weighted, width):
     with torch.no_grad():
         got, scale = native.rms_norm(x, weight, 1e-5)
         ours = native.rms_norm_backward(pull, x, weight, scale)
-    assert native.has_fused(x) == (width != 20)
+    assert (native._whole(x) and native.takes("fused", x)) == (width != 20)
     torch.testing.assert_close(got, wanted)
     torch.testing.assert_close(scale, (x.square().mean(-1, keepdim=True) + 1e-5).rsqrt())
     for mine, other in zip(ours, theirs, strict=False):
@@ -66,7 +73,7 @@ def test_swiglu_and_its_gradient_equal_torch(kernels, rows, shared, width):
     with torch.no_grad():
         got = native.swiglu(inner, share, order)
         ours = native.swiglu_backward(pull, inner, share, order)
-    assert native.has_fused(inner) == (width != 10)
+    assert native.takes_swiglu(inner) == (width != 10)
     torch.testing.assert_close(got, wanted)
     for mine, other in zip(ours, theirs, strict=False):
         torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-4)
@@ -95,20 +102,125 @@ def test_sums_over_rows_do_not_depend_on_the_threads(kernels, two_threads):
     assert all(torch.equal(*pair) for pair in zip(both, alone, strict=True))
 
 
-def test_other_dtypes_and_no_rows_are_left_to_torch():
-    assert not native.has_fused(torch.zeros(2, 32, dtype=torch.float64))
-    assert not native.has_fused(torch.zeros(2, 32), torch.zeros(32, dtype=torch.bfloat16))
-    assert not native.has_fused(torch.zeros(0, 32))
-    assert native.swiglu(torch.zeros(0, 32)).shape == (0, 16)
+def test_what_is_not_plain_fp32_with_rows_is_left_to_torch():
+    x = torch.zeros(2, 32)
+    assert not native.takes_swiglu(x.double())
+    assert not native.takes("fused", x, torch.zeros(32, dtype=torch.bfloat16))
+    assert not native.takes_swiglu(x[:0])
+    assert native.swiglu(x[:0]).shape == (0, 16)
+    with FakeTensorMode():
+        assert swiglu(torch.zeros(2, 64)).shape == (2, 32)
+        assert rms_norm(torch.zeros(2, 64), 1e-5).shape == (2, 64)
+        assert attention(*[torch.zeros(1, 2, 64, 32)] * 3, None, 1.0).shape == (1, 2, 64, 32)
 
 
-def test_a_compiler_that_fails_costs_one_warning(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: object
-) -> None:
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    monkeypatch.setenv("CXX", "false")
-    with pytest.warns(UserWarning, match=r"narrow.cpp could not be built with false"):
-        assert not native.load.__wrapped__("narrow")
-    monkeypatch.delenv("CXX")
+def test_transforms_of_functions_are_left_to_torch():
+    x = normal(3, 64)
+    for function in (swiglu, lambda x: rms_norm(x, 1e-5)):
+        per_row = torch.vmap(torch.func.grad(lambda row, f=function: f(row).square().sum()))(x)
+        leaf = x.clone().requires_grad_()
+        (wanted,) = torch.autograd.grad(function(leaf).square().sum(), leaf)
+        torch.testing.assert_close(per_row, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_operands_that_are_not_packed(kernels):
+    x = normal(3, 64)
+    weight, scattered = torch.full((1,), 2.0).expand(64), normal(128)[::2]
+    for each in (weight, scattered):
+        torch.testing.assert_close(rms_norm(x, 1e-5, each), rms_norm(x, 1e-5, each.contiguous()))
+    inner, order = normal(14, 64), torch.arange(14)
+    for share in (torch.rand(2, 7).T, torch.rand(7, 1).expand(7, 2)):
+        got = (
+            native.swiglu(inner, share, order),
+            native.swiglu_backward(inner[:, :32], inner, share, order),
+        )
+        packed = share.contiguous()
+        wanted = (
+            native.swiglu(inner, packed, order),
+            native.swiglu_backward(inner[:, :32], inner, packed, order),
+        )
+        assert torch.equal(got[0], wanted[0])
+        assert all(torch.equal(*pair) for pair in zip(got[1], wanted[1], strict=True))
+
+
+def test_a_norm_of_another_width_is_refused(kernels):
+    with unchecked(), pytest.raises(RuntimeError, match="must match the size"):
+        RMSNorm(32, 1e-6)(torch.randn(2, 256))
+
+
+def test_results_may_be_changed_in_place(kernels):
+    x = normal(2, 3, 64).requires_grad_()
+    q = normal(1, 2, 40, 32).requires_grad_()
+    for y in (rms_norm(x, 1e-6), swiglu(x), attention(q, q, q, None, 1.0)):
+        y.mul_(2).sum().backward()
+
+
+@pytest.mark.parametrize("name", ["norm", "swiglu", "attention"])
+def test_second_derivatives_are_those_of_torch(kernels, name):
+    """A penalty on the gradient, with another term beside it."""
+    wanted_of = {
+        "norm": (lambda x: rms_norm(x, 1e-5), lambda x: functional.rms_norm(x, (64,), None, 1e-5)),
+        "swiglu": (swiglu, lambda x: functional.silu(x[..., :32]) * x[..., 32:]),
+        "attention": tuple(
+            lambda x, way=way: way(x[..., :32], x[..., 32:], x[..., 16:48], None, 0.3)
+            for way in (attention, attention_reference)
+        ),
+    }
+    found = []
+    for function in wanted_of[name]:
+        x = normal(1, 2, 40, 64).requires_grad_()
+        loss = function(x).sum() + x.square().sum()
+        (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
+        found += torch.autograd.grad(gradient.square().sum(), x)
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-3)
+
+
+# --- building ------------------------------------------------------------------------------------
+
+
+def script(folder: Path, text: str) -> str:
+    path = folder / "compiler"
+    path.write_text(f"#!/bin/sh\n{text}\n", encoding="utf-8")
+    path.chmod(0o755)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (
+            "echo 'narrow.cpp:1: error: no such thing' >&2; echo '  ^~~~' >&2; exit 1",
+            "no such thing",
+        ),
+        ("echo ' ' >&2; exit 3", "exit status 3"),
+    ],
+)
+def test_a_compiler_that_fails_costs_one_warning(monkeypatch, tmp_path, text, reason):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "libraries"))
+    monkeypatch.setenv("CXX", script(tmp_path, text))
+    with pytest.warns(UserWarning, match=rf"narrow.cpp could not be built with .*{reason}"):
+        assert not native._load.__wrapped__("narrow")
+    assert list((tmp_path / "libraries" / "openmythos").iterdir()) == []
+
+
+def test_without_a_compiler_nobody_expects_it(monkeypatch, tmp_path):
+    monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert not native.load.__wrapped__("narrow")  # without a compiler nobody expects it
+    assert native.find_compiler() is None
+    assert not native._load.__wrapped__("narrow")
+    monkeypatch.setenv("CXX", "gone -O2")
+    assert native.find_compiler() is None
+    with pytest.raises(ValueError, match=r"it must be False without a C\+\+ compiler"):
+        native.require_compiler("compiled", True)
+
+
+def test_threads_that_load_the_same_kernel_build_it_once(monkeypatch, tmp_path):
+    monkeypatch.setattr(native, "_load", functools.cache(native._load.__wrapped__))
+    monkeypatch.setattr(torch.ops, "load_library", lambda path: None)
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "libraries"))
+    calls = tmp_path / "calls"
+    build = f"echo called >> {calls}; sleep 0.2; for last; do :; done; echo built > $last"
+    monkeypatch.setenv("CXX", script(tmp_path, build))
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(native.load, ["narrow"] * 4))
+    assert calls.read_text(encoding="utf-8") == "called\n"

@@ -15,13 +15,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from openmythos.command.demo_text import text_config
 from openmythos.command.train import run_training
+from openmythos.config.schema import apply_overrides
 from openmythos.data.loader import TokenLoader
+from openmythos.demo.text import text_config
 from openmythos.model.feedforward import MoE, max_violation
 from openmythos.model.recurrent import RecurrentDepthLM
-from openmythos.schema import apply_overrides
-from openmythos.train.setup import set_up
+from openmythos.train.run import set_up
 from openmythos.train.task import TextTask, on_device
 
 NUM_LOOPS = 8

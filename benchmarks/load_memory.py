@@ -23,9 +23,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from openmythos.checkpoint import empty_model, save_pretrained
+from openmythos.checkpoint.load import empty_model
+from openmythos.checkpoint.save import save_pretrained
 from openmythos.config import GQAConfig, ModelConfig, SwiGLUConfig
-from openmythos.interop import openmythos_original
+from openmythos.interop.families import openmythos_original
 from openmythos.interop.loading import load_pretrained
 from openmythos.interop.mapping import export_tensors
 from openmythos.model.recurrent import RecurrentDepthLM

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from openmythos.checkpoint import empty_model, fill_model
-from openmythos.interop.openmythos_original import read_config, rules
+from openmythos.checkpoint.load import empty_model, fill_model
+from openmythos.interop.families.openmythos_original import read_config, rules
 from openmythos.model.recurrent import RecurrentDepthLM
 
 ROOT = Path(__file__).parent.parent

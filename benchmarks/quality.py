@@ -22,9 +22,9 @@ from rich.table import Table
 from torch.nn import functional
 
 from benchmarks.original import original_module
-from openmythos.command.demo_text import text_config
+from openmythos.config.schema import to_dict
 from openmythos.data.loader import TokenLoader
-from openmythos.schema import to_dict
+from openmythos.demo.text import text_config
 
 LOOPS = (1, 2, 4, 8, 16)
 LEARNING_RATES = (1e-3, 3e-3)

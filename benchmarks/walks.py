@@ -21,9 +21,9 @@ from rich.console import Console
 from rich.table import Table
 
 from openmythos import load_pretrained
-from openmythos.command.demo_hops import NUM_WALKS, hops_config
+from openmythos.config.schema import to_dict
 from openmythos.data.synthetic import HopsConfig, HopsTask
-from openmythos.schema import to_dict
+from openmythos.demo.walks import NUM_WALKS, hops_config
 from openmythos.train.metrics import read_metrics
 from openmythos.train.task import hops_accuracy
 

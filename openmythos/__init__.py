@@ -7,13 +7,13 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from openmythos.checkpoint import save_pretrained
+    from openmythos.checkpoint.save import save_pretrained
     from openmythos.config import ModelConfig
+    from openmythos.config.matched_baseline import baseline
+    from openmythos.config.presets import preset
     from openmythos.engine.reference import generate
     from openmythos.interop.loading import load_pretrained
-    from openmythos.matched_baseline import baseline
     from openmythos.model.recurrent import RecurrentDepthLM
-    from openmythos.presets import preset
     from openmythos.tokenizer import Tokenizer
 
 __version__ = "0.1.0"
@@ -33,11 +33,11 @@ _HOME = {
     "ModelConfig": "openmythos.config",
     "RecurrentDepthLM": "openmythos.model.recurrent",
     "Tokenizer": "openmythos.tokenizer",
-    "baseline": "openmythos.matched_baseline",
+    "baseline": "openmythos.config.matched_baseline",
     "generate": "openmythos.engine.reference",
     "load_pretrained": "openmythos.interop.loading",
-    "preset": "openmythos.presets",
-    "save_pretrained": "openmythos.checkpoint",
+    "preset": "openmythos.config.presets",
+    "save_pretrained": "openmythos.checkpoint.save",
 }
 
 

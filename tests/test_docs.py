@@ -16,7 +16,7 @@ from urllib.parse import unquote
 import pytest
 import torch
 
-from openmythos.schema import from_dict, to_dict
+from openmythos.config.schema import from_dict, to_dict
 
 ROOT = Path(__file__).parent.parent
 REPOSITORY_FOLDERS = (

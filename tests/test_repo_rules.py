@@ -19,11 +19,10 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = "openmythos"
 
-MAX_MODULE_LINES = 400
+MAX_MODULE_LINES = 600
 MAX_FUNCTION_LINES = 80
 MAX_CONTRIBUTING_LINES = 150
-MAX_CLOSURE_FILES = 18  # exclusive
-MAX_CLOSURE_LINES = 3600  # exclusive
+MAX_CLOSURE_LINES = 3600  # exclusive; of model/ and ops/
 VAGUE_NAMES = {"utils", "util", "helpers", "helper", "common", "misc", "base"}
 HEAVY_IMPORTS = ("torch", "transformers", "fastapi", "matplotlib")
 
@@ -258,13 +257,16 @@ def reading_closure(start: Path, root: Path) -> list[Path]:
 
 
 def large_closure(root: Path) -> list[str]:
-    files = reading_closure(root / PACKAGE / "model" / "recurrent.py", root)
-    lines = {str(path.relative_to(root)): len(text_lines(path)) for path in files}
-    if len(files) < MAX_CLOSURE_FILES and sum(lines.values()) < MAX_CLOSURE_LINES:
+    lines = {
+        str(inside): len(text_lines(root / PACKAGE / inside))
+        for path in reading_closure(root / PACKAGE / "model" / "recurrent.py", root)
+        if (inside := path.relative_to(root / PACKAGE)).parts[0] in {"model", "ops"}
+    }
+    if sum(lines.values()) < MAX_CLOSURE_LINES:
         return []
     return [
-        f"reading model/recurrent.py takes {len(files)} files and {sum(lines.values())} lines; "
-        f"fewer than {MAX_CLOSURE_FILES} files and {MAX_CLOSURE_LINES} lines are allowed: {lines}"
+        f"reading model/recurrent.py takes {sum(lines.values())} lines of model/ and ops/; fewer "
+        f"than {MAX_CLOSURE_LINES} are allowed: {lines}"
     ]
 
 
@@ -364,7 +366,7 @@ def function_of(lines: int) -> str:
 
 
 GOOD_AND_BAD = [
-    (long_modules, "openmythos/a.py", "x = 1\n" * 400, "x = 1\n" * 401),
+    (long_modules, "openmythos/a.py", "x = 1\n" * 600, "x = 1\n" * 601),
     (long_functions, "openmythos/a.py", function_of(80), function_of(81)),
     (long_functions, "openmythos/a.py", "async " + function_of(80), "async " + function_of(81)),
     (undocumented_names, "openmythos/a.py", 'def f():\n    """Say."""\n', "def f():\n    pass\n"),
@@ -448,7 +450,7 @@ def test_closure_follows_every_kind_of_import(tmp_path: Path) -> None:
         "from openmythos.ops import attention\n"
         "from . import norm\n"
         "from .rope import Rope\n"
-        "if TYPE_CHECKING:\n    from openmythos.counts import Count\n"
+        "if TYPE_CHECKING:\n    from openmythos.config.counts import Count\n"
         "def f():\n    from openmythos.model.cache import Cache\n"
         "def g():\n    importlib.import_module('openmythos.model.init')\n",
     )
@@ -456,9 +458,9 @@ def test_closure_follows_every_kind_of_import(tmp_path: Path) -> None:
     write(tmp_path, "openmythos/model/__init__.py", "")
     write(tmp_path, "openmythos/ops/__init__.py", "")
     reached = [
-        "config",
-        "counts",
-        "schema",
+        "config/__init__",
+        "config/counts",
+        "config/schema",
         "model/cache",
         "model/init",
         "model/norm",
@@ -466,7 +468,7 @@ def test_closure_follows_every_kind_of_import(tmp_path: Path) -> None:
     ]
     for name in [*reached, "ops/attention", "ops/unread", "unread"]:
         write(tmp_path, f"openmythos/{name}.py", "x = 1\n")
-    write(tmp_path, "openmythos/config.py", "from openmythos import schema\n")
+    write(tmp_path, "openmythos/config/__init__.py", "from openmythos.config import schema\n")
 
     files = {str(path.relative_to(tmp_path / PACKAGE)) for path in reading_closure(start, tmp_path)}
     assert files == {f"{name}.py" for name in [*reached, "ops/attention", "model/recurrent"]}
@@ -479,12 +481,14 @@ def test_closure_counts_a_package_whose_names_are_imported(tmp_path: Path) -> No
     assert len(reading_closure(start, tmp_path)) == 3
 
 
-@pytest.mark.parametrize(("files", "lines", "complaints"), [(16, 10, 0), (17, 10, 1), (5, 720, 1)])
-def test_large_closure_is_named(tmp_path: Path, files: int, lines: int, complaints: int) -> None:
-    imports = "".join(f"import openmythos.m{index}\n" for index in range(files))
+@pytest.mark.parametrize(
+    ("folder", "lines", "complaints"), [("ops", 700, 0), ("ops", 720, 1), ("config", 720, 0)]
+)
+def test_large_closure_is_named(tmp_path: Path, folder: str, lines: int, complaints: int) -> None:
+    imports = "".join(f"import openmythos.{folder}.m{index}\n" for index in range(5))
     write(tmp_path, "openmythos/model/recurrent.py", imports)
-    for index in range(files):
-        write(tmp_path, f"openmythos/m{index}.py", "x = 1\n" * lines)
+    for index in range(5):
+        write(tmp_path, f"openmythos/{folder}/m{index}.py", "x = 1\n" * lines)
     assert len(large_closure(tmp_path)) == complaints
 
 

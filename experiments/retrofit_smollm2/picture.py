@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from openmythos.analysis.plots import BLUE, DPI, INK, MUTED, ORANGE, STYLE
+from openmythos.analysis.picture import BLUE, DPI, INK, MUTED, ORANGE, STYLE
 
 
 def draw(found: dict[str, Any], path: Path) -> None:

@@ -24,14 +24,14 @@ from openmythos.data.loader import TokenLoader
 from openmythos.data.prepare import prepare
 from openmythos.interop.gguf import convert_gguf
 from openmythos.interop.loading import load_config
-from openmythos.interop.retrofit import Layers, retrofit
+from openmythos.retrofit.split import Layers, retrofit
 from openmythos.tokenizer import Tokenizer
-from openmythos.train.config import RunConfig, TextData, TrainConfig
 from openmythos.train.depth_schedule import DepthSchedule, PoissonDepth
 from openmythos.train.loop import train
 from openmythos.train.metrics import Recorder, read_metrics
 from openmythos.train.optim import OptimizerConfig
-from openmythos.train.setup import set_up
+from openmythos.train.recipe import RunConfig, TextData, TrainConfig
+from openmythos.train.run import set_up
 from openmythos.train.task import held_out_bits_per_byte
 
 HERE = Path(__file__).parent

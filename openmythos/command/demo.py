@@ -14,10 +14,10 @@ from rich.console import Console
 from rich.text import Text
 
 from openmythos.command.option import Device, Overrides, Seed, check_device
-from openmythos.seams import require
+from openmythos.config.schema import require
 
 if TYPE_CHECKING:
-    from openmythos.train.config import RunConfig
+    from openmythos.train.recipe import RunConfig
 
 
 def demo(
@@ -37,12 +37,12 @@ def demo(
     text_run, hops_run = configs(seed, text_seconds, hops_seconds, overrides or [])
     check_device(device)
     from openmythos import __version__
-    from openmythos.analysis.plots import require_matplotlib
-    from openmythos.analysis.report import write_report
-    from openmythos.analysis.result import DemoResults
-    from openmythos.analysis.takeaway import takeaways
-    from openmythos.command.demo_hops import act_hops
-    from openmythos.command.demo_text import act_text
+    from openmythos.analysis.picture import require_matplotlib
+    from openmythos.demo.page import write_report
+    from openmythos.demo.result import DemoResults
+    from openmythos.demo.takeaway import takeaways
+    from openmythos.demo.text import act_text
+    from openmythos.demo.walks import act_hops
     from openmythos.train.memory import keep_freed_memory
 
     require_matplotlib()  # now, not after the training
@@ -83,10 +83,10 @@ def configs(
     Raises:
         ValueError: An unknown field or a bad value.
     """
-    from openmythos.command.demo_hops import hops_config
-    from openmythos.command.demo_text import text_config
-    from openmythos.schema import apply_overrides
-    from openmythos.train.config import RunConfig
+    from openmythos.config.schema import apply_overrides
+    from openmythos.demo.text import text_config
+    from openmythos.demo.walks import hops_config
+    from openmythos.train.recipe import RunConfig
 
     @dataclass(frozen=True)
     class Acts:

@@ -13,10 +13,10 @@ from rich.table import Table
 from openmythos.command.option import AsJson, Device, Loops, Seed, check_device, parse_loops
 
 if TYPE_CHECKING:
-    from openmythos.analysis.result import Score, ScoreCurve
     from openmythos.config import ModelConfig
     from openmythos.data.synthetic import HopsConfig
     from openmythos.eval.depth_sweep import Results
+    from openmythos.eval.score import Score, ScoreCurve
     from openmythos.eval.scoring import Codec
 
 RESULTS_FILE, PICTURE_FILE = "results.json", "scores.png"
@@ -73,10 +73,10 @@ def evaluate(
             where = "needs --tasks" if tasks is None else "is of held-out text, not of --tasks"
             raise ValueError(f"{option} {where}; leave it out")
     if out is not None:
-        from openmythos.analysis.plots import require_matplotlib
+        from openmythos.analysis.picture import require_matplotlib
 
         require_matplotlib()  # now, not after the scores
-    from openmythos.counts import count
+    from openmythos.config.counts import count
     from openmythos.interop.hub import local_folder
 
     folder = local_folder(checkpoint)
@@ -122,9 +122,9 @@ def held_out(
 ) -> "tuple[list[ScoreCurve], ModelConfig]":
     """Bits per byte of the validation split, every token once."""
     from openmythos import load_pretrained
-    from openmythos.analysis.result import Score
     from openmythos.data.loader import TokenLoader
     from openmythos.eval.depth_sweep import Measured, sweep
+    from openmythos.eval.score import Score
     from openmythos.tokenizer import Tokenizer
     from openmythos.train.task import held_out_bits_per_byte
 
@@ -219,11 +219,11 @@ def codec_of(folder: Path) -> "tuple[Codec, HopsConfig | None]":
     Raises:
         ValueError: It has neither.
     """
+    from openmythos.config.schema import from_dict
     from openmythos.eval.walk import WalkCodec
-    from openmythos.schema import from_dict
     from openmythos.tokenizer import Tokenizer
-    from openmythos.train.config import HopsData, RunConfig
-    from openmythos.train.setup import hops_training
+    from openmythos.train.recipe import HopsData, RunConfig
+    from openmythos.train.run import hops_training
 
     if (folder / "tokenizer.json").is_file():
         return Tokenizer.load(folder), None
@@ -267,7 +267,7 @@ def versions() -> dict[str, str]:
 
 def write_results(report: dict[str, Any], curves: "Sequence[ScoreCurve]", out: Path) -> None:
     """The numbers and their picture."""
-    from openmythos.analysis.score_plot import plot_score_curves
+    from openmythos.eval.picture import plot_score_curves
 
     out.mkdir(parents=True, exist_ok=True)
     text = json.dumps(report, indent=2, allow_nan=False)

@@ -33,7 +33,7 @@ def export(
     if to != "hf":
         raise ValueError(f"--to is {to!r}; allowed: 'hf'; for other families use convert")
     wanted = parse_dtype(dtype)
-    from openmythos.interop.hf_export import TOKENIZER_FILES, export_hf
+    from openmythos.interop.export import TOKENIZER_FILES, export_hf
     from openmythos.interop.hub import local_folder
     from openmythos.interop.loading import load_pretrained
 
@@ -57,7 +57,7 @@ def convert(
 ) -> None:
     """Write a checkpoint under another family's names, or a published one under ours."""
     wanted = parse_dtype(dtype)
-    from openmythos.checkpoint import save_pretrained
+    from openmythos.checkpoint.save import save_pretrained
     from openmythos.interop.hub import local_folder
     from openmythos.interop.loading import load_pretrained
     from openmythos.interop.writing import save_as
@@ -77,7 +77,7 @@ def family_named(name: str) -> "Family":
     Raises:
         ValueError: There is none; names the others.
     """
-    from openmythos.interop.hf_export import FAMILY
+    from openmythos.interop.export import FAMILY
     from openmythos.interop.loading import FAMILIES
 
     words = {
@@ -92,8 +92,8 @@ def family_named(name: str) -> "Family":
 
 def own_tokenizer(folder: Path) -> "Tokenizer | None":
     """The tokenizer of one of our folders or exports; another project's is not ours to read."""
-    from openmythos.checkpoint import read_config
-    from openmythos.interop.hf_export import MODEL_TYPE
+    from openmythos.checkpoint.load import read_config
+    from openmythos.interop.export import MODEL_TYPE
     from openmythos.tokenizer import FILE_NAME, Tokenizer
 
     data = read_config(folder)

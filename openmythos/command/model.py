@@ -11,12 +11,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from openmythos import counts
 from openmythos.command.option import AsJson, Overrides, parse_loops
-from openmythos.config import ModelConfig, MoEConfig
-from openmythos.matched_baseline import MATCHES, baseline
-from openmythos.presets import PRESETS, preset
-from openmythos.schema import apply_overrides, from_dict, to_dict
+from openmythos.config import ModelConfig, MoEConfig, counts
+from openmythos.config.matched_baseline import MATCHES, baseline
+from openmythos.config.presets import PRESETS, preset
+from openmythos.config.schema import apply_overrides, from_dict, to_dict
 
 TABLE_WIDTH = 100  # characters, where the output is no terminal
 INSPECTED_CONTEXT = 4096  # tokens, unless the model allows fewer

@@ -1,6 +1,5 @@
 """Options that several commands share, written once. No torch."""
 
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -53,11 +52,3 @@ def check_device(device: str) -> str:
             "use another or cpu"
         )
     return device
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file that appears whole or not at all; missing folders are made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.tmp")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)

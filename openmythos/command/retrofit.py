@@ -11,7 +11,7 @@ from openmythos.command.option import AsJson, Out
 
 if TYPE_CHECKING:
     from openmythos.config import StateInitConfig
-    from openmythos.interop.retrofit import Layers
+    from openmythos.retrofit.split import Layers
     from openmythos.tokenizer import Tokenizer
 
 RECIPE_STD = 0.0087  # of h_0 in the published retrofits
@@ -57,11 +57,11 @@ def retrofit(
         raise ValueError("--tie keeps head and h_0 as they are; leave --untie, --state-init out")
     initial = state_init_of(state_init)
 
-    from openmythos.checkpoint import save_pretrained
+    from openmythos.checkpoint.save import save_pretrained
     from openmythos.interop.hub import local_folder
     from openmythos.interop.loading import load_pretrained
-    from openmythos.interop.retrofit import retrofit as split
-    from openmythos.interop.tying import tie as tie_layers
+    from openmythos.retrofit.split import retrofit as split
+    from openmythos.retrofit.tie import tie as tie_layers
 
     folder = local_folder(source)
     if out.resolve() == folder.resolve():
@@ -119,7 +119,7 @@ def choose_layers(
     Raises:
         ValueError: They do not rise, or nothing is left for the core.
     """
-    from openmythos.interop.retrofit import Layers
+    from openmythos.retrofit.split import Layers
 
     between = range(max(prelude, default=-1) + 1, min(coda, default=num_layers))
     return Layers(prelude=prelude, core=core or tuple(between), coda=coda)

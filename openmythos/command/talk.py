@@ -10,14 +10,8 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from openmythos.command.option import (
-    AsJson,
-    Device,
-    Overrides,
-    Seed,
-    check_device,
-    write_whole,
-)
+from openmythos.command.option import AsJson, Device, Overrides, Seed, check_device
+from openmythos.folder import write_whole
 
 if TYPE_CHECKING:
     from openmythos.engine.reference import Session
@@ -196,10 +190,9 @@ def decoding_of(
     Raises:
         ValueError: An unknown kind, field or value.
     """
+    from openmythos.config.schema import from_dict, require
     from openmythos.model.cache import EveryK, FirstLoop, LastLoop, PerLoop
     from openmythos.model.exit import make_exit_rule
-    from openmythos.schema import from_dict
-    from openmythos.seams import require
 
     layouts: dict[str, type[CacheLayout]] = {
         "per_loop": PerLoop,
@@ -246,8 +239,8 @@ def load(checkpoint: Path, device: str) -> tuple["RecurrentDepthLM", "Tokenizer"
 
 def pieces(tokenizer: "Tokenizer", tokens: Iterator[tuple[int, int]], most: int) -> Iterator[Text]:
     """Text of (token, loops) pairs as they come; bytes of an unfinished character wait."""
-    from openmythos.analysis.report import render_sample
-    from openmythos.analysis.result import Piece, Sample
+    from openmythos.demo.page import render_sample
+    from openmythos.demo.result import Piece, Sample
 
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     for token, loops in tokens:

@@ -8,20 +8,13 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from openmythos.command.option import (
-    AsJson,
-    Device,
-    Out,
-    Overrides,
-    Seed,
-    check_device,
-)
+from openmythos.command.option import AsJson, Device, Out, Overrides, Seed, check_device
 
 if TYPE_CHECKING:
     from openmythos.model.recurrent import RecurrentDepthLM
-    from openmythos.train.config import HopsData, RunConfig, TextData
     from openmythos.train.loop import TrainResult
-    from openmythos.train.setup import Run
+    from openmythos.train.recipe import HopsData, RunConfig, TextData
+    from openmythos.train.run import Run
 
 DEFAULT_PRESET, DEFAULT_DATA = "tiny", "python-docs"
 
@@ -109,7 +102,7 @@ def train(
     """Train a model; run the same command again to continue an interrupted run."""
     resolved = resolve(preset, data, config, overrides or [], seed, init_from)
     check_device(device)
-    from openmythos.train.setup import set_up
+    from openmythos.train.run import set_up
 
     console = Console(highlight=False)
     run = set_up(resolved, out, device)
@@ -126,7 +119,7 @@ def train(
 
 def data_in_words(data: "TextData | HopsData") -> str:
     """What a run trains on."""
-    from openmythos.train.config import TextData
+    from openmythos.train.recipe import TextData
 
     if isinstance(data, TextData):
         return data.source
@@ -184,9 +177,9 @@ def resolve(
     Raises:
         ValueError: A field is unknown or out of range, or two arguments name the model or the data.
     """
-    from openmythos import presets
-    from openmythos.schema import apply_overrides, from_dict
-    from openmythos.train.config import HopsData, RunConfig, TextData, TrainConfig
+    from openmythos.config import presets
+    from openmythos.config.schema import apply_overrides, from_dict
+    from openmythos.train.recipe import HopsData, RunConfig, TextData, TrainConfig
 
     if init_from is not None and (preset is not None or config is not None):
         raise ValueError(

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from openmythos.engine.compiling import compile_call
+from openmythos.engine.compile import compile_call
 from openmythos.model.cache import KVCache
 from openmythos.model.context import ForwardContext
 from openmythos.model.exit import ExitState, Fixed, Rule

@@ -13,13 +13,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from openmythos.config.schema import require
 from openmythos.engine.batch import CachedBatch, UncachedBatch
 from openmythos.engine.sampling import SamplingConfig, row_generator, sample
 from openmythos.model.cache import CacheLayout, KVCache
 from openmythos.model.exit import Fixed, Rule
 from openmythos.model.recurrent import RecurrentDepthLM
-from openmythos.ops import native
-from openmythos.seams import require
+from openmythos.ops.cpu import build as native
 
 FinishReason = Literal["stop", "length"]
 Prompts = Sequence[Any] | Tensor  # of token ids; text is refused with an explanation

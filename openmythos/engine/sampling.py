@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from openmythos.seams import require
+from openmythos.config.schema import require
 
 
 @dataclass(frozen=True, kw_only=True)

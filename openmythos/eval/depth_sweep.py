@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from openmythos.analysis.result import Score, ScoreCurve
+from openmythos.eval.score import Score, ScoreCurve
 from openmythos.eval.scoring import Scorer
 from openmythos.eval.task import (
     LOWER_IS_BETTER,

@@ -24,9 +24,9 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 
-from openmythos.analysis.result import Score
-from openmythos.checkpoint import checkpoint_folder
+from openmythos.checkpoint.load import checkpoint_folder
 from openmythos.eval.depth_sweep import Measured
+from openmythos.eval.score import Score
 from openmythos.eval.scoring import GenerationRequest, Scorer
 from openmythos.eval.task import SHIPPED, Outcomes, choice_baselines, summarise
 from openmythos.interop.loading import load_pretrained

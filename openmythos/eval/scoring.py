@@ -11,12 +11,12 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from openmythos.config.schema import require, require_positive
 from openmythos.engine.reference import Session
 from openmythos.engine.sampling import row_generator
 from openmythos.model.cache import CacheLayout
 from openmythos.model.exit import Rule
 from openmythos.model.recurrent import RecurrentDepthLM
-from openmythos.seams import require, require_positive
 
 Pair = tuple[list[int], list[int]]  # token ids of a context and its continuation
 

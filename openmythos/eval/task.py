@@ -12,9 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from openmythos.analysis.result import Score
 from openmythos.data.synthetic import HopsConfig, HopsTask
 from openmythos.eval import python_docs
+from openmythos.eval.score import Score
 from openmythos.eval.scoring import GenerationRequest, Scorer
 from openmythos.eval.walk import hops_documents
 

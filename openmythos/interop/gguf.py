@@ -17,8 +17,9 @@ import torch
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from torch import Tensor
 
-from openmythos.checkpoint import PathLike, replaced_folder, save_weights
-from openmythos.stored_weights import CONFIG_FILE
+from openmythos.checkpoint.save import OWN_FILES, save_weights
+from openmythos.checkpoint.weights import CONFIG_FILE
+from openmythos.folder import PathLike, replaced_folder
 from openmythos.tokenizer import Tokenizer
 
 TENSORS = {
@@ -80,7 +81,7 @@ def convert_gguf(path: PathLike, folder: PathLike) -> Path:
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
     config["tie_word_embeddings"] = "lm_head.weight" not in weights
-    with replaced_folder(folder) as fresh:
+    with replaced_folder(folder, OWN_FILES) as fresh:
         save_weights(weights, fresh)
         (fresh / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         tokenizer.save(fresh)

@@ -4,7 +4,8 @@ import os
 import re
 from pathlib import Path
 
-from openmythos.checkpoint import PathLike, checkpoint_folder
+from openmythos.checkpoint.load import checkpoint_folder
+from openmythos.folder import PathLike
 
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 SAFE_FILES = ["*.json", "*.safetensors"]

@@ -6,21 +6,22 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from openmythos.checkpoint import (
-    FORMAT,
-    PathLike,
+from openmythos.checkpoint.load import (
     empty_model,
     fill_model,
     load_checkpoint,
     open_checkpoint,
     read_config,
 )
+from openmythos.checkpoint.save import FORMAT
+from openmythos.checkpoint.weights import CONFIG_FILE, StoredWeights
 from openmythos.config import ModelConfig
-from openmythos.interop import hf_export, huginn, llama, openmythos_original, ouro, parcae
+from openmythos.folder import PathLike
+from openmythos.interop import export
+from openmythos.interop.families import huginn, llama, openmythos_original, ouro, parcae
 from openmythos.interop.hub import local_folder
 from openmythos.interop.mapping import read_tensors
 from openmythos.model.recurrent import RecurrentDepthLM
-from openmythos.stored_weights import CONFIG_FILE, StoredWeights
 
 FAMILIES = (
     openmythos_original.FAMILY,
@@ -31,7 +32,7 @@ FAMILIES = (
     parcae.GPT_FAMILY,
     llama.LLAMA,
     llama.NANBEIGE,
-    hf_export.FAMILY,
+    export.FAMILY,
 )
 
 

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from openmythos.checkpoint.weights import StoredWeights, check_shapes, tensor_shapes
 from openmythos.config import ModelConfig
+from openmythos.config.schema import to_dict
 from openmythos.model.recurrent import RecurrentDepthLM
-from openmythos.schema import to_dict
-from openmythos.stored_weights import StoredWeights, check_shapes, tensor_shapes
 
 # --- rules ----------------------------------------------------------------------------------------
 # ``read`` makes our tensors from theirs, in the order of the names; they may be kept. It takes one

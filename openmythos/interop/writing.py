@@ -9,7 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from openmythos.checkpoint import OWN_FILES, PathLike, empty_model, replaced_folder
+from openmythos.checkpoint.load import empty_model
+from openmythos.checkpoint.save import OWN_FILES
+from openmythos.checkpoint.weights import CONFIG_FILE, INDEX_FILES, WEIGHTS_FILE
+from openmythos.folder import PathLike, replaced_folder
 from openmythos.interop.mapping import (
     Dead,
     Family,
@@ -20,7 +23,6 @@ from openmythos.interop.mapping import (
     export_tensors,
 )
 from openmythos.model.recurrent import RecurrentDepthLM
-from openmythos.stored_weights import CONFIG_FILE, INDEX_FILES, WEIGHTS_FILE
 from openmythos.tokenizer import Tokenizer
 
 MAX_SHARD_BYTES = 5 * 10**9  # a larger model is written in several files

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from openmythos.config import GQAConfig, MLAConfig, ModelConfig, WeightLoRAConfig
 from openmythos.model.cache import Stage
 from openmythos.model.context import ForwardContext
-from openmythos.model.depth import LoopLinear
+from openmythos.model.loop_signal import LoopLinear
 from openmythos.model.norm import RMSNorm, rms_norm
 from openmythos.model.rope import apply_rope
 from openmythos.ops.attention import attention, depth_attention

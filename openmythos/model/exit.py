@@ -13,8 +13,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from openmythos import schema
-from openmythos.seams import require, require_positive
+from openmythos.config import schema
+from openmythos.config.schema import require, require_positive
 
 Memory = tuple[Tensor, ...]
 

@@ -11,8 +11,8 @@ from torch.nn import functional
 
 from openmythos.config import MoEConfig, ReLUSquaredConfig, WeightLoRAConfig
 from openmythos.model.context import ForwardContext
-from openmythos.model.depth import LoopLinear
-from openmythos.ops import native
+from openmythos.model.loop_signal import LoopLinear
+from openmythos.ops.cpu import build as native
 from openmythos.ops.moe import LoopedExperts, moe_experts
 
 

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from openmythos.config import CopyInitConfig, NormalInitConfig, StateInitConfig
 from openmythos.model.attention import GQA, MLA
 from openmythos.model.block import Block
-from openmythos.model.depth import LoopLinear, OutputLoRA
 from openmythos.model.feedforward import MoE, ReLUSquared, SwiGLU
 from openmythos.model.halting import Halting
 from openmythos.model.injection import GateInjection
+from openmythos.model.loop_signal import LoopLinear, OutputLoRA
 
 CUT = 3.0  # truncated normals are cut at this many standard deviations
 

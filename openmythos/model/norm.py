@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from openmythos.ops import native
+from openmythos.ops.cpu import build as native
 
 
 class RMSNorm(nn.Module):

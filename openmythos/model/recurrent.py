@@ -10,14 +10,14 @@ from torch.autograd.function import FunctionCtx
 from torch.nn import functional
 
 from openmythos.config import ModelConfig, OutputLoRAConfig
+from openmythos.config.schema import require
 from openmythos.model.block import Block
 from openmythos.model.context import ForwardContext, make_context
-from openmythos.model.depth import OutputLoRA, make_loop_embedding
 from openmythos.model.halting import make_halting
 from openmythos.model.init import init_weights, initial_state
 from openmythos.model.injection import make_injection
+from openmythos.model.loop_signal import OutputLoRA, make_loop_embedding
 from openmythos.model.norm import RMSNorm
-from openmythos.seams import require
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional
 
-from openmythos.ops import native
+from openmythos.ops.cpu import build as native
 
 MIN_LENGTH, MAX_LENGTH = 32, 1024  # tokens of our kernel: it keeps weights, their square in number
 

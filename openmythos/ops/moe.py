@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn import functional
 
-from openmythos.ops import native
+from openmythos.ops.cpu import build as native
 
 
 def grouped_mm_reference(

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from openmythos.seams import require, require_literals, require_positive
+from openmythos.config.schema import require, require_literals, require_positive
 
 
 @dataclass(frozen=True, kw_only=True)

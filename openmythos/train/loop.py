@@ -12,11 +12,11 @@ import torch
 from openmythos.data.packing import IGNORED_TARGET, Batch
 from openmythos.model.feedforward import MoE, max_violation
 from openmythos.model.recurrent import RecurrentDepthLM
-from openmythos.ops import native
-from openmythos.train.config import TrainConfig
+from openmythos.ops.cpu import build as native
 from openmythos.train.metrics import Recorder
 from openmythos.train.optim import make_optimizers
-from openmythos.train.run import RunFolder, RunState
+from openmythos.train.recipe import TrainConfig
+from openmythos.train.run_folder import RunFolder, RunState
 from openmythos.train.task import Task, on_device
 
 

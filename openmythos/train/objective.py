@@ -9,10 +9,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from openmythos.config import ACTConfig, HaltingConfig
+from openmythos.config.schema import require
 from openmythos.model.context import ForwardContext
 from openmythos.model.recurrent import ModelOutput, RecurrentDepthLM
 from openmythos.ops.cross_entropy import IGNORED, cross_entropy
-from openmythos.seams import require
 
 Losses = tuple[Float[Tensor, ""], Float[Tensor, ""]]
 

@@ -8,9 +8,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from openmythos.model.depth import LoopLinear
+from openmythos.config.schema import require
 from openmythos.model.feedforward import MoE
-from openmythos.seams import require
+from openmythos.model.loop_signal import LoopLinear
 
 # Source: the Polar Express (arXiv 2505.16932), algorithm 1, five steps with safety factor 2e-2.
 POLAR_COEFFICIENTS = (

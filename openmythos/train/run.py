@@ -1,186 +1,127 @@
-"""A run's folder: its configuration and its checkpoints, written so that a kill loses nothing.
+"""From a run's configuration to its parts: data on disk, model, task, run folder."""
 
-Training state is safetensors and JSON, never a pickle.
-"""
-
-import json
-import os
-import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
-from openmythos.checkpoint import load_weights, save_pretrained
+from openmythos.checkpoint.load import empty_model, fill_model
+from openmythos.checkpoint.weights import check_shapes, tensor_shapes
+from openmythos.config import ModelConfig
+from openmythos.config.schema import to_dict
+from openmythos.data.index import INDEX_FILE
+from openmythos.data.loader import TokenLoader
+from openmythos.data.prepare import prepare
+from openmythos.data.synthetic import Curriculum, HopsConfig, HopsTask
+from openmythos.interop.hub import local_folder
+from openmythos.interop.loading import load_pretrained
 from openmythos.model.recurrent import RecurrentDepthLM
 from openmythos.tokenizer import Tokenizer
-from openmythos.train.task import Task
+from openmythos.train.recipe import HopsData, RunConfig, TextData
+from openmythos.train.run_folder import RunFolder
+from openmythos.train.task import HopsTraining, Task, TextTask
 
 
 @dataclass(frozen=True)
-class RunState:
-    """What a resumed loop needs besides weights, optimiser and task."""
+class Run:
+    """Everything that ``train`` needs; ``config`` is the resolved one."""
 
-    step: int
-    seconds: float
-    first_nats: float | None = None
-    bad_steps: int = 0
+    config: RunConfig
+    model: RecurrentDepthLM
+    task: Task
+    folder: RunFolder
 
 
-class RunFolder:
-    """``config.json``, ``metrics.jsonl``, ``checkpoints/step-...`` and ``samples/`` of one run."""
+def set_up(config: RunConfig, out: Path, device: str = "cpu") -> Run:
+    """Prepare the data, fit the vocabulary, make the model and write the resolved configuration.
 
-    def __init__(self, path: Path, keep: int = 2, tokenizer: Tokenizer | None = None) -> None:
-        self.path, self.keep, self.tokenizer = path, keep, tokenizer
-        (path / "checkpoints").mkdir(parents=True, exist_ok=True)
-        (path / "samples").mkdir(exist_ok=True)
+    Weights that ``train.init_from`` names are read unless the run has a checkpoint of its own, and
+    keep their vocabulary.
 
-    def check_config(self, resolved: dict[str, Any], ignore: tuple[str, ...] = ()) -> bool:
-        """Whether the folder has a configuration; it must be this one, the run goes on with it.
+    Raises:
+        ValueError: The data cannot be used, ``out`` holds another run, or the weights to start from
+            do not fit the model or the data's tokenizer.
+    """
+    tokenizer: Tokenizer | None = None
+    task: Task
+    # Before the data is prepared: that of another run must not be replaced.
+    RunFolder(out).check_config(to_dict(config), ignore=("model.vocab_size",))
+    if isinstance(config.data, TextData):
+        task = text_task(config.data, config, out)
+        tokenizer = task.train.tokenizer
+        vocab_size = tokenizer.vocab_size
+    else:
+        task = hops_training(config.data, config.train.seed)
+        vocab_size = task.task.vocab_size
+    source = config.train.init_from
+    if source is None:
+        config = replace(config, model=replace(config.model, vocab_size=vocab_size))
+    elif vocab_size > config.model.vocab_size:
+        raise ValueError(
+            f"the data has {vocab_size} token ids, the model in {source} "
+            f"{config.model.vocab_size}; prepare the data with --tokenizer {source}"
+        )
+    folder = RunFolder(out, config.train.keep_checkpoints, tokenizer)
+    generator = torch.Generator().manual_seed(config.train.seed)
+    if source is None or folder.last_checkpoint() is not None:
+        model = RecurrentDepthLM(config.model, generator).to(device)
+    else:
+        model = initial_model(Path(source), config.model, tokenizer, device)
+    folder.write_config(to_dict(config))
+    return Run(config, model, task, folder)
 
-        Args:
-            resolved: Of this run.
-            ignore: Dotted names of fields that are not compared.
 
-        Raises:
-            ValueError: The folder holds a run with another configuration, or not a run.
-        """
-        target = self.path / "config.json"
-        if not target.exists():
-            return False
-        try:
-            old = _flatten(json.loads(target.read_text(encoding="utf-8")))
-        except ValueError as error:  # of JSON or of UTF-8
-            raise ValueError(f"{target} is not JSON: {error}; choose another --out") from None
-        new = _flatten(json.loads(json.dumps(resolved)))
-        different = [
-            f"{name} ({_shown(old, name)} there, {_shown(new, name)} here)"
-            for name in {**old, **new}
-            if _shown(old, name) != _shown(new, name) and name not in ignore
-        ]
-        if different:
+def initial_model(
+    source: Path, config: ModelConfig, tokenizer: Tokenizer | None, device: str
+) -> RecurrentDepthLM:
+    """A model of this config with the weights of a checkpoint, in fp32.
+
+    Raises:
+        ValueError: The weights do not fit, or belong to another tokenizer.
+    """
+    folder = local_folder(source)
+    if tokenizer is not None and (folder / "tokenizer.json").is_file():
+        theirs = Tokenizer.load(folder).fingerprint
+        if theirs != tokenizer.fingerprint:
             raise ValueError(
-                f"{self.path} holds a run with another configuration: {', '.join(different)}; "
-                "choose another --out or delete the folder"
+                f"tokenizer mismatch: {source} uses {theirs[:12]}, the data "
+                f"{tokenizer.fingerprint[:12]}; prepare the data with --tokenizer {source}"
             )
-        return True
-
-    def write_config(self, resolved: dict[str, Any]) -> None:
-        """Write the resolved configuration; see ``check_config``."""
-        if self.check_config(resolved):
-            return
-        target = self.path / "config.json"
-        temporary = target.with_suffix(".tmp")
-        temporary.write_text(json.dumps(resolved, indent=2) + "\n", encoding="utf-8")
-        os.replace(temporary, target)
-
-    def checkpoints(self) -> list[Path]:
-        """Complete checkpoints, oldest first."""
-        return sorted((self.path / "checkpoints").glob("step-????????"))
-
-    def last_checkpoint(self) -> Path | None:
-        """The newest complete checkpoint."""
-        return max((self.path / "checkpoints").glob("step-????????"), default=None)
-
-    def save(
-        self,
-        model: RecurrentDepthLM,
-        optimizers: list[torch.optim.Optimizer],
-        task: Task,
-        state: RunState,
-    ) -> Path:
-        """Write a checkpoint aside, then rename it into place; drop the oldest ones."""
-        target = self.path / "checkpoints" / f"step-{state.step:08d}"
-        aside = target.with_name(f".{target.name}.tmp")
-        save_pretrained(model, aside, self.tokenizer)
-        tensors, plain = _pack_optimizers(optimizers)
-        save_file(tensors, aside / "training_state.safetensors")
-        record = {"state": asdict(state), "optimizers": plain, "task": task.state_dict()}
-        (aside / "training_state.json").write_text(json.dumps(record), encoding="utf-8")
-        for path in (*aside.iterdir(), aside):
-            _sync(path)
-        os.replace(aside, target)
-        _sync(target.parent)
-        for old in self.checkpoints()[: -self.keep]:
-            shutil.rmtree(old)
-        return target
-
-    def resume(
-        self, model: RecurrentDepthLM, optimizers: list[torch.optim.Optimizer], task: Task
-    ) -> RunState | None:
-        """Load the newest checkpoint into model, optimisers and task; None if there is none.
-
-        What a killed writer left half done is removed.
-
-        Raises:
-            ValueError: The checkpoint is damaged, or of other data.
-        """
-        for unfinished in (self.path / "checkpoints").glob(".*.tmp"):
-            shutil.rmtree(unfinished)
-        folder = self.last_checkpoint()
-        if folder is None:
-            return None
-        load_weights(model, folder)
-        try:
-            record = json.loads((folder / "training_state.json").read_text(encoding="utf-8"))
-            tensors = load_file(folder / "training_state.safetensors")
-        except (OSError, ValueError, SafetensorError) as error:
-            raise ValueError(f"{folder} cannot be resumed: {error}; delete it or the run") from None
-        task.load_state_dict(record["task"])
-        _unpack_optimizers(optimizers, tensors, record["optimizers"])
-        return RunState(**record["state"])
+    weights = load_pretrained(folder).state_dict()
+    model = empty_model(config)
+    check_shapes(tensor_shapes(weights), tensor_shapes(model.state_dict()), folder)
+    return fill_model(model, weights.items(), folder, torch.float32, device)
 
 
-def _flatten(config: Any, name: str = "") -> dict[str, Any]:
-    """Leaves of nested objects by their dotted names."""
-    if not isinstance(config, dict):
-        return {name: config}
-    leaves: dict[str, Any] = {}
-    for key, value in config.items():
-        leaves |= _flatten(value, f"{name}.{key}" if name else key)
-    return leaves
+def text_task(data: TextData, config: RunConfig, out: Path) -> TextTask:
+    """Loaders over prepared data; a source that is not prepared yet goes to ``out/data``."""
+    source = Path(data.source)
+    if (source / INDEX_FILE).exists():
+        prepared = source
+    else:
+        prepared = out / "data"
+        start = config.train.init_from
+        prepare(
+            data.source,
+            prepared,
+            tokenizer=None if start is None else Tokenizer.load(local_folder(start)),
+            vocab_size=config.model.vocab_size,
+            val_fraction=data.val_fraction,
+            column=data.column,
+        )
+    size, seed = config.train.batch_size, config.train.seed
+    train = TokenLoader(prepared, "train", seq_len=data.seq_len, batch_size=size, seed=seed)
+    validation = TokenLoader(prepared, "val", seq_len=data.seq_len, batch_size=size, seed=seed)
+    return TextTask(train, validation)
 
 
-def _shown(leaves: dict[str, Any], name: str) -> str:
-    return json.dumps(leaves[name]) if name in leaves else "absent"
-
-
-def _sync(path: Path) -> None:
-    if os.name == "nt":  # Windows opens no folders; NTFS journals renames
-        return
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _pack_optimizers(
-    optimizers: list[torch.optim.Optimizer],
-) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-    """Tensors under ``optimizer.parameter.name`` keys; everything else as JSON."""
-    tensors, plain = {}, []
-    for number, optimizer in enumerate(optimizers):
-        packed = optimizer.state_dict()
-        for param, values in packed["state"].items():
-            for name, value in values.items():
-                tensors[f"{number}.{param}.{name}"] = value.contiguous()
-        plain.append({"param_groups": packed["param_groups"]})
-    return tensors, plain
-
-
-def _unpack_optimizers(
-    optimizers: list[torch.optim.Optimizer],
-    tensors: dict[str, Tensor],
-    plain: list[dict[str, Any]],
-) -> None:
-    states: list[dict[int, dict[str, Tensor]]] = [{} for _ in optimizers]
-    for key, tensor in tensors.items():
-        number, param, name = key.split(".", 2)
-        states[int(number)].setdefault(int(param), {})[name] = tensor
-    for optimizer, state, record in zip(optimizers, states, plain, strict=True):
-        optimizer.load_state_dict({"state": state, "param_groups": record["param_groups"]})
+def hops_training(data: HopsData, seed: int) -> HopsTraining:
+    """The hops task with its curriculum."""
+    walks = HopsConfig(
+        num_entities=data.num_entities,
+        num_relations=data.num_relations,
+        max_train_hops=data.max_train_hops,
+        seed=seed,
+    )
+    curriculum = Curriculum(max_stage=data.max_train_hops)
+    return HopsTraining(HopsTask(walks), curriculum, data.check_loops, seed)

@@ -11,7 +11,7 @@ from openmythos.data.synthetic import Curriculum, HopsTask
 from openmythos.model.context import ForwardContext
 from openmythos.model.recurrent import RecurrentDepthLM
 from openmythos.ops.cross_entropy import cross_entropy
-from openmythos.train.config import TrainConfig
+from openmythos.train.recipe import TrainConfig
 
 Row = dict[str, float | int | str]
 

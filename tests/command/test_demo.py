@@ -4,7 +4,9 @@ from typing import Any
 
 import pytest
 
-from openmythos.command import demo, demo_hops, demo_text
+from openmythos.command import demo
+from openmythos.demo import text as demo_text
+from openmythos.demo import walks as demo_hops
 from openmythos.train.metrics import read_metrics
 from tests.command.conftest import SMALL, Invoke, refused, sets
 

@@ -8,11 +8,10 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from openmythos import counts
 from openmythos.command import model as command
-from openmythos.config import ModelConfig
-from openmythos.presets import PRESETS, preset
-from openmythos.schema import apply_overrides, from_dict, to_dict
+from openmythos.config import ModelConfig, counts
+from openmythos.config.presets import PRESETS, preset
+from openmythos.config.schema import apply_overrides, from_dict, to_dict
 
 WIDTH = 100
 

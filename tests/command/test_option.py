@@ -3,7 +3,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from openmythos.command.option import check_device, parse_loops, write_whole
+from openmythos.command.option import check_device, parse_loops
+from openmythos.folder import write_whole
 
 
 def test_parse_loops() -> None:

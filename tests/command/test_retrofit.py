@@ -8,7 +8,7 @@ import torch
 from openmythos import Tokenizer, load_pretrained, save_pretrained
 from openmythos.command.retrofit import choose_layers, parse_layers, shown
 from openmythos.config import CopyInitConfig, NormalInitConfig
-from openmythos.interop.llama import read_config
+from openmythos.interop.families.llama import read_config
 from openmythos.tokenizer import byte_tokenizer
 from tests.command.conftest import Invoke, refused
 from tests.strategies import random_model

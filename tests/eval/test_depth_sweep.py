@@ -2,8 +2,8 @@ import importlib.util
 
 import pytest
 
-from openmythos.analysis.result import Score
 from openmythos.eval.depth_sweep import Measured, require_harness, sweep, sweep_tasks
+from openmythos.eval.score import Score
 from openmythos.eval.task import EvalTask, measure, summarise
 from tests.eval.examples import scorer
 

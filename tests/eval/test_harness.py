@@ -25,7 +25,7 @@ from openmythos.eval.harness import (
 )
 from openmythos.eval.task import TEXT_TASKS, shipped_task
 from openmythos.eval.walk import WalkCodec
-from openmythos.interop.hf_export import export_hf
+from openmythos.interop.export import export_hf
 from openmythos.tokenizer import byte_tokenizer
 from tests.eval.backends import assert_equal_scores, through_hf, through_ours
 from tests.eval.examples import bpe, documents, scorer, text_model, write_tasks

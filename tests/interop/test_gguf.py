@@ -11,7 +11,7 @@ from openmythos.interop import gguf as ours
 from openmythos.interop.gguf import convert_gguf
 from openmythos.interop.loading import load_pretrained
 from openmythos.tokenizer import Tokenizer, byte_tokenizer
-from tests.interop.test_llama import llama_logits, random_llama
+from tests.interop.families.test_llama import llama_logits, random_llama
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<file>"]
 MERGES = ["Ġ t", "h e", "Ġt he", "i n", "1 2"]

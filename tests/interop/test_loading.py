@@ -11,18 +11,18 @@ from safetensors.torch import load_file, save_file
 import openmythos
 from benchmarks import load_memory
 from openmythos import cli
-from openmythos.checkpoint import save_pretrained
+from openmythos.checkpoint.save import save_pretrained
+from openmythos.checkpoint.weights import StoredWeights
 from openmythos.config import GQAConfig, ModelConfig, SwiGLUConfig
-from openmythos.interop import parcae
+from openmythos.config.presets import preset
+from openmythos.config.schema import apply_overrides
+from openmythos.interop.families import parcae
 from openmythos.interop.loading import FAMILIES, load_config, load_pretrained
 from openmythos.interop.mapping import export_config, export_tensors
 from openmythos.model.recurrent import RecurrentDepthLM
-from openmythos.presets import preset
-from openmythos.schema import apply_overrides
-from openmythos.stored_weights import StoredWeights
 from openmythos.tokenizer import byte_tokenizer
+from tests.checkpoint.test_weights import Harmful
 from tests.strategies import random_model
-from tests.test_stored_weights import Harmful
 
 CONFIG = ModelConfig(
     vocab_size=8,

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from openmythos.checkpoint.weights import StoredWeights
 from openmythos.config import (
     CopyInitConfig,
     GQAConfig,
@@ -33,7 +34,6 @@ from openmythos.interop.mapping import (
     read_tensors,
 )
 from openmythos.model.recurrent import RecurrentDepthLM
-from openmythos.stored_weights import StoredWeights
 
 ReadAll = Callable[[], dict[str, Tensor]]
 

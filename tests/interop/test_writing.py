@@ -8,10 +8,11 @@ import safetensors
 import torch
 from safetensors.torch import load_file
 
-from openmythos.checkpoint import StoredWeights, empty_model
+from openmythos.checkpoint.load import empty_model
+from openmythos.checkpoint.weights import StoredWeights
+from openmythos.interop.families.openmythos_original import FAMILY
 from openmythos.interop.loading import load_pretrained
 from openmythos.interop.mapping import Join, export_tensors
-from openmythos.interop.openmythos_original import FAMILY
 from openmythos.interop.writing import save_as
 from openmythos.tokenizer import byte_tokenizer
 from tests.strategies import random_model, small_config

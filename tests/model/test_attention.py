@@ -10,12 +10,12 @@ from openmythos.config import (
     ValueEmbeddingConfig,
     WeightLoRAConfig,
 )
+from openmythos.config.schema import apply_overrides
 from openmythos.model.attention import GQA as GQALayer
 from openmythos.model.attention import MLA as MLALayer
 from openmythos.model.cache import KVCache
 from openmythos.model.context import make_context
 from openmythos.ops.attention import attention_reference
-from openmythos.schema import apply_overrides
 from tests.strategies import GQA, MLA, random_model, random_tokens, seeded, small_config
 
 

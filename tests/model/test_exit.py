@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from openmythos import schema
+from openmythos.config import schema
 from openmythos.model.exit import (
     EXIT_RULES,
     AccelerationExit,

@@ -32,9 +32,9 @@ from openmythos.config import (
     UniversalACTConfig,
     WeightLoRAConfig,
 )
+from openmythos.config.schema import apply_overrides, from_dict, to_dict
 from openmythos.model.cache import KVCache
 from openmythos.model.recurrent import ModelOutput, RecurrentDepthLM
-from openmythos.schema import apply_overrides, from_dict, to_dict
 from tests.strategies import (
     GQA,
     MLA,

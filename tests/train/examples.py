@@ -10,15 +10,15 @@ import numpy as np
 import torch
 
 from openmythos.config import ModelConfig, MoEConfig
+from openmythos.config.schema import to_dict
 from openmythos.data.packing import Batch
 from openmythos.model.recurrent import RecurrentDepthLM
-from openmythos.schema import to_dict
-from openmythos.train.config import HopsData, RunConfig, TextData, TrainConfig
 from openmythos.train.depth_schedule import DepthSchedule, FixedDepth, PoissonDepth
 from openmythos.train.loop import TrainResult, train
 from openmythos.train.metrics import Recorder, read_metrics
 from openmythos.train.optim import OptimizerConfig
-from openmythos.train.setup import set_up
+from openmythos.train.recipe import HopsData, RunConfig, TextData, TrainConfig
+from openmythos.train.run import set_up
 from tests.strategies import seeded, small_config
 
 TEXT = (

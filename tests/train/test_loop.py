@@ -14,15 +14,15 @@ from openmythos import load_pretrained
 from openmythos.config import ACTConfig, AddInjectionConfig, MoEConfig, NormalInitConfig
 from openmythos.model.feedforward import MoE, max_violation
 from openmythos.model.recurrent import RecurrentDepthLM
-from openmythos.train import loop, run
-from openmythos.train.config import RunConfig, TrainConfig
+from openmythos.train import loop, run_folder
 from openmythos.train.depth_schedule import DepthSchedule, FixedDepth, PoissonDepth
 from openmythos.train.loop import DivergenceGuard, TrainingStopped, train
 from openmythos.train.metrics import Recorder, read_metrics
 from openmythos.train.objective import FinalLoopObjective, PerLoopObjective
 from openmythos.train.optim import OptimizerConfig
-from openmythos.train.run import RunFolder
-from openmythos.train.setup import set_up
+from openmythos.train.recipe import RunConfig, TrainConfig
+from openmythos.train.run import set_up
+from openmythos.train.run_folder import RunFolder
 from tests.strategies import random_model, seeded, small_config
 from tests.train import examples
 from tests.train.examples import (
@@ -133,11 +133,11 @@ def test_death_at_every_instant_of_a_save(tmp_path: Path, monkeypatch: pytest.Mo
     while died:
         out, calls, died = tmp_path / f"killed-{at}", 0, False
         with monkeypatch.context() as patch:
-            patch.setattr(run, "save_pretrained", dying(run.save_pretrained, at))
-            patch.setattr(run, "save_file", dying(run.save_file, at))
-            patch.setattr(run.os, "replace", dying(os.replace, at))
-            patch.setattr(run, "_sync", dying(run._sync, at))
-            patch.setattr(run.shutil, "rmtree", dying(run.shutil.rmtree, at))
+            patch.setattr(run_folder, "save_pretrained", dying(run_folder.save_pretrained, at))
+            patch.setattr(run_folder, "save_file", dying(run_folder.save_file, at))
+            patch.setattr(run_folder.os, "replace", dying(os.replace, at))
+            patch.setattr(run_folder, "_sync", dying(run_folder._sync, at))
+            patch.setattr(run_folder.shutil, "rmtree", dying(run_folder.shutil.rmtree, at))
             try:
                 examples.run(config, out)
             except Killed:

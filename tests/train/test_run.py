@@ -1,140 +1,160 @@
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from openmythos import load_pretrained
-from openmythos.model.recurrent import RecurrentDepthLM
-from openmythos.schema import to_dict
-from openmythos.train.optim import OptimizerConfig, make_optimizers
-from openmythos.train.run import RunFolder, RunState
-from openmythos.train.setup import set_up
-from tests.strategies import random_model, seeded, small_config
+from openmythos.checkpoint.save import save_pretrained
+from openmythos.config import LinearInjectionConfig
+from openmythos.config.schema import from_dict
+from openmythos.data.prepare import prepare
+from openmythos.interop.loading import load_config, load_pretrained
+from openmythos.tokenizer import byte_tokenizer
+from openmythos.train.recipe import RunConfig, TextData
+from openmythos.train.run import set_up
+from openmythos.train.task import HopsTraining, TextTask
+from tests.strategies import random_model
 from tests.train import examples
-from tests.train.examples import FixedTask, changed, hops_config, random_batch
-
-CONFIG = small_config(core_feed_forward=examples.MOE)
+from tests.train.examples import changed, hops_config, text_config, tiny_model, write_text
 
 
-class Remembering(FixedTask):
-    def __init__(self, stage: int = 1) -> None:
-        super().__init__(random_batch(CONFIG, 2, 4))
-        self.stage = stage
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"stage": self.stage}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.stage = state["stage"]
-
-
-def trained(seed: int) -> tuple[RecurrentDepthLM, list[torch.optim.Optimizer]]:
-    """A model and optimisers that have done two steps."""
-    model = random_model(CONFIG, seed=seed)
-    optimizers = make_optimizers(model, OptimizerConfig())
-    for _ in range(2):
-        for param in model.parameters():
-            param.grad = torch.randn(param.shape, generator=seeded(seed))
-        for optimizer in optimizers:
-            optimizer.step()
-    return model, optimizers
+def test_text_from_a_file(tmp_path: Path) -> None:
+    config = text_config(write_text(tmp_path))
+    run = set_up(config, tmp_path / "run")
+    assert isinstance(run.task, TextTask)
+    tokenizer = run.folder.tokenizer
+    assert tokenizer is not None
+    assert run.config.model.vocab_size == tokenizer.vocab_size <= 300
+    assert run.model.embed.weight.shape[0] == tokenizer.vocab_size
+    stored = json.loads((tmp_path / "run" / "config.json").read_text(encoding="utf-8"))
+    assert from_dict(RunConfig, stored) == run.config
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
+        "checkpoints", "config.json", "data", "samples"
+    ]  # fmt: skip
 
 
-def state_of(optimizers: list[torch.optim.Optimizer]) -> list[Any]:
-    return [optimizer.state_dict() for optimizer in optimizers]
+def test_text_from_a_prepared_folder(tmp_path: Path) -> None:
+    prepare(str(write_text(tmp_path)), tmp_path / "data", tokenizer=byte_tokenizer())
+    run = set_up(text_config(tmp_path / "data"), tmp_path / "run")
+    assert run.config.model.vocab_size == 259
+    assert not (tmp_path / "run" / "data").exists()
 
 
-def test_everything_comes_back(tmp_path: Path) -> None:
-    model, optimizers = trained(0)
-    state = RunState(step=7, seconds=1.25, first_nats=3.5, bad_steps=2)
-    folder = RunFolder(tmp_path)
-    path = folder.save(model, optimizers, Remembering(stage=4), state)
-    assert path == folder.last_checkpoint() == tmp_path / "checkpoints" / "step-00000007"
-
-    other, fresh = trained(1)
-    task = Remembering()
-    assert RunFolder(tmp_path).resume(other, fresh, task) == state
-    assert task.stage == 4
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(tensor, other.state_dict()[name]), name
-    for ours, theirs in zip(state_of(optimizers), state_of(fresh), strict=True):
-        assert json.dumps(ours["param_groups"]) == json.dumps(theirs["param_groups"])
-        assert ours["state"].keys() == theirs["state"].keys()
-        for param, values in ours["state"].items():
-            for name, value in values.items():
-                assert torch.equal(value, theirs["state"][param][name])
-    loaded = load_pretrained(path)
-    assert torch.equal(loaded.embed.weight, model.embed.weight)
-    assert all(file.suffix in (".safetensors", ".json") for file in path.iterdir())
+def test_the_written_configuration_makes_the_same_run(tmp_path: Path) -> None:
+    first = set_up(text_config(write_text(tmp_path)), tmp_path / "one")
+    second = set_up(first.config, tmp_path / "two")
+    assert second.config == first.config
+    for a, b in zip(first.model.parameters(), second.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert torch.equal(first.task.batch(2, 4).tokens, second.task.batch(2, 4).tokens)
 
 
-def test_only_the_newest_are_kept_and_nothing_to_resume_is_none(tmp_path: Path) -> None:
-    model, optimizers = trained(0)
-    folder = RunFolder(tmp_path, keep=2)
-    assert folder.last_checkpoint() is None
-    assert folder.resume(model, optimizers, Remembering()) is None
-    for step in (1, 2, 30, 4000):
-        folder.save(model, optimizers, Remembering(), RunState(step=step, seconds=0.0))
-    assert [p.name for p in folder.checkpoints()] == ["step-00000030", "step-00004000"]
+def test_the_seed_decides_weights_batches_and_walks(tmp_path: Path) -> None:
+    runs = [
+        set_up(changed(hops_config(), seed=s), tmp_path / f"{i}") for i, s in enumerate((1, 1, 2))
+    ]
+    same, again, other = runs
+    assert isinstance(same.task, HopsTraining)
+    assert same.config.model.vocab_size == 4
+    assert torch.equal(same.model.embed.weight, again.model.embed.weight)
+    assert not torch.equal(same.model.embed.weight, other.model.embed.weight)
+    tokens = [torch.cat([r.task.batch(s, 16).tokens[:, :2] for s in range(4)]) for r in runs]
+    assert torch.equal(tokens[0], tokens[1])
+    assert not torch.equal(tokens[0], tokens[2])
 
 
-def test_half_written_folders_are_ignored_and_removed(tmp_path: Path) -> None:
-    model, optimizers = trained(0)
-    folder = RunFolder(tmp_path)
-    folder.save(model, optimizers, Remembering(), RunState(step=3, seconds=0.0))
-    for name in (".step-00000004.tmp", "..step-00000005.tmp.tmp"):
-        half = tmp_path / "checkpoints" / name
-        half.mkdir()
-        (half / "model.safetensors").write_bytes(b"half")
-    assert folder.last_checkpoint() == tmp_path / "checkpoints" / "step-00000003"
-    state = folder.resume(model, optimizers, Remembering())
-    assert state is not None and state.step == 3
-    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000003"]
+def test_another_runs_data_is_not_touched(tmp_path: Path) -> None:
+    config = text_config(write_text(tmp_path))
+    set_up(config, tmp_path / "run")
+    files = {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    other = replace(config, data=TextData(source=str(write_text(elsewhere, 70)), seq_len=32))
+    with pytest.raises(ValueError, match=r"data\.source"):
+        set_up(other, tmp_path / "run")
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*") if p.is_file()} == files
 
 
-@pytest.mark.parametrize("file", ["training_state.json", "training_state.safetensors"])
-@pytest.mark.parametrize("damage", ["missing", "cut"])
-def test_a_damaged_training_state_is_named(tmp_path: Path, file: str, damage: str) -> None:
-    model, optimizers = trained(0)
-    folder = RunFolder(tmp_path)
-    path = folder.save(model, optimizers, Remembering(), RunState(step=3, seconds=0.0)) / file
-    content = path.read_bytes()
-    path.unlink()
-    if damage == "cut":
-        path.write_bytes(content[: len(content) // 2])
-    with pytest.raises(ValueError, match="step-00000003 cannot be resumed"):
-        folder.resume(model, optimizers, Remembering())
+def test_changed_text_is_noticed_when_the_run_goes_on(tmp_path: Path) -> None:
+    source = write_text(tmp_path)
+    config = text_config(source, max_steps=2)
+    examples.run(config, tmp_path / "run")
+    source.write_text(source.read_text(encoding="utf-8").upper(), encoding="utf-8")
+    with pytest.raises(ValueError, match="changed"):
+        examples.run(config, tmp_path / "run")
 
 
-def test_another_configuration_is_refused_and_named(tmp_path: Path) -> None:
-    config = hops_config()
-    folder = RunFolder(tmp_path)
-    assert not folder.check_config(to_dict(config))
-    folder.write_config(to_dict(config))
-    written = (tmp_path / "config.json").read_bytes()
-    folder.write_config(to_dict(config))
-    other = to_dict(changed(config, batch_size=8, max_steps=7))
-    other["model"]["injection"] = {"kind": "add"}
-    with pytest.raises(ValueError, match="holds a run with another configuration") as caught:
-        folder.write_config(other)
-    message = str(caught.value)
-    assert "train.batch_size (16 there, 8 here)" in message
-    assert "train.max_steps (60 there, 7 here)" in message
-    assert 'model.injection.kind ("lti" there, "add" here)' in message
-    assert "model.injection.decay_init (" in message and " there, absent here)" in message
-    assert "choose another --out" in message and "\n" not in message
-    assert (tmp_path / "config.json").read_bytes() == written
-    only = to_dict(config)
-    only["model"]["vocab_size"] = 9
-    assert folder.check_config(only, ignore=("model.vocab_size",))
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"config\.json is not JSON"):
-        folder.check_config(to_dict(config))
+def test_unusable_text_is_one_clear_error(tmp_path: Path) -> None:
+    empty = tmp_path / "empty.txt"
+    empty.touch()
+    with pytest.raises(ValueError, match=r"empty\.txt"):
+        set_up(text_config(empty), tmp_path / "run")
 
 
-def test_a_run_with_another_seed_is_refused(tmp_path: Path) -> None:
-    set_up(hops_config(), tmp_path)
-    with pytest.raises(ValueError, match=r"train\.seed \(3 there, 4 here\)"):
-        set_up(changed(hops_config(), seed=4), tmp_path)
+# --- starting from a checkpoint -------------------------------------------------------------------
+
+
+def checkpoint(folder: Path, vocab_size: int = 259) -> Path:
+    """A model with random weights, and the byte tokenizer."""
+    config = replace(tiny_model(injection=LinearInjectionConfig()), vocab_size=vocab_size)
+    return save_pretrained(random_model(config), folder, byte_tokenizer())
+
+
+def from_checkpoint(source: Path, start: Path, **changes: Any) -> RunConfig:
+    config = text_config(source, init_from=str(start), **changes)
+    return replace(config, model=load_config(start))
+
+
+def test_a_run_starts_from_a_checkpoint(tmp_path: Path) -> None:
+    """Its weights, its tokenizer, and a vocabulary that may be larger than the tokenizer's."""
+    start, source = checkpoint(tmp_path / "start", vocab_size=264), write_text(tmp_path)
+    run = set_up(from_checkpoint(source, start), tmp_path / "run")
+    assert run.config.model.vocab_size == 264
+    assert run.folder.tokenizer.fingerprint == byte_tokenizer().fingerprint
+    wanted = load_pretrained(start)
+    for name, tensor in run.model.state_dict().items():
+        assert torch.equal(tensor, wanted.state_dict()[name])
+    assert all(p.requires_grad for p in run.model.parameters())
+    stored = json.loads((tmp_path / "run" / "config.json").read_text(encoding="utf-8"))
+    assert stored["train"]["init_from"] == str(start)
+
+
+def test_half_precision_weights_train_in_full(tmp_path: Path) -> None:
+    start = checkpoint(tmp_path / "start")
+    save_pretrained(load_pretrained(start).bfloat16(), start, byte_tokenizer())
+    run = set_up(from_checkpoint(write_text(tmp_path), start), tmp_path / "run")
+    assert all(p.dtype == torch.float32 for p in run.model.parameters())
+
+
+def test_a_run_that_goes_on_keeps_what_it_has_learnt(tmp_path: Path) -> None:
+    """The start is read once; after that the run needs it no more."""
+    start, source = checkpoint(tmp_path / "start"), write_text(tmp_path)
+    prepare(str(source), tmp_path / "data", tokenizer=byte_tokenizer())
+    config = from_checkpoint(tmp_path / "data", start, max_steps=4)
+    whole = examples.run(config, tmp_path / "whole")
+    shutil.rmtree(start)
+    again = examples.run(config, tmp_path / "whole")
+    assert again.step == whole.step == 4
+    trained = load_pretrained(tmp_path / "whole")
+    assert trained.config == config.model
+
+
+def test_a_start_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+    start, source = checkpoint(tmp_path / "start"), write_text(tmp_path)
+    config = from_checkpoint(source, start)
+    wider = replace(config, model=replace(config.model, num_core_layers=2))
+    with pytest.raises(ValueError, match=r"missing: core\.1\."):
+        set_up(wider, tmp_path / "run")
+    prepare(str(source), tmp_path / "data", vocab_size=300)
+    other = replace(config, data=TextData(source=str(tmp_path / "data"), seq_len=32))
+    with pytest.raises(ValueError, match=r"300 token ids, the model in .* --tokenizer"):
+        set_up(other, tmp_path / "other")
+    prepare(str(source), tmp_path / "data", vocab_size=260)
+    larger = checkpoint(tmp_path / "larger", vocab_size=270)
+    mixed = replace(from_checkpoint(source, larger), data=other.data)
+    with pytest.raises(ValueError, match="tokenizer mismatch"):
+        set_up(mixed, tmp_path / "mixed")
+    assert not (tmp_path / "mixed" / "config.json").exists()

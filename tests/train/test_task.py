@@ -10,7 +10,7 @@ from openmythos.data.prepare import prepare
 from openmythos.data.synthetic import Curriculum, HopsConfig, HopsTask
 from openmythos.model.recurrent import RecurrentDepthLM
 from openmythos.tokenizer import byte_tokenizer
-from openmythos.train.config import TrainConfig
+from openmythos.train.recipe import TrainConfig
 from openmythos.train.task import (
     HopsTraining,
     Task,

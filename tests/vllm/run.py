@@ -25,7 +25,7 @@ from openmythos.config import (
     MoEConfig,
     SwiGLUConfig,
 )
-from openmythos.interop.hf_export import export_hf
+from openmythos.interop.export import export_hf
 from tests.strategies import random_model, random_tokens
 
 ENGINE = Path(__file__).parent / "engine.py"

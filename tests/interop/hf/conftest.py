@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from openmythos.config import ModelConfig
-from openmythos.interop.hf_export import export_hf
+from openmythos.interop.export import export_hf
 from openmythos.model.recurrent import RecurrentDepthLM
 from tests.strategies import random_model
 

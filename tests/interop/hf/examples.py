@@ -10,6 +10,7 @@ from openmythos.config import (
     GQAConfig,
     LearnedLoopConfig,
     LinearInjectionConfig,
+    Llama3ScalingConfig,
     ModelConfig,
     MoEConfig,
     NoInjectionConfig,
@@ -23,7 +24,6 @@ from openmythos.config import (
     ValueEmbeddingConfig,
     WeightLoRAConfig,
 )
-from openmythos.seams import Llama3ScalingConfig
 from tests.strategies import MLA, small_config
 
 BIASED_MOE = MoEConfig(

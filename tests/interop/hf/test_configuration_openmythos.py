@@ -3,7 +3,7 @@ from types import ModuleType
 
 import pytest
 
-from openmythos.interop.hf_export import export_hf
+from openmythos.interop.export import export_hf
 from tests.interop.hf.examples import DENSE, LATENT, SPARSE
 from tests.strategies import random_model
 

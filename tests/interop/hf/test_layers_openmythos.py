@@ -6,7 +6,7 @@ from tests.interop.hf.conftest import Open
 from tests.interop.hf.examples import CONFIGS, DENSE, LATENT, PARCAE, SPARSE
 from tests.strategies import random_tokens
 
-TOLERANCE = 1e-5  # logits are of size 2 to 5; fp32 in another order of sums differs by 5e-6
+TOLERANCE = 2e-5  # logits are of size 2 to 5; fp32 in another order of sums differs by 1.2e-5
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=list(CONFIGS))

@@ -11,7 +11,7 @@ import torch
 
 from openmythos import generate
 from openmythos.config import ModelConfig
-from openmythos.interop.hf_export import export_hf
+from openmythos.interop.export import export_hf
 from openmythos.interop.loading import load_pretrained
 from openmythos.tokenizer import byte_tokenizer
 from tests.interop.hf.conftest import Open

@@ -1,0 +1,148 @@
+"""The style that all pictures share, and those of a trace; matplotlib is loaded on first use.
+
+Blue is what was measured at a chosen depth, orange is the depth that the model chose, grey is
+context. Every picture reads in grey print and by colour-blind people.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from openmythos.analysis.placement import roomiest_end
+from openmythos.analysis.trace import LoopTrace
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+INK, MUTED, GRID, BAND, PAPER = "#1f2733", "#677180", "#dde1e7", "#eef0f4", "#ffffff"
+BLUE, ORANGE, CELL, ON_CELL = "#1f5fa8", "#d2691a", "#174f92", "#fdfefe"
+STYLE: dict[str, Any] = {
+    "font.family": ["sans-serif"],
+    "font.sans-serif": ["Helvetica Neue", "Arial", "Liberation Sans", "DejaVu Sans"],
+    "font.size": 9.5,
+    "text.color": INK,
+    "axes.edgecolor": MUTED,
+    "axes.labelcolor": MUTED,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 10.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.titlepad": 10,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "ytick.major.size": 0,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "grid.color": GRID,
+    "grid.linewidth": 0.7,
+    "lines.linewidth": 2.0,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "openmythos",
+}
+DPI = 200
+
+
+def require_matplotlib() -> None:
+    """Fail now rather than after minutes of training.
+
+    Raises:
+        ValueError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError as error:
+        raise ValueError(
+            'pictures need matplotlib, which is not installed; run: pip install "openmythos[plot]"'
+        ) from error
+
+
+# --- drawing -------------------------------------------------------------------------------------
+
+OFF: dict[str, Any] = {"textcoords": "offset points", "annotation_clip": False}
+
+
+def styled() -> Any:
+    """The context in which a picture is made and saved."""
+    require_matplotlib()
+    import matplotlib
+
+    return matplotlib.rc_context(cast(Any, STYLE))
+
+
+def figure_of(width: float, height: float) -> Figure:
+    """An empty picture; sizes in inches."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), dpi=DPI)
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a picture; the suffix chooses the format."""
+    with styled():
+        figure.savefig(path, dpi=DPI, facecolor=PAPER)
+
+
+def to_svg(figure: Figure) -> str:
+    """The picture as SVG text, without ground and date."""
+    buffer = io.StringIO()
+    with styled():
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    return buffer.getvalue()
+
+
+# --- the state -----------------------------------------------------------------------------------
+
+
+def trace_curves(trace: LoopTrace) -> Figure:
+    """State norm, relative step, step ratio beside rho(A), token correlation; all over loops."""
+    with styled():
+        figure = figure_of(5.8, 4.3)
+        panels = figure.subplots(2, 2)
+        figure.subplots_adjust(0.07, 0.11, 0.98, 0.93, wspace=0.22, hspace=0.46)
+        loops = list(range(1, trace.num_loops + 1))
+        _small(panels[0, 0], loops, trace.state_norm, "State norm |h|")
+        _small(panels[0, 1], loops, trace.relative_step, "Relative step |Δh| / |h|")
+        ratios = [float("nan") if value is None else value for value in trace.step_ratio]
+        _small(panels[1, 0], loops, ratios, "Step over the step before")
+        _small(panels[1, 1], loops, trace.token_correlation, "Token correlation")
+        below, alike = panels[1, 0], panels[1, 1]
+        known = [value for value in ratios if math.isfinite(value)]
+        below.set_ylim(0, 1.15 * max([1.0, *known]))
+        below.axhline(1.0, color=MUTED, linewidth=1)
+        _note(below, 1.0, "1: no shrinking", MUTED, known)
+        if trace.rho is not None:
+            below.axhline(trace.rho, color=INK, linewidth=1.2, linestyle=(0, (4, 3)))
+            taken = [1.1, *known, 1.1]  # the other name stands above 1
+            _note(below, trace.rho, f"rho(A) {trace.rho:.2f}, A alone", INK, taken)
+        alike.set_ylim(min(0.0, *trace.token_correlation) - 0.02, 1.15)
+        alike.axhline(1.0, color=MUTED, linewidth=1)
+        _note(alike, 1.0, "1: all tokens alike", MUTED, ())
+        for axes in panels[1]:
+            axes.set_xlabel("loop")
+    return figure
+
+
+def _note(axes: Axes, height: float, text: str, colour: str, values: Sequence[float]) -> None:
+    """A level line's name, where the values leave most room."""
+    side, up = roomiest_end(values, height, lift=0.08 * axes.get_ylim()[1])
+    place, offset = (0.02 if side == "left" else 0.98, height), (0, 3 if up > 0 else -10)
+    style: dict[str, Any] = {"color": colour, "fontsize": 8.5, "ha": side, "zorder": 1, **OFF}
+    axes.annotate(text, place, offset, xycoords=("axes fraction", "data"), **style)
+
+
+def _small(axes: Axes, loops: Sequence[int], values: Sequence[float], title: str) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axes.plot(loops, values, color=BLUE, marker="o", markersize=3.2, linewidth=1.6)
+    axes.set_title(title, fontsize=9.5)
+    axes.set_xlim(0.5, loops[-1] + 0.5)
+    axes.set_ylim(bottom=0)
+    axes.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
+    axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, steps=[1, 2, 4, 5, 10]))

@@ -1,0 +1,1 @@
+"""A model on disk: saved, loaded, and its weights one at a time."""

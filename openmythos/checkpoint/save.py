@@ -1,0 +1,46 @@
+"""Write a checkpoint folder: model.safetensors, config.json and, optionally, tokenizer.json."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from openmythos.checkpoint.weights import CONFIG_FILE, WEIGHTS_FILE
+from openmythos.config.schema import to_dict
+from openmythos.folder import PathLike, replaced_folder
+from openmythos.model.recurrent import RecurrentDepthLM
+from openmythos.tokenizer import Tokenizer
+
+FORMAT, FORMAT_VERSION = "openmythos", 1
+OWN_FILES = {CONFIG_FILE, WEIGHTS_FILE, "tokenizer.json", "tokenizer_config.json"}
+
+
+def save_pretrained(
+    model: RecurrentDepthLM, folder: PathLike, tokenizer: Tokenizer | None = None
+) -> Path:
+    """Write a checkpoint folder and return its path.
+
+    A checkpoint that is there already is replaced as a whole: after a kill at any instant the
+    folder holds the complete old one or the complete new one.
+
+    Raises:
+        ValueError: The folder holds something else than a checkpoint, or the model has no weights.
+    """
+    if any(tensor.is_meta for tensor in model.state_dict().values()):
+        raise ValueError("the model is on the meta device: it has shapes but no weights to save")
+    with replaced_folder(folder, OWN_FILES) as fresh:
+        save_weights(model.state_dict(), fresh)
+        config = {"format": FORMAT, "format_version": FORMAT_VERSION, **to_dict(model.config)}
+        (fresh / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        if tokenizer is not None:
+            tokenizer.save(fresh)
+    return Path(folder)
+
+
+def save_weights(tensors: Mapping[str, Tensor], folder: Path) -> None:
+    """Write model.safetensors; names that share their memory are an error of safetensors."""
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(plain, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    (folder / WEIGHTS_FILE).chmod(0o644)  # the library makes it private to its owner

@@ -1,0 +1,205 @@
+"""The weights of a checkpoint folder, whatever its family: names, shapes, and one tensor at a time.
+
+Nothing in a file is run, nothing is returned that is not finite, and what was read does not stay in
+memory.
+"""
+
+import json
+import math
+import pickle
+import zipfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from torch import Tensor
+
+from openmythos.folder import listed
+
+CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
+PICKLE_FILES = ("pytorch_model.bin", "model.bin", "model.pt", "model.pth")
+INDEX_FILES = (WEIGHTS_FILE + ".index.json", "pytorch_model.bin.index.json")
+WRAPPERS = ("module.", "_orig_mod.")  # that data-parallel and compiled models put before all names
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+REOPEN_BYTES = 1 << 25  # what was read of mapped files stays in memory until they are closed
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+class StoredWeights:
+    """A folder's weights: names and shapes at once, each tensor when it is asked for.
+
+    Reads model.safetensors or pickles that hold tensors only, whole or in shards with an index.
+
+    Raises:
+        ValueError: No weights, a damaged file, or a pickle that holds code.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._places: dict[str, tuple[Path, str]] = {}  # the file, and the name in it
+        self._open: dict[Path, _Tensors] = {}
+        self._num_bytes = 0
+        index = _index_of(folder)
+        for path in _files_of(folder) if index is None else sorted({*index.values()}):
+            for name, shape in _Tensors(path).shapes.items():
+                self.shapes[name], self._places[name] = shape, (path, name)
+        lost = [n for n, path in (index or {}).items() if self._places.get(n) != (path, n)]
+        if lost:
+            raise ValueError(f"{folder}: the shards lack what the index promises: {listed(lost)}")
+        self.strip(WRAPPERS)
+
+    def strip(self, prefixes: tuple[str, ...]) -> None:
+        """Drop the prefixes that all names have, in whatever order they stand there."""
+        while found := [p for p in prefixes if self.shapes and all(map(_starts(p), self.shapes))]:
+            size = len(found[0])
+            self.shapes = {name[size:]: shape for name, shape in self.shapes.items()}
+            self._places = {name[size:]: place for name, place in self._places.items()}
+
+    def size(self, names: Iterable[str]) -> int:
+        """Numbers in these tensors; read large ones first, while there is room for their copies."""
+        return sum(math.prod(self.shapes[name]) for name in names)
+
+    def read(self, name: str) -> Tensor:
+        """One tensor; a view of its file, to be copied before it is kept.
+
+        Raises:
+            ValueError: It is not floating or not finite.
+        """
+        path, stored_name = self._places[name]
+        if self._num_bytes > REOPEN_BYTES:
+            self._open = {p: file for p, file in self._open.items() if not file.mapped}
+            self._num_bytes = 0
+        if path not in self._open:
+            self._open[path] = _Tensors(path)
+        tensor = self._open[path].read(stored_name)
+        self._num_bytes += tensor.nbytes if self._open[path].mapped else 0
+        if tensor.dtype not in DTYPES:
+            allowed = "float16, bfloat16, float32 or float64"
+            raise ValueError(f"{path}: {name} has dtype {tensor.dtype}; it must be {allowed}")
+        if tensor.numel() and not all(bool(limit.isfinite()) for limit in tensor.aminmax()):
+            raise ValueError(f"{path}: {name} holds NaN or infinite weights")
+        return tensor
+
+
+class _Tensors:
+    """One file, mapped into memory until it is dropped; a pickle without zip is read at once."""
+
+    def __init__(self, path: Path) -> None:
+        self.mapped = path.suffix == ".safetensors" or zipfile.is_zipfile(path)
+        self._dict: dict[str, Tensor] | None = None
+        if path.suffix != ".safetensors":
+            self._dict = _load_pickle(path)
+            self.shapes = tensor_shapes(self._dict)
+            return
+        try:
+            self._handle: Any = safetensors.safe_open(path, framework="pt", device="cpu")
+            self.shapes = {
+                name: tuple(self._handle.get_slice(name).get_shape())
+                for name in self._handle.keys()  # noqa: SIM118 (not a dict)
+            }
+        except (safetensors.SafetensorError, OSError) as error:
+            raise ValueError(f"{path} is truncated or damaged: {error}") from None
+
+    def read(self, name: str) -> Tensor:
+        return self._handle.get_tensor(name) if self._dict is None else self._dict[name]
+
+
+def _index_of(folder: Path) -> dict[str, Path] | None:
+    """The file of each tensor as the folder's index has it; None where the weights are one file."""
+    if (folder / WEIGHTS_FILE).is_file():
+        return None
+    for path in (folder / name for name in INDEX_FILES):
+        if path.is_file():
+            places = read_json(path).get("weight_map")
+            if not isinstance(places, dict) or not all(map(_is_file_name, places.values())):
+                raise ValueError(f"{path} has no weight_map of file names in its own folder")
+            shards = {name: folder / place for name, place in places.items()}
+            if absent := sorted({shard.name for shard in shards.values() if not shard.is_file()}):
+                raise ValueError(f"{path} names shards that are missing: {listed(absent)}")
+            return shards
+    return None
+
+
+def _is_file_name(place: object) -> bool:
+    return isinstance(place, str) and place not in ("", "..") and Path(place).name == place
+
+
+def _files_of(folder: Path) -> list[Path]:
+    for path in (folder / name for name in (WEIGHTS_FILE, *PICKLE_FILES)):
+        if path.is_file():
+            return [path]
+    raise ValueError(f"{folder} has no weights; expected {WEIGHTS_FILE}")
+
+
+def _starts(prefix: str) -> Any:
+    return lambda name: name.startswith(prefix) and name != prefix
+
+
+def _load_pickle(path: Path) -> dict[str, Tensor]:
+    """The tensors of a pickle, read without running code; a training state's model is unwrapped."""
+    try:
+        data = torch.load(
+            path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
+        )
+    except pickle.UnpicklingError:
+        raise ValueError(
+            f"{path} is damaged or holds code besides tensors, and was not loaded because that "
+            "could run the code; convert it to safetensors with the program that wrote it"
+        ) from None
+    except Exception as error:  # a damaged pickle can end in any of them
+        reason = "".join(str(error).splitlines()[:1])
+        raise ValueError(f"{path} is truncated or damaged: {reason}") from None
+    for wrapper in ("model", "state_dict"):
+        if isinstance(data, dict) and isinstance(data.get(wrapper), dict):
+            data = data[wrapper]
+    if not isinstance(data, dict) or not all(isinstance(t, Tensor) for t in data.values()):
+        raise ValueError(f"{path} is not a dictionary of tensors")
+    return {str(name): tensor for name, tensor in data.items()}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A file's JSON object.
+
+    Raises:
+        ValueError: It holds something else.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # of JSON or of UTF-8
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise ValueError(f"{path} holds {type(data).__name__}, not a JSON object")
+    return data
+
+
+def tensor_shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor."""
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def check_shapes(given: Shapes, expected: Shapes, where: Path) -> None:
+    """Compare names and shapes.
+
+    Raises:
+        ValueError: Lists what is missing, unexpected or of the wrong shape.
+    """
+    complaints = []
+    if missing := sorted(set(expected) - set(given)):
+        complaints.append(f"missing: {listed(missing)}")
+    if unexpected := sorted(set(given) - set(expected)):
+        complaints.append(f"unexpected: {listed(unexpected)}")
+    wrong = [
+        f"{name} is {list(given[name])}, expected {list(expected[name])}"
+        for name in sorted(set(given) & set(expected))
+        if tuple(given[name]) != tuple(expected[name])
+    ]
+    if wrong:
+        complaints.append(f"wrong shape: {listed(wrong)}")
+    if complaints:
+        raise ValueError(
+            f"the weights in {where} do not fit its {CONFIG_FILE}: {'; '.join(complaints)}"
+        )

@@ -1,0 +1,23 @@
+"""One transformer block: where its norms stand. No torch."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from openmythos.config.schema import require, require_literals
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockConfig:
+    """Where the norms stand.
+
+    ``pre``: x + f(n(x)). ``peri``: x + n'(f(n(x))) (Ouro). ``sandwich``: n'(x + f(n(x))) (Huginn).
+    ``layer_scale`` multiplies each branch by a learned vector that starts at this value.
+    """
+
+    norm: Literal["pre", "peri", "sandwich"] = "pre"
+    norm_eps: float = 1e-6
+    layer_scale: float | None = None
+
+    def __post_init__(self) -> None:
+        require_literals(self)
+        require(self.norm_eps > 0, "block.norm_eps", self.norm_eps, "above 0")

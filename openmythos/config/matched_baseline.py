@@ -1,0 +1,155 @@
+"""Plain models that match a looped one: as many parameters, as much compute, or as much memory.
+
+No torch. A looped model with fewer weights than a plain one of its depth has to be compared with
+all three: at equal parameters it costs more, at equal compute it holds less.
+
+Source: Saunshi et al. 2025 (arXiv 2502.17416), section 3, for the first two.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from openmythos.config import (
+    CopyInitConfig,
+    ModelConfig,
+    MoEConfig,
+    NoInjectionConfig,
+    ValueEmbeddingConfig,
+    counts,
+)
+from openmythos.config.schema import require
+
+Match = Literal["parameters", "flops", "memory"]
+MATCHES: tuple[Match, ...] = ("parameters", "flops", "memory")
+WIDTH_STEP = 8  # feed-forward widths are multiples of it
+DTYPE_BYTES = 2  # of a weight and of a cached number: bfloat16
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """A plain model and how well it matches.
+
+    Args:
+        config: Of the plain model.
+        match: What is equal.
+        context_length: Tokens at which compute and memory were compared.
+        target: The looped model's parameters, FLOPs a token, or bytes.
+        value: The plain model's.
+    """
+
+    config: ModelConfig
+    match: Match
+    context_length: int
+    target: int
+    value: int
+
+    @property
+    def deviation(self) -> float:
+        """(value - target) / target."""
+        return (self.value - self.target) / self.target
+
+
+def baseline(config: ModelConfig, *, match: Match, context_length: int | None = None) -> Baseline:
+    """The plain model that matches a looped one at its ``num_loops``.
+
+    Kept: vocabulary, width, attention, kind of feed-forward and experts, norms, positions, the
+    layers of prelude and coda, tied or untied head, and which of the core's layers have value
+    embeddings (the core's pattern is repeated over the new layers, as if the loop were unrolled).
+
+    Changed: one pass instead of loops, and what only a loop needs is gone: injection, initial
+    state, prelude norm, loop norm, readout, loop embedding, loop adapter, halting. Then, to match,
+    first the number of core layers and, for what a whole layer cannot meet, the width of the
+    feed-forward (of the core, where it has one of its own; of an expert) in steps of 8.
+
+    Args:
+        config: The looped model's.
+        match: ``"parameters"``: all parameters. ``"flops"``: FLOPs to decode a token at
+            ``context_length``. ``"memory"``: bytes of all weights and of the per-loop cache of one
+            sequence of ``context_length``, in bfloat16.
+        context_length: Tokens; default: the model's ``max_seq_len``.
+
+    Raises:
+        ValueError: Another match, or a context length that the model does not allow.
+    """
+    require(match in MATCHES, "match", match, "one of " + ", ".join(map(repr, MATCHES)))
+    length = config.max_seq_len if context_length is None else context_length
+    fits = 1 <= length <= config.max_seq_len
+    require(fits, "context_length", length, f"in 1..{config.max_seq_len}")
+
+    def size(candidate: ModelConfig) -> int:
+        return _size(candidate, match, length)
+
+    target = size(config)
+    number = _nearest(lambda n: size(_plain(config, n)), target)
+    rough = _plain(config, number)
+    steps = _nearest(lambda n: size(_with_width(rough, WIDTH_STEP * n)), target)
+    fine = _with_width(rough, WIDTH_STEP * steps)
+    found = min(rough, fine, key=lambda candidate: abs(size(candidate) - target))
+    return Baseline(found, match, length, target, size(found))
+
+
+def _size(config: ModelConfig, match: Match, context_length: int) -> int:
+    if match == "parameters":
+        return counts.total_params(config)
+    if match == "flops":
+        return counts.forward_flops(config, context_length=context_length, cached=True)
+    cache = counts.kv_bytes_per_token(config, dtype_bytes=DTYPE_BYTES) * context_length
+    return counts.weight_bytes(config, DTYPE_BYTES) + cache
+
+
+def _plain(config: ModelConfig, num_core_layers: int) -> ModelConfig:
+    """The model run once, with another number of core layers."""
+    core = config.core_feed_forward
+    return replace(
+        config,
+        num_core_layers=num_core_layers,
+        num_loops=1,
+        core_feed_forward=replace(core, bias_loops=1) if isinstance(core, MoEConfig) else core,
+        injection=NoInjectionConfig(),
+        state_init=CopyInitConfig(),
+        loop_embedding=None,
+        loop_adapter=None,
+        halting=None,
+        value_embedding=_unrolled(config, num_core_layers),
+        prelude_norm=False,
+        loop_norm=False,
+        readout="none",
+        final_norm=config.final_norm or config.loop_norm,  # a loop's last norm is the final one
+    )
+
+
+def _unrolled(config: ModelConfig, num_core_layers: int) -> ValueEmbeddingConfig | None:
+    """The same layers of prelude and coda, and the core's pattern again and again."""
+    table = config.value_embedding
+    if table is None:
+        return None
+    start, old = config.num_prelude_layers, config.num_core_layers
+    core = [start + i for i in range(num_core_layers) if start + i % old in table.layers]
+    outside = [layer for layer in table.layers if layer < start]
+    shift = num_core_layers - old
+    outside += [layer + shift for layer in table.layers if layer >= start + old]
+    layers = tuple(sorted({*outside, *core}))
+    return replace(table, layers=layers) if layers else None
+
+
+def _with_width(config: ModelConfig, width: int) -> ModelConfig:
+    """Another width of the core's feed-forward, or of all where they are one."""
+    core, dense = config.core_feed_forward, config.feed_forward
+    if core is None:
+        return replace(config, feed_forward=replace(dense, d_ff=width))
+    if isinstance(core, MoEConfig):
+        return replace(config, core_feed_forward=replace(core, d_expert=width))
+    return replace(config, core_feed_forward=replace(core, d_ff=width))
+
+
+def _nearest(size: Callable[[int], int], target: int) -> int:
+    """The number from 1 whose size, which grows with it, is nearest to the target."""
+    high = 1
+    while size(high) < target:
+        high *= 2
+    low = max(1, high // 2)
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (middle + 1, high) if size(middle) < target else (low, middle)
+    return min({max(1, low - 1), low}, key=lambda number: (abs(size(number) - target), number))

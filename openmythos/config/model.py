@@ -1,0 +1,123 @@
+"""The model's configuration: one frozen dataclass, checked when it is made. No torch.
+
+Training and serving have their own configurations beside their code.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from openmythos.config.attention import AttentionConfig, DepthAttentionConfig, ValueEmbeddingConfig
+from openmythos.config.block import BlockConfig
+from openmythos.config.feed_forward import DenseConfig, FeedForwardConfig
+from openmythos.config.halting import HaltingConfig
+from openmythos.config.injection import (
+    GateInjectionConfig,
+    InjectionConfig,
+    LTIInjectionConfig,
+    NoInjectionConfig,
+)
+from openmythos.config.loop_signal import (
+    LoopAdapterConfig,
+    LoopEmbeddingConfig,
+    SinusoidalLoopConfig,
+)
+from openmythos.config.rope import RopeConfig
+from openmythos.config.schema import require, require_literals, require_positive
+from openmythos.config.state_init import CopyInitConfig, StateInitConfig, ZerosInitConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A recurrent-depth language model: prelude -> core looped T times -> coda.
+
+    ``num_loops`` is only the default depth; every call may choose another.
+    ``readout`` stands between the last loop and the coda: nothing, a linear map (Parcae's C), or
+    the final norm, shared (Huginn). ``loop_norm`` normalises the state after each loop (Ouro).
+    """
+
+    vocab_size: int
+    d_model: int
+    num_prelude_layers: int
+    num_core_layers: int
+    num_coda_layers: int
+    num_loops: int
+    attention: AttentionConfig
+    feed_forward: DenseConfig
+    core_feed_forward: FeedForwardConfig | None = None
+    max_seq_len: int = 2048
+    rope: RopeConfig | None = field(default_factory=RopeConfig)
+    block: BlockConfig = field(default_factory=BlockConfig)
+    injection: InjectionConfig = field(default_factory=LTIInjectionConfig)
+    state_init: StateInitConfig = field(default_factory=ZerosInitConfig)
+    loop_embedding: LoopEmbeddingConfig | None = None
+    loop_adapter: LoopAdapterConfig | None = None
+    depth_attention: DepthAttentionConfig | None = None
+    halting: HaltingConfig | None = None
+    value_embedding: ValueEmbeddingConfig | None = None
+    prelude_norm: bool = True
+    loop_norm: bool = False
+    readout: Literal["none", "linear", "final_norm"] = "none"
+    final_norm: bool = True
+    embed_scale: float = 1.0
+    tie_embeddings: bool = True
+
+    def __post_init__(self) -> None:
+        names = ("vocab_size", "d_model", "num_core_layers", "num_loops", "max_seq_len")
+        require_positive(self, *names)
+        require_literals(self)
+        for name in ("num_prelude_layers", "num_coda_layers"):
+            require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
+        if self.rope is not None:
+            dim = self.attention.rope_dim
+            require(dim % 2 == 0, "the attention's rotary dimension", dim, "even")
+        if self.readout == "final_norm":
+            require(self.final_norm, "final_norm", False, "true when readout is 'final_norm'")
+        if not self.adds_e:
+            copies = isinstance(self.state_init, CopyInitConfig)
+            which = f"injection {self.injection.kind!r}"
+            which += " and add_e=false" if isinstance(self.injection, GateInjectionConfig) else ""
+            allowed = f"'copy' with {which}, or the tokens would never reach the state"
+            require(copies, "state_init.kind", self.state_init.kind, allowed)
+        if self.depth_attention is not None:
+            kind, allowed = self.attention.kind, "'gqa' with depth_attention"
+            require(kind == "gqa", "attention.kind", kind, allowed)
+        if isinstance(self.loop_embedding, SinusoidalLoopConfig):
+            channels, name = self.loop_embedding.num_channels, "loop_embedding.num_channels"
+            require(1 <= channels <= self.d_model, name, channels, f"in 1..{self.d_model}")
+        if self.value_embedding is not None:
+            require(
+                self.attention.kind == "gqa", "attention.kind", self.attention.kind, "'gqa' here"
+            )
+            for layer in self.value_embedding.layers:
+                inside = 0 <= layer < self.num_layers
+                require(inside, "value_embedding.layers", layer, f"in 0..{self.num_layers - 1}")
+            channels = self.value_embedding.gate_channels
+            fits = 1 <= channels <= self.d_model
+            require(fits, "value_embedding.gate_channels", channels, f"in 1..{self.d_model}")
+
+    @property
+    def num_layers(self) -> int:
+        """Layers with weights of their own."""
+        return self.num_prelude_layers + self.num_core_layers + self.num_coda_layers
+
+    @property
+    def core_ff(self) -> FeedForwardConfig:
+        """The feed-forward of the core's blocks."""
+        return self.feed_forward if self.core_feed_forward is None else self.core_feed_forward
+
+    @property
+    def adds_e(self) -> bool:
+        """Whether e re-enters at every loop; otherwise it reaches the state in h_0 alone."""
+        if isinstance(self.injection, GateInjectionConfig):
+            return self.injection.add_e
+        return not isinstance(self.injection, NoInjectionConfig)
+
+    @property
+    def num_recent_loops(self) -> int:
+        """Earlier loops of its own that a token attends to in the core."""
+        return 0 if self.depth_attention is None else self.depth_attention.num_recent_loops
+
+    def effective_depth(self, num_loops: int | None = None) -> int:
+        """Layers that a token passes at ``num_loops`` loops (default: the config's)."""
+        loops = self.num_loops if num_loops is None else num_loops
+        return self.num_prelude_layers + loops * self.num_core_layers + self.num_coda_layers

@@ -1,0 +1,186 @@
+"""Frozen dataclasses <-> JSON, with tagged unions and dotted overrides. No torch.
+
+A member of a union carries ``kind: ClassVar[str]``; its JSON object has the same word under
+``"kind"``.
+"""
+
+import dataclasses
+import difflib
+import json
+import math
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, TypeVar, cast
+
+ConfigT = TypeVar("ConfigT")
+
+
+def to_dict(config: object) -> dict[str, Any]:
+    """The config as a JSON-able dict; union members are tagged with their ``kind``."""
+    result: dict[str, Any] = {}
+    if hasattr(config, "kind"):
+        result["kind"] = config.kind
+    for field in dataclasses.fields(cast(Any, config)):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            value = to_dict(value)
+        elif isinstance(value, tuple):
+            value = list(value)
+        result[field.name] = value
+    return result
+
+
+def from_dict(cls: type[ConfigT], data: Mapping[str, Any], path: str = "") -> ConfigT:
+    """Build ``cls`` from a JSON-able dict.
+
+    Raises:
+        ValueError: An unknown or missing key, or a value of the wrong type; it names the field.
+    """
+    if not isinstance(data, Mapping):
+        raise ValueError(f"{path or cls.__name__}: expected an object, got {data!r}")
+    hints = typing.get_type_hints(cls)
+    fields = {field.name: field for field in dataclasses.fields(cast(Any, cls)) if field.init}
+    kwargs: dict[str, Any] = {}
+    for key, value in data.items():
+        if key == "kind" and hasattr(cls, "kind"):
+            continue
+        where = f"{path}.{key}" if path else key
+        if key not in fields:
+            raise ValueError(f"unknown key {where!r}{_nearest(key, fields)}")
+        kwargs[key] = _convert(hints[key], value, where)
+    missing = [
+        name
+        for name, field in fields.items()
+        if name not in kwargs
+        and field.default is dataclasses.MISSING
+        and field.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise ValueError(f"{path or cls.__name__}: missing {', '.join(missing)}")
+    return cls(**kwargs)
+
+
+def apply_overrides(config: ConfigT, overrides: Sequence[str]) -> ConfigT:
+    """Apply ``a.b=value`` overrides; values are JSON, and anything else is a plain string.
+
+    Setting ``x.kind`` chooses another member of a union and drops the fields of the old one.
+
+    Raises:
+        ValueError: An override that is not ``key=value``, an unknown key, or a bad value.
+    """
+    data = to_dict(config)
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        if not separator or not key:
+            raise ValueError(f"override {override!r} is not of the form key.subkey=value")
+        try:
+            value = json.loads(text)
+        except json.JSONDecodeError:
+            value = text
+        _set(data, key.split("."), value)
+    return from_dict(type(config), data)
+
+
+def _set(data: dict[str, Any], keys: list[str], value: object) -> None:
+    where = ".".join(keys)
+    for depth, key in enumerate(keys[:-1]):
+        if key not in data:
+            raise ValueError(f"unknown key {'.'.join(keys[: depth + 1])!r}{_nearest(key, data)}")
+        if data[key] is None:
+            data[key] = {}
+        elif isinstance(data[key], str):  # an override before this one chose a member by its kind
+            data[key] = {"kind": data[key]}
+        if not isinstance(data[key], dict):
+            raise ValueError(f"{'.'.join(keys[: depth + 1])!r} has no fields; cannot set {where!r}")
+        data = data[key]
+    if keys[-1] == "kind" and data.get("kind") != value:
+        data.clear()
+    data[keys[-1]] = value
+
+
+def _nearest(key: str, allowed: Mapping[str, object]) -> str:
+    close = difflib.get_close_matches(key, list(allowed), n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    return f"{hint} (allowed: {', '.join(allowed)})"
+
+
+def _convert(hint: Any, value: Any, path: str) -> Any:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return _convert_union(arguments, value, path)
+    if origin is typing.Literal:
+        if value not in arguments:
+            raise ValueError(f"{path} is {value!r}; allowed: {', '.join(map(repr, arguments))}")
+        return value
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise ValueError(f"{path} is {value!r}; expected a list")
+        return tuple(_convert(arguments[0], item, f"{path}[{i}]") for i, item in enumerate(value))
+    if dataclasses.is_dataclass(hint):
+        if type(value) is hint:
+            return value
+        tag = getattr(hint, "kind", None)
+        if tag is not None and isinstance(value, Mapping) and value.get("kind", tag) != tag:
+            raise ValueError(f"{path}.kind is {value['kind']!r}; allowed: {tag!r}")
+        return from_dict(cast(Any, hint), value, path)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        raise ValueError(f"{path} is {value!r}; expected {hint.__name__}")
+    return value
+
+
+def _convert_union(arguments: tuple[Any, ...], value: Any, path: str) -> Any:
+    if value is None and type(None) in arguments:
+        return None
+    members = [member for member in arguments if member is not type(None)]
+    if len(members) == 1:
+        return _convert(members[0], value, path)
+    tagged = {member.kind: member for member in members if hasattr(member, "kind")}
+    if not tagged:
+        for member in members:
+            if isinstance(value, member):
+                return value
+        names = " or ".join(member.__name__ for member in members)
+        raise ValueError(f"{path} is {value!r}; expected {names}")
+    if isinstance(value, str):  # `--set injection=add` reads better than injection.kind=add
+        value = {"kind": value}
+    kind = value.get("kind") if isinstance(value, Mapping) else None
+    if kind not in tagged:
+        optional = " or null" if type(None) in arguments else ""
+        raise ValueError(f"{path}.kind is {kind!r}; allowed: {', '.join(tagged)}{optional}")
+    return from_dict(tagged[kind], value, path)
+
+
+def json_ready(value: Any) -> Any:
+    """The same with null for numbers that are not finite, which strict JSON has not."""
+    if isinstance(value, dict):
+        return {key: json_ready(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [json_ready(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+# --- checks of fields ---------------------------------------------------------------------------
+
+
+def require(condition: bool, name: str, value: object, allowed: str) -> None:
+    """Raise the ``ValueError`` that every bad field raises: name, value, what is allowed."""
+    if not condition:
+        raise ValueError(f"{name} is {value!r}; it must be {allowed}")
+
+
+def require_positive(owner: object, *names: str) -> None:
+    """Check that the named integer fields of ``owner`` are at least 1."""
+    for name in names:
+        require(getattr(owner, name) >= 1, name, getattr(owner, name), "at least 1")
+
+
+def require_literals(owner: object) -> None:
+    """Check the ``Literal`` fields of ``owner``: a misspelt word must not choose a branch."""
+    for name, hint in typing.get_type_hints(type(owner)).items():
+        if typing.get_origin(hint) is Literal:
+            words = typing.get_args(hint)
+            value = getattr(owner, name)
+            require(value in words, name, value, "one of " + ", ".join(map(repr, words)))

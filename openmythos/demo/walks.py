@@ -1,0 +1,221 @@
+"""Act 2 of the demo: walks of known length, trained with sampled depth and a curriculum."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from openmythos.command.train import data_in_words, describe, run_training
+from openmythos.config.schema import to_dict
+
+if TYPE_CHECKING:
+    from openmythos.data.synthetic import HopsTask
+    from openmythos.demo.result import HopsResult
+    from openmythos.model.exit import Rule
+    from openmythos.model.recurrent import RecurrentDepthLM
+    from openmythos.train.recipe import RunConfig
+
+TRAINED_LOOPS = (2, 8)
+LOOPS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16)
+HOPS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12)
+NUM_WALKS = 512  # held-out walks a cell of the grid
+
+
+def hops_config(seed: int, seconds: float) -> "RunConfig":
+    """A two-layer core on walks, for so many seconds."""
+    from openmythos.config import GQAConfig, ModelConfig, ReLUSquaredConfig
+    from openmythos.train.depth_schedule import ClippedPoissonDepth, DepthSchedule
+    from openmythos.train.optim import OptimizerConfig
+    from openmythos.train.recipe import HopsData, RunConfig, TrainConfig
+
+    # At a higher rate, without QK-norm or with one depth for all of a batch, a run in several is
+    # lost, late and at once: rows of too few loops for their walks are noise, but move the weights.
+    low, high = TRAINED_LOOPS
+    model = ModelConfig(
+        vocab_size=20,
+        d_model=64,
+        num_prelude_layers=0,
+        num_core_layers=2,
+        num_coda_layers=0,
+        num_loops=high,
+        max_seq_len=64,
+        attention=GQAConfig(num_heads=4, num_kv_heads=4, head_dim=16, qk_norm="weightless"),
+        feed_forward=ReLUSquaredConfig(d_ff=256),
+        rope=None,
+    )
+    sampled = ClippedPoissonDepth(mean_recurrence=4, low=low, high=high)
+    settings = TrainConfig(
+        seed=seed,
+        max_seconds=seconds,
+        batch_size=128,
+        optimizer=OptimizerConfig(
+            lr=2e-3,
+            embedding_lr=None,
+            muon_lr=0.003,
+            betas=(0.9, 0.98),
+            weight_decay=0.01,
+            warmup=0.03,
+            decay=0.6,
+        ),
+        depth=DepthSchedule(sampling=sampled, per_sequence=True),
+        eval_loops=(),
+    )
+    return RunConfig(model=model, train=settings, data=HopsData())
+
+
+def act_hops(
+    console: Console, out: Path, config: "RunConfig", device: str
+) -> "tuple[HopsResult, HopsResult]":
+    """Train on walks; the same model with the original's halting trains beside it."""
+    import torch
+
+    from openmythos import load_pretrained
+    from openmythos.config import ACTConfig
+    from openmythos.model.exit import CumulativeThreshold, EntropyKLExit
+    from openmythos.train.run import set_up
+    from openmythos.train.task import HopsTraining
+
+    other = out / "hops_original_halting"
+    other.mkdir(parents=True)
+    halting = ACTConfig(bias_init=0.0, keep_remainder=False)
+    halted = replace(config, model=replace(config.model, halting=halting))
+    (other / "start.json").write_text(json.dumps(to_dict(halted), indent=2), encoding="utf-8")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # so small a model gains nothing from a second thread
+    command = [sys.executable, "-m", "openmythos", "train", "--config", str(other / "start.json")]
+    beside = subprocess.Popen(
+        [*command, "--out", str(other), "--device", device],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        run = set_up(config, out / "hops", device)
+        describe(console, run.model, data_in_words(config.data))
+        if not isinstance(run.task, HopsTraining):
+            raise TypeError("act 2 trains on walks")
+        if run_training(console, run, "hops").interrupted:
+            raise KeyboardInterrupt
+        with console.status("waiting for the comparison run"):
+            _, errors = beside.communicate()
+    finally:
+        beside.kill()
+        beside.wait()
+        torch.set_num_threads(threads)
+    if beside.returncode:
+        lines = errors.strip().splitlines() or [f"exit status {beside.returncode}"]
+        typer.echo(f"error: the comparison run failed: {lines[-1]}", err=True)
+        raise typer.Exit(1)
+    rule = EntropyKLExit(kl=0.01, entropy=1.0)
+    walks = run.task.task
+    with console.status("accuracy over hops and loops"):
+        ours = measure_hops(run.model, walks, out / "hops", rule)
+        act = CumulativeThreshold(threshold=0.99)
+        theirs = measure_hops(load_pretrained(other, device=device), walks, other, act)
+        theirs = replace(theirs, name="The original's halting", decider="ACT halting")
+    show_hops(console, ours)
+    console.print(
+        f"with the original's halting: best accuracy at 10 hops "
+        f"{max(theirs.accuracy[theirs.hops.index(10)]):.2f}, "
+        f"loops taken {min(theirs.exit_loops):.1f} to {max(theirs.exit_loops):.1f}"
+    )
+    return ours, theirs
+
+
+def measure_hops(
+    model: "RecurrentDepthLM", task: "HopsTask", out: Path, rule: "Rule"
+) -> "HopsResult":
+    """Accuracy over hops x loops, and the loops that the exit rule takes, on held-out walks."""
+    from openmythos.analysis.trace import trace_loops
+    from openmythos.demo.result import HopsResult
+    from openmythos.train.metrics import read_metrics
+    from openmythos.train.task import hops_accuracy
+
+    grid = [
+        [hops_accuracy(model, task, hops, loops, NUM_WALKS, seed=1) for loops in LOOPS]
+        for hops in HOPS
+    ]
+    exits = [exit_loops(model, task, hops, rule) for hops in HOPS]
+    pairs = [
+        (hops, count) for hops, (counts, _) in zip(HOPS, exits, strict=True) for count in counts
+    ]
+    metrics = read_metrics(out / "metrics.jsonl")
+    rows = [row for row in metrics if row["kind"] == "train"]
+    walks = task.held_out_batch(max(HOPS), NUM_WALKS, seed=2).tokens
+    walks = walks.to(model.embed.weight.device)
+    return HopsResult(
+        exit_rule=describe_rule(rule),
+        hops=list(HOPS),
+        loops=list(LOOPS),
+        accuracy=grid,
+        max_train_hops=task.config.max_train_hops,
+        trained_loops=TRAINED_LOOPS,
+        exit_loops=[sum(counts) / len(counts) for counts, _ in exits],
+        exit_accuracy=[accuracy for _, accuracy in exits],
+        rank_correlation=rank_correlation(pairs),
+        leak_baselines={hops: task.leak_baselines(hops) for hops in HOPS},
+        chance=1 / task.config.num_entities,
+        trace=trace_loops(model, walks, 2 * max(LOOPS)),
+        stage_curve=[(row["step"], int(row["stage"])) for row in rows],
+        seconds=rows[-1]["seconds"],
+        steps=rows[-1]["step"],
+    )
+
+
+def describe_rule(rule: "Rule") -> str:
+    """A rule and its fields in words."""
+    fields = ", ".join(f"{key} {value}" for key, value in to_dict(rule).items() if key != "kind")
+    return f"{rule.kind.replace('_', ' + ')} ({fields})"
+
+
+def exit_loops(
+    model: "RecurrentDepthLM", task: "HopsTask", num_hops: int, rule: "Rule"
+) -> tuple[list[int], float]:
+    """Loops that each held-out walk takes under the rule, and the share answered right."""
+    from openmythos import generate
+
+    batch = task.held_out_batch(num_hops, NUM_WALKS, seed=1)
+    result = generate(model, batch.tokens, max_new_tokens=1, num_loops=max(LOOPS), exit_rule=rule)
+    targets = batch.targets[:, -1].tolist()
+    right = sum(new[0] == target for new, target in zip(result.tokens, targets, strict=True))
+    return [loops[0] for loops in result.loops], right / len(targets)
+
+
+def rank_correlation(pairs: list[tuple[int, int]]) -> float | None:
+    """Spearman's rank correlation, ties at their mean rank; None if one side never changes."""
+    import numpy as np
+
+    ranks = []
+    for column in np.asarray(pairs, dtype=np.float64).T:
+        _, inverse, counts = np.unique(column, return_inverse=True, return_counts=True)
+        mean_rank = np.asarray(counts.cumsum() - (counts - 1) / 2)
+        ranks.append(mean_rank[inverse])
+    if ranks[0].std() == 0 or ranks[1].std() == 0:
+        return None
+    return float(np.asarray(np.corrcoef(ranks))[0, 1])
+
+
+def show_hops(console: Console, result: "HopsResult") -> None:
+    """The grid as a table: trained and never-trained hops apart."""
+    table = Table(title="accuracy in % on held-out walks: hops (rows) x loops (columns)")
+    table.add_column("hops", justify="right")
+    for loops in result.loops:
+        table.add_column(str(loops), justify="right")
+    table.add_column("taken", justify="right")
+    for hops, row, mean in zip(result.hops, result.accuracy, result.exit_loops, strict=True):
+        cells = [f"[green]{x:.0%}[/]" if x >= 0.5 else f"[dim]{x:.0%}[/]" for x in row]
+        last = hops == result.max_train_hops
+        plain = [cell.replace("%", "") for cell in cells]
+        table.add_row(str(hops), *plain, f"{mean:.1f}", end_section=last)
+    console.print(table)
+    rank = result.rank_correlation
+    follows = "the same everywhere" if rank is None else f"rank correlation {rank:.2f} with hops"
+    console.print(f"below the line: never trained; chance {result.chance:.0%}; taken: {follows}")

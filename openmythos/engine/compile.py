@@ -1,0 +1,56 @@
+"""The compiler of decoding: ``torch.compile`` with our kernels for products of few rows on CPUs."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch.nn import functional
+
+from openmythos.ops.cpu import narrow
+from openmythos.ops.moe import gathered_experts
+
+RECOMPILE_LIMIT = 64  # graphs of a function; past them it runs eagerly
+
+
+def compile_call(call: Callable[..., Any]) -> Callable[..., Any]:
+    """``call`` compiled for one model, whose modules and settings do not change any more.
+
+    Guards on modules are left out, since checking them takes longer than some of the products; in
+    exchange the graphs are not shared with other models.
+    """
+    torch.compiler.allow_in_graph(gathered_experts)  # one node, so that it can be replaced
+    settings: dict[str, Any] = {  # torch's overloads do not know all of them
+        "backend": _backend,
+        "recompile_limit": RECOMPILE_LIMIT,
+        "isolate_recompiles": True,
+        "options": {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe},
+    }
+    compiled: Callable[..., Any] = torch.compile(call, **settings)
+    return compiled
+
+
+def _backend(graph: fx.GraphModule, inputs: Sequence[Any]) -> Any:
+    """Inductor, after products that ``narrow`` makes faster are given to it."""
+    from torch._inductor.compile_fx import compile_fx  # takes seconds to import
+
+    kernels = {functional.linear: narrow.linear, gathered_experts: narrow.experts}
+    for node in graph.graph.nodes:
+        kernel = kernels.get(node.target)
+        if kernel is not None and _is_narrow(node) and narrow.load():
+            node.target, node.args = kernel, tuple(node.all_input_nodes)  # without a bias of None
+    graph.recompile()
+    return compile_fx(graph, list(inputs))
+
+
+def _is_narrow(node: fx.Node) -> bool:
+    """Whether all operands are fp32 on a CPU and the first has few rows."""
+    tensors = [arg.meta["example_value"] for arg in node.all_input_nodes]
+    x = tensors[0]
+    floats = [tensor for tensor in tensors if tensor.is_floating_point()]
+    if node.target is functional.linear and len(tensors) != 2:
+        return False  # with a bias
+    plain = all(tensor.device.type == "cpu" for tensor in tensors) and all(
+        tensor.dtype == torch.float32 for tensor in floats
+    )
+    return plain and x.numel() // x.shape[-1] <= narrow.MAX_ROWS

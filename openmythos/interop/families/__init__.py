@@ -1,0 +1,1 @@
+"""The published families, one file each: names and fields mapped both ways."""

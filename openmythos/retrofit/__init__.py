@@ -1,0 +1,1 @@
+"""A pretrained stack of layers becomes a looped model, before any training."""

@@ -1,0 +1,112 @@
+"""The configuration of a training run."""
+
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+from openmythos.config import ModelConfig
+from openmythos.config.schema import require, require_literals, require_positive
+from openmythos.train.depth_schedule import ClippedPoissonDepth, DepthSchedule
+from openmythos.train.objective import FinalLoopObjective, ObjectiveConfig
+from openmythos.train.optim import OptimizerConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """A run ends at ``max_steps`` or after ``max_seconds``, whichever comes first.
+
+    The learning rate and the depth ramp follow the share of the run that is done. With
+    ``max_steps`` alone that is a pure function of the step, and a resumed run repeats exactly.
+    ``batch_size`` is the rows of one optimiser step, over all accumulation steps.
+    ``balance_rate`` moves the experts' selection bias after every step. ``init_from`` is a
+    checkpoint folder, of any family, whose weights the run starts from; None starts from new ones.
+    """
+
+    seed: int = 0
+    init_from: str | None = None
+    max_steps: int | None = None
+    max_seconds: float | None = None
+    batch_size: int = 16
+    grad_accumulation: int = 1
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    depth: DepthSchedule = field(
+        default_factory=lambda: DepthSchedule(sampling=ClippedPoissonDepth())
+    )
+    objective: ObjectiveConfig = field(default_factory=FinalLoopObjective)
+    balance_rate: float = 0.01
+    autocast: Literal["none", "bfloat16"] = "none"
+    compile: bool = False
+    log_every: int = 10
+    eval_every: int = 0
+    eval_loops: tuple[int, ...] = (1, 2, 4, 8, 16)
+    eval_batches: int = 16
+    save_every: int = 0
+    keep_checkpoints: int = 2
+
+    def __post_init__(self) -> None:
+        names = ("batch_size", "grad_accumulation", "log_every", "eval_batches", "keep_checkpoints")
+        require_positive(self, *names)
+        require_literals(self)
+        for name in ("seed", "balance_rate", "eval_every", "save_every"):
+            require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
+        require(min(self.eval_loops, default=1) >= 1, "eval_loops", self.eval_loops, "at least 1")
+        bounded = self.max_steps is not None or self.max_seconds is not None
+        require(bounded, "max_steps and max_seconds", None, "set, at least one of them")
+        if self.max_steps is not None:
+            require_positive(self, "max_steps")
+        if self.max_seconds is not None:
+            require(self.max_seconds > 0, "max_seconds", self.max_seconds, "above 0")
+        whole = self.batch_size % self.grad_accumulation == 0
+        allowed = f"a divisor of batch_size={self.batch_size}"
+        require(whole, "grad_accumulation", self.grad_accumulation, allowed)
+
+    def progress(self, step: int, seconds: float) -> float:
+        """The share of the run that is done before ``step``, 0..1."""
+        by_step = step / self.max_steps if self.max_steps is not None else 0.0
+        by_time = seconds / self.max_seconds if self.max_seconds is not None else 0.0
+        return min(1.0, max(by_step, by_time))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextData:
+    """Packed text: a source name, file or folder, or a folder that ``prepare`` wrote."""
+
+    kind: ClassVar[str] = "text"
+    source: str = "python-docs"
+    seq_len: int = 256
+    val_fraction: float = 0.1
+    column: str = "text"
+
+    def __post_init__(self) -> None:
+        require_positive(self, "seq_len")
+        require(0 < self.val_fraction < 1, "data.val_fraction", self.val_fraction, "in (0, 1)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class HopsData:
+    """Walks over a graph of permutations; stage k of the curriculum trains up to k hops."""
+
+    kind: ClassVar[str] = "hops"
+    num_entities: int = 16
+    num_relations: int = 4
+    max_train_hops: int = 8
+    check_loops: int = 8
+
+    def __post_init__(self) -> None:
+        names = ("num_entities", "num_relations", "max_train_hops", "check_loops")
+        require_positive(self, *names)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """All of a run: what is in its ``config.json`` and what ``--config`` reads."""
+
+    model: ModelConfig
+    train: TrainConfig
+    data: TextData | HopsData
+
+    def __post_init__(self) -> None:
+        data, most = self.data, self.model.max_seq_len
+        longest = data.seq_len if isinstance(data, TextData) else data.max_train_hops + 1
+        name = "data.seq_len" if isinstance(data, TextData) else "the longest walk, in tokens,"
+        require(longest <= most, name, longest, f"at most model.max_seq_len={most}")
+        self.train.objective.check(self.model.halting)

@@ -1,0 +1,187 @@
+"""A run's folder: its configuration and its checkpoints, written so that a kill loses nothing.
+
+Training state is safetensors and JSON, never a pickle.
+"""
+
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from openmythos.checkpoint.load import load_weights
+from openmythos.checkpoint.save import save_pretrained
+from openmythos.model.recurrent import RecurrentDepthLM
+from openmythos.tokenizer import Tokenizer
+from openmythos.train.task import Task
+
+
+@dataclass(frozen=True)
+class RunState:
+    """What a resumed loop needs besides weights, optimiser and task."""
+
+    step: int
+    seconds: float
+    first_nats: float | None = None
+    bad_steps: int = 0
+
+
+class RunFolder:
+    """``config.json``, ``metrics.jsonl``, ``checkpoints/step-...`` and ``samples/`` of one run."""
+
+    def __init__(self, path: Path, keep: int = 2, tokenizer: Tokenizer | None = None) -> None:
+        self.path, self.keep, self.tokenizer = path, keep, tokenizer
+        (path / "checkpoints").mkdir(parents=True, exist_ok=True)
+        (path / "samples").mkdir(exist_ok=True)
+
+    def check_config(self, resolved: dict[str, Any], ignore: tuple[str, ...] = ()) -> bool:
+        """Whether the folder has a configuration; it must be this one, the run goes on with it.
+
+        Args:
+            resolved: Of this run.
+            ignore: Dotted names of fields that are not compared.
+
+        Raises:
+            ValueError: The folder holds a run with another configuration, or not a run.
+        """
+        target = self.path / "config.json"
+        if not target.exists():
+            return False
+        try:
+            old = _flatten(json.loads(target.read_text(encoding="utf-8")))
+        except ValueError as error:  # of JSON or of UTF-8
+            raise ValueError(f"{target} is not JSON: {error}; choose another --out") from None
+        new = _flatten(json.loads(json.dumps(resolved)))
+        different = [
+            f"{name} ({_shown(old, name)} there, {_shown(new, name)} here)"
+            for name in {**old, **new}
+            if _shown(old, name) != _shown(new, name) and name not in ignore
+        ]
+        if different:
+            raise ValueError(
+                f"{self.path} holds a run with another configuration: {', '.join(different)}; "
+                "choose another --out or delete the folder"
+            )
+        return True
+
+    def write_config(self, resolved: dict[str, Any]) -> None:
+        """Write the resolved configuration; see ``check_config``."""
+        if self.check_config(resolved):
+            return
+        target = self.path / "config.json"
+        temporary = target.with_suffix(".tmp")
+        temporary.write_text(json.dumps(resolved, indent=2) + "\n", encoding="utf-8")
+        os.replace(temporary, target)
+
+    def checkpoints(self) -> list[Path]:
+        """Complete checkpoints, oldest first."""
+        return sorted((self.path / "checkpoints").glob("step-????????"))
+
+    def last_checkpoint(self) -> Path | None:
+        """The newest complete checkpoint."""
+        return max((self.path / "checkpoints").glob("step-????????"), default=None)
+
+    def save(
+        self,
+        model: RecurrentDepthLM,
+        optimizers: list[torch.optim.Optimizer],
+        task: Task,
+        state: RunState,
+    ) -> Path:
+        """Write a checkpoint aside, then rename it into place; drop the oldest ones."""
+        target = self.path / "checkpoints" / f"step-{state.step:08d}"
+        aside = target.with_name(f".{target.name}.tmp")
+        save_pretrained(model, aside, self.tokenizer)
+        tensors, plain = _pack_optimizers(optimizers)
+        save_file(tensors, aside / "training_state.safetensors")
+        record = {"state": asdict(state), "optimizers": plain, "task": task.state_dict()}
+        (aside / "training_state.json").write_text(json.dumps(record), encoding="utf-8")
+        for path in (*aside.iterdir(), aside):
+            _sync(path)
+        os.replace(aside, target)
+        _sync(target.parent)
+        for old in self.checkpoints()[: -self.keep]:
+            shutil.rmtree(old)
+        return target
+
+    def resume(
+        self, model: RecurrentDepthLM, optimizers: list[torch.optim.Optimizer], task: Task
+    ) -> RunState | None:
+        """Load the newest checkpoint into model, optimisers and task; None if there is none.
+
+        What a killed writer left half done is removed.
+
+        Raises:
+            ValueError: The checkpoint is damaged, or of other data.
+        """
+        for unfinished in (self.path / "checkpoints").glob(".*.tmp"):
+            shutil.rmtree(unfinished)
+        folder = self.last_checkpoint()
+        if folder is None:
+            return None
+        load_weights(model, folder)
+        try:
+            record = json.loads((folder / "training_state.json").read_text(encoding="utf-8"))
+            tensors = load_file(folder / "training_state.safetensors")
+        except (OSError, ValueError, SafetensorError) as error:
+            raise ValueError(f"{folder} cannot be resumed: {error}; delete it or the run") from None
+        task.load_state_dict(record["task"])
+        _unpack_optimizers(optimizers, tensors, record["optimizers"])
+        return RunState(**record["state"])
+
+
+def _flatten(config: Any, name: str = "") -> dict[str, Any]:
+    """Leaves of nested objects by their dotted names."""
+    if not isinstance(config, dict):
+        return {name: config}
+    leaves: dict[str, Any] = {}
+    for key, value in config.items():
+        leaves |= _flatten(value, f"{name}.{key}" if name else key)
+    return leaves
+
+
+def _shown(leaves: dict[str, Any], name: str) -> str:
+    return json.dumps(leaves[name]) if name in leaves else "absent"
+
+
+def _sync(path: Path) -> None:
+    if os.name == "nt":  # Windows opens no folders; NTFS journals renames
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _pack_optimizers(
+    optimizers: list[torch.optim.Optimizer],
+) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+    """Tensors under ``optimizer.parameter.name`` keys; everything else as JSON."""
+    tensors, plain = {}, []
+    for number, optimizer in enumerate(optimizers):
+        packed = optimizer.state_dict()
+        for param, values in packed["state"].items():
+            for name, value in values.items():
+                tensors[f"{number}.{param}.{name}"] = value.contiguous()
+        plain.append({"param_groups": packed["param_groups"]})
+    return tensors, plain
+
+
+def _unpack_optimizers(
+    optimizers: list[torch.optim.Optimizer],
+    tensors: dict[str, Tensor],
+    plain: list[dict[str, Any]],
+) -> None:
+    states: list[dict[int, dict[str, Tensor]]] = [{} for _ in optimizers]
+    for key, tensor in tensors.items():
+        number, param, name = key.split(".", 2)
+        states[int(number)].setdefault(int(param), {})[name] = tensor
+    for optimizer, state, record in zip(optimizers, states, plain, strict=True):
+        optimizer.load_state_dict({"state": state, "param_groups": record["param_groups"]})

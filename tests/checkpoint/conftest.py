@@ -1,0 +1,17 @@
+from pathlib import Path
+
+import pytest
+
+from openmythos.checkpoint.save import save_pretrained
+from openmythos.model.recurrent import RecurrentDepthLM
+from tests.checkpoint.examples import make_model
+
+
+@pytest.fixture
+def model() -> RecurrentDepthLM:
+    return make_model(0)
+
+
+@pytest.fixture
+def folder(model: RecurrentDepthLM, tmp_path: Path) -> Path:
+    return save_pretrained(model, tmp_path / "saved")

@@ -1,0 +1,156 @@
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+import pytest
+
+from openmythos.config import schema
+from tests.strategies import unchecked
+
+
+@dataclass(frozen=True, kw_only=True)
+class Circle:
+    kind: ClassVar[str] = "circle"
+    radius: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Polygon:
+    kind: ClassVar[str] = "polygon"
+    corners: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Frame:
+    style: Literal["thin", "thick"] = "thin"
+    width: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Picture:
+    size: int
+    shape: Circle | Polygon = field(default_factory=Circle)
+    frame: Frame = field(default_factory=Frame)
+    stamp: Circle | Polygon | None = None
+    only: Circle | None = None
+    label: str | int = "none"
+    signed: bool = False
+
+
+DATA = {
+    "size": 3,
+    "shape": {"kind": "polygon", "corners": [1, 2]},
+    "frame": {"style": "thick", "width": None},
+    "stamp": None,
+    "only": {"kind": "circle", "radius": 2.0},
+    "label": "a",
+    "signed": True,
+}
+PICTURE = Picture(
+    size=3,
+    shape=Polygon(corners=(1, 2)),
+    frame=Frame(style="thick"),
+    only=Circle(radius=2.0),
+    label="a",
+    signed=True,
+)
+
+
+def test_round_trip():
+    assert schema.to_dict(PICTURE) == DATA
+    assert schema.from_dict(Picture, DATA) == PICTURE
+    assert schema.from_dict(Picture, {"size": 3}) == Picture(size=3)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sise": 3}, "unknown key 'sise'; did you mean 'size'?"),
+        ({"frame": {"widht": 1}}, "unknown key 'frame.widht'; did you mean 'width'?"),
+        ({"frame": {"kind": "thin"}}, "unknown key 'frame.kind'"),
+        ({"kind": "picture"}, "unknown key 'kind'"),
+        ({"size": "3"}, "size is '3'; expected int"),
+        ({"size": 3.0}, "size is 3.0; expected int"),
+        ({"size": True}, "size is True; expected int"),
+        ({"signed": 1}, "signed is 1; expected bool"),
+        ({"shape": {"kind": "circle", "radius": True}}, "shape.radius is True; expected float"),
+        ({"shape": {"kind": "circle", "radius": "big"}}, "shape.radius is 'big'; expected float"),
+        ({"shape": {"kind": "square"}}, "shape.kind is 'square'; allowed: circle, polygon"),
+        ({"shape": None}, "shape.kind is None; allowed: circle, polygon"),
+        ({"shape": {"radius": 1.0}}, "shape.kind is None; allowed: circle, polygon"),
+        ({"shape": {"kind": "polygon"}}, "shape: missing corners"),
+        ({"shape": {"kind": "polygon", "corners": 3}}, "shape.corners is 3; expected a list"),
+        (
+            {"shape": {"kind": "polygon", "corners": [1, "b"]}},
+            "shape.corners[1] is 'b'; expected int",
+        ),
+        ({"stamp": "square"}, "stamp.kind is 'square'; allowed: circle, polygon or null"),
+        ({"only": {"kind": "polygon"}}, "only.kind is 'polygon'; allowed: 'circle'"),
+        ({"frame": {"style": "wavy"}}, "frame.style is 'wavy'; allowed: 'thin', 'thick'"),
+        ({"frame": 3}, "frame: expected an object, got 3"),
+        ({"label": 1.5}, "label is 1.5; expected str or int"),
+    ],
+)
+def test_errors_name_the_field_in_one_line(change, message):
+    with unchecked(), pytest.raises(ValueError) as caught:  # noqa: PT011 - the whole message is compared below
+        schema.from_dict(Picture, {**DATA, **change})
+    assert str(caught.value).startswith(message)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_field_is_named():
+    with pytest.raises(ValueError, match="Picture: missing size"):
+        schema.from_dict(Picture, {})
+
+
+def test_an_integer_is_a_float():
+    made = schema.from_dict(Picture, {"size": 1, "shape": {"kind": "circle", "radius": 2}})
+    assert isinstance(made.shape.radius, float)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "wanted"),
+    [
+        (["size=5"], {"size": 5}),
+        (["label=hello"], {"label": "hello"}),
+        (["label=7"], {"label": 7}),
+        (["frame.style=thin", "frame.width=4"], {"frame": Frame(width=4)}),
+        (["shape.corners=[4, 5]"], {"shape": Polygon(corners=(4, 5))}),
+        (["shape=circle"], {"shape": Circle()}),
+        (["shape.kind=circle"], {"shape": Circle()}),
+        (["shape.kind=circle", "shape.radius=9"], {"shape": Circle(radius=9.0)}),
+        (['shape={"kind": "circle", "radius": 4}'], {"shape": Circle(radius=4.0)}),
+        (["shape.kind=polygon"], {}),  # already so: the other fields stay
+        (["stamp=circle"], {"stamp": Circle()}),
+        (["stamp.kind=polygon", "stamp.corners=[]"], {"stamp": Polygon(corners=())}),
+        (["only=null"], {"only": None}),
+        (["only.radius=4"], {"only": Circle(radius=4.0)}),
+        (["signed=false"], {"signed": False}),
+    ],
+)
+def test_overrides(overrides, wanted):
+    fields = {name: getattr(PICTURE, name) for name in DATA}
+    assert schema.apply_overrides(PICTURE, overrides) == Picture(**{**fields, **wanted})
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("size", "override 'size' is not of the form key.subkey=value"),
+        ("=3", "override '=3' is not of the form key.subkey=value"),
+        ("sise=3", "unknown key 'sise'; did you mean 'size'?"),
+        ("frane.width=3", "unknown key 'frane'; did you mean 'frame'?"),
+        ("frame.widht=3", "unknown key 'frame.widht'; did you mean 'width'?"),
+        ("frame.kind=thin", "unknown key 'frame.kind'"),
+        ("size.big=3", "'size' has no fields; cannot set 'size.big'"),
+        ("size=big", "size is 'big'; expected int"),
+        ("size=null", "size is None; expected int"),
+        ("shape.kind=square", "shape.kind is 'square'; allowed: circle, polygon"),
+        ("shape.radius=3", "unknown key 'shape.radius'"),
+        ("stamp.radius=3", "stamp.kind is None; allowed: circle, polygon or null"),
+    ],
+)
+def test_bad_overrides(override, message):
+    with unchecked(), pytest.raises(ValueError) as caught:  # noqa: PT011 - the whole message is compared below
+        schema.apply_overrides(PICTURE, [override])
+    assert str(caught.value).startswith(message)
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,158 @@
+import json
+import re
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from openmythos.demo.page import (
+    loop_strength,
+    printable,
+    render_page,
+    render_sample,
+    render_scale,
+    write_report,
+)
+from openmythos.demo.result import Piece, Sample
+from tests.demo.examples import demo_results, hops_result, text_result
+
+VOID = {"meta", "br", "path", "use", "rect", "img", "link", "hr"}
+
+
+class Page(HTMLParser):
+    """Checks nesting and collects what the page refers to."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.ids: list[str] = []
+        self.references: list[str] = []
+        self.labels: list[str] = []
+        self.words: list[str] = []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        values = dict(attrs)
+        if "id" in values:
+            self.ids.append(values["id"] or "")
+        for name in ("href", "src", "xlink:href", "data", "action"):
+            if name in values:
+                self.references.append(values[name] or "")
+        if tag == "svg":
+            self.labels.append(values.get("aria-label") or "")
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if "style" not in self.open:
+            self.words.append(data)
+
+
+@pytest.fixture(scope="module")
+def page_text() -> str:
+    return render_page(demo_results())
+
+
+def test_report_writes_its_files(tmp_path: Path) -> None:
+    page = write_report(demo_results(), tmp_path / "run")
+    assert page == tmp_path / "run" / "report.html"
+    names = {path.name for path in page.parent.iterdir()}
+    assert names == {"report.html", "depth_curve.png", "hops_grid.png", "results.json"}
+    record = json.loads((page.parent / "results.json").read_text(encoding="utf-8"))
+    assert record["hops"]["accuracy"] == hops_result().accuracy
+    assert record["takeaways"]["Reading"][0]["holds"] is True
+
+
+def test_page_is_well_formed_and_alone(page_text: str) -> None:
+    page = Page(page_text)
+    assert "script" not in page.tags
+    assert "link" not in page.tags
+    assert "http" not in page_text
+    assert "url(" not in page_text.replace("url(#", "")
+    assert "@import" not in page_text
+    assert all(reference.startswith("#") for reference in page.references)
+    assert len(page.ids) == len(set(page.ids))
+    assert {reference[1:] for reference in page.references} <= set(page.ids)
+    assert set(re.findall(r"url\(#([^)]*)\)", page_text)) <= set(page.ids)
+
+
+def test_pictures_have_words_and_follow_the_page(page_text: str) -> None:
+    page = Page(page_text)
+    assert len(page.labels) == 7
+    assert all(len(label) > 40 for label in page.labels)
+    assert "2.000 at 4" in page.labels[0]
+    assert "#1f2733" not in page_text.split("</style>", 1)[1]
+    assert "var(--ink)" in page_text
+    assert "prefers-color-scheme: dark" in page_text
+
+
+def test_text_is_escaped(page_text: str) -> None:
+    assert "<script>alert" not in page_text
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page_text
+    assert "<b>upon" not in page_text
+    assert "2 &lt;fast&gt; cores" in page_text
+    assert "\x1b" not in page_text
+
+
+def test_page_says_what_it_must(page_text: str) -> None:
+    said = " ".join(" ".join(Page(page_text).words).split())
+    assert "it has nothing to do with Anthropic" in said
+    assert "openmythos demo --out 'a & b'" in said
+    assert "takes 1.1 loops whatever the length of the walk" in said
+    assert "$" not in said
+
+
+def test_page_without_the_original_and_without_samples() -> None:
+    text = text_result(samples=[Sample("alone", [])])
+    page = Page(render_page(demo_results(text=text, original_halting=None)))
+    said = " ".join(page.words)
+    assert len(page.labels) == 6
+    assert "original's halting" not in said
+    assert "nothing generated" in said
+
+
+def test_numbers_survive_a_missing_matplotlib(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ValueError, match="pictures need matplotlib"):
+        write_report(demo_results(), tmp_path)
+    assert (tmp_path / "results.json").exists()
+
+
+def test_colour_scale_goes_by_doublings() -> None:
+    assert [loop_strength(n, 16) for n in (1, 2, 4, 8, 16, 99)] == [0, 0.25, 0.5, 0.75, 1, 1]
+    assert loop_strength(3, 1) == 0
+
+
+def test_sample_for_the_terminal() -> None:
+    text = render_sample(Sample("go", [Piece(" on", 1), Piece(" \x1b[2J", 16)]), 16)
+    assert text.plain == "go on \N{SYMBOL FOR ESCAPE}[2J"
+    styles = {text.plain[span.start : span.end]: str(span.style) for span in text.spans}
+    assert styles["go"] == "bold"
+    assert styles[" on"].endswith("on #2d323c")
+    assert styles[" \N{SYMBOL FOR ESCAPE}[2J"].endswith("on #ec8c30")
+    assert render_scale(12).plain.split() == ["loops", "1", "2", "4", "8", "12"]
+
+
+def test_control_and_direction_characters_are_made_visible() -> None:
+    assert printable("a\n\tb") == "a\n\tb"
+    assert (
+        printable("\x00\x7f\u202e\ud800") == "\N{SYMBOL FOR NULL}" + "\N{REPLACEMENT CHARACTER}" * 3
+    )

@@ -1,0 +1,136 @@
+import pytest
+
+from openmythos.demo.result import Piece, Sample
+from openmythos.demo.takeaway import (
+    Takeaway,
+    halting_takeaway,
+    hops_takeaways,
+    takeaways,
+    text_takeaways,
+    trace_takeaway,
+)
+from tests.demo.examples import (
+    demo_results,
+    halted_result,
+    hops_result,
+    loop_trace,
+    text_result,
+)
+
+
+def find(found: list[Takeaway], words: str) -> Takeaway:
+    (one,) = [item for item in found if words in item.text]
+    return one
+
+
+def test_looping_that_helps_and_does_not() -> None:
+    good = text_takeaways(text_result())[0]
+    assert good.holds
+    assert "4 loops read held-out text at 2.000 bits per byte, 1 loop at 2.500" in good.text
+    assert "saves 0.500 bits (20.0%)" in good.text
+    bad = text_takeaways(text_result(validation={1: 2.0, 4: 2.1}))[0]
+    assert bad.holds is False
+    assert "does not help" in bad.text
+
+
+@pytest.mark.parametrize(
+    ("deep", "holds", "words"),
+    [
+        (1.98, True, "1.0% better than at 4: running deeper than trained does not hurt"),
+        (2.0, True, "the same as at 4: running deeper"),
+        (2.01, True, "0.5% worse than at 4: running deeper than trained does little harm"),
+        (2.2, False, "10.0% worse than at 4: this model should not"),
+    ],
+)
+def test_running_deeper_than_trained(deep: float, holds: bool, words: str) -> None:
+    found = find(text_takeaways(text_result(validation={4: 2.0, 16: deep})), "times the trained")
+    assert found.holds is holds
+    assert "At 16 loops, 4 times the trained mean depth" in found.text
+    assert words in found.text
+
+
+def test_marks_and_comparison_choose_their_side() -> None:
+    found = text_takeaways(text_result(marks={"xz -9": 1.81, "gzip": 2.6}))
+    assert "0.170 short of it" in find(found, "xz -9").text
+    assert "0.620 ahead of it" in find(found, "gzip").text
+    assert find(found, "The original reaches 2.300").holds
+    worse = text_result(validation={4: 2.9})
+    assert find(text_takeaways(worse), "The original").holds is False
+
+
+def test_exit_rule_on_text_is_described_by_what_it_did() -> None:
+    assert "spent 1 to 16 loops" in find(text_takeaways(text_result()), "spent").text
+    same = text_result(samples=[Sample("a", [Piece("b", 4), Piece("c", 4)])])
+    assert find(text_takeaways(same), "did not tell them apart").holds is False
+    assert not any("spent" in item.text for item in text_takeaways(text_result(samples=[])))
+
+
+def test_never_trained_hops_have_three_endings() -> None:
+    good = find(hops_takeaways(hops_result()), "never trained")
+    assert good.holds
+    assert "Walks of 5 hops, never trained: 0.80 at 8 loops against 0.07 at 2" in good.text
+    rows = [list(row) for row in hops_result().accuracy]
+    rows[3] = [0.06, 0.1, 0.2, 0.3, 0.3]
+    lost = find(hops_takeaways(hops_result(accuracy=rows)), "never trained")
+    assert lost.holds is False
+    assert "did not carry over" in lost.text
+    rows[3] = [0.8, 0.8, 0.8, 0.81, 0.8]
+    idle = find(hops_takeaways(hops_result(accuracy=rows)), "never trained")
+    assert idle.holds is False
+    assert "not because of the loops" in idle.text
+
+
+def test_trained_hops_overthinking_and_loops_taken() -> None:
+    found = hops_takeaways(hops_result())
+    assert find(found, "lengths that training showed").holds
+    assert find(found, "At 16 loops, 2 times the most in training").holds
+    assert find(found, "rank correlation 0.97").holds
+    rows = [list(row) for row in hops_result().accuracy]
+    rows[2] = [0.06, 0.1, 0.6, 0.7, 0.3]
+    found = hops_takeaways(hops_result(accuracy=rows, rank_correlation=0.3))
+    assert find(found, "not fully learnt").holds is False
+    assert "accuracy on 4 hops is 0.40 lower: it overthinks" in find(found, "overthinks").text
+    assert find(found, "does not follow the difficulty").holds is False
+    flat = hops_takeaways(hops_result(rank_correlation=None, exit_loops=[3.0] * 5))
+    assert find(flat, "the same everywhere").holds is False
+
+
+def test_leaks_are_said() -> None:
+    assert find(hops_takeaways(hops_result()), "it does follow the walk").holds
+    leaky = hops_result(leak_baselines={8: {"suffix": 0.7}})
+    found = find(hops_takeaways(leaky), "proves nothing")
+    assert found.holds is False
+    assert "0.70 at 8 hops" in found.text
+
+
+def test_original_halting_is_described_by_its_loops() -> None:
+    said = halting_takeaway(hops_result(), halted_result()).text
+    assert "takes 1.1 loops whatever the length of the walk" in said
+    assert "best accuracy at 5 hops is 0.08, less than the 0.80 without it" in said
+    same = halting_takeaway(hops_result(), hops_result()).text
+    assert "takes 1.5 to 7.7 loops, more on longer walks" in same
+    assert "about the same as" in same
+    erratic = hops_result(rank_correlation=0.1)
+    assert "do not follow the length" in halting_takeaway(hops_result(), erratic).text
+
+
+def test_trace_says_what_rho_does_not() -> None:
+    shrinking = trace_takeaway(loop_trace())
+    assert shrinking.holds
+    assert "each step is 0.50 times the one before" in shrinking.text
+    assert "rho(A) is 0.450, which bounds A alone" in shrinking.text
+    wild = trace_takeaway(
+        loop_trace(step_ratio=(None, 1.1, 1.1, 1.1), token_correlation=(0.99,) * 4, rho=None)
+    )
+    assert wild.holds is False
+    assert "do not shrink" in wild.text
+    assert "nearly become one" in wild.text
+    assert "rho" not in wild.text
+
+
+def test_takeaways_come_by_act() -> None:
+    found = takeaways(demo_results())
+    assert list(found) == ["Reading", "Thinking"]
+    assert "original's halting" in found["Thinking"][-1].text
+    without = takeaways(demo_results(original_halting=None))
+    assert len(without["Thinking"]) == len(found["Thinking"]) - 1

@@ -1,0 +1,78 @@
+import gc
+import weakref
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from openmythos.engine import batch
+from openmythos.engine.compile import compile_call
+from openmythos.engine.reference import generate
+from openmythos.model.recurrent import RecurrentDepthLM
+from openmythos.ops.cpu import narrow
+from tests.strategies import small_config, unchecked
+
+pytestmark = pytest.mark.usefixtures("compiler")
+
+
+class Layer(nn.Module):
+    """A matrix and a setting that compiled code takes as a constant."""
+
+    def __init__(self, factor: float, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.factor = factor
+        self.weight = nn.Parameter(torch.ones(3, 4, dtype=dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.linear(x, self.weight) * self.factor
+
+
+def replaced(layer: Layer, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> int:
+    """How many products were given to the kernels; the result must be that of torch."""
+    calls, kernel = [], narrow.linear
+
+    def linear(x: Tensor, weight: Tensor) -> Tensor:
+        calls.append(x.shape)
+        return kernel(x, weight)
+
+    monkeypatch.setattr(narrow, "linear", linear)
+    with unchecked(), torch.no_grad():
+        torch.testing.assert_close(compile_call(Layer.forward)(layer, x), layer(x))
+    return len(calls)
+
+
+def test_products_of_few_rows_are_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert replaced(Layer(2.0), torch.randn(2, 1, 4), monkeypatch) > 0
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rows"), [(torch.float64, 1), (torch.float32, narrow.MAX_ROWS + 1)], ids=str
+)
+def test_other_products_are_left_to_torch(
+    dtype: torch.dtype, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert replaced(Layer(2.0, dtype), torch.randn(rows, 4, dtype=dtype), monkeypatch) == 0
+
+
+def test_models_do_not_share_graphs() -> None:
+    """Their settings are not guarded."""
+    x = torch.ones(1, 4)
+    with unchecked(), torch.no_grad():
+        for factor in (2.0, 3.0):
+            assert compile_call(Layer.forward)(Layer(factor), x)[0, 0] == 4 * factor
+
+
+def test_sessions_share_graphs_and_a_model_is_forgotten() -> None:
+    model = RecurrentDepthLM(small_config()).eval()
+    settings: dict[str, Any] = {"max_new_tokens": 2, "num_loops": 2, "compiled": True}
+    with unchecked(), mock.patch.object(batch, "compile_call", wraps=compile_call) as compiler:
+        for _ in range(2):
+            generate(model, [[1, 2]], **settings)
+    assert compiler.call_count == 3
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None

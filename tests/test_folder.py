@@ -1,0 +1,131 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import openmythos.folder
+from openmythos.checkpoint.load import load_checkpoint
+from openmythos.checkpoint.save import OWN_FILES, save_pretrained
+from openmythos.folder import replaced_folder
+from openmythos.model.recurrent import RecurrentDepthLM
+from tests.checkpoint.examples import TOKENS, make_model
+
+
+@pytest.fixture
+def model() -> RecurrentDepthLM:
+    return make_model(0)
+
+
+@pytest.fixture
+def folder(model: RecurrentDepthLM, tmp_path: Path) -> Path:
+    return save_pretrained(model, tmp_path / "saved")
+
+
+# --- replacing ------------------------------------------------------------------------------------
+
+
+def test_other_files_are_never_deleted(model: RecurrentDepthLM, folder: Path) -> None:
+    (folder / "thesis.tex").touch()
+    with pytest.raises(ValueError, match=r"holds thesis\.tex: replacing the folder would delete"):
+        save_pretrained(model, folder)
+    with pytest.raises(ValueError, match="is a file; a checkpoint is a folder"):
+        save_pretrained(model, folder / "config.json")
+    assert (folder / "thesis.tex").exists()
+    load_checkpoint(folder)
+
+
+@pytest.mark.parametrize("can_exchange", [True, False])
+def test_replacing_leaves_nothing_else(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, can_exchange: bool
+) -> None:
+    if not can_exchange:
+        monkeypatch.setattr(openmythos.folder, "_exchange", lambda first, second: False)
+    new = make_model(1)
+    (folder.parent / ".saved.old").mkdir()
+    (folder.parent / ".saved.tmp").mkdir()
+    save_pretrained(new, folder)
+    assert [path.name for path in folder.parent.iterdir()] == ["saved"]
+    assert torch.equal(load_checkpoint(folder)(TOKENS).logits, new(TOKENS).logits)
+
+
+def test_a_link_keeps_pointing_to_its_folder(folder: Path) -> None:
+    link = folder.parent / "latest"
+    link.symlink_to(folder)
+    save_pretrained(make_model(1), link)
+    assert link.is_symlink()
+    assert torch.equal(load_checkpoint(link).embed.weight, load_checkpoint(folder).embed.weight)
+
+
+def test_failed_save_leaves_the_old_checkpoint(model: RecurrentDepthLM, folder: Path) -> None:
+    def write_and_fail() -> None:
+        with replaced_folder(folder, OWN_FILES) as fresh:
+            (fresh / "config.json").touch()
+            raise OSError("no space left")
+
+    with pytest.raises(OSError, match="no space"):
+        write_and_fail()
+    assert [path.name for path in folder.parent.iterdir()] == ["saved"]
+    assert torch.equal(load_checkpoint(folder)(TOKENS).logits, model(TOKENS).logits)
+
+
+KILLED_SAVES = """
+import os, sys
+import torch
+from openmythos import folder as files
+from openmythos.checkpoint.load import load_checkpoint
+from openmythos.checkpoint.save import OWN_FILES, save_pretrained
+sys.path.insert(0, sys.argv[3])
+from tests.checkpoint.examples import make_model
+
+# Save, and be killed at the n-th thing that the process asks of the system, for n = 1, 2, 3 ...
+folder, count, number = sys.argv[1], 0, 0
+if sys.argv[2] == "renames":
+    files._exchange = lambda first, second: False
+old, new = make_model(0), make_model(1)
+asked = ("open", "os.", "shutil.", "ctypes.")
+
+def watch(event, args):
+    global count
+    if number and event.startswith(asked):
+        count += 1
+        if count == number:
+            os._exit(9)
+
+sys.addaudithook(watch)
+outcomes = []
+for step in range(1, 200):
+    number = 0
+    save_pretrained(old, folder)
+    child = os.fork()
+    if child == 0:
+        number, count = step, 0
+        save_pretrained(new, folder)
+        os._exit(0)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    weight = load_checkpoint(folder).embed.weight
+    found = [torch.equal(weight, model.embed.weight) for model in (old, new)]
+    assert sum(found) == 1, (step, found)
+    outcomes.append(found[1])
+    if status == 0:
+        break
+    assert status == 9, status
+else:
+    raise SystemExit("the save never ended")
+assert outcomes == sorted(outcomes) and outcomes[-1] and not outcomes[0], outcomes
+print(len(outcomes), outcomes.count(True))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked children")
+@pytest.mark.parametrize("way", ["exchange", "renames"])
+def test_a_kill_at_any_instant_leaves_one_complete_checkpoint(tmp_path: Path, way: str) -> None:
+    here = Path(__file__).parent
+    command = [sys.executable, "-c", KILLED_SAVES, str(tmp_path / "saved"), way, str(here.parent)]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False, cwd=here.parent)
+    assert ran.returncode == 0, ran.stderr
+    kills, kept_new = map(int, ran.stdout.split())
+    assert kills > 10
+    assert kept_new > 1

@@ -1,0 +1,102 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from openmythos.config import ACTConfig, PonderNetConfig
+from openmythos.config.schema import apply_overrides, from_dict, to_dict
+from openmythos.train.objective import ExitWeightedObjective, FinalLoopObjective
+from openmythos.train.recipe import HopsData, RunConfig, TextData, TrainConfig
+from tests.train.examples import hops_config, text_config, tiny_model
+
+
+def test_progress_is_the_further_of_steps_and_seconds() -> None:
+    both = TrainConfig(max_steps=100, max_seconds=10.0)
+    assert both.progress(25, 1.0) == 0.25
+    assert both.progress(25, 5.0) == 0.5
+    assert both.progress(200, 0.0) == 1.0
+    assert TrainConfig(max_steps=8).progress(2, 1e9) == 0.25
+    assert TrainConfig(max_seconds=8.0).progress(10**9, 2.0) == 0.25
+
+
+def test_round_trip_of_every_part() -> None:
+    for config in (text_config(Path("data")), hops_config()):
+        assert from_dict(RunConfig, json.loads(json.dumps(to_dict(config)))) == config
+
+
+def test_overrides_reach_every_seam() -> None:
+    overrides = [
+        "train.depth.sampling.kind=log_normal_poisson",
+        "train.depth.sampling.sigma=0.25",
+        "train.objective=per_loop",
+        "train.optimizer.muon_lr=null",
+        "data.seq_len=16",
+    ]
+    config = apply_overrides(text_config(Path("data")), overrides)
+    assert to_dict(config.train.depth.sampling) == {
+        "kind": "log_normal_poisson",
+        "mean_recurrence": 4,
+        "sigma": 0.25,
+    }
+    assert config.train.objective.kind == "per_loop"
+    assert config.train.optimizer.muon_lr is None
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({}, "max_steps and max_seconds"),
+        ({"max_steps": 0}, "max_steps is 0"),
+        ({"max_seconds": 0.0}, "max_seconds is 0.0"),
+        ({"max_steps": 1, "batch_size": 0}, "batch_size is 0"),
+        ({"max_steps": 1, "grad_accumulation": 3}, "a divisor of batch_size=16"),
+        ({"max_steps": 1, "eval_loops": (2, 0)}, "eval_loops"),
+        ({"max_steps": 1, "save_every": -1}, "save_every is -1"),
+        ({"max_steps": 1, "balance_rate": -0.1}, "balance_rate is -0.1"),
+        ({"max_steps": 1, "seed": -1}, "seed is -1"),
+    ],
+)
+def test_bad_training_fields(fields: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        TrainConfig(**fields)
+
+
+def test_a_misspelt_word() -> None:
+    with pytest.raises(ValueError, match="'none', 'bfloat16'"):
+        apply_overrides(hops_config(), ["train.autocast=float8"])
+
+
+def test_bad_data_fields() -> None:
+    with pytest.raises(ValueError, match="seq_len is 0"):
+        TextData(seq_len=0)
+    with pytest.raises(ValueError, match="val_fraction"):
+        TextData(val_fraction=1.0)
+    with pytest.raises(ValueError, match="num_entities"):
+        HopsData(num_entities=0)
+
+
+def test_rows_longer_than_the_model() -> None:
+    train = TrainConfig(max_steps=1)
+    with pytest.raises(ValueError, match=r"data\.seq_len is 65; .* model\.max_seq_len=64"):
+        RunConfig(model=tiny_model(), train=train, data=TextData(seq_len=65))
+    with pytest.raises(ValueError, match="the longest walk, in tokens, is 65"):
+        RunConfig(model=tiny_model(), train=train, data=HopsData(max_train_hops=64))
+
+
+@pytest.mark.parametrize(
+    ("objective", "halting", "said"),
+    [
+        (FinalLoopObjective(ponder_weight=0.1), None, "needs model.halting.kind=act; it is null"),
+        (FinalLoopObjective(ponder_weight=0.1), PonderNetConfig(), "it is pondernet"),
+        (ExitWeightedObjective(), None, "kind=pondernet or exit_gate; it is null"),
+        (ExitWeightedObjective(), ACTConfig(), "it is act"),
+    ],
+)
+def test_objective_without_its_halting_head(objective: Any, halting: Any, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        RunConfig(
+            model=tiny_model(halting=halting),
+            train=TrainConfig(max_steps=1, objective=objective),
+            data=HopsData(),
+        )

@@ -20,6 +20,7 @@ from openmythos.config.schema import apply_overrides
 from openmythos.data.loader import TokenLoader
 from openmythos.demo.text import text_config
 from openmythos.model.feedforward import MoE, max_violation
+from openmythos.model.loop import start_loops, unroll
 from openmythos.model.recurrent import RecurrentDepthLM
 from openmythos.train.run import set_up
 from openmythos.train.task import TextTask, on_device
@@ -43,12 +44,13 @@ def held_out_load(model: RecurrentDepthLM, loader: TokenLoader, max_batches: int
     for batch in loader.validation_batches(max_batches):
         batch, ctx = on_device(model, batch)
         e = model.encode(batch.tokens, ctx)
-        h = model.init_state(e, ctx=ctx)
-        for loop in range(NUM_LOOPS):
+        state = start_loops(model, e, ctx, [NUM_LOOPS] * len(e))
+        for layer in layers:
+            layer.load.zero_()
+        for loop, _ in enumerate(unroll(model, state, ctx)):
+            counts[loop] += torch.stack([layer.load.sum(dim=0) for layer in layers])
             for layer in layers:
                 layer.load.zero_()
-            h = model.step(h, e, torch.full((len(h),), loop), ctx)
-            counts[loop] += torch.stack([layer.load.sum(dim=0) for layer in layers])
     return max_violation(counts).amax(dim=1).tolist()
 
 

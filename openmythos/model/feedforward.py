@@ -91,6 +91,16 @@ class ReLUSquared(nn.Module):
         return self.down(hidden, loop_idx)
 
 
+class Router(nn.Linear):
+    """Scores of the experts, in at least fp32: in bf16, rounding would choose experts."""
+
+    def forward(self, x: Float[Tensor, "N D"]) -> Float[Tensor, "N E"]:
+        """Logits of every token."""
+        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        with torch.autocast(x.device.type, enabled=False):
+            return functional.linear(x.to(wide), self.weight.to(wide))
+
+
 class MoE(nn.Module):
     """Routed experts, chosen per token and loop, plus shared experts that always run.
 
@@ -107,7 +117,7 @@ class MoE(nn.Module):
         super().__init__()
         self.config = config
         num_experts, width = config.num_experts, config.d_expert
-        self.router = nn.Linear(d_model, num_experts, bias=False)
+        self.router = Router(d_model, num_experts, bias=False)
         self.gate_up = nn.Parameter(torch.empty(num_experts, 2 * width, d_model))
         self.down = nn.Parameter(torch.empty(num_experts, d_model, width))
         # The shared experts' sum is one wider expert.
@@ -156,15 +166,13 @@ class MoE(nn.Module):
     ) -> tuple[Int[Tensor, "N K"], Float[Tensor, "N K"], Int[Tensor, "E"]]:
         """Experts, their weights, and each expert's count of tokens; ``row`` chooses the bias."""
         part = self.config
-        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-        with torch.autocast(x.device.type, enabled=False):  # in bf16, rounding would choose experts
-            logits = functional.linear(x.to(wide), self.router.weight.to(wide))
+        logits = self.router(x)
         scores = logits.sigmoid() if part.scoring == "sigmoid" else logits.softmax(dim=-1)
         # The original selects by logits + bias; with a bias of zero the order is the same.
         selection = scores if part.scoring == "sigmoid" else logits
         expert = (selection.detach() + self.bias[row]).topk(part.num_experts_per_token).indices
         weight = scores.gather(1, expert)
-        total = weight.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(wide).tiny)
+        total = weight.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(logits.dtype).tiny)
         weight = part.routed_scale * weight / total
         pair = (row[:, None] * part.num_experts + expert).flatten()
         load = torch.zeros(self.load.numel(), dtype=torch.int64, device=x.device)

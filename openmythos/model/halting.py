@@ -29,6 +29,14 @@ class Tracker:
         """Some of the tokens."""
         return Tracker(self.mass[index], self.running[index], self.ponder[index])
 
+    def put(self, index: Int[Tensor, "M"], rows: "Tracker") -> "Tracker":
+        """These rows in place of those at ``index``."""
+        return Tracker(
+            self.mass.index_copy(0, index, rows.mass),
+            self.running.index_copy(0, index, rows.running),
+            self.ponder.index_copy(0, index, rows.ponder),
+        )
+
 
 class Halting(nn.Module):
     """The head: one exit probability a token and loop.

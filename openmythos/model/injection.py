@@ -1,7 +1,8 @@
 """How the prelude's output re-enters at every loop.
 
-Each injection has three calls: ``drive(e)`` once a forward (everything about e that no loop
-changes), ``mix(h, e)`` for the core's input and ``update(h, e, y)`` for the next state.
+An injection is called with what is known: with e alone once a forward (``drive``: everything about
+e that no loop changes), with e and h for the core's input (``mix``), with e, h and the core's
+output y for the next state (``update``). Its parameters are read in ``forward`` only.
 """
 
 import math
@@ -26,6 +27,12 @@ State = Float[Tensor, "B T D"]
 
 class Injection(nn.Module):
     """``x = h``, ``h' = y``: e enters only through the initial state. The others override this."""
+
+    def forward(self, e: State, h: State | None = None, y: State | None = None) -> State:
+        """``drive(e)``, ``mix(h, e)`` or ``update(h, e, y)``, by what is given."""
+        if h is None:
+            return self.drive(e)
+        return self.mix(h, e) if y is None else self.update(h, e, y)
 
     def drive(self, e: State) -> State:
         """What of e is computed once a forward."""

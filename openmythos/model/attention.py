@@ -10,8 +10,9 @@ from openmythos.config import GQAConfig, MLAConfig, ModelConfig, WeightLoRAConfi
 from openmythos.model.cache import Place, Stage
 from openmythos.model.context import ForwardContext
 from openmythos.model.loop_signal import LoopLinear
-from openmythos.model.norm import RMSNorm, rms_norm
+from openmythos.model.norm import RMSNorm
 from openmythos.model.rope import apply_rope
+from openmythos.ops.norm import rms_norm
 
 
 class Attention(nn.Module):

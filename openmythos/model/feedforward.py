@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -12,8 +11,8 @@ from torch.nn import functional
 from openmythos.config import MoEConfig, ReLUSquaredConfig, WeightLoRAConfig
 from openmythos.model.context import ForwardContext
 from openmythos.model.loop_signal import LoopLinear
-from openmythos.ops.cpu import build as native
 from openmythos.ops.moe import LoopedExperts, moe_experts
+from openmythos.ops.swiglu import swiglu
 
 
 class SwiGLU(nn.Module):
@@ -35,33 +34,6 @@ class SwiGLU(nn.Module):
     ) -> Float[Tensor, "B T D"]:
         """Apply to every token."""
         return self.down(swiglu(self.gate_up(x, loop_idx)), loop_idx)
-
-
-def swiglu(inner: Float[Tensor, "... _"]) -> Float[Tensor, "... F"]:
-    """``SiLU(gate) * up`` of the two halves of ``inner``."""
-    if native.takes_swiglu(inner):
-        hidden: Tensor = _SwiGLU.apply(inner)
-        return hidden
-    return _swiglu(inner)
-
-
-def _swiglu(inner: Tensor) -> Tensor:
-    gate, up = inner.chunk(2, dim=-1)
-    return functional.silu(gate) * up
-
-
-class _SwiGLU(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, inner: Tensor) -> Tensor:
-        ctx.save_for_backward(inner)
-        return native.swiglu(inner)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor | None:
-        (inner,) = ctx.saved_tensors
-        if torch.is_grad_enabled():  # the gradient is to be differentiated again
-            return native.gradients_again(ctx, _swiglu, (inner,), grad)[0]
-        return native.swiglu_backward(grad, inner)[0]
 
 
 class ReLUSquared(nn.Module):

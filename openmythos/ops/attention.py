@@ -9,6 +9,7 @@ from torch.nn import functional
 from torch.nn.attention import varlen
 
 from openmythos.ops.cpu import build as native
+from openmythos.ops.double_backward import differentiable_gradients
 
 MIN_LENGTH, MAX_LENGTH = 32, 1024  # tokens of our kernel: it keeps weights, their square in number
 
@@ -177,7 +178,7 @@ class _BlockAttention(torch.autograd.Function):
         q, k, v, mask, weights = ctx.saved_tensors
         if torch.is_grad_enabled():  # the gradient is to be differentiated again
             attend = lambda q, k, v: attention_reference(q, k, v, mask, ctx.scale)  # noqa: E731
-            again = native.gradients_again(ctx, attend, (q, k, v), grad.transpose(1, 2))
+            again = differentiable_gradients(ctx, attend, (q, k, v), grad.transpose(1, 2))
             return (*again, None, None)
         kernel = torch.ops.openmythos_attention.backward
         packed = [_side_by_side(each) for each in (grad.transpose(1, 2), q, k, v)]

@@ -17,6 +17,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn import functional
 
 from openmythos.ops.cpu import build as native
+from openmythos.ops.swiglu import swiglu_backward, swiglu_forward
 
 
 def grouped_mm_reference(
@@ -210,7 +211,7 @@ class _Experts(torch.autograd.Function):
         pairs: Pairs,
     ) -> Tensor:
         inner = _multiply(x, pairs.token, weights.gate_up, pairs, transposed=True)
-        hidden = native.swiglu(inner, share, pairs.order)
+        hidden = swiglu_forward(inner, share, pairs.order)
         # The weights as well, so that a change of them is noticed.
         ctx.save_for_backward(x, share, inner, hidden, weights.gate_up, weights.down)
         ctx.weights, ctx.pairs = weights, pairs  # type: ignore[attr-defined]
@@ -223,7 +224,7 @@ class _Experts(torch.autograd.Function):
         x, share, inner, hidden, gate_up, down = ctx.saved_tensors
         weights, pairs, grad_x, grad_token = ctx.weights, ctx.pairs, None, None
         through = _multiply(grad, pairs.token, down, pairs, transposed=False)
-        grad_inner, grad_share = native.swiglu_backward(through, inner, share, pairs.order)
+        grad_inner, grad_share = swiglu_backward(through, inner, share, pairs.order)
         if ctx.needs_input_grad[0]:
             grad_x = _multiply_add(grad_inner, len(x), gate_up, pairs, transposed=False)
         if ctx.needs_input_grad[2]:

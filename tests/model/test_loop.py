@@ -52,7 +52,7 @@ def test_one_loop_after_another_is_forward(halting):
 @torch.no_grad()
 @pytest.mark.parametrize("halting", [ACTConfig(bias_init=0.0), PonderNetConfig()])
 def test_a_row_may_end_after_any_loop(halting):
-    """The readout of a state is that of a forward of so many loops, whether the row goes on or not."""
+    """The readout is that of a forward of so many loops, whether the row goes on or not."""
     model = random_model(small_config(halting=halting), dtype=torch.float64)
     tokens = random_tokens(model.config, 2, 5)
     state, ctx = begun(model, tokens, [5, 5])

@@ -1,14 +1,8 @@
 import pytest
 import torch
 
-from openmythos.model.norm import RMSNorm, rms_norm
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_unit_mean_square(dtype):
-    x = torch.randn(3, 5, 8, dtype=dtype) * 7
-    wanted = x / (x.square().mean(dim=-1, keepdim=True) + 1e-5).sqrt()
-    torch.testing.assert_close(rms_norm(x, 1e-5), wanted)
+from openmythos.model.norm import RMSNorm
+from tests.strategies import unchecked
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -23,14 +17,6 @@ def test_statistics_are_fp32_and_the_cast_comes_before_the_weight(dtype):
     assert torch.equal(got, wide.to(dtype) * norm.weight)
 
 
-@pytest.mark.parametrize("weighted", [False, True])
-def test_the_written_out_gradient(weighted):
-    x = torch.randn(2, 3, 6, dtype=torch.float64, requires_grad=True)
-    weight = torch.randn(6, dtype=torch.float64, requires_grad=True) if weighted else None
-    inputs = (x, weight) if weighted else (x,)
-    assert torch.autograd.gradcheck(lambda x, w=None: rms_norm(x, 1e-5, w), inputs)
-
-
 def test_a_zero_vector_stays_finite():
     x = torch.zeros(2, 4, requires_grad=True)
     RMSNorm(4, 1e-6)(x).sum().backward()
@@ -39,3 +25,8 @@ def test_a_zero_vector_stays_finite():
 
 def test_a_wide_weight_does_not_widen_the_stream():
     assert RMSNorm(4, 1e-6)(torch.randn(2, 4).bfloat16()).dtype == torch.bfloat16
+
+
+def test_a_norm_of_another_width_is_refused(compiler):
+    with unchecked(), pytest.raises(RuntimeError, match="must match the size"):
+        RMSNorm(32, 1e-6)(torch.randn(2, 256))

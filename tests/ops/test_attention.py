@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from openmythos.ops.attention import (
     MAX_LENGTH,
@@ -205,3 +206,10 @@ def test_earlier_loops_are_keys_of_their_own_token_alone(padded):
     ):
         torch.testing.assert_close(grad, expected)
     assert not grads[3][1:, 0].any()  # hidden keys get no gradient
+
+
+def test_results_may_be_changed_in_place_and_fake_tensors_are_left_to_torch(compiler):
+    q = torch.randn(1, 2, 40, 32, requires_grad=True)
+    attention(q, q, q, None, 1.0).mul_(2).sum().backward()
+    with FakeTensorMode():
+        assert attention(*[torch.zeros(1, 2, 64, 32)] * 3, None, 1.0).shape == (1, 2, 64, 32)

@@ -1,4 +1,4 @@
-"""Our C++ kernels for CPUs, built at their first use; and the elementwise ones of training.
+"""Our C++ kernels for CPUs: the compiler, and libraries that are built at their first use.
 
 Without a compiler, or on another system, ``load`` says so and torch's operators are used.
 """
@@ -14,15 +14,11 @@ import sys
 import tempfile
 import threading
 import warnings
-from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn import functional
 
 from openmythos.config.schema import require
 
@@ -136,114 +132,11 @@ def eager() -> bool:
     return not torch.compiler.is_compiling() and transformed() is None
 
 
-def gradients_again(
-    ctx: Any, function: Callable[..., Tensor], inputs: Sequence[Tensor | None], grad: Tensor
-) -> tuple[Tensor | None, ...]:
-    """The gradients of a function's inputs that can themselves be differentiated.
-
-    For the backward pass of a Function whose kernel cannot: ``function`` is made of torch's
-    operators.
-    """
-    needs = ctx.needs_input_grad[: len(inputs)]
-    pairs = zip(inputs, needs, strict=True)
-    wanted = [tensor for tensor, need in pairs if need and tensor is not None]
-    found = iter(torch.autograd.grad(function(*inputs), wanted, grad, create_graph=True))
-    return tuple(next(found) if need else None for need in needs)
-
-
-# --- elementwise operations and their gradients, in one pass each; else as torch's operators ------
-
-
-def rms_norm(
-    x: Float[Tensor, "... C"], weight: Float[Tensor, "C"] | None, eps: float
-) -> tuple[Float[Tensor, "... C"], Float[Tensor, "... 1"]]:
-    """``weight * x / rms(x)``, and ``1 / rms(x)``."""
-    if _whole(x) and _matches(weight, x) and takes("fused", x, weight):
-        y, scale = torch.ops.openmythos_fused.rms_norm(x.contiguous(), _packed(weight), eps)
-        return y, scale.view(*x.shape[:-1], 1)
-    y = x.square()
-    scale = y.mean(dim=-1, keepdim=True).add_(eps).rsqrt_()
-    torch.mul(x, scale, out=y)
-    return y if weight is None else y.mul_(weight), scale
-
-
-def rms_norm_backward(
-    grad: Float[Tensor, "... C"],
-    x: Float[Tensor, "... C"],
-    weight: Float[Tensor, "C"] | None,
-    scale: Float[Tensor, "... 1"],
-) -> tuple[Float[Tensor, "... C"], Float[Tensor, "C"] | None]:
-    """The gradients of x and of the weight."""
-    # With n = x / rms(x) and g = grad * weight: (g - n mean(g n)) / rms(x).
-    if _whole(x) and _matches(weight, x) and takes("fused", x, weight, grad):
-        kernel = torch.ops.openmythos_fused.rms_norm_backward
-        grad_x, grad_weight = kernel(grad.contiguous(), x.contiguous(), _packed(weight), scale)
-        return grad_x, None if weight is None else grad_weight
-    unit = x * scale
-    products, grad_weight = grad * unit, None
-    if weight is not None:
-        grad_weight = products.flatten(0, -2).sum(dim=0)
-        products *= weight
-    mean = products.mean(dim=-1, keepdim=True)
-    through = grad.clone() if weight is None else torch.mul(grad, weight, out=products)
-    return through.addcmul_(unit, mean, value=-1).mul_(scale), grad_weight
-
-
-def swiglu(
-    inner: Float[Tensor, "... _"],
-    share: Float[Tensor, "N K"] | None = None,
-    order: Int[Tensor, "M"] | None = None,
-) -> Float[Tensor, "... F"]:
-    """``SiLU(gate) * up``, the halves of ``inner``.
-
-    With shares, row m of ``inner`` [M, 2 F] is also multiplied by entry ``order[m]`` of them.
-    """
-    if takes_swiglu(inner, share):
-        kernel = torch.ops.openmythos_fused.swiglu
-        hidden: Tensor = kernel(inner.contiguous(), _packed(share), order)
-        return hidden
-    gate, up = inner.chunk(2, dim=-1)
-    hidden = functional.silu(gate).mul_(up)
-    return hidden if share is None else hidden.mul_(share.flatten()[order, None])
-
-
-def swiglu_backward(
-    grad: Float[Tensor, "... F"],
-    inner: Float[Tensor, "... _"],
-    share: Float[Tensor, "N K"] | None = None,
-    order: Int[Tensor, "M"] | None = None,
-) -> tuple[Float[Tensor, "... _"], Float[Tensor, "N K"] | None]:
-    """The gradients of ``inner`` and of the shares."""
-    if takes_swiglu(inner, share) and takes("fused", grad):
-        kernel = torch.ops.openmythos_fused.swiglu_backward
-        packed = grad.contiguous(), inner.contiguous(), _packed(share)
-        grad_inner, grad_share = kernel(*packed, order)
-        return grad_inner, None if share is None else grad_share
-    gate, up = inner.chunk(2, dim=-1)
-    active, grad_inner, grad_share = functional.silu(gate), torch.empty_like(inner), None
-    if share is not None:
-        grad_share = share.new_empty(share.shape)
-        grad_share.view(-1)[order] = (grad * active).mul_(up).sum(dim=-1)
-        grad = grad * share.flatten()[order, None]
-    grad_gate, grad_up = grad_inner.chunk(2, dim=-1)
-    torch.mul(grad, active, out=grad_up)
-    grad_gate.copy_(torch.ops.aten.silu_backward(grad * up, gate))
-    return grad_inner, grad_share
-
-
-def takes_swiglu(inner: Tensor, share: Tensor | None = None) -> bool:
-    """Whether ``swiglu`` is one pass for these."""
-    return _whole(inner) and takes("fused", inner, share)
-
-
-def _whole(x: Tensor) -> bool:
+def whole(x: Tensor) -> bool:
     """Whether rows are whole vectors of the widest processors, two halves of them too."""
     return x.shape[-1] % 32 == 0
 
 
-def _matches(weight: Tensor | None, x: Tensor) -> bool:
-    return weight is None or weight.shape == x.shape[-1:]
-
-
-def _packed(tensor: Tensor | None) -> Tensor | None:
+def packed(tensor: Tensor | None) -> Tensor | None:
+    """A contiguous copy where it is needed."""
     return None if tensor is None else tensor.contiguous()

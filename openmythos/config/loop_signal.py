@@ -31,8 +31,17 @@ class LearnedLoopConfig:
         require_positive(self, "num_loops")
 
 
+class LoopAdapterMember:
+    """What a loop adapter says of itself."""
+
+    @property
+    def core_lora(self) -> "WeightLoRAConfig | None":
+        """The low-rank change of the core's linear layers."""
+        return None
+
+
 @dataclass(frozen=True, kw_only=True)
-class WeightLoRAConfig:
+class WeightLoRAConfig(LoopAdapterMember):
     """W_t = W + B_t A_t on the core's linear layers; loops past the table use its last row.
 
     Not on routed experts, the router and MLA's ``kv_up``, whose products loops and tokens share.
@@ -47,9 +56,14 @@ class WeightLoRAConfig:
     def __post_init__(self) -> None:
         require_positive(self, "rank", "num_loops")
 
+    @property
+    def core_lora(self) -> "WeightLoRAConfig":
+        """See ``LoopAdapterMember.core_lora``."""
+        return self
+
 
 @dataclass(frozen=True, kw_only=True)
-class OutputLoRAConfig:
+class OutputLoRAConfig(LoopAdapterMember):
     """y += ((y down) * scale_t) up on the core's output: the original OpenMythos."""
 
     kind: ClassVar[str] = "output_lora"

@@ -20,6 +20,7 @@ from openmythos.config.loop_signal import (
     LoopAdapterConfig,
     LoopEmbeddingConfig,
     SinusoidalLoopConfig,
+    WeightLoRAConfig,
 )
 from openmythos.config.rope import RopeConfig
 from openmythos.config.schema import require, require_literals, require_positive
@@ -116,6 +117,11 @@ class ModelConfig:
     def num_recent_loops(self) -> int:
         """Earlier loops of its own that a token attends to in the core."""
         return 0 if self.depth_attention is None else self.depth_attention.num_recent_loops
+
+    def lora(self, stage: str) -> WeightLoRAConfig | None:
+        """The low-rank change that each loop makes of a stage's linear layers."""
+        adapter = self.loop_adapter
+        return None if adapter is None or stage != "core" else adapter.core_lora
 
     def effective_depth(self, num_loops: int | None = None) -> int:
         """Layers that a token passes at ``num_loops`` loops (default: the config's)."""

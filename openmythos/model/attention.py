@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from openmythos.config import GQAConfig, MLAConfig, ModelConfig, WeightLoRAConfig
+from openmythos.config import AttentionConfig, GQAConfig, MLAConfig, ModelConfig
 from openmythos.model.cache import Place, Stage
 from openmythos.model.context import ForwardContext
 from openmythos.model.loop_signal import LoopLinear
@@ -16,16 +16,30 @@ from openmythos.ops.norm import rms_norm
 
 
 class Attention(nn.Module):
-    """What both kinds share: their place in the model and rotary positions."""
+    """What both kinds share: their place in the model and rotary positions.
 
-    def __init__(self, config: ModelConfig, stage: Stage, layer: int) -> None:
+    ``global_layer`` counts prelude, core, coda through.
+    """
+
+    out: LoopLinear
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        part: AttentionConfig,
+        stage: Stage,
+        layer: int,
+        global_layer: int,
+    ) -> None:
         super().__init__()
         self.stage: Stage = stage
         self.layer = layer
         self.interleaved = config.rope is not None and config.rope.interleaved
-        adapter = config.loop_adapter
-        in_core = stage == "core" and isinstance(adapter, WeightLoRAConfig)
-        self.lora = adapter if in_core and isinstance(adapter, WeightLoRAConfig) else None
+        self.lora = config.lora(stage)
+
+    def zero_output(self) -> None:
+        """Start as a branch that adds nothing."""
+        self.out.weight.zero_()
 
     def rotate(self, x: Float[Tensor, "B T N K"], ctx: ForwardContext) -> Tensor:
         """Apply the context's rotary angles to heads."""
@@ -44,10 +58,10 @@ class GQA(Attention):
     Source: Ainslie et al. 2023 (arXiv 2305.13245).
     """
 
-    def __init__(self, config: ModelConfig, stage: Stage, layer: int, global_layer: int) -> None:
-        super().__init__(config, stage, layer)
-        part = config.attention
-        assert isinstance(part, GQAConfig)
+    def __init__(
+        self, config: ModelConfig, part: GQAConfig, stage: Stage, layer: int, global_layer: int
+    ) -> None:
+        super().__init__(config, part, stage, layer, global_layer)
         self.config = part
         self.num_recent_loops = config.num_recent_loops if stage == "core" else 0
         eps = part.qk_norm_eps
@@ -120,10 +134,10 @@ class MLA(Attention):
     Source: DeepSeek-V2 (arXiv 2405.04434), section 2.1 and appendix C.
     """
 
-    def __init__(self, config: ModelConfig, stage: Stage, layer: int) -> None:
-        super().__init__(config, stage, layer)
-        part = config.attention
-        assert isinstance(part, MLAConfig)
+    def __init__(
+        self, config: ModelConfig, part: MLAConfig, stage: Stage, layer: int, global_layer: int
+    ) -> None:
+        super().__init__(config, part, stage, layer, global_layer)
         self.config = part
         eps, rope_dim, latent = config.block.norm_eps, part.qk_rope_head_dim, part.kv_lora_rank
         self.scale = (part.qk_nope_head_dim + rope_dim) ** -0.5
@@ -217,8 +231,10 @@ class LatentExpansion(nn.Linear):
         return torch.bmm(mixed[:, 0].transpose(0, 1), w_value.mT).transpose(0, 1)[:, None]
 
 
+ATTENTIONS: dict[type, type[Attention]] = {GQAConfig: GQA, MLAConfig: MLA}
+
+
 def make_attention(config: ModelConfig, stage: Stage, layer: int, global_layer: int) -> Attention:
     """The attention of one layer; ``global_layer`` counts prelude, core, coda through."""
-    if isinstance(config.attention, GQAConfig):
-        return GQA(config, stage, layer, global_layer)
-    return MLA(config, stage, layer)
+    part = config.attention
+    return ATTENTIONS[type(part)](config, part, stage, layer, global_layer)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 from torch.nn import functional
 
-from openmythos.config import ModelConfig, OutputLoRAConfig
+from openmythos.config import ModelConfig
 from openmythos.config.schema import require
 from openmythos.model.block import Block
 from openmythos.model.context import ForwardContext, make_context
@@ -17,7 +17,7 @@ from openmythos.model.halting import make_halting
 from openmythos.model.init import init_weights, initial_state
 from openmythos.model.injection import make_injection
 from openmythos.model.loop import LoopedModel, readout, start_loops, unroll
-from openmythos.model.loop_signal import OutputLoRA, make_loop_embedding
+from openmythos.model.loop_signal import LoopAdapter, make_loop_adapter, make_loop_embedding
 from openmythos.model.norm import RMSNorm
 
 
@@ -48,14 +48,14 @@ class RecurrentDepthLM(LoopedModel):
         self.prelude = nn.ModuleList(Block(config, "prelude", i, i) for i in range(p))
         self.prelude_norm = RMSNorm(dim, eps) if config.prelude_norm else nn.Identity()
         self.injection = make_injection(config)
-        self.loop_embedding = make_loop_embedding(dim, config.loop_embedding)
+        self.loop_embedding = make_loop_embedding(config)
         self.core = nn.ModuleList(Block(config, "core", i, p + i) for i in range(c))
+        # In a state dict the adapter's weights stand under its kind.
         adapter = config.loop_adapter
-        self.output_lora = (
-            OutputLoRA(dim, adapter) if isinstance(adapter, OutputLoRAConfig) else None
-        )
+        self._adapter_name = "no_adapter" if adapter is None else adapter.kind
+        self.add_module(self._adapter_name, make_loop_adapter(config))
         self.loop_norm = RMSNorm(dim, eps) if config.loop_norm else nn.Identity()
-        self.halting = make_halting(dim, config.halting)
+        self.halting = make_halting(config)
         self.final_norm = RMSNorm(dim, eps) if config.final_norm else nn.Identity()
         self.readout: nn.Module = nn.Identity()
         if config.readout == "linear":
@@ -67,6 +67,12 @@ class RecurrentDepthLM(LoopedModel):
             self.head = nn.Linear(dim, config.vocab_size, bias=False)
         if not self.embed.weight.is_meta:
             init_weights(self, dim, generator)
+
+    @property
+    def loop_adapter(self) -> LoopAdapter:
+        """What each loop changes of the core's output."""
+        adapter: LoopAdapter = getattr(self, self._adapter_name)
+        return adapter
 
     def context(self, tokens: Int[Tensor, "B T"], **options: Any) -> ForwardContext:
         """The context of a batch; the options are those of ``make_context``."""
@@ -107,8 +113,7 @@ class RecurrentDepthLM(LoopedModel):
         y = self.injection(e, self.signal(h, loop_idx, ctx))
         for block in self.core:
             y = block(y, ctx, loop_idx)
-        if self.output_lora is not None:
-            y = self.output_lora(y, loop_idx)
+        y = self.loop_adapter(y, loop_idx)
         return self.loop_norm(self.injection(e, h, y))
 
     def decode(self, h: Float[Tensor, "B T D"], ctx: ForwardContext) -> Float[Tensor, "B T V"]:

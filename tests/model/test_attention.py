@@ -1,9 +1,11 @@
 import itertools
+import typing
 
 import pytest
 import torch
 
 from openmythos.config import (
+    AttentionConfig,
     DepthAttentionConfig,
     MLAConfig,
     RopeConfig,
@@ -11,6 +13,7 @@ from openmythos.config import (
     WeightLoRAConfig,
 )
 from openmythos.config.schema import apply_overrides
+from openmythos.model.attention import ATTENTIONS
 from openmythos.model.attention import GQA as GQALayer
 from openmythos.model.attention import MLA as MLALayer
 from openmythos.model.cache import KVCache
@@ -22,6 +25,10 @@ from tests.strategies import GQA, MLA, random_model, random_tokens, seeded, smal
 def layer_of(config, dtype=torch.float64):
     model = random_model(config, dtype=dtype)
     return model, model.core[0].attention
+
+
+def test_every_member_has_a_class():
+    assert set(ATTENTIONS) == set(typing.get_args(AttentionConfig))
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])

@@ -1,6 +1,6 @@
 """Feed-forward layers: dense, or a mixture of experts. No torch."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 from openmythos.config.schema import require, require_literals, require_positive
@@ -16,6 +16,10 @@ class SwiGLUConfig:
     def __post_init__(self) -> None:
         require_positive(self, "d_ff")
 
+    def unlooped(self) -> "SwiGLUConfig":
+        """Without what only a loop needs, which is nothing."""
+        return self
+
 
 @dataclass(frozen=True, kw_only=True)
 class ReLUSquaredConfig:
@@ -27,6 +31,10 @@ class ReLUSquaredConfig:
 
     def __post_init__(self) -> None:
         require_positive(self, "d_ff")
+
+    def unlooped(self) -> "ReLUSquaredConfig":
+        """Without what only a loop needs, which is nothing."""
+        return self
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +70,10 @@ class MoEConfig:
     def shared_width(self) -> int:
         """Inner width of one shared expert."""
         return self.d_expert if self.d_shared is None else self.d_shared
+
+    def unlooped(self) -> "MoEConfig":
+        """Without what only a loop needs: with one balancing bias."""
+        return replace(self, bias_loops=1)
 
 
 DenseConfig = SwiGLUConfig | ReLUSquaredConfig

@@ -3,8 +3,8 @@
 Training and serving have their own configurations beside their code.
 """
 
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 from openmythos.config.attention import AttentionConfig, DepthAttentionConfig, ValueEmbeddingConfig
 from openmythos.config.block import BlockConfig
@@ -25,6 +25,26 @@ from openmythos.config.loop_signal import (
 from openmythos.config.rope import RopeConfig
 from openmythos.config.schema import require, require_literals, require_positive
 from openmythos.config.state_init import CopyInitConfig, StateInitConfig, ZerosInitConfig
+
+# What becomes of each field in a model that runs once (``ModelConfig.unlooped``): it is kept, or
+# only a loop needs it, and this is its value without one.
+KEPT_UNLOOPED = (
+    *("vocab_size", "d_model", "num_prelude_layers", "num_core_layers", "num_coda_layers"),
+    *("attention", "feed_forward", "core_feed_forward", "max_seq_len", "rope", "block"),
+    *("value_embedding", "final_norm", "embed_scale", "tie_embeddings"),
+)
+LOOP_ONLY: dict[str, Any] = {
+    "num_loops": 1,
+    "injection": NoInjectionConfig(),
+    "state_init": CopyInitConfig(),
+    "loop_embedding": None,
+    "loop_adapter": None,
+    "depth_attention": None,
+    "halting": None,
+    "prelude_norm": False,
+    "loop_norm": False,
+    "readout": "none",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +142,19 @@ class ModelConfig:
         """The low-rank change that each loop makes of a stage's linear layers."""
         adapter = self.loop_adapter
         return None if adapter is None or stage != "core" else adapter.core_lora
+
+    def unlooped(self) -> "ModelConfig":
+        """The model that runs once: without what only a loop needs.
+
+        A norm after each loop becomes the final norm where there is none: the last of them is one.
+        """
+        core = self.core_feed_forward
+        return replace(
+            self,
+            core_feed_forward=None if core is None else core.unlooped(),
+            final_norm=self.final_norm or self.loop_norm,
+            **LOOP_ONLY,
+        )
 
     def effective_depth(self, num_loops: int | None = None) -> int:
         """Layers that a token passes at ``num_loops`` loops (default: the config's)."""

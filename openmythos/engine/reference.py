@@ -5,7 +5,6 @@ Faster engines must give the same tokens.
 
 import operator
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -18,6 +17,7 @@ from openmythos.engine.batch import CachedBatch, UncachedBatch
 from openmythos.engine.sampling import SamplingConfig, row_generator, sample
 from openmythos.model.cache import CacheLayout, KVCache
 from openmythos.model.exit import Fixed, Rule
+from openmythos.model.inference import inference
 from openmythos.model.recurrent import RecurrentDepthLM
 from openmythos.ops.cpu import build as native
 
@@ -272,11 +272,11 @@ class Session:
         unread = [pending + row for pending, row in zip(self.pending, rows, strict=True)]
         self.pending = [row[-1:] for row in unread]
         self.lengths = [old + len(row) for old, row in zip(self.lengths, rows, strict=True)]
-        with _inference(self.model):
+        with inference(self.model):
             self.batch.prefill([row[:-1] for row in unread], depths, chunk)
         running, left = list(range(len(rows))), list(budget)
         while running:
-            with _inference(self.model):
+            with inference(self.model):
                 tokens = {row: self.pending[row][0] for row in running}
                 logits, loops = self.batch.decode(tokens, depths, rule)
                 settings = [configs[row] for row in running]
@@ -291,20 +291,6 @@ class Session:
                 new.append(NewToken(row, token, loops[i], reason, logits[i]))
             yield from new
             running = [item.row for item in new if item.finish_reason is None]
-
-
-@contextmanager
-def _inference(model: RecurrentDepthLM) -> Iterator[None]:
-    """Evaluation mode without gradients; every module's own mode comes back afterwards."""
-    training = [module for module in model.modules() if module.training]
-    if training:
-        model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _token_rows(

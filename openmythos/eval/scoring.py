@@ -16,6 +16,7 @@ from openmythos.engine.reference import Session
 from openmythos.engine.sampling import row_generator
 from openmythos.model.cache import CacheLayout
 from openmythos.model.exit import Rule
+from openmythos.model.inference import inference
 from openmythos.model.recurrent import RecurrentDepthLM
 
 Pair = tuple[list[int], list[int]]  # token ids of a context and its continuation
@@ -179,7 +180,6 @@ class Scorer:
             )
         self.num_truncated += len(context) + len(continuation) > self.max_len + 1
 
-    @torch.no_grad()
     def _logits(self, rows: Sequence[tuple[int, ...]]) -> Tensor:
         """Logits of rows that begin at the left; what stands past a row's end is padding."""
         device, width = self.model.embed.weight.device, max(map(len, rows))
@@ -188,12 +188,8 @@ class Scorer:
         valid = torch.arange(width, device=device) < lengths[:, None]
         ctx = self.model.context(tokens, padding_mask=None if bool(valid.all()) else valid)
         generator = torch.Generator().manual_seed(self.seed)
-        was_training = self.model.training
-        self.model.eval()
-        try:
+        with inference(self.model):
             output = self.model(tokens, num_loops=self.num_loops, ctx=ctx, generator=generator)
-        finally:
-            self.model.train(was_training)
         return output.logits
 
     # --- generation ------------------------------------------------------------------------------

@@ -32,6 +32,14 @@ class TextPiece:
     tokens: range
 
 
+def decode_pieces(
+    decoder: ByteDecoder, tokens: Iterable[int], stops: Sequence[str] = ()
+) -> list[TextPiece]:
+    """The pieces of a text whose tokens are all there."""
+    stream = TextStream(decoder, stops)
+    return [*(piece for token in tokens for piece in stream.push(token)), *stream.finish()]
+
+
 class TextStream:
     """Decodes token by token; what it has given is never taken back.
 

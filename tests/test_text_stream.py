@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from openmythos.text_stream import TextPiece, TextStream
+from openmythos.text_stream import TextPiece, TextStream, decode_pieces
 from openmythos.tokenizer import byte_tokenizer
 
 BYTES = byte_tokenizer()
@@ -27,10 +27,6 @@ class Table:
 def cut_at(text: str, stops: Sequence[str]) -> str:
     """The text before the first of the stop texts."""
     return text[: min((at for stop in stops if (at := text.find(stop)) >= 0), default=len(text))]
-
-
-def streamed(stream: TextStream, tokens: Iterable[int]) -> list[TextPiece]:
-    return [*(piece for token in tokens for piece in stream.push(token)), *stream.finish()]
 
 
 def texts(pieces: Iterable[TextPiece]) -> list[str]:
@@ -78,27 +74,23 @@ def test_a_stream_is_the_whole_text_cut_at_the_first_stop(
 
 @given(st.text(), st.lists(st.text(min_size=1, max_size=3), max_size=2))
 def test_text_of_the_byte_tokenizer(text: str, stops: list[str]) -> None:
-    stream = TextStream(BYTES, stops)
-    pieces = streamed(stream, [BYTES.bos_id, *BYTES.encode(text), BYTES.eos_id])
+    pieces = decode_pieces(BYTES, [BYTES.bos_id, *BYTES.encode(text), BYTES.eos_id], stops)
     assert "".join(texts(pieces)) == cut_at(text, stops)
     for piece in pieces:
         assert BYTES.decode([0, *BYTES.encode(text)][index] for index in piece.tokens) == piece.text
 
 
 def test_a_character_of_several_tokens_comes_whole() -> None:
-    stream = TextStream(BYTES)
-    pieces = streamed(stream, BYTES.encode("aé€"))
-    assert pieces == [
+    assert decode_pieces(BYTES, BYTES.encode("aé€")) == [
         TextPiece(text="a", start=0, tokens=range(1)),
         TextPiece(text="é", start=1, tokens=range(1, 3)),
         TextPiece(text="€", start=2, tokens=range(3, 6)),
     ]
-    assert stream.text == "aé€"
 
 
 def test_a_token_may_end_one_character_and_begin_another() -> None:
     decoder = Table([b"a\xc3", b"\xa9b", b"\xe2\x82", b""])
-    pieces = streamed(TextStream(decoder), [0, 1, 3, 2, 3])
+    pieces = decode_pieces(decoder, [0, 1, 3, 2, 3])
     assert pieces == [
         TextPiece(text="a", start=0, tokens=range(1)),
         TextPiece(text="éb", start=1, tokens=range(2)),
@@ -137,18 +129,15 @@ def test_a_stop_text_inside_a_token_cuts_it() -> None:
 
 def test_the_stop_text_that_begins_first_cuts_wherever_tokens_end() -> None:
     for entries in ([b"xabcd"], [b"xabc", b"d"], [b"x", b"a", b"b", b"c", b"d"]):
-        stream = TextStream(Table(entries), ["bc", "abcd"])
-        assert "".join(texts(streamed(stream, range(len(entries))))) == "x"
-    stream = TextStream(Table([b"xabc", b"e"]), ["bc", "abcd"])  # "abcd" never comes
-    assert "".join(texts(streamed(stream, range(2)))) == "xa"
-    ended = TextStream(Table([b"xabc"]), ["bc", "abcd"])  # nor here
-    assert "".join(texts(streamed(ended, range(1)))) == "xa" and ended.stopped
+        pieces = decode_pieces(Table(entries), range(len(entries)), ["bc", "abcd"])
+        assert "".join(texts(pieces)) == "x"
+    for entries in ([b"xabc", b"e"], [b"xabc"]):  # "abcd" never comes
+        pieces = decode_pieces(Table(entries), range(len(entries)), ["bc", "abcd"])
+        assert "".join(texts(pieces)) == "xa"
 
 
 def test_the_end_gives_what_waited() -> None:
-    stream = TextStream(BYTES, ["###"])
-    assert texts(streamed(stream, BYTES.encode("a##"))) == ["a", "#", "#"]
-    assert not stream.stopped
+    assert texts(decode_pieces(BYTES, BYTES.encode("a##"), ["###"])) == ["a", "#", "#"]
 
 
 @pytest.mark.parametrize("stops", ["END", ["a", ""]])

@@ -40,7 +40,7 @@ def held_out_load(model: RecurrentDepthLM, loader: TokenLoader, max_batches: int
     """Max load / mean load - 1 of every loop, on held-out text."""
     layers = [module for module in model.modules() if isinstance(module, MoE)]
     counts = torch.zeros(NUM_LOOPS, len(layers), layers[0].config.num_experts)
-    model.train()  # statistics are kept while training; there is no dropout
+    assert model.training, "the layers count their load in training mode only"
     for batch in loader.validation_batches(max_batches):
         batch, ctx = on_device(model, batch)
         e = model.encode(batch.tokens, ctx)

@@ -4,7 +4,7 @@ import sys
 
 import typer
 
-from openmythos.command import demo, evaluate, export, model, retrofit, talk, train
+from openmythos.command import chat, demo, evaluate, export, generate, model, retrofit, train
 
 app = typer.Typer(
     help="Recurrent-depth (looped) language models: train, generate, inspect.",
@@ -14,8 +14,8 @@ app = typer.Typer(
 )
 app.command()(demo.demo)
 app.command()(train.train)
-app.command()(talk.generate)
-app.command()(talk.chat)
+app.command()(generate.generate)
+app.command()(chat.chat)
 app.command()(train.prepare)
 app.command("eval")(evaluate.evaluate)
 app.command()(retrofit.retrofit)

@@ -53,8 +53,12 @@ TRANSFORMERS = "transformers only in the sources that an export carries"
         (LAYERS, {"tokenizer.py": "def f():\n    import openmythos.plan", "plan.py": ""}),
         (LAYERS, {"unplaced.py": ""}),
         (
-            "The engine reaches no tokenizer, checkpoint, interop or data",
+            "The engine reaches no tokenizer, text, checkpoint, interop or data",
             {"engine/runner.py": "import openmythos.tokenizer", "tokenizer.py": ""},
+        ),
+        (
+            "The engine reaches no tokenizer, text, checkpoint, interop or data",
+            {"engine/runner.py": "import openmythos.text_stream", "text_stream.py": ""},
         ),
         (
             "matplotlib only in modules called picture",

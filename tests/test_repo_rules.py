@@ -18,11 +18,14 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = "openmythos"
+CODE_FOLDERS = (PACKAGE, "benchmarks", "experiments")
 
 MAX_MODULE_LINES = 600
 MAX_FUNCTION_LINES = 80
 MAX_CONTRIBUTING_LINES = 150
 MAX_CLOSURE_LINES = 3600  # exclusive; of model/ and ops/
+MODE_SWITCH = f"{PACKAGE}/model/inference.py"
+FOREIGN_CODE = f"{PACKAGE}/interop/hf/"  # what an export carries
 VAGUE_NAMES = {"utils", "util", "helpers", "helper", "common", "misc", "base"}
 HEAVY_IMPORTS = ("torch", "transformers", "fastapi", "matplotlib")
 
@@ -162,6 +165,39 @@ def long_contributing(root: Path) -> list[str]:
     return []
 
 
+def _switches_mode(node: ast.AST, returned: list[ast.expr | None]) -> bool:
+    if isinstance(node, ast.Attribute):
+        return node.attr == "training" and isinstance(node.ctx, ast.Store)
+    if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
+        return False
+    has_arguments = bool(node.args or node.keywords)
+    if node.func.attr == "train":
+        return has_arguments
+    is_new = isinstance(node.func.value, ast.Call) or node in returned
+    return node.func.attr == "eval" and not has_arguments and not is_new
+
+
+def mode_switches(root: Path) -> list[str]:
+    """Evaluation mode set by hand, outside the one context manager that also restores it.
+
+    Not a switch: ``model.train()`` where training begins, and the initial mode of a new model,
+    which is set on the call that makes it or by ``return model.eval()``.
+    """
+    complaints = []
+    for path in (file for folder in CODE_FOLDERS for file in python_files(root / folder)):
+        inside = path.relative_to(root).as_posix()
+        if inside == MODE_SWITCH or inside.startswith(FOREIGN_CODE):
+            continue
+        nodes = list(ast.walk(parsed(path)))
+        returned = [node.value for node in nodes if isinstance(node, ast.Return)]
+        complaints += [
+            f"{inside}:{node.lineno} sets the mode of a model: {ast.unparse(node)}; use inference()"
+            for node in nodes
+            if _switches_mode(node, returned)
+        ]
+    return complaints
+
+
 # --- words ---------------------------------------------------------------------------------------
 
 
@@ -282,6 +318,7 @@ def large_closure(root: Path) -> list[str]:
         folders_without_init,
         unmirrored_modules,
         undocumented_names,
+        mode_switches,
         long_contributing,
         unfinished_code,
         machine_paths,
@@ -371,6 +408,10 @@ GOOD_AND_BAD = [
     (long_functions, "openmythos/a.py", "async " + function_of(80), "async " + function_of(81)),
     (undocumented_names, "openmythos/a.py", 'def f():\n    """Say."""\n', "def f():\n    pass\n"),
     (undocumented_names, "openmythos/a.py", "class _A:\n    pass\n", "class A:\n    pass\n"),
+    (mode_switches, "openmythos/a.py", "with inference(m):\n    m(x)\n", "m.eval()\nm(x)\n"),
+    (mode_switches, "benchmarks/a.py", "m.train()\n", "m.train(was_training)\n"),
+    (mode_switches, "experiments/a.py", "m = Foreign(c).eval()\n", "y = m.eval()(x)\n"),
+    (mode_switches, "openmythos/a.py", "def f():\n    return m.eval()\n", "m.training = False\n"),
     (long_contributing, "CONTRIBUTING.md", "x\n" * 150, "x\n" * 151),
     (unfinished_code, "openmythos/a.py", "x = 1  # done\n", "x = 1  # TO" + "DO: more\n"),
     (unfinished_code, "Makefile", "all:\n", "all: # FIX" + "ME\n"),

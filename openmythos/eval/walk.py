@@ -42,6 +42,10 @@ class WalkCodec:
         """Words with a space between."""
         return " ".join(self.words[index] for index in ids)
 
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """Words as they go on a text: each with the space before it."""
+        return "".join(f" {self.words[index]}" for index in ids).encode()
+
 
 def hops_documents(
     config: HopsConfig, num_hops: int, size: int = NUM_WALKS, seed: int = WALK_SEED

@@ -9,6 +9,7 @@ from openmythos.data.loader import TokenLoader
 from openmythos.data.packing import Batch
 from openmythos.data.synthetic import Curriculum, HopsTask
 from openmythos.model.context import ForwardContext
+from openmythos.model.inference import inference
 from openmythos.model.recurrent import RecurrentDepthLM
 from openmythos.ops.cross_entropy import cross_entropy
 from openmythos.train.recipe import TrainConfig
@@ -50,7 +51,6 @@ def on_device(model: RecurrentDepthLM, batch: Batch) -> tuple[Batch, ForwardCont
     return batch, model.context(batch.tokens, documents=masked, positions=batch.positions)
 
 
-@torch.no_grad()
 def held_out_bits_per_byte(
     model: RecurrentDepthLM, loader: TokenLoader, num_loops: int, max_batches: int | None = None
 ) -> float:
@@ -58,16 +58,14 @@ def held_out_bits_per_byte(
 
     Every token of the split counts once; ``max_batches`` bounds the work to the first batches.
     """
-    was_training = model.training
-    model.eval()
     nats, num_bytes = 0.0, 0
-    for batch in loader.validation_batches(max_batches):
-        batch, ctx = on_device(model, batch)
-        generator = torch.Generator().manual_seed(0)
-        output = model(batch.tokens, num_loops=num_loops, ctx=ctx, generator=generator)
-        nats += float(cross_entropy(output.logits, batch.targets).sum())
-        num_bytes += batch.num_bytes
-    model.train(was_training)
+    with inference(model):
+        for batch in loader.validation_batches(max_batches):
+            batch, ctx = on_device(model, batch)
+            generator = torch.Generator().manual_seed(0)
+            output = model(batch.tokens, num_loops=num_loops, ctx=ctx, generator=generator)
+            nats += float(cross_entropy(output.logits, batch.targets).sum())
+            num_bytes += batch.num_bytes
     return nats / math.log(2) / num_bytes
 
 
@@ -108,17 +106,14 @@ class TextTask:
             )
 
 
-@torch.no_grad()
 def hops_accuracy(
     model: RecurrentDepthLM, task: HopsTask, num_hops: int, num_loops: int, size: int, seed: int
 ) -> float:
     """Share of held-out walks of ``num_hops`` hops whose target is the most likely token."""
-    was_training = model.training
-    model.eval()
     batch = task.held_out_batch(num_hops, size, seed).to(model.embed.weight.device)
     generator = torch.Generator().manual_seed(0)
-    logits = model(batch.tokens, num_loops=num_loops, generator=generator).logits[:, -1]
-    model.train(was_training)
+    with inference(model):
+        logits = model(batch.tokens, num_loops=num_loops, generator=generator).logits[:, -1]
     return float((logits.argmax(dim=-1) == batch.targets[:, -1]).float().mean())
 
 

@@ -10,6 +10,7 @@ def test_words_are_token_ids() -> None:
     codec = WalkCodec(CONFIG)
     assert codec.encode("e0 r2  e4\nr0") == [0, 7, 4, 5]
     assert codec.decode([0, 7, 4, 5]) == "e0 r2 e4 r0"
+    assert codec.decode_bytes([4, 5]) == b" e4 r0" == codec.decode_bytes([4]) + b" r0"
     assert codec.bos_id is None and codec.eos_id is None
     with pytest.raises(ValueError, match=r"'hello' is no word of a walk; .* e0 to r2"):
         codec.encode("e0 hello")

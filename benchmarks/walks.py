@@ -24,6 +24,7 @@ from openmythos import load_pretrained
 from openmythos.config.schema import to_dict
 from openmythos.data.synthetic import HopsConfig, HopsTask
 from openmythos.demo.walks import NUM_WALKS, hops_config
+from openmythos.folder import write_json
 from openmythos.train.metrics import read_metrics
 from openmythos.train.task import hops_accuracy
 
@@ -33,7 +34,7 @@ CELLS = ((8, 2), (8, 8), (8, 16), (10, 2), (10, 5), (10, 8), (10, 16), (12, 8)) 
 def train(seed: int, seconds: float, folder: Path) -> dict[str, Any]:
     """One run in a process of its own: its steps, when it reached the last stage, its accuracy."""
     out, start = folder / str(seed), folder / f"{seed}.json"
-    start.write_text(json.dumps(to_dict(hops_config(seed, seconds))), encoding="utf-8")
+    write_json(start, to_dict(hops_config(seed, seconds)))
     command = [sys.executable, "-m", "openmythos", "train", "--config", str(start)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     ran = subprocess.run(

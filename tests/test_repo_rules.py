@@ -23,6 +23,17 @@ MAX_MODULE_LINES = 600
 MAX_FUNCTION_LINES = 80
 MAX_CONTRIBUTING_LINES = 150
 MAX_CLOSURE_LINES = 3600  # exclusive; of model/ and ops/
+# Writers besides openmythos/folder.py, and why what they write need not appear at once.
+OTHER_WRITERS = {
+    "openmythos/analysis/picture.py:save": "draws into a whole_file",
+    "openmythos/analysis/picture.py:to_svg": "draws into memory",
+    "openmythos/data/prepare.py:_Spool.__init__": "a scratch file, never put in place",
+    "openmythos/train/metrics.py:Recorder._write": "appends lines; a reader skips one that was cut",
+}
+WRITING_CALLS = {
+    *("write_text", "write_bytes", "savefig", "rename", "renames", "mkstemp"),
+    "NamedTemporaryFile",
+}
 VAGUE_NAMES = {"utils", "util", "helpers", "helper", "common", "misc", "base"}
 HEAVY_IMPORTS = ("torch", "transformers", "fastapi", "matplotlib")
 
@@ -162,6 +173,47 @@ def long_contributing(root: Path) -> list[str]:
     return []
 
 
+def other_writers(root: Path) -> list[str]:
+    """Files written, or renamed, elsewhere than in openmythos/folder.py."""
+    complaints = []
+    for folder in (PACKAGE, "benchmarks", "experiments"):
+        for path in python_files(root / folder):
+            inside = str(path.relative_to(root))
+            if inside == f"{PACKAGE}/folder.py":
+                continue
+            complaints += [
+                f"{inside}:{call.lineno} {ast.unparse(call)[:60]}: only openmythos/folder.py writes"
+                for owner, call in _calls(parsed(path))
+                if _writes(call) and f"{inside}:{owner}" not in OTHER_WRITERS
+            ]
+    return complaints
+
+
+def _calls(node: ast.AST, owner: str = "") -> Iterator[tuple[str, ast.Call]]:
+    """Every call, with the dotted name of the function or class that it stands in."""
+    for child in ast.iter_child_nodes(node):
+        inside = owner
+        if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            inside = f"{owner}.{child.name}".removeprefix(".")
+        if isinstance(child, ast.Call):
+            yield owner, child
+        yield from _calls(child, inside)
+
+
+def _writes(call: ast.Call) -> bool:
+    """Whether a call writes or renames a file, by its name and its arguments."""
+    whole = ast.unparse(call.func)
+    name = whole.rpartition(".")[2]
+    if name == "open":  # open(path, mode), path.open(mode)
+        words = call.args[1:2] if whole == "open" else call.args[:1]
+        words += [keyword.value for keyword in call.keywords if keyword.arg == "mode"]
+        modes = [str(word.value) for word in words if isinstance(word, ast.Constant)]
+        return any(set(mode) & set("wax+") for mode in modes)
+    if name == "replace":  # of a string and of a dataclass take more than one argument
+        return whole == "os.replace" or (len(call.args) == 1 and not call.keywords)
+    return name in WRITING_CALLS
+
+
 # --- words ---------------------------------------------------------------------------------------
 
 
@@ -282,6 +334,7 @@ def large_closure(root: Path) -> list[str]:
         folders_without_init,
         unmirrored_modules,
         undocumented_names,
+        other_writers,
         long_contributing,
         unfinished_code,
         machine_paths,
@@ -371,6 +424,11 @@ GOOD_AND_BAD = [
     (long_functions, "openmythos/a.py", "async " + function_of(80), "async " + function_of(81)),
     (undocumented_names, "openmythos/a.py", 'def f():\n    """Say."""\n', "def f():\n    pass\n"),
     (undocumented_names, "openmythos/a.py", "class _A:\n    pass\n", "class A:\n    pass\n"),
+    (other_writers, "openmythos/a.py", "a.replace('b', 'c'); open('a')\n", "a.replace(b)\n"),
+    (other_writers, "openmythos/a.py", "replace(config, seed=1)\n", "os.replace(a, b)\n"),
+    (other_writers, "benchmarks/a.py", "file.open('rb')\n", "file.open('wb')\n"),
+    (other_writers, "experiments/a.py", "write_whole(a, b)\n", "a.write_text(b)\n"),
+    (other_writers, "openmythos/a.py", "to_svg(figure)\n", "figure.savefig(path)\n"),
     (long_contributing, "CONTRIBUTING.md", "x\n" * 150, "x\n" * 151),
     (unfinished_code, "openmythos/a.py", "x = 1  # done\n", "x = 1  # TO" + "DO: more\n"),
     (unfinished_code, "Makefile", "all:\n", "all: # FIX" + "ME\n"),

@@ -22,6 +22,7 @@ from openmythos import load_pretrained, save_pretrained
 from openmythos.data.index import read_index
 from openmythos.data.loader import TokenLoader
 from openmythos.data.prepare import prepare
+from openmythos.folder import write_json
 from openmythos.interop.gguf import convert_gguf
 from openmythos.interop.loading import load_config
 from openmythos.retrofit.split import Layers, retrofit
@@ -193,8 +194,7 @@ def report(work: Path) -> bool:
     one, other = (found[f"score_{n}"]["perplexity"] for n in ("original", "retrofitted"))
     found["relative_difference"] = abs(one - other) / one
     results = HERE / "results"
-    text = json.dumps(found, indent=2) + "\n"
-    (results / "results.json").write_text(text, encoding="utf-8")
+    write_json(results / "results.json", found)
     draw(found, results / "loss_by_loops.png")
     return check(found)
 
@@ -232,7 +232,7 @@ def main() -> None:
             found = STAGES[name](given.work, given.tutorial)
         else:
             parser.error(f"no stage {name!r}; allowed: convert, {', '.join(STAGES)}, report")
-        (given.work / f"{name}.json").write_text(json.dumps(found, indent=2), encoding="utf-8")
+        write_json(given.work / f"{name}.json", found)
         print(name, json.dumps(found)[:300], flush=True)
 
 

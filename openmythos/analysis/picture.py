@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from openmythos.analysis.placement import roomiest_end
 from openmythos.analysis.trace import LoopTrace
+from openmythos.folder import whole_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -85,8 +86,8 @@ def figure_of(width: float, height: float) -> Figure:
 
 def save(figure: Figure, path: Path) -> None:
     """Write a picture; the suffix chooses the format."""
-    with styled():
-        figure.savefig(path, dpi=DPI, facecolor=PAPER)
+    with styled(), whole_file(path) as file:
+        figure.savefig(file, format=path.suffix[1:], dpi=DPI, facecolor=PAPER)
 
 
 def to_svg(figure: Figure) -> str:

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from openmythos.command.option import AsJson, Device, Loops, Seed, check_device, parse_loops
+from openmythos.folder import write_json
 
 if TYPE_CHECKING:
     from openmythos.config import ModelConfig
@@ -269,9 +270,7 @@ def write_results(report: dict[str, Any], curves: "Sequence[ScoreCurve]", out: P
     """The numbers and their picture."""
     from openmythos.eval.picture import plot_score_curves
 
-    out.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(report, indent=2, allow_nan=False)
-    (out / RESULTS_FILE).write_text(text + "\n", encoding="utf-8")
+    write_json(out / RESULTS_FILE, report)
     plot_score_curves(curves, out / PICTURE_FILE)
 
 

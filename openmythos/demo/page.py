@@ -1,6 +1,5 @@
 """The demo's report: one self-contained page, its two pictures and all numbers beside it."""
 
-import json
 import math
 import re
 import unicodedata
@@ -16,6 +15,7 @@ from openmythos.analysis import picture as style
 from openmythos.demo import picture
 from openmythos.demo.result import DemoResults, HopsResult, Sample, TextResult
 from openmythos.demo.takeaway import Takeaway, halting_takeaway, takeaways, trace_takeaway
+from openmythos.folder import write_json, write_whole
 
 TERMINAL_FEW, TERMINAL_MANY = (45, 50, 60), (236, 140, 48)  # the page's orange, on a dark ground
 
@@ -43,15 +43,13 @@ def write_report(results: DemoResults, folder: Path) -> Path:
     Raises:
         ValueError: matplotlib is not installed.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     said = {act: [vars(item) for item in found] for act, found in takeaways(results).items()}
     record = {**results.to_dict(), "takeaways": said}
-    text = json.dumps(record, indent=2, allow_nan=False) + "\n"
-    (folder / "results.json").write_text(text, encoding="utf-8")
+    write_json(folder / "results.json", record)
     picture.plot_depth_curve(results.text, folder / "depth_curve.png")
     picture.plot_hops_grid(results.hops, folder / "hops_grid.png", results.original_halting)
     page = folder / "report.html"
-    page.write_text(render_page(results), encoding="utf-8")
+    write_whole(page, render_page(results))
     return page
 
 

@@ -1,6 +1,5 @@
 """Act 1 of the demo: the preset tiny on real text."""
 
-import json
 import lzma
 import math
 from dataclasses import asdict
@@ -11,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from openmythos.command.train import data_in_words, describe, run_training
+from openmythos.folder import write_json
 
 if TYPE_CHECKING:
     from openmythos.demo.result import Sample, TextResult
@@ -67,8 +67,8 @@ def act_text(console: Console, out: Path, config: "RunConfig", device: str) -> "
     table.add_row(*(f"{bits:.3f}" for bits in curve.values()))
     console.print(table)
     samples = continuations(run)
-    written = json.dumps([asdict(sample) for sample in samples], indent=2)
-    (out / "samples" / f"step-{result.step:08d}.json").write_text(written, encoding="utf-8")
+    written = out / "samples" / f"step-{result.step:08d}.json"
+    write_json(written, [asdict(sample) for sample in samples])
     most = 4 * model.config.num_loops
     console.print(render_scale(most))
     for sample in samples:

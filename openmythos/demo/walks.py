@@ -1,6 +1,5 @@
 """Act 2 of the demo: walks of known length, trained with sampled depth and a curriculum."""
 
-import json
 import os
 import subprocess
 import sys
@@ -14,6 +13,7 @@ from rich.table import Table
 
 from openmythos.command.train import data_in_words, describe, run_training
 from openmythos.config.schema import to_dict
+from openmythos.folder import write_json
 
 if TYPE_CHECKING:
     from openmythos.data.synthetic import HopsTask
@@ -86,7 +86,7 @@ def act_hops(
     other.mkdir(parents=True)
     halting = ACTConfig(bias_init=0.0, keep_remainder=False)
     halted = replace(config, model=replace(config.model, halting=halting))
-    (other / "start.json").write_text(json.dumps(to_dict(halted), indent=2), encoding="utf-8")
+    write_json(other / "start.json", to_dict(halted))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # so small a model gains nothing from a second thread
     command = [sys.executable, "-m", "openmythos", "train", "--config", str(other / "start.json")]

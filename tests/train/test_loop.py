@@ -1,4 +1,5 @@
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from openmythos import load_pretrained
+from openmythos.checkpoint import save
 from openmythos.config import ACTConfig, AddInjectionConfig, MoEConfig, NormalInitConfig
 from openmythos.model.feedforward import MoE, max_violation
 from openmythos.model.recurrent import RecurrentDepthLM
@@ -117,27 +119,34 @@ def test_death_at_every_instant_of_a_save(tmp_path: Path, monkeypatch: pytest.Mo
     """Every file operation of two saves, in turn, is the last one that is done."""
     config = changed(text_config(write_text(tmp_path)), max_steps=3, keep_checkpoints=1)
     examples.run(config, tmp_path / "whole")
-    calls = 0
+    calls, saving = 0, False
+    writes = [(os, name) for name in ("replace", "rename", "mkdir", "unlink", "fsync")]
+    writes += [(shutil, "rmtree"), (save, "save_file"), (run_folder, "save_file")]
 
     def dying(function: Any, at: int) -> Any:
         def call(*arguments: Any, **options: Any) -> Any:
             nonlocal calls
-            calls += 1
-            if calls == at:
+            calls += saving
+            if saving and calls >= at:  # and nothing is cleaned up after it
                 raise Killed
             return function(*arguments, **options)
 
         return call
 
-    at, died = 1, True
+    def save_or_die(*arguments: Any) -> Path:
+        nonlocal saving
+        saving = True
+        path = write(*arguments)
+        saving = False
+        return path
+
+    at, died, write = 1, True, RunFolder.save
     while died:
-        out, calls, died = tmp_path / f"killed-{at}", 0, False
+        out, calls, saving, died = tmp_path / f"killed-{at}", 0, False, False
         with monkeypatch.context() as patch:
-            patch.setattr(run_folder, "save_pretrained", dying(run_folder.save_pretrained, at))
-            patch.setattr(run_folder, "save_file", dying(run_folder.save_file, at))
-            patch.setattr(run_folder.os, "replace", dying(os.replace, at))
-            patch.setattr(run_folder, "_sync", dying(run_folder._sync, at))
-            patch.setattr(run_folder.shutil, "rmtree", dying(run_folder.shutil.rmtree, at))
+            patch.setattr(RunFolder, "save", save_or_die)
+            for owner, name in writes:
+                patch.setattr(owner, name, dying(getattr(owner, name), at))
             try:
                 examples.run(config, out)
             except Killed:

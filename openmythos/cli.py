@@ -4,7 +4,18 @@ import sys
 
 import typer
 
-from openmythos.command import demo, evaluate, export, model, retrofit, talk, train
+from openmythos.command import (
+    convert,
+    demo,
+    evaluate,
+    export,
+    inspect,
+    prepare,
+    presets,
+    retrofit,
+    talk,
+    train,
+)
 
 app = typer.Typer(
     help="Recurrent-depth (looped) language models: train, generate, inspect.",
@@ -16,13 +27,13 @@ app.command()(demo.demo)
 app.command()(train.train)
 app.command()(talk.generate)
 app.command()(talk.chat)
-app.command()(train.prepare)
+app.command()(prepare.prepare)
 app.command("eval")(evaluate.evaluate)
 app.command()(retrofit.retrofit)
-app.command()(model.presets)
-app.command()(model.inspect)
+app.command()(presets.presets)
+app.command()(inspect.inspect)
 app.command()(export.export)
-app.command()(export.convert)
+app.command()(convert.convert)
 
 
 def main() -> None:

@@ -5,6 +5,7 @@ can show, on a small bad example, that the rule is able to fail.
 """
 
 import ast
+import graphlib
 import importlib
 import json
 import re
@@ -322,6 +323,19 @@ def large_closure(root: Path) -> list[str]:
     ]
 
 
+def import_circles(root: Path) -> list[str]:
+    """The first circle of modules that import each other, in functions and for types too."""
+    graph = {
+        path: {_project_file(name, root) for name in _imported_names(path, root)} - {None, path}
+        for path in package_files(root)
+    }
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        return [" -> ".join(str(path.relative_to(root)) for path in error.args[1])]
+    return []
+
+
 # --- the rules on this repository ----------------------------------------------------------------
 
 
@@ -334,6 +348,7 @@ def large_closure(root: Path) -> list[str]:
         folders_without_init,
         unmirrored_modules,
         undocumented_names,
+        import_circles,
         other_writers,
         long_contributing,
         unfinished_code,
@@ -477,6 +492,18 @@ def test_unmirrored_module_is_named(tmp_path: Path) -> None:
     assert unmirrored_modules(tmp_path) == ["tests/model/test_block.py holds no test"]
     write(tmp_path, "tests/model/test_block.py", "def test_x():\n    pass\n")
     assert unmirrored_modules(tmp_path) == []
+
+
+def test_circle_is_named(tmp_path: Path) -> None:
+    write(tmp_path, "openmythos/__init__.py", "")
+    write(tmp_path, "openmythos/eval/__init__.py", "")
+    write(tmp_path, "openmythos/eval/score.py", "import openmythos.eval.task\n")
+    write(tmp_path, "openmythos/eval/task.py", "x = 1\n")
+    assert import_circles(tmp_path) == []
+    types = "if TYPE_CHECKING:\n    from openmythos.eval.score import Score\n"
+    write(tmp_path, "openmythos/eval/task.py", types)
+    (complaint,) = import_circles(tmp_path)
+    assert "openmythos/eval/score.py -> openmythos/eval/task.py" in complaint
 
 
 def test_version_is_written_once(tmp_path: Path) -> None:

@@ -28,12 +28,11 @@ from openmythos.interop.loading import load_config
 from openmythos.retrofit.split import Layers, retrofit
 from openmythos.tokenizer import Tokenizer
 from openmythos.train.depth_schedule import DepthSchedule, PoissonDepth
-from openmythos.train.loop import train
-from openmythos.train.metrics import Recorder, read_metrics
+from openmythos.train.metrics import read_metrics
 from openmythos.train.optim import OptimizerConfig
 from openmythos.train.recipe import RunConfig, TextData, TrainConfig
 from openmythos.train.run import set_up
-from openmythos.train.task import held_out_bits_per_byte
+from openmythos.train.validation import held_out_bits_per_byte
 
 HERE = Path(__file__).parent
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -158,7 +157,7 @@ def training(work: Path, tutorial: Path) -> dict[str, Any]:
         ),
         work / "run",
     )
-    result = train(run.model, run.task, run.config.train, run.folder, Recorder(run.folder.path))
+    result = run.train()
     if result.interrupted:
         raise SystemExit("interrupted and saved; run the stage again")
     rows = [row for row in read_metrics(work / "run" / "metrics.jsonl") if row["kind"] == "train"]

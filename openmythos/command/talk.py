@@ -239,8 +239,7 @@ def load(checkpoint: Path, device: str) -> tuple["RecurrentDepthLM", "Tokenizer"
 
 def pieces(tokenizer: "Tokenizer", tokens: Iterator[tuple[int, int]], most: int) -> Iterator[Text]:
     """Text of (token, loops) pairs as they come; bytes of an unfinished character wait."""
-    from openmythos.demo.page import render_sample
-    from openmythos.demo.result import Piece, Sample
+    from openmythos.report.page import Piece, Sample, render_sample
 
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     for token, loops in tokens:

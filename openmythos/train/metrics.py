@@ -14,7 +14,7 @@ from typing import Any
 
 from openmythos.folder import write_whole
 from openmythos.train.display import TrainDisplay
-from openmythos.train.task import Row
+from openmythos.train.validation import Row
 
 
 class Recorder:

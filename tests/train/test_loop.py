@@ -1,3 +1,4 @@
+import itertools
 import os
 import shutil
 import signal
@@ -415,12 +416,10 @@ def trained_violation(tmp_path: Path, rate: float) -> list[float]:
     config = RunConfig(model=model, train=made.train, data=made.data)
     config = changed(config, depth=depth, save_every=0, log_every=50)
     ready = set_up(config, tmp_path / f"rate-{rate}")
-    folder = ready.folder
-    train(ready.model, ready.task, ready.config.train, folder, Recorder(folder.path))
+    ready.train()
     (layer,) = [m for m in ready.model.modules() if isinstance(m, MoE)]
     ready.model.train()
-    for step in range(300, 320):
-        batch = ready.task.batch(step, 8)
+    for batch in itertools.islice(ready.task.batches(300, 8), 20):
         ctx = ready.model.context(batch.tokens, documents=batch.documents)
         with torch.no_grad():
             ready.model(batch.tokens, num_loops=3, ctx=ctx)

@@ -15,15 +15,16 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from openmythos.command.train import run_training
 from openmythos.config.schema import apply_overrides
 from openmythos.data.loader import TokenLoader
+from openmythos.data.packing import on_device
 from openmythos.demo.text import text_config
 from openmythos.model.feedforward import MoE, max_violation
 from openmythos.model.loop import start_loops, unroll
 from openmythos.model.recurrent import RecurrentDepthLM
+from openmythos.train.display import TrainDisplay
 from openmythos.train.run import set_up
-from openmythos.train.task import TextTask, on_device
+from openmythos.train.task import TextTask
 
 NUM_LOOPS = 8
 EXPERTS = (
@@ -68,7 +69,8 @@ def main() -> None:
             changes = [*EXPERTS, f"train.balance_rate={rate}"]
             config = apply_overrides(text_config(options.seed, options.seconds), changes)
             run = set_up(config, Path(folder) / f"rate-{rate}")
-            run_training(console, run, f"balance rate {rate}")
+            with TrainDisplay(console, f"balance rate {rate}") as display:
+                run.train(display)
             assert isinstance(run.task, TextTask)
             found[rate] = held_out_load(run.model, run.task.validation, max_batches=16)
     if options.json:

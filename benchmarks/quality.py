@@ -25,6 +25,7 @@ from benchmarks.original import original_module
 from openmythos.config.schema import to_dict
 from openmythos.data.loader import TokenLoader
 from openmythos.demo.text import text_config
+from openmythos.folder import write_json
 from openmythos.model.inference import inference
 
 LOOPS = (1, 2, 4, 8, 16)
@@ -104,7 +105,7 @@ def train_ours(folder: Path, data: Path, seconds: float, seed: int) -> dict[str,
     config["data"]["source"] = str(data)
     config["train"]["eval_loops"] = [1]
     config["train"]["eval_batches"] = 1
-    (folder / "ours.json").write_text(json.dumps(config), encoding="utf-8")
+    write_json(folder / "ours.json", config)
     run = folder / "ours"
     command = [sys.executable, "-m", "openmythos"]
     start = [*command, "train", "--config", str(folder / "ours.json"), "--out", str(run)]

@@ -4,7 +4,19 @@ import sys
 
 import typer
 
-from openmythos.command import chat, demo, evaluate, export, generate, model, retrofit, train
+from openmythos.command import (
+    chat,
+    convert,
+    demo,
+    evaluate,
+    export,
+    generate,
+    inspect,
+    prepare,
+    presets,
+    retrofit,
+    train,
+)
 
 app = typer.Typer(
     help="Recurrent-depth (looped) language models: train, generate, inspect.",
@@ -16,13 +28,13 @@ app.command()(demo.demo)
 app.command()(train.train)
 app.command()(generate.generate)
 app.command()(chat.chat)
-app.command()(train.prepare)
+app.command()(prepare.prepare)
 app.command("eval")(evaluate.evaluate)
 app.command()(retrofit.retrofit)
-app.command()(model.presets)
-app.command()(model.inspect)
+app.command()(presets.presets)
+app.command()(inspect.inspect)
 app.command()(export.export)
-app.command()(export.convert)
+app.command()(convert.convert)
 
 
 def main() -> None:

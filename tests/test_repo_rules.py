@@ -5,6 +5,7 @@ can show, on a small bad example, that the rule is able to fail.
 """
 
 import ast
+import graphlib
 import importlib
 import json
 import re
@@ -26,6 +27,17 @@ MAX_CONTRIBUTING_LINES = 150
 MAX_CLOSURE_LINES = 3600  # exclusive; of model/ and ops/
 MODE_SWITCH = f"{PACKAGE}/model/inference.py"
 FOREIGN_CODE = f"{PACKAGE}/interop/hf/"  # what an export carries
+# Writers besides openmythos/folder.py, and why what they write need not appear at once.
+OTHER_WRITERS = {
+    "openmythos/analysis/picture.py:save": "draws into a whole_file",
+    "openmythos/analysis/picture.py:to_svg": "draws into memory",
+    "openmythos/data/prepare.py:_Spool.__init__": "a scratch file, never put in place",
+    "openmythos/train/metrics.py:Recorder._write": "appends lines; a reader skips one that was cut",
+}
+WRITING_CALLS = {
+    *("write_text", "write_bytes", "savefig", "rename", "renames", "mkstemp"),
+    "NamedTemporaryFile",
+}
 VAGUE_NAMES = {"utils", "util", "helpers", "helper", "common", "misc", "base"}
 HEAVY_IMPORTS = ("torch", "transformers", "fastapi", "matplotlib")
 
@@ -171,8 +183,11 @@ def _switches_mode(node: ast.AST, returned: list[ast.expr | None]) -> bool:
     if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
         return False
     has_arguments = bool(node.args or node.keywords)
-    if node.func.attr == "train":
-        return has_arguments
+    if node.func.attr == "train":  # of a model: train(was_training), train(mode=False)
+        said = [ast.unparse(word) for word in (*node.args, *node.keywords)]
+        return len(said) == 1 and any(
+            word in said[0] for word in ("training", "mode", "True", "False")
+        )
     is_new = isinstance(node.func.value, ast.Call) or node in returned
     return node.func.attr == "eval" and not has_arguments and not is_new
 
@@ -196,6 +211,47 @@ def mode_switches(root: Path) -> list[str]:
             if _switches_mode(node, returned)
         ]
     return complaints
+
+
+def other_writers(root: Path) -> list[str]:
+    """Files written, or renamed, elsewhere than in openmythos/folder.py."""
+    complaints = []
+    for folder in (PACKAGE, "benchmarks", "experiments"):
+        for path in python_files(root / folder):
+            inside = str(path.relative_to(root))
+            if inside == f"{PACKAGE}/folder.py":
+                continue
+            complaints += [
+                f"{inside}:{call.lineno} {ast.unparse(call)[:60]}: only openmythos/folder.py writes"
+                for owner, call in _calls(parsed(path))
+                if _writes(call) and f"{inside}:{owner}" not in OTHER_WRITERS
+            ]
+    return complaints
+
+
+def _calls(node: ast.AST, owner: str = "") -> Iterator[tuple[str, ast.Call]]:
+    """Every call, with the dotted name of the function or class that it stands in."""
+    for child in ast.iter_child_nodes(node):
+        inside = owner
+        if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            inside = f"{owner}.{child.name}".removeprefix(".")
+        if isinstance(child, ast.Call):
+            yield owner, child
+        yield from _calls(child, inside)
+
+
+def _writes(call: ast.Call) -> bool:
+    """Whether a call writes or renames a file, by its name and its arguments."""
+    whole = ast.unparse(call.func)
+    name = whole.rpartition(".")[2]
+    if name == "open":  # open(path, mode), path.open(mode)
+        words = call.args[1:2] if whole == "open" else call.args[:1]
+        words += [keyword.value for keyword in call.keywords if keyword.arg == "mode"]
+        modes = [str(word.value) for word in words if isinstance(word, ast.Constant)]
+        return any(set(mode) & set("wax+") for mode in modes)
+    if name == "replace":  # of a string and of a dataclass take more than one argument
+        return whole == "os.replace" or (len(call.args) == 1 and not call.keywords)
+    return name in WRITING_CALLS
 
 
 # --- words ---------------------------------------------------------------------------------------
@@ -306,6 +362,19 @@ def large_closure(root: Path) -> list[str]:
     ]
 
 
+def import_circles(root: Path) -> list[str]:
+    """The first circle of modules that import each other, in functions and for types too."""
+    graph = {
+        path: {_project_file(name, root) for name in _imported_names(path, root)} - {None, path}
+        for path in package_files(root)
+    }
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        return [" -> ".join(str(path.relative_to(root)) for path in error.args[1])]
+    return []
+
+
 # --- the rules on this repository ----------------------------------------------------------------
 
 
@@ -319,6 +388,8 @@ def large_closure(root: Path) -> list[str]:
         unmirrored_modules,
         undocumented_names,
         mode_switches,
+        import_circles,
+        other_writers,
         long_contributing,
         unfinished_code,
         machine_paths,
@@ -410,8 +481,14 @@ GOOD_AND_BAD = [
     (undocumented_names, "openmythos/a.py", "class _A:\n    pass\n", "class A:\n    pass\n"),
     (mode_switches, "openmythos/a.py", "with inference(m):\n    m(x)\n", "m.eval()\nm(x)\n"),
     (mode_switches, "benchmarks/a.py", "m.train()\n", "m.train(was_training)\n"),
+    (mode_switches, "benchmarks/a.py", "run.train(display)\n", "m.train(False)\n"),
     (mode_switches, "experiments/a.py", "m = Foreign(c).eval()\n", "y = m.eval()(x)\n"),
     (mode_switches, "openmythos/a.py", "def f():\n    return m.eval()\n", "m.training = False\n"),
+    (other_writers, "openmythos/a.py", "a.replace('b', 'c'); open('a')\n", "a.replace(b)\n"),
+    (other_writers, "openmythos/a.py", "replace(config, seed=1)\n", "os.replace(a, b)\n"),
+    (other_writers, "benchmarks/a.py", "file.open('rb')\n", "file.open('wb')\n"),
+    (other_writers, "experiments/a.py", "write_whole(a, b)\n", "a.write_text(b)\n"),
+    (other_writers, "openmythos/a.py", "to_svg(figure)\n", "figure.savefig(path)\n"),
     (long_contributing, "CONTRIBUTING.md", "x\n" * 150, "x\n" * 151),
     (unfinished_code, "openmythos/a.py", "x = 1  # done\n", "x = 1  # TO" + "DO: more\n"),
     (unfinished_code, "Makefile", "all:\n", "all: # FIX" + "ME\n"),
@@ -460,6 +537,18 @@ def test_unmirrored_module_is_named(tmp_path: Path) -> None:
     assert unmirrored_modules(tmp_path) == ["tests/model/test_block.py holds no test"]
     write(tmp_path, "tests/model/test_block.py", "def test_x():\n    pass\n")
     assert unmirrored_modules(tmp_path) == []
+
+
+def test_circle_is_named(tmp_path: Path) -> None:
+    write(tmp_path, "openmythos/__init__.py", "")
+    write(tmp_path, "openmythos/eval/__init__.py", "")
+    write(tmp_path, "openmythos/eval/score.py", "import openmythos.eval.task\n")
+    write(tmp_path, "openmythos/eval/task.py", "x = 1\n")
+    assert import_circles(tmp_path) == []
+    types = "if TYPE_CHECKING:\n    from openmythos.eval.score import Score\n"
+    write(tmp_path, "openmythos/eval/task.py", types)
+    (complaint,) = import_circles(tmp_path)
+    assert "openmythos/eval/score.py -> openmythos/eval/task.py" in complaint
 
 
 def test_version_is_written_once(tmp_path: Path) -> None:

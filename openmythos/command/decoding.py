@@ -105,8 +105,7 @@ def coloured(pieces: "Iterable[TextPiece]", loops: Sequence[int], most: int) -> 
         loops: Of each token that the stream was given.
         most: Loops at the top of the colour scale.
     """
-    from openmythos.demo.page import render_sample
-    from openmythos.demo.result import Piece, Sample
+    from openmythos.report.page import Piece, Sample, render_sample
 
     shown = [Piece(text=piece.text, loops=loops[piece.tokens[-1]]) for piece in pieces]
     return render_sample(Sample(prompt="", pieces=shown), most)

@@ -14,7 +14,6 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from openmythos.model.context import ForwardContext, Recent
-from openmythos.model.exit import ExitState
 from openmythos.model.halting import Halting, Tracker
 
 
@@ -51,6 +50,24 @@ class LoopedModel(nn.Module, abc.ABC):
         ctx: ForwardContext,
     ) -> Float[Tensor, "B T"]:
         """What the halting head says of a loop, from the states before and after it."""
+
+
+Memory = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class ExitState:
+    """What an exit rule remembers of each row: the loops taken so far, and tensors of its own.
+
+    A tensor of logits is one column wide before the first loop; it stands for a uniform prediction.
+    """
+
+    loops: Int[Tensor, "B"]
+    memory: Memory = ()
+
+    def select(self, index: Int[Tensor, "N"]) -> "ExitState":
+        """Some of the rows."""
+        return ExitState(self.loops[index], tuple(tensor[index] for tensor in self.memory))
 
 
 @dataclass(frozen=True)

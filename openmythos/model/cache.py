@@ -131,8 +131,13 @@ class KVCache:
         self.core_start = config.num_prelude_layers
         self.coda_start = self.core_start + self.layout.num_slots(max_loops) * self.num_core_layers
         num_slots = self.coda_start + config.num_coda_layers
+        # One column more than is used: the columns of a full cache are then strided as all others
+        # are, and need no compiled graph of their own.
+        wide = max_len + 1
         self.tensors = tuple(
-            torch.zeros(num_slots, batch_size, heads, max_len, dim, dtype=dtype, device=device)
+            torch.zeros(num_slots, batch_size, heads, wide, dim, dtype=dtype, device=device)[
+                :, :, :, :max_len
+            ]
             for heads, dim in config.attention.cache_shapes
         )
         self.lengths = [0] * batch_size
@@ -329,7 +334,7 @@ class CacheView:
     def _prefix(self, tensor: Tensor, slot: int | Tensor) -> Float[Tensor, "B heads S dim"]:
         """The columns that the chunk can see; a view where that is possible."""
         if not isinstance(slot, Tensor):
-            whole = tensor[slot, :, :, : self.stop]
+            whole = tensor.select(0, slot)[:, :, : self.stop]
             return whole if self.rows is None else whole[self.rows]
         return tensor[slot, self._rows, :, : self.stop]
 
@@ -340,7 +345,8 @@ class CacheView:
 
     def _write(self, tensor: Tensor, slot: int | Tensor, stored: Tensor) -> None:
         if self.start is not None and self.rows is None and not isinstance(slot, Tensor):
-            tensor[slot, :, :, self.start : self.start + stored.shape[2]] = stored
+            whole = tensor.select(0, slot)
+            whole[:, :, self.start : self.start + stored.shape[2]] = stored
         elif self.valid is None:
             slots = slot[:, None] if isinstance(slot, Tensor) else slot
             tensor[slots, self._rows[:, None], :, self.columns] = stored.transpose(1, 2)

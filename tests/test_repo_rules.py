@@ -170,6 +170,43 @@ def undocumented_names(root: Path) -> list[str]:
     return complaints
 
 
+def _seam_of_members(root: Path) -> dict[str, str]:
+    """The seam, by its file, of each config class that carries a ``kind``."""
+    return {
+        node.name: path.stem
+        for path in python_files(root / PACKAGE / "config")
+        for node in parsed(path).body
+        if isinstance(node, ast.ClassDef)
+        and any(
+            isinstance(line, ast.AnnAssign) and line.value and ast.unparse(line.target) == "kind"
+            for line in node.body
+        )
+    }
+
+
+def member_ladders(root: Path) -> list[str]:
+    """``isinstance`` on members of a seam: none in config/ and model/, elsewhere one per seam.
+
+    A member says what is asked of it. Only what translates a format (interop/) knows them all.
+    """
+    seam_of, complaints = _seam_of_members(root), []
+    for path in package_files(root):
+        inside = path.relative_to(root / PACKAGE)
+        asked: dict[str, set[str]] = {}
+        for node in ast.walk(parsed(path)):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "isinstance":
+                words = re.findall(r"\w+", ast.unparse(node.args[1]))
+                for member in seam_of.keys() & set(words):
+                    asked.setdefault(seam_of[member], set()).add(member)
+        most = {"config": 0, "model": 0, "interop": len(seam_of)}.get(inside.parts[0], 1)
+        complaints += [
+            f"{path.relative_to(root)} asks for {', '.join(sorted(members))}; ask the member"
+            for members in asked.values()
+            if len(members) > most
+        ]
+    return complaints
+
+
 def long_contributing(root: Path) -> list[str]:
     lines = len(text_lines(root / "CONTRIBUTING.md"))
     if lines > MAX_CONTRIBUTING_LINES:
@@ -390,6 +427,7 @@ def import_circles(root: Path) -> list[str]:
         mode_switches,
         import_circles,
         other_writers,
+        member_ladders,
         long_contributing,
         unfinished_code,
         machine_paths,
@@ -406,6 +444,7 @@ def test_repository_has_no(rule: Rule) -> None:
 def test_rules_see_the_repository() -> None:
     assert package_files(ROOT), "no package to check"
     assert ROOT / "pyproject.toml" in committed_files(ROOT)
+    assert len(_seam_of_members(ROOT)) > 20
 
 
 def test_shapes_are_checked_in_tests() -> None:
@@ -517,6 +556,17 @@ def test_vague_modules_are_named(tmp_path: Path, name: str) -> None:
     assert vague_modules(tmp_path) == []
     write(tmp_path, f"openmythos/{name}", "")
     assert len(vague_modules(tmp_path)) == 1
+
+
+def test_ladders_over_the_members_of_a_seam_are_named(tmp_path: Path) -> None:
+    kinds = "".join(f"class {name}:\n    kind: ClassVar[str] = '{name}'\n" for name in ("A", "B"))
+    write(tmp_path, "openmythos/config/injection.py", kinds + "class Member:\n    kind: str\n")
+    one, two = "isinstance(x, config.A)\n", "isinstance(x, config.A | B)\n"
+    for name, allowed in (("model/a.py", 0), ("train/a.py", 1), ("interop/a.py", 2)):
+        for number, text in enumerate(("isinstance(x, Member)\n", one, two)):
+            path = write(tmp_path, f"openmythos/{name}", text)
+            assert len(member_ladders(tmp_path)) == (number > allowed)
+        path.unlink()
 
 
 def test_folder_without_init_is_named(tmp_path: Path) -> None:

@@ -120,11 +120,10 @@ def sizes(config: ModelConfig, context_length: int) -> dict[str, Any]:
     """What baselines are compared by; ``memory_bytes``: weights and one cache, in bfloat16."""
     figures = counts.count(config, context_length=context_length)
     cache = figures.kv_bytes_per_token * context_length
-    core = config.core_ff
     return {
         "layers": [config.num_prelude_layers, config.num_core_layers, config.num_coda_layers],
         "num_loops": config.num_loops,
-        "d_ff": core.d_expert if isinstance(core, MoEConfig) else core.d_ff,
+        "d_ff": config.core_ff.width,
         "total_params": figures.total_params,
         "inference_flops_per_token": figures.inference_flops_per_token,
         "memory_bytes": counts.weight_bytes(config) + cache,

@@ -1,13 +1,26 @@
 """How one loop differs from the next. No torch."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-from openmythos.config.schema import require_positive
+from openmythos.config.member import Member
+from openmythos.config.schema import require, require_positive
+from openmythos.config.weights import Weights, matrix, table
+
+if TYPE_CHECKING:
+    from openmythos.config.model import ModelConfig
+
+
+class LoopEmbeddingMember(Member):
+    """What a loop embedding says of itself."""
+
+    def weights(self, d_model: int) -> Weights:
+        """What is applied at every loop."""
+        return Weights()
 
 
 @dataclass(frozen=True, kw_only=True)
-class SinusoidalLoopConfig:
+class SinusoidalLoopConfig(LoopEmbeddingMember):
     """A sinusoid of the loop index on the first ``num_channels`` channels of the core's input.
 
     ``positions`` adds that of the token's position as well, at every loop: the two-dimensional
@@ -19,9 +32,14 @@ class SinusoidalLoopConfig:
     theta: float = 10_000.0
     positions: bool = False
 
+    def check(self, model: "ModelConfig") -> None:
+        """See ``Member.check``."""
+        fits, allowed = 1 <= self.num_channels <= model.d_model, f"in 1..{model.d_model}"
+        require(fits, "loop_embedding.num_channels", self.num_channels, allowed)
+
 
 @dataclass(frozen=True, kw_only=True)
-class LearnedLoopConfig:
+class LearnedLoopConfig(LoopEmbeddingMember):
     """A learned vector a loop; loops past the table use its last row."""
 
     kind: ClassVar[str] = "learned"
@@ -30,9 +48,17 @@ class LearnedLoopConfig:
     def __post_init__(self) -> None:
         require_positive(self, "num_loops")
 
+    def weights(self, d_model: int) -> Weights:
+        """The vectors."""
+        return table(self.num_loops, d_model)
 
-class LoopAdapterMember:
+
+class LoopAdapterMember(Member):
     """What a loop adapter says of itself."""
+
+    def weights(self, d_model: int) -> Weights:
+        """What is applied to the core's output at every loop."""
+        return Weights()
 
     @property
     def core_lora(self) -> "WeightLoRAConfig | None":
@@ -73,8 +99,20 @@ class OutputLoRAConfig(LoopAdapterMember):
     def __post_init__(self) -> None:
         require_positive(self, "rank", "num_loops")
 
+    def weights(self, d_model: int) -> Weights:
+        """Down, up and the scales."""
+        return matrix(d_model, self.rank) * 2 + table(self.num_loops, self.rank)
+
 
 LoopEmbeddingConfig = SinusoidalLoopConfig | LearnedLoopConfig
 
-
 LoopAdapterConfig = WeightLoRAConfig | OutputLoRAConfig
+
+
+def loop_linear(num_in: int, num_out: int, lora: WeightLoRAConfig | None) -> Weights:
+    """A linear layer without bias, and what each loop adds to its weights."""
+    plain = matrix(num_in, num_out)
+    if lora is None:
+        return plain
+    row = lora.rank * (num_in + num_out)
+    return plain + Weights(lora.num_loops * row, row, row)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from openmythos.config import ModelConfig, MoEConfig, ValueEmbeddingConfig, counts
+from openmythos.config import ModelConfig, ValueEmbeddingConfig, counts
 from openmythos.config.schema import require
 
 Match = Literal["parameters", "flops", "memory"]
@@ -116,12 +116,10 @@ def _unrolled(config: ModelConfig, num_core_layers: int) -> ValueEmbeddingConfig
 
 def _with_width(config: ModelConfig, width: int) -> ModelConfig:
     """Another width of the core's feed-forward, or of all where they are one."""
-    core, dense = config.core_feed_forward, config.feed_forward
+    core = config.core_feed_forward
     if core is None:
-        return replace(config, feed_forward=replace(dense, d_ff=width))
-    if isinstance(core, MoEConfig):
-        return replace(config, core_feed_forward=replace(core, d_expert=width))
-    return replace(config, core_feed_forward=replace(core, d_ff=width))
+        return replace(config, feed_forward=config.feed_forward.with_width(width))
+    return replace(config, core_feed_forward=core.with_width(width))
 
 
 def _nearest(size: Callable[[int], int], target: int) -> int:

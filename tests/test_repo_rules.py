@@ -454,6 +454,12 @@ def test_shapes_are_checked_in_tests() -> None:
     )
 
 
+@pytest.mark.parametrize("place", OTHER_WRITERS)
+def test_other_writers_still_write(place: str) -> None:
+    file, owner = place.split(":")
+    assert any(name == owner and _writes(call) for name, call in _calls(parsed(ROOT / file)))
+
+
 def test_golden_folders_are_complete(golden_dir: Callable[[str], Path]) -> None:
     for name in ("openmythos-gqa", "openmythos-mla"):
         files = {path.name for path in golden_dir(name).iterdir()}

@@ -54,11 +54,11 @@ def train(
     if model.embed.weight.device.type == "cpu" and not config.compile:
         native.load("fused")  # and with it the others, so that no step waits for a compiler
     model.train()
+    batches = task.batches(state.step, config.batch_size)
     recorder.start(state.step)
     guard = DivergenceGuard(state.first_nats, state.bad_steps)
     before, started, saved = state.seconds, time.perf_counter(), state.step
     done = config.progress(state.step, state.seconds)
-    batches = task.batches(state.step, config.batch_size)
     with closing(recorder), closing(batches), _interruptible(recorder) as stop:
         while done < 1 and not stop.requested:
             step_started = time.perf_counter()

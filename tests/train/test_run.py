@@ -69,6 +69,13 @@ def test_the_seed_decides_weights_batches_and_walks(tmp_path: Path) -> None:
     assert not torch.equal(tokens[0], tokens[2])
 
 
+def test_a_run_in_words(tmp_path: Path) -> None:
+    run = set_up(hops_config(), tmp_path)
+    count = sum(p.numel() for p in run.model.parameters())
+    layers = "1 prelude + 1 core (looped) + 0 coda layers"
+    assert run.in_words("walks") == f"{count:,} parameters, {layers}, on walks"
+
+
 def test_another_runs_data_is_not_touched(tmp_path: Path) -> None:
     config = text_config(write_text(tmp_path))
     set_up(config, tmp_path / "run")

@@ -18,7 +18,7 @@ from openmythos.command.table import (
     number_table,
     wide_console,
 )
-from openmythos.config import ModelConfig, MoEConfig, counts
+from openmythos.config import ModelConfig, counts
 from openmythos.config.matched_baseline import MATCHES, baseline
 from openmythos.config.presets import PRESETS, preset
 from openmythos.config.schema import apply_overrides, from_dict, to_dict

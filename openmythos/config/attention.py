@@ -1,15 +1,12 @@
 """Attention: which keys and values a layer makes and caches. No torch."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 from openmythos.config.loop_signal import WeightLoRAConfig, loop_linear
-from openmythos.config.member import Member
+from openmythos.config.member import Member, Whole
 from openmythos.config.schema import require, require_literals, require_positive
 from openmythos.config.weights import Weights, matrix, table, vector
-
-if TYPE_CHECKING:
-    from openmythos.config.model import ModelConfig
 
 
 class AttentionMember(Member):
@@ -131,7 +128,7 @@ class ValueEmbeddingConfig(Member):
     layers: tuple[int, ...]
     gate_channels: int = 32
 
-    def check(self, model: "ModelConfig") -> None:
+    def check(self, model: Whole) -> None:
         """See ``Member.check``."""
         _require_kv_heads(model, "here")
         for layer in self.layers:
@@ -159,7 +156,7 @@ class DepthAttentionConfig(Member):
     def __post_init__(self) -> None:
         require_positive(self, "num_recent_loops")
 
-    def check(self, model: "ModelConfig") -> None:
+    def check(self, model: Whole) -> None:
         """See ``Member.check``."""
         _require_kv_heads(model, "with depth_attention")
 
@@ -167,7 +164,7 @@ class DepthAttentionConfig(Member):
 AttentionConfig = GQAConfig | MLAConfig
 
 
-def _require_kv_heads(model: "ModelConfig", where: str) -> None:
+def _require_kv_heads(model: Whole, where: str) -> None:
     kinds = [repr(member.kind) for member in get_args(AttentionConfig) if member.has_kv_heads]
     part, allowed = model.attention, f"{' or '.join(kinds)} {where}"
     require(part.has_kv_heads, "attention.kind", part.kind, allowed)

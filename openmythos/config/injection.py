@@ -1,14 +1,11 @@
 """Injection: how the prelude's output e re-enters at every loop. No torch."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
-from openmythos.config.member import Member
+from openmythos.config.member import Member, Whole
 from openmythos.config.schema import require
 from openmythos.config.weights import Weights, matrix, vector
-
-if TYPE_CHECKING:
-    from openmythos.config.model import ModelConfig
 
 
 class InjectionMember(Member):
@@ -29,7 +26,7 @@ class InjectionMember(Member):
         """What is applied at every loop."""
         return Weights()
 
-    def check(self, model: "ModelConfig") -> None:
+    def check(self, model: Whole) -> None:
         """See ``Member.check``."""
         if not self.adds_e:
             _require_copy(model, f"injection {self.kind!r}")
@@ -122,13 +119,13 @@ class GateInjectionConfig(InjectionMember):
         """W and its bias."""
         return matrix(2 * d_model, d_model) + vector(d_model)
 
-    def check(self, model: "ModelConfig") -> None:
+    def check(self, model: Whole) -> None:
         """See ``Member.check``."""
         if not self.add_e:
             _require_copy(model, f"injection {self.kind!r} and add_e=false")
 
 
-def _require_copy(model: "ModelConfig", injection: str) -> None:
+def _require_copy(model: Whole, injection: str) -> None:
     allowed = f"'copy' with {injection}, or the tokens would never reach the state"
     require(model.state_init.copies_e, "state_init.kind", model.state_init.kind, allowed)
 

@@ -1,14 +1,11 @@
 """How one loop differs from the next. No torch."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
-from openmythos.config.member import Member
+from openmythos.config.member import Member, Whole
 from openmythos.config.schema import require, require_positive
 from openmythos.config.weights import Weights, matrix, table
-
-if TYPE_CHECKING:
-    from openmythos.config.model import ModelConfig
 
 
 class LoopEmbeddingMember(Member):
@@ -32,7 +29,7 @@ class SinusoidalLoopConfig(LoopEmbeddingMember):
     theta: float = 10_000.0
     positions: bool = False
 
-    def check(self, model: "ModelConfig") -> None:
+    def check(self, model: Whole) -> None:
         """See ``Member.check``."""
         fits, allowed = 1 <= self.num_channels <= model.d_model, f"in 1..{model.d_model}"
         require(fits, "loop_embedding.num_channels", self.num_channels, allowed)

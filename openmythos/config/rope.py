@@ -1,13 +1,10 @@
 """Rotary positions. No torch."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
-from openmythos.config.member import Member
+from openmythos.config.member import Member, Whole
 from openmythos.config.schema import require, require_positive
-
-if TYPE_CHECKING:
-    from openmythos.config.model import ModelConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +38,7 @@ class RopeConfig(Member):
     def __post_init__(self) -> None:
         require(self.theta > 1, "rope.theta", self.theta, "above 1")
 
-    def check(self, model: "ModelConfig") -> None:
+    def check(self, model: Whole) -> None:
         """See ``Member.check``."""
         dim = model.attention.rope_dim
         require(dim % 2 == 0, "the attention's rotary dimension", dim, "even")

@@ -157,8 +157,7 @@ class Session:
 
     Between calls each row holds one token that is sampled but not yet read; the tokens of its next
     request follow it. Depth, exit rule and sampling may change with every call; the seed stays.
-    Tokens stand in columns that all rows share; there are ``max_len`` of them (default:
-    ``max_seq_len``).
+    Each row has ``max_len`` columns for what it reads (default: ``max_seq_len``).
 
     ``compiled`` sends new tokens through ``torch.compile``: a model's first ones, and the first of
     a new batch size, wait for the compiler; the others come several times as fast. Prompts are
@@ -231,7 +230,10 @@ class Session:
             model,
             batch_size=len(requests),
             max_loops=deepest if max_loops is None else max_loops,
-            max_len=max(len(request.tokens) for request in requests) - 1 + max(budgets),
+            max_len=max(
+                len(request.tokens) - 1 + budget
+                for request, budget in zip(requests, budgets, strict=True)
+            ),
             cache_layout=cache_layout,
             use_cache=use_cache,
             compiled=compiled,
@@ -248,7 +250,7 @@ class Session:
         if not self.use_cache:
             return positions
         # The last new token takes no column: it is not read.
-        return min(positions, self.max_len - self.batch.length + 1 - len(self._pending[row]))
+        return min(positions, self.max_len - self.lengths[row] + 1)
 
     def stream(
         self, requests: Sequence[Request], *, prefill_chunk: int | None = None
@@ -284,19 +286,17 @@ class Session:
 
     def _budgets(self, requests: Sequence[Request]) -> list[int]:
         """The most new tokens of each row."""
-        limit = self.model.config.max_seq_len
-        read = max(map(len, self._unread(requests))) - 1
-        left = self.max_len - self.batch.length - read if self.use_cache else limit
-        budgets = [
-            request.budget(max(1, min(left, limit - length - len(request.tokens))))
-            for request, length in zip(requests, self.lengths, strict=True)
-        ]
-        if self.use_cache and max(budgets) > left:
-            columns = self.batch.length + read + max(budgets)
-            raise ValueError(
-                f"the batch needs {columns} columns and has max_len={self.max_len}; rows share "
-                "them, so one row's prompt and another's new tokens add up: raise max_len"
-            )
+        limit, budgets = self.model.config.max_seq_len, []
+        for row, (request, length) in enumerate(zip(requests, self.lengths, strict=True)):
+            given = length + len(request.tokens)
+            left = self.max_len + 1 - given if self.use_cache else limit
+            budget = request.budget(max(1, min(left, limit - given)))
+            if budget > left:
+                raise ValueError(
+                    f"row {row} needs {given - 1 + budget} columns and has "
+                    f"max_len={self.max_len}; raise max_len, or ask for fewer new tokens"
+                )
+            budgets.append(budget)
         return budgets
 
     def _unread(self, requests: Sequence[Request]) -> list[list[int]]:

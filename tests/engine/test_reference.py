@@ -407,15 +407,19 @@ def test_an_abandoned_stream_can_be_continued() -> None:
     assert heard + turn(session, [[]], max_new_tokens=4)[0] == whole
 
 
-def test_rows_share_columns_not_positions() -> None:
-    """18 tokens of one row and 18 of another pass max_seq_len=20 as columns, not as positions."""
+def test_rows_have_columns_of_their_own() -> None:
+    """17 tokens of one row and 19 new ones of another fit where each row fits."""
     model = make_model(max_seq_len=20)
     long, short = [1] * 17, [2]
     result = generate(model, [long, short], max_new_tokens=[3, 19])
     assert result.tokens[1] == generate(model, [short], max_new_tokens=19).tokens[0]
-    session = Session(model, batch_size=2)
-    with pytest.raises(ValueError, match=r"needs 35 columns and has max_len=20.*raise max_len"):
-        session.stream(asked([long, short], max_new_tokens=[3, 19]))
+    rows = collected(
+        Session(model, batch_size=2).stream(asked([long, short], max_new_tokens=[3, 19])), 2
+    )
+    assert [[new.token for new in row] for row in rows] == result.tokens
+    session = Session(model, batch_size=2, max_len=18)
+    with pytest.raises(ValueError, match=r"row 1 needs 19 columns and has max_len=18; raise"):
+        session.stream(asked([long, short], max_new_tokens=[2, 19]))
 
 
 def collected(stream: Iterator[NewToken], num_rows: int) -> list[list[NewToken]]:
@@ -519,7 +523,7 @@ def test_without_a_number_a_row_takes_all_the_room() -> None:
     assert len(row) == 5
     both = [Request(tokens=[1] * 8), Request(tokens=[2], max_new_tokens=2)]
     rows = collected(Session(model, batch_size=2).stream(both), 2)
-    assert [len(row) for row in rows] == [4, 2]
+    assert [len(row) for row in rows] == [4, 2]  # what its own max_seq_len leaves the first row
     with pytest.raises(ValueError, match="needs 7 columns and has max_len=6"):
         Session(model, max_len=6).stream([Request(tokens=[1] * 7)])
 

@@ -25,6 +25,7 @@ MAX_MODULE_LINES = 600
 MAX_FUNCTION_LINES = 80
 MAX_CONTRIBUTING_LINES = 150
 MAX_CLOSURE_LINES = 3600  # exclusive; of model/ and ops/
+THE_LOOP = f"{PACKAGE}/model/loop.py"
 MODE_SWITCH = f"{PACKAGE}/model/inference.py"
 FOREIGN_CODE = f"{PACKAGE}/interop/hf/"  # what an export carries
 # Writers besides openmythos/folder.py, and why what they write need not appear at once.
@@ -250,6 +251,22 @@ def mode_switches(root: Path) -> list[str]:
     return complaints
 
 
+def other_loops(root: Path) -> list[str]:
+    """Calls of a model's ``step`` outside the one loop, openmythos/model/loop.py."""
+    complaints = []
+    for path in (file for folder in CODE_FOLDERS for file in python_files(root / folder)):
+        inside = path.relative_to(root).as_posix()
+        if inside == THE_LOOP or inside.startswith(FOREIGN_CODE):
+            continue
+        for node in ast.walk(parsed(path)):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+                owner = ast.unparse(node.func.value)
+                if node.func.attr == "step" and re.search(r"\bmodel$", owner):
+                    call = ast.unparse(node)[:60]
+                    complaints.append(f"{inside}:{node.lineno} {call}: only model/loop.py loops")
+    return complaints
+
+
 def other_writers(root: Path) -> list[str]:
     """Files written, or renamed, elsewhere than in openmythos/folder.py."""
     complaints = []
@@ -427,6 +444,7 @@ def import_circles(root: Path) -> list[str]:
         mode_switches,
         import_circles,
         other_writers,
+        other_loops,
         member_ladders,
         long_contributing,
         unfinished_code,
@@ -529,6 +547,8 @@ GOOD_AND_BAD = [
     (mode_switches, "benchmarks/a.py", "run.train(display)\n", "m.train(False)\n"),
     (mode_switches, "experiments/a.py", "m = Foreign(c).eval()\n", "y = m.eval()(x)\n"),
     (mode_switches, "openmythos/a.py", "def f():\n    return m.eval()\n", "m.training = False\n"),
+    (other_loops, "openmythos/a.py", "optimizer.step()\n", "h = model.step(h, e, i, ctx)\n"),
+    (other_loops, "benchmarks/a.py", "advance(model, state, ctx)\n", "run.model.step(h)\n"),
     (other_writers, "openmythos/a.py", "a.replace('b', 'c'); open('a')\n", "a.replace(b)\n"),
     (other_writers, "openmythos/a.py", "replace(config, seed=1)\n", "os.replace(a, b)\n"),
     (other_writers, "benchmarks/a.py", "file.open('rb')\n", "file.open('wb')\n"),

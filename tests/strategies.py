@@ -1,23 +1,26 @@
 """Random small models over all seams, for property tests; and one plain small model."""
 
-from collections.abc import Iterator
+import dataclasses
+import typing
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import product
 from typing import Any
 
 import jaxtyping
 import torch
 from hypothesis import strategies as st
 
+from openmythos import config as configs
 from openmythos.config import (
     CopyInitConfig,
-    GateInjectionConfig,
     GQAConfig,
     MLAConfig,
     ModelConfig,
     MoEConfig,
-    NoInjectionConfig,
     SwiGLUConfig,
 )
+from openmythos.config.schema import from_dict
 from openmythos.model.recurrent import RecurrentDepthLM
 
 GQA = GQAConfig(num_heads=4, num_kv_heads=2, head_dim=4)
@@ -45,8 +48,7 @@ def small_config(**changes: Any) -> ModelConfig:
         "attention": GQA,
         "feed_forward": SwiGLUConfig(d_ff=24),
     }
-    injection = changes.get("injection")
-    if injection in (NoInjectionConfig(), GateInjectionConfig(add_e=False)):
+    if "injection" in changes and not changes["injection"].adds_e:
         fields["state_init"] = CopyInitConfig()  # the only way in for the tokens
     return ModelConfig(**{**fields, **changes})
 
@@ -91,75 +93,124 @@ def random_tokens(config: ModelConfig, *shape: int, seed: int = 0) -> torch.Tens
     return torch.randint(config.vocab_size, shape, generator=seeded(seed))
 
 
-# --- the strategies ------------------------------------------------------------------------------
-#
-# They make JSON, not configs: the tests' type checker draws random numbers when a config is built,
-# which hypothesis forbids inside a strategy.
+# --- the members of the seams --------------------------------------------------------------------
 
 Json = dict[str, Any]
 
 
-def attentions() -> st.SearchStrategy[Json]:
-    grouped = st.fixed_dictionaries(
-        {
-            "kind": st.just("gqa"),
-            "num_heads": st.just(4),
-            "num_kv_heads": st.sampled_from([1, 2, 4]),
-            "head_dim": st.sampled_from([2, 4]),
-            "qk_norm": st.sampled_from(["none", "weightless", "weighted"]),
-            "qk_norm_eps": st.sampled_from([None, 1e-3]),
-            "qk_bias": st.booleans(),
-        }
-    )
-    latent = st.fixed_dictionaries(
-        {
-            "kind": st.just("mla"),
-            "num_heads": st.sampled_from([1, 3]),
-            "q_lora_rank": st.just(5),
-            "kv_lora_rank": st.sampled_from([3, 6]),
-            "qk_nope_head_dim": st.just(3),
-            "qk_rope_head_dim": st.sampled_from([2, 4]),
-            "v_head_dim": st.sampled_from([2, 5]),
-        }
-    )
-    return st.one_of(grouped, latent)
+def parts_of(hint: Any) -> tuple[type, ...]:
+    """The config classes that a type allows: of a seam all of its members."""
+    allowed = typing.get_args(hint) or (hint,)
+    return tuple(part for part in allowed if dataclasses.is_dataclass(part))
 
 
-def core_feed_forwards() -> st.SearchStrategy[Json | None]:
-    sparse = st.fixed_dictionaries(
-        {
-            "kind": st.just("moe"),
-            "num_experts": st.just(4),
-            "num_experts_per_token": st.sampled_from([1, 2, 4]),
-            "d_expert": st.sampled_from([4, 5]),
-            "num_shared_experts": st.sampled_from([0, 1, 2]),
-            "d_shared": st.sampled_from([None, 3]),
-            "scoring": st.sampled_from(["sigmoid", "softmax"]),
-            "routed_scale": st.sampled_from([1.0, 1.5]),
-            "bias_loops": st.sampled_from([1, 3]),
-        }
-    )
-    dense = {"kind": "relu_squared", "d_ff": 10}
-    return st.one_of(st.none(), st.just(dense), sparse, sparse)
+# By the fields of the model's config. A union names its members once; the model's tables hold them.
+SEAMS: dict[str, tuple[type, ...]] = {
+    field: parts
+    for field, hint in typing.get_type_hints(ModelConfig).items()
+    if (parts := parts_of(hint))
+}
+
+# What fields may be in an example; the others have their defaults. A member that has them all needs
+# no row.
+EXAMPLES: dict[type, dict[str, Sequence[Any]]] = {
+    configs.GQAConfig: {
+        "num_heads": [4],
+        "num_kv_heads": [1, 2, 4],
+        "head_dim": [2, 4],
+        "qk_norm": ["none", "weightless", "weighted"],
+        "qk_norm_eps": [None, 1e-3],
+        "qk_bias": [False, True],
+    },
+    configs.MLAConfig: {
+        "num_heads": [1, 3],
+        "q_lora_rank": [5],
+        "kv_lora_rank": [3, 6],
+        "qk_nope_head_dim": [3],
+        "qk_rope_head_dim": [2, 4],
+        "v_head_dim": [2, 5],
+    },
+    configs.SwiGLUConfig: {"d_ff": [12]},
+    configs.ReLUSquaredConfig: {"d_ff": [10], "scale": [1.0, 0.5]},
+    configs.MoEConfig: {
+        "num_experts": [4],
+        "num_experts_per_token": [1, 2, 4],
+        "d_expert": [4, 5],
+        "num_shared_experts": [0, 1, 2],
+        "d_shared": [None, 3],
+        "scoring": ["sigmoid", "softmax"],
+        "routed_scale": [1.0, 1.5],
+        "bias_loops": [1, 3],
+    },
+    configs.RopeConfig: {
+        "theta": [10_000.0, 50.0],
+        "interleaved": [False, True],
+        "scaling": [None, {"factor": 4.0, "original_max_seq_len": 16}],
+    },
+    configs.BlockConfig: {"norm": ["pre", "peri", "sandwich"], "layer_scale": [None, 0.1]},
+    configs.LTIInjectionConfig: {"decay_init": [0.2**0.5, 0.9]},
+    configs.GateInjectionConfig: {"add_e": [True, False]},
+    configs.NormalInitConfig: {"std": [0.7]},
+    configs.SinusoidalLoopConfig: {"num_channels": [5, 16], "positions": [False, True]},
+    configs.LearnedLoopConfig: {"num_loops": [2]},
+    configs.WeightLoRAConfig: {"rank": [2], "num_loops": [3]},
+    configs.OutputLoRAConfig: {"rank": [2], "num_loops": [3]},
+    configs.DepthAttentionConfig: {"num_recent_loops": [1, 2, 3]},
+    configs.ACTConfig: {
+        "bias_init": [-3.0, 0.0],
+        "threshold": [0.99, 0.9],
+        "keep_remainder": [True, False],
+    },
+    configs.UniversalACTConfig: {
+        "bias_init": [1.0, -1.0],
+        "readout": ["basic", "accumulated"],
+        "keep_remainder": [True, False],
+    },
+    configs.ValueEmbeddingConfig: {"layers": [[0]], "gate_channels": [1, 8]},
+}
+
+
+def examples(part: type) -> list[Json]:
+    """All combinations of a part's row, as JSON."""
+    row = EXAMPLES.get(part, {})
+    tag = {"kind": part.kind} if hasattr(part, "kind") else {}
+    return [tag | dict(zip(row, values, strict=True)) for values in product(*row.values())]
+
+
+# --- the strategy --------------------------------------------------------------------------------
+#
+# It makes JSON, not configs: the tests' type checker draws random numbers when a config is built,
+# which hypothesis forbids inside a strategy.
+
+INJECTIONS = [
+    (example, from_dict(part, example).adds_e)
+    for part in SEAMS["injection"]
+    for example in examples(part)
+]
+WITH_KV_HEADS = [part.kind for part in SEAMS["attention"] if part.has_kv_heads]
+
+
+def one_of(parts: Sequence[type]) -> st.SearchStrategy[Json]:
+    """An example of any of these parts, each as likely."""
+    return st.one_of([st.sampled_from(examples(part)) for part in parts])
 
 
 @st.composite
 def model_fields(draw: st.DrawFn) -> Json:
     """The JSON of small configurations over all members of all seams."""
-    pick = lambda *options: draw(st.sampled_from(options))  # noqa: E731
+    some = lambda seam: draw(one_of(SEAMS[seam]))  # noqa: E731
+    some_or_none = lambda seam: draw(st.none() | one_of(SEAMS[seam]))  # noqa: E731
     counts = [draw(st.integers(0, 2)), draw(st.integers(1, 2)), draw(st.integers(0, 2))]
-    attention, final_norm = draw(attentions()), draw(st.booleans())
-    tables = st.fixed_dictionaries(
-        {
-            "layers": st.lists(st.integers(0, sum(counts) - 1), min_size=1, unique=True),
-            "gate_channels": st.sampled_from([1, 8]),
-        }
-    )
-    chens = {"kind": "gate", "add_e": False}
-    plain = ("original_lti", "linear", "add", "none", "gate", chens)
-    recent = st.fixed_dictionaries({"num_recent_loops": st.integers(1, 3)})
-    injection = pick("lti", {"kind": "lti", "decay_init": 0.9}, *plain)
-    others = ["zeros", {"kind": "normal", "std": 0.7}]
+    layers = st.lists(st.integers(0, sum(counts) - 1), min_size=1, unique=True)
+    attention, final_norm = some("attention"), draw(st.booleans())
+    injection, adds_e = draw(st.sampled_from(INJECTIONS))
+    depth_attention = value_embedding = None
+    if attention["kind"] in WITH_KV_HEADS:
+        depth_attention, value_embedding = map(some_or_none, ("depth_attention", "value_embedding"))
+    if value_embedding is not None:
+        value_embedding = value_embedding | {"layers": draw(layers)}
+    # Experts twice: in a batch they are most easily wrong.
+    core = draw(st.none() | one_of([*SEAMS["core_feed_forward"], configs.MoEConfig]))
     return {
         "vocab_size": 32,
         "d_model": 16,
@@ -169,45 +220,23 @@ def model_fields(draw: st.DrawFn) -> Json:
         "num_coda_layers": counts[2],
         "num_loops": draw(st.integers(1, 4)),
         "attention": attention,
-        "feed_forward": pick(
-            {"kind": "swiglu", "d_ff": 12}, {"kind": "relu_squared", "d_ff": 12, "scale": 0.5}
-        ),
-        "core_feed_forward": draw(core_feed_forwards()),
-        "rope": pick(
-            None,
-            {},
-            {"theta": 50.0, "interleaved": True},
-            {"theta": 50.0, "scaling": {"factor": 4.0, "original_max_seq_len": 16}},
-        ),
-        "block": {"norm": pick("pre", "peri", "sandwich"), "layer_scale": pick(None, 0.1)},
+        "feed_forward": some("feed_forward"),
+        "core_feed_forward": core,
+        "rope": some_or_none("rope"),
+        "block": some("block"),
         "injection": injection,
-        "state_init": pick("copy", *(others if injection not in ("none", chens) else [])),
-        "loop_embedding": pick(
-            None,
-            {"kind": "sinusoidal", "num_channels": 5},
-            {"kind": "sinusoidal", "num_channels": 16, "positions": True},
-            {"kind": "learned", "num_loops": 2},
-        ),
-        "loop_adapter": pick(
-            None,
-            {"kind": "weight_lora", "rank": 2, "num_loops": 3},
-            {"kind": "output_lora", "rank": 2, "num_loops": 3},
-        ),
-        "depth_attention": draw(st.none() | recent) if attention["kind"] == "gqa" else None,
-        "halting": pick(
-            None,
-            "act",
-            {"kind": "universal_act", "bias_init": -1.0},
-            {"kind": "universal_act", "readout": "accumulated", "keep_remainder": False},
-            {"kind": "act", "bias_init": 0.0, "threshold": 0.9, "keep_remainder": False},
-            "pondernet",
-            "exit_gate",
-        ),
-        "value_embedding": draw(st.none() | tables) if attention["kind"] == "gqa" else None,
+        "state_init": some("state_init") if adds_e else {"kind": "copy"},
+        "loop_embedding": some_or_none("loop_embedding"),
+        "loop_adapter": some_or_none("loop_adapter"),
+        "depth_attention": depth_attention,
+        "halting": some_or_none("halting"),
+        "value_embedding": value_embedding,
         "prelude_norm": draw(st.booleans()),
         "loop_norm": draw(st.booleans()),
-        "readout": pick("none", "linear", *(["final_norm"] if final_norm else [])),
+        "readout": draw(
+            st.sampled_from(["none", "linear", *(["final_norm"] if final_norm else [])])
+        ),
         "final_norm": final_norm,
-        "embed_scale": pick(1.0, 3.0),
+        "embed_scale": draw(st.sampled_from([1.0, 3.0])),
         "tie_embeddings": draw(st.booleans()),
     }

@@ -6,7 +6,6 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional
-from torch.nn.attention import varlen
 
 from openmythos.ops.cpu import build as native
 from openmythos.ops.double_backward import differentiable_gradients
@@ -93,6 +92,8 @@ def packed_attention(
 
     Source: torch.nn.attention.varlen (torch 2.13).
     """
+    from torch.nn.attention import varlen  # imports the compiler
+
     width = v.shape[-1]
     if width < k.shape[-1]:
         v = functional.pad(v, (0, k.shape[-1] - width))

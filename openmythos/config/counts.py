@@ -254,7 +254,7 @@ def count(config: ModelConfig, *, num_loops: int | None = None, context_length: 
 
 
 def _encode_flops(config: ModelConfig, context_length: int) -> int:
-    """FLOPs per token of the part of a forward before the first loop, without the embedding."""
+    """FLOPs per token of a forward before the first loop."""
     before = [
         part for part in parts(config) if part.name.startswith(("prelude.", "injection.drive"))
     ]

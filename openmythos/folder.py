@@ -1,7 +1,8 @@
-"""Files and folders that appear whole or not at all: a kill at any instant loses nothing.
+"""Atomic writes of files and folders: a reader sees the old content or the new, never a part.
 
-Every other module that writes goes through here. What is being written stands beside its place as
-``.NAME.tmp`` and is renamed into it; two processes must not write the same file or folder at once.
+Every other module that writes files goes through here. New content is first written beside its
+destination as ``.NAME.tmp`` and then renamed over it, so a process killed at any time loses nothing
+that was there before. Two processes must not write the same file or folder at once.
 """
 
 import contextlib
@@ -15,14 +16,14 @@ from pathlib import Path
 from typing import BinaryIO
 
 PathLike = str | os.PathLike[str]
-MAX_LISTED = 30  # names that one error message lists of a kind
+MAX_LISTED = 30  # the most names in one list of an error message
 
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write bytes into; when the block ends well it takes the place of ``path``.
+    """Yield a binary file to write; when the block ends without an error, it replaces ``path``.
 
-    Missing folders are made.
+    Missing parent folders are created.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = _aside(path)
@@ -38,25 +39,24 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def write_whole(path: Path, content: str | bytes | memoryview) -> None:
-    """Write a file that appears whole or not at all; text becomes UTF-8."""
+    """Write a file atomically; text is encoded as UTF-8."""
     with whole_file(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
 
 
 def write_json(path: Path, data: object) -> None:
-    """Write readable JSON that appears whole or not at all."""
+    """Write indented JSON atomically."""
     write_whole(path, json.dumps(data, indent=2) + "\n")
 
 
 @contextlib.contextmanager
 def replaced_folder(folder: PathLike, own_files: Collection[str]) -> Iterator[Path]:
-    """An empty folder to write into; when the block ends well it takes the place of ``folder``.
+    """Yield an empty folder to fill; when the block ends without an error, it replaces ``folder``.
 
-    Until then ``folder`` is untouched. What a killed writer leaves beside it is removed by the next
-    one.
+    Until then ``folder`` is untouched. Leftovers of a killed writer are removed by the next one.
 
     Raises:
-        ValueError: ``folder`` holds other files than ``own_files``, those of a checkpoint.
+        ValueError: ``folder`` is a file, or holds files whose names are not in ``own_files``.
     """
     target = Path(os.path.realpath(folder))
     _refuse_foreign(target, own_files)
@@ -75,7 +75,8 @@ def replaced_folder(folder: PathLike, own_files: Collection[str]) -> Iterator[Pa
     if not target.exists():
         fresh.rename(target)
     elif not _exchange(fresh, target):
-        # Readers fall back to the old name between the two renames.
+        # The two folders could not be swapped in one step. Between these two renames, readers find
+        # the old folder under ``old_name``.
         if old.exists():
             shutil.rmtree(old)
         target.rename(old)
@@ -99,23 +100,23 @@ def _refuse_foreign(target: Path, own_files: Collection[str]) -> None:
 
 
 def old_name(target: Path) -> Path:
-    """Where a folder stands between the two renames of a replacement."""
+    """The path of the old folder between the two renames of a replacement."""
     return target.with_name(f".{target.name}.old")
 
 
 def _aside(target: Path) -> Path:
-    """Where a file or folder stands until it is whole."""
+    """The temporary path of a file or folder that is not complete yet."""
     return target.with_name(f".{target.name}.tmp")
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Remove the folders inside ``folder`` that killed writers left half done."""
+    """Remove the incomplete folders that killed writers left inside ``folder``."""
     for unfinished in folder.glob(".*.tmp"):
         shutil.rmtree(unfinished)
 
 
 def put_in_place(source: Path, target: Path) -> None:
-    """Rename a file or folder that is whole; a file that is there is replaced."""
+    """Rename a complete file or folder to ``target``; an existing file is replaced."""
     os.replace(source, target)
     sync(target.parent)
 
@@ -132,7 +133,7 @@ def sync(path: Path) -> None:
 
 
 def _exchange(first: Path, second: Path) -> bool:
-    """Swap two folders in one step; False where the system or the file system cannot."""
+    """Swap two folders in one step; False if the operating system or file system cannot."""
     swap = 2  # RENAME_EXCHANGE of Linux, RENAME_SWAP of macOS
     names = os.fsencode(first), os.fsencode(second)
     if sys.platform not in ("linux", "darwin"):
@@ -145,6 +146,6 @@ def _exchange(first: Path, second: Path) -> bool:
 
 
 def listed(names: list[str]) -> str:
-    """The names, or the first of very many."""
+    """The names separated by commas; past ``MAX_LISTED``, the first ones and how many are left."""
     more = len(names) - MAX_LISTED
     return ", ".join(names[:MAX_LISTED]) + (f" and {more} more" if more > 0 else "")

@@ -1,4 +1,4 @@
-"""Token ids to text while they come: whole characters, stop texts, and where each piece is from."""
+"""Incremental decoding of token ids to text: complete characters, stop texts, token offsets."""
 
 import codecs
 from collections.abc import Iterable, Sequence
@@ -10,21 +10,21 @@ from openmythos.config.schema import require
 
 @runtime_checkable  # the tests check arguments
 class ByteDecoder(Protocol):
-    """Ids to bytes, each id always to the same ones; ``Tokenizer`` is one."""
+    """Maps every id to a fixed string of bytes; ``Tokenizer`` is one."""
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """The bytes of ``ids``, one after the other; a special token has none."""
+        """The concatenated bytes of ``ids``; special tokens have none."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextPiece:
-    """Characters that will not change any more.
+    """A piece of decoded text that later tokens cannot change.
 
     Attributes:
         text: At least one character.
-        start: Characters of the text before it.
-        tokens: Places, in the order of ``push`` and from 0, of the tokens whose bytes were read for
-            it: several where a character is cut over tokens.
+        start: The piece's offset in the whole text, in characters.
+        tokens: Indices of the tokens that the piece was decoded from, counted from 0 in the order
+            of ``push``. They are several if a character's bytes are split over tokens.
     """
 
     text: str
@@ -35,25 +35,25 @@ class TextPiece:
 def decode_pieces(
     decoder: ByteDecoder, tokens: Iterable[int], stops: Sequence[str] = ()
 ) -> list[TextPiece]:
-    """The pieces of a text whose tokens are all there."""
+    """All pieces of a complete sequence of tokens."""
     stream = TextStream(decoder, stops)
     return [*(piece for token in tokens for piece in stream.push(token)), *stream.finish()]
 
 
 class TextStream:
-    """Decodes token by token; what it has given is never taken back.
+    """Decodes one token at a time; text that was returned is never taken back.
 
-    The pieces together are the decoded text of all tokens, cut before the stop text that begins
-    first. A character's bytes wait until it is complete, and so does what may yet become a stop
-    text. Bytes that are not UTF-8 become U+FFFD.
+    The pieces together are the decoded text of all tokens, cut before the first stop text. Text is
+    held back while a character's bytes are incomplete or while it may still become a stop text.
+    Bytes that are not UTF-8 become U+FFFD.
 
     Args:
         decoder: Gives the bytes of a token.
-        stops: Texts that end the text and do not belong to it.
+        stops: Texts that end the output; they are not part of it.
 
     Attributes:
-        text: All that was given so far.
-        stopped: Whether a stop text was found; later tokens then give nothing.
+        text: All text returned so far.
+        stopped: Whether a stop text was found; later tokens then return nothing.
     """
 
     def __init__(self, decoder: ByteDecoder, stops: Sequence[str] = ()) -> None:
@@ -64,10 +64,10 @@ class TextStream:
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._held: list[TextPiece] = []
         self._num_tokens, self._num_characters = 0, 0
-        self._first = 0  # the token that the next character begins in
+        self._first = 0  # index of the token in which the next character begins
 
     def push(self, token: int) -> list[TextPiece]:
-        """What is certain after one more token; nothing once stopped.
+        """The text that is certain after one more token; empty after a stop text.
 
         Raises:
             ValueError: The decoder has no such token.
@@ -78,12 +78,12 @@ class TextStream:
         self._num_tokens += 1
         self._hold(self._utf8.decode(data))
         incomplete = len(self._utf8.getstate()[0])
-        if incomplete <= len(data):  # it began in this token, if there is anything
+        if incomplete <= len(data):  # the incomplete character, if any, began in this token
             self._first = self._num_tokens - (incomplete > 0)
         return self._release(final=False)
 
     def finish(self) -> list[TextPiece]:
-        """What waited for tokens that will not come. Call it once, after the last one."""
+        """The text that was held back. Call it once, after the last token."""
         if self.stopped:
             return []
         self._hold(self._utf8.decode(b"", final=True))
@@ -96,7 +96,7 @@ class TextStream:
             self._num_characters += len(text)
 
     def _release(self, *, final: bool) -> list[TextPiece]:
-        """The held text up to a stop text, or up to what may become one; the rest is kept."""
+        """Release the held text up to a stop text or a possible beginning of one; keep the rest."""
         end = self._certain("".join(piece.text for piece in self._held), final)
         pieces, kept = [], []
         for piece in self._held:
@@ -112,7 +112,7 @@ class TextStream:
         return pieces
 
     def _certain(self, text: str, final: bool) -> int:
-        """Characters before the first place where a stop text stands or may still come to stand."""
+        """Number of characters before the first stop text or possible beginning of one."""
         for start in range(len(text)):
             if any(text.startswith(stop, start) for stop in self._stops):
                 self.stopped = True

@@ -1,9 +1,8 @@
 """Byte-level tokenizers: text to token ids and back, without losing a byte.
 
-Every id stands for a fixed string of bytes, so `decode(encode(text)) == text` for any text, and a
-loss summed over tokens can be divided by the bytes those tokens stand for (bits per byte), which
-compares models with different vocabularies. The special tokens are never produced by text, not even
-by text that spells them.
+Every id stands for a fixed string of bytes, so `decode(encode(text)) == text` for any text. A loss
+summed over tokens can be divided by their bytes (bits per byte), which makes models with different
+vocabularies comparable. Encoding never gives a special token, even for text that spells one.
 """
 
 from __future__ import annotations
@@ -27,12 +26,12 @@ EOS_TOKEN = "<|eos|>"
 PAD_TOKEN = "<|pad|>"
 SPECIAL_TOKENS = (BOS_TOKEN, EOS_TOKEN, PAD_TOKEN)
 FILE_NAME = "tokenizer.json"
-NAMES_FILE = "tokenizer_config.json"  # of transformers; names the special tokens
+NAMES_FILE = "tokenizer_config.json"  # the file in which transformers names the special tokens
 MIN_BPE_VOCAB = 256 + len(SPECIAL_TOKENS)
 
-# GPT-4's pattern (cl100k) with two changes for a small vocabulary that reads Python: digits in
-# groups of at most two, and line breaks taken together with the indentation after them (less the
-# one space that belongs to the next word), so that "\n        return" is two tokens and not three.
+# GPT-4's pattern (cl100k) with two changes that suit a small vocabulary and Python code. Digits are
+# grouped in at most two. A line break is joined with the indentation after it, without the last
+# space, which belongs to the next word: "\n        return" can be two tokens instead of three.
 SPLIT_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
     r"|[^\r\n\p{L}\p{N}]?\p{L}+"
@@ -81,9 +80,8 @@ class Tokenizer:
         pad_token: str = PAD_TOKEN,
     ) -> None:
         self._backend = backend
-        # Text may spell a special token; it must then be encoded as text, or it would vanish on
-        # decoding. The library does not save this switch, so it is set wherever a tokenizer is
-        # made.
+        # Text that spells a special token must be encoded as ordinary text, because decoding skips
+        # special tokens. The library does not save this setting, so it is set here every time.
         self._backend.encode_special_tokens = True
         self._config: dict[str, Any] = json.loads(backend.to_str())
         self._token_bytes = self._read_token_bytes()
@@ -97,7 +95,7 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Number of ids, special tokens included: every id is below it."""
+        """Number of ids, special tokens included."""
         return len(self._token_bytes)
 
     @property
@@ -107,7 +105,10 @@ class Tokenizer:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 (hex) of all that decides the ids: vocabulary, merges, splitting, specials."""
+        """SHA-256 (hex) of everything that determines the ids of a text.
+
+        That is the vocabulary, the merges, the normalizer, the splitting and the special tokens.
+        """
         model = self._config["model"]
         merges = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
         added = [[t["id"], t["content"], t["special"]] for t in self._config["added_tokens"]]
@@ -170,8 +171,8 @@ class Tokenizer:
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write `tokenizer.json`, in the `tokenizers` library's format, into `folder`.
 
-        Returns its path. The file appears whole or not at all. Where the special tokens have other
-        names than ours, `tokenizer_config.json` says which.
+        Returns its path. If the special tokens do not have our default names, their names are
+        written to `tokenizer_config.json`. Each file is written atomically.
         """
         target = Path(folder) / FILE_NAME
         write_whole(target, self._backend.to_str(pretty=True))
@@ -190,14 +191,14 @@ class Tokenizer:
     ) -> Tokenizer:
         """Read a byte-level `tokenizer.json`, given the file or the folder that holds it.
 
-        The special tokens have the names that are given, else those of a `tokenizer_config.json`
-        beside the file, else ours.
+        The names of the special tokens are the arguments; those not given are taken from
+        `tokenizer_config.json` beside the file or, without that file, are our defaults.
 
         Args:
             path: The file or its folder.
             bos_token: Text of the begin token.
             eos_token: Text of the end token.
-            pad_token: Text of the padding token; may repeat another special token.
+            pad_token: Text of the padding token; may be the same as another special token.
 
         Raises:
             ValueError: No such file, not a tokenizer, not byte-level, or a special token is
@@ -255,7 +256,7 @@ class Tokenizer:
 
 
 def _special_names(file: Path) -> dict[str, str]:
-    """The special tokens that transformers' file names; its end token stands for what is absent."""
+    """The special tokens named in transformers' file; its end token replaces those not named."""
     ours = dict(zip(("bos_token", "eos_token", "pad_token"), SPECIAL_TOKENS, strict=True))
     if not file.is_file():
         return ours
@@ -273,7 +274,7 @@ def _special_names(file: Path) -> dict[str, str]:
 
 
 def byte_tokenizer() -> Tokenizer:
-    """The tokenizer without merges: special tokens at ids 0, 1, 2, then 3 + b for byte b."""
+    """A tokenizer without merges: special tokens have ids 0, 1, 2, and byte b has id 3 + b."""
     vocab = {token: index for index, token in enumerate(SPECIAL_TOKENS)}
     for byte, character in enumerate(_byte_characters()):
         vocab[character] = len(SPECIAL_TOKENS) + byte
@@ -285,9 +286,9 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
     Args:
         texts: Training text; read once.
-        vocab_size: Number of ids wanted, the 3 special tokens and the 256 bytes included. Text too
-            short to fill it gives fewer (pairs seen once are not merged): read
-            `Tokenizer.vocab_size` afterwards.
+        vocab_size: Number of ids wanted, the 3 special tokens and the 256 bytes included. Short
+            text gives fewer ids, because pairs seen only once are not merged; read the actual
+            number from `Tokenizer.vocab_size`.
 
     Raises:
         ValueError: `vocab_size` is below 259, or there is no text.

@@ -1,1 +1,1 @@
-"""A model on disk: saved, loaded, and its weights one at a time."""
+"""Checkpoints: saving and loading a model, and reading weights one at a time."""

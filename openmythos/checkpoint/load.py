@@ -1,7 +1,7 @@
-"""Read a checkpoint folder of our own format; ``interop`` reads those of other families.
+"""Load a checkpoint folder in our own format; ``interop`` loads those of other model families.
 
-Every name and shape is checked before a weight is read, and every weight before a model is
-returned.
+All names and shapes are checked before any weight is read, and all weights are checked before the
+model is returned.
 """
 
 import os
@@ -29,7 +29,7 @@ from openmythos.model.recurrent import RecurrentDepthLM
 
 
 def checkpoint_folder(path: PathLike) -> Path:
-    """The folder to read for ``path``: itself, or the newest checkpoint of a run's folder.
+    """The checkpoint folder for ``path``: itself or, for a run folder, its newest checkpoint.
 
     Raises:
         ValueError: There is none.
@@ -40,7 +40,7 @@ def checkpoint_folder(path: PathLike) -> Path:
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "does not exist"
         raise ValueError(f"{path} {what}; give a folder with {CONFIG_FILE} and {WEIGHTS_FILE}")
-    if (folder / "checkpoints").is_dir():  # a run
+    if (folder / "checkpoints").is_dir():  # a run folder
         folder = max((folder / "checkpoints").glob("step-????????"), default=folder / "none")
         if not folder.exists():
             raise ValueError(f"{path} is a run that has written no checkpoint yet")
@@ -48,7 +48,7 @@ def checkpoint_folder(path: PathLike) -> Path:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """config.json as a dict, whatever the family.
+    """config.json as a dict, of any model family.
 
     Raises:
         ValueError: It is missing or is not a JSON object.
@@ -60,7 +60,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 class _WithoutInit(TorchFunctionMode):
-    """Leaves new layers as they are: on the meta device drawing nothing takes 80 MB of imports."""
+    """Skips ``torch.nn.init``, which on the meta device only imports modules that take 80 MB."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -72,7 +72,7 @@ class _WithoutInit(TorchFunctionMode):
 
 
 def empty_model(config: ModelConfig) -> RecurrentDepthLM:
-    """The model without memory for its weights; ``fill_model`` completes it."""
+    """A model on the meta device, without memory for weights, to be given to ``fill_model``."""
     with torch.device("meta"), _WithoutInit():
         return RecurrentDepthLM(config)
 
@@ -85,17 +85,18 @@ def fill_model(
     dtype: torch.dtype | None,
     device: torch.device | str,
 ) -> RecurrentDepthLM:
-    """Give a model of ``empty_model`` its weights, one at a time, so that memory holds one copy.
+    """Give a model from ``empty_model`` its weights, one at a time: memory holds only one copy.
 
     Args:
-        model: Without weights.
-        tensors: Every entry of the model's state dict, once; the model keeps them.
-        where: Named in errors.
-        dtype: Of the parameters; None keeps what is stored. Buffers keep what is stored.
-        device: Of everything.
+        model: The model without weights.
+        tensors: Every entry of the model's state dict once, as (name, tensor); the model may keep
+            the tensors themselves.
+        where: The source, for error messages.
+        dtype: Dtype of the parameters; None: as stored. Buffers always keep their stored dtype.
+        device: Device of parameters and buffers.
 
     Raises:
-        ValueError: A dtype that is not floating, or that cannot hold a weight.
+        ValueError: A dtype that is not floating, or float16 for weights that are too large for it.
     """
     if dtype is not None and not dtype.is_floating_point:
         raise ValueError(f"dtype is {dtype}; it must be a floating dtype")
@@ -111,7 +112,7 @@ def fill_model(
             setattr(module, leaf, tensor.to(device))
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
-            if name in module._non_persistent_buffers_set:  # statistics, which start at zero
+            if name in module._non_persistent_buffers_set:  # not stored: counts that start at 0
                 setattr(module, name, torch.zeros_like(buffer, device=device))
     assert not any(tensor.is_meta for tensor in model.state_dict().values())
     return model.eval()
@@ -119,10 +120,10 @@ def fill_model(
 
 @torch.no_grad()
 def load_weights(model: RecurrentDepthLM, path: PathLike) -> None:
-    """Copy a checkpoint's weights into a model that exists; its dtype and device stay.
+    """Copy a checkpoint's weights into an existing model, which keeps its dtype and device.
 
     Raises:
-        ValueError: What ``load_checkpoint`` refuses; the model is then unchanged.
+        ValueError: As ``load_checkpoint``; the model is then unchanged.
     """
     folder, ours = checkpoint_folder(path), model.state_dict()
     weights = StoredWeights(folder)
@@ -136,10 +137,10 @@ def load_weights(model: RecurrentDepthLM, path: PathLike) -> None:
 def load_checkpoint(
     path: PathLike, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
 ) -> RecurrentDepthLM:
-    """Load a folder that ``save_pretrained`` wrote; ``interop`` loads the other families too.
+    """Load a folder written by ``save_pretrained``; ``interop`` loads other model families as well.
 
     Raises:
-        ValueError: Not such a folder, or one that is damaged, incomplete or does not fit.
+        ValueError: Not such a folder, or its files are damaged, incomplete or do not match.
     """
     model, weights = open_checkpoint(path)
     cast = dict.fromkeys((name for name, _ in model.named_parameters()), dtype)
@@ -149,10 +150,10 @@ def load_checkpoint(
 
 
 def open_checkpoint(path: PathLike) -> tuple[RecurrentDepthLM, StoredWeights]:
-    """The model without its weights, and the weights, whose names and shapes fit it.
+    """An empty model, and the stored weights, whose names and shapes have been checked against it.
 
     Raises:
-        ValueError: What ``load_checkpoint`` refuses, save weights that are not finite.
+        ValueError: As ``load_checkpoint``, except for weights that are not finite.
     """
     folder = checkpoint_folder(path)
     data = read_config(folder)

@@ -21,11 +21,11 @@ def save_pretrained(
 ) -> Path:
     """Write a checkpoint folder and return its path.
 
-    A checkpoint that is there already is replaced as a whole: after a kill at any instant the
-    folder holds the complete old one or the complete new one.
+    An existing checkpoint is replaced as a whole: if the process is killed, the folder holds either
+    the complete old one or the complete new one.
 
     Raises:
-        ValueError: The folder holds something else than a checkpoint, or the model has no weights.
+        ValueError: The folder holds other files than a checkpoint's, or the model has no weights.
     """
     with replaced_folder(folder, OWN_FILES) as fresh:
         write_checkpoint(model, fresh, tokenizer)
@@ -33,7 +33,7 @@ def save_pretrained(
 
 
 def write_checkpoint(model: RecurrentDepthLM, fresh: Path, tokenizer: Tokenizer | None) -> None:
-    """Write a checkpoint's files into a folder that is not in its place yet.
+    """Write a checkpoint's files into ``fresh``, a temporary folder that the caller renames.
 
     Raises:
         ValueError: The model has no weights.
@@ -48,7 +48,7 @@ def write_checkpoint(model: RecurrentDepthLM, fresh: Path, tokenizer: Tokenizer 
 
 
 def save_weights(tensors: Mapping[str, Tensor], folder: Path) -> None:
-    """Write model.safetensors; names that share their memory are an error of safetensors."""
+    """Write model.safetensors; safetensors raises an error if tensors share memory."""
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     save_file(plain, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-    (folder / WEIGHTS_FILE).chmod(0o644)  # the library makes it private to its owner
+    (folder / WEIGHTS_FILE).chmod(0o644)  # safetensors lets only the owner read it

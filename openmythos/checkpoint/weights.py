@@ -1,7 +1,7 @@
-"""The weights of a checkpoint folder, whatever its family: names, shapes, and one tensor at a time.
+"""The weights of a checkpoint folder of any model family: names, shapes, and single tensors.
 
-Nothing in a file is run, nothing is returned that is not finite, and what was read does not stay in
-memory.
+No code in a file is run, NaN and infinite weights are refused, and tensors that were read do not
+stay in memory.
 """
 
 import json
@@ -21,17 +21,19 @@ from openmythos.folder import listed
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 PICKLE_FILES = ("pytorch_model.bin", "model.bin", "model.pt", "model.pth")
 INDEX_FILES = (WEIGHTS_FILE + ".index.json", "pytorch_model.bin.index.json")
-WRAPPERS = ("module.", "_orig_mod.")  # that data-parallel and compiled models put before all names
+WRAPPERS = ("module.", "_orig_mod.")  # name prefixes added by data parallelism and torch.compile
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-REOPEN_BYTES = 1 << 25  # what was read of mapped files stays in memory until they are closed
+# What is read from a memory-mapped file stays in memory until the file is closed. Mapped files are
+# therefore reopened each time that so many bytes were read.
+REOPEN_BYTES = 1 << 25
 
 Shapes = Mapping[str, tuple[int, ...]]
 
 
 class StoredWeights:
-    """A folder's weights: names and shapes at once, each tensor when it is asked for.
+    """A folder's weights: names and shapes are read at once, each tensor only by ``read``.
 
-    Reads model.safetensors or pickles that hold tensors only, whole or in shards with an index.
+    Reads model.safetensors or pickles that hold only tensors, in one file or shards with an index.
 
     Raises:
         ValueError: No weights, a damaged file, or a pickle that holds code.
@@ -53,21 +55,21 @@ class StoredWeights:
         self.strip(WRAPPERS)
 
     def strip(self, prefixes: tuple[str, ...]) -> None:
-        """Drop the prefixes that all names have, in whatever order they stand there."""
+        """Remove those of the prefixes that all names begin with, in any order."""
         while found := [p for p in prefixes if self.shapes and all(map(_starts(p), self.shapes))]:
             size = len(found[0])
             self.shapes = {name[size:]: shape for name, shape in self.shapes.items()}
             self._places = {name[size:]: place for name, place in self._places.items()}
 
     def size(self, names: Iterable[str]) -> int:
-        """Numbers in these tensors; read large ones first, while there is room for their copies."""
+        """Number of elements of these tensors; read large ones first: they need most memory."""
         return sum(math.prod(self.shapes[name]) for name in names)
 
     def read(self, name: str) -> Tensor:
-        """One tensor; a view of its file, to be copied before it is kept.
+        """One tensor, as a view of its file; copy it to keep it.
 
         Raises:
-            ValueError: It is not floating or not finite.
+            ValueError: Its dtype is not a floating dtype, or it has NaN or infinite elements.
         """
         path, stored_name = self._places[name]
         if self._num_bytes > REOPEN_BYTES:
@@ -86,7 +88,7 @@ class StoredWeights:
 
 
 class _Tensors:
-    """One file, mapped into memory until it is dropped; a pickle without zip is read at once."""
+    """One file, memory-mapped while this object exists; a pickle that is no zip is read at once."""
 
     def __init__(self, path: Path) -> None:
         self.mapped = path.suffix == ".safetensors" or zipfile.is_zipfile(path)
@@ -109,7 +111,7 @@ class _Tensors:
 
 
 def _index_of(folder: Path) -> dict[str, Path] | None:
-    """The file of each tensor as the folder's index has it; None where the weights are one file."""
+    """The file of each tensor according to the folder's index; None if the weights are one file."""
     if (folder / WEIGHTS_FILE).is_file():
         return None
     for path in (folder / name for name in INDEX_FILES):
@@ -140,7 +142,7 @@ def _starts(prefix: str) -> Any:
 
 
 def _load_pickle(path: Path) -> dict[str, Tensor]:
-    """The tensors of a pickle, read without running code; a training state's model is unwrapped."""
+    """The tensors of a pickle, read without running code; of a training state, the model's."""
     try:
         data = torch.load(
             path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
@@ -150,7 +152,7 @@ def _load_pickle(path: Path) -> dict[str, Tensor]:
             f"{path} is damaged or holds code besides tensors, and was not loaded because that "
             "could run the code; convert it to safetensors with the program that wrote it"
         ) from None
-    except Exception as error:  # a damaged pickle can end in any of them
+    except Exception as error:  # a damaged pickle can raise any of them
         reason = "".join(str(error).splitlines()[:1])
         raise ValueError(f"{path} is truncated or damaged: {reason}") from None
     for wrapper in ("model", "state_dict"):
@@ -162,10 +164,10 @@ def _load_pickle(path: Path) -> dict[str, Tensor]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A file's JSON object.
+    """The JSON object in a file, as a dict.
 
     Raises:
-        ValueError: It holds something else.
+        ValueError: The file is not JSON, or holds something other than an object.
     """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
@@ -182,10 +184,10 @@ def tensor_shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
 
 
 def check_shapes(given: Shapes, expected: Shapes, where: Path) -> None:
-    """Compare names and shapes.
+    """Check that the given names and shapes are the expected ones.
 
     Raises:
-        ValueError: Lists what is missing, unexpected or of the wrong shape.
+        ValueError: They differ; the message lists names that are missing, unexpected or misshapen.
     """
     complaints = []
     if missing := sorted(set(expected) - set(given)):

@@ -1,4 +1,8 @@
-"""What a model is, as data: one file per seam, mirroring ``openmythos.model``. No torch."""
+"""The model's configuration: one file per seam, like ``openmythos.model``. Does not import torch.
+
+A seam is a place where one of several implementations is chosen, such as attention or injection.
+Each choice, a member of the seam, is a config class.
+"""
 
 from openmythos.config.attention import (
     AttentionConfig,

@@ -1,4 +1,4 @@
-"""Attention: which keys and values a layer makes and caches. No torch."""
+"""Attention: the keys and values that a layer computes and caches. No torch."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
@@ -10,10 +10,10 @@ from openmythos.config.weights import Weights, matrix, table, vector
 
 
 class AttentionMember(Member):
-    """What an attention says of itself."""
+    """What every attention config states beside its fields."""
 
-    # Keys and values of heads are cached, in this order and as they are attended to; value
-    # embeddings and depth attention need them.
+    # Whether the cache holds one tensor of keys and one of values per kv head, as they are attended
+    # to. Value embeddings and depth attention need this.
     has_kv_heads: ClassVar[bool] = False
 
 
@@ -21,7 +21,7 @@ class AttentionMember(Member):
 class GQAConfig(AttentionMember):
     """Grouped-query attention: keys and values of ``num_kv_heads`` heads are cached.
 
-    ``qk_norm_eps`` None is the block's ``norm_eps``.
+    ``qk_norm_eps`` None means the block's ``norm_eps``.
     """
 
     kind: ClassVar[str] = "gqa"
@@ -53,7 +53,7 @@ class GQAConfig(AttentionMember):
         return ((self.num_kv_heads, self.head_dim), (self.num_kv_heads, self.head_dim))
 
     def weights(self, d_model: int, lora: WeightLoRAConfig | None) -> Weights:
-        """Those of one layer, norms of queries and keys included."""
+        """The weights of one layer, including the norms of queries and keys."""
         num_qk_heads = self.num_heads + self.num_kv_heads
         result = loop_linear(d_model, (num_qk_heads + self.num_kv_heads) * self.head_dim, lora)
         result += loop_linear(self.num_heads * self.head_dim, d_model, lora)
@@ -64,13 +64,13 @@ class GQAConfig(AttentionMember):
         return result
 
     def macs_per_key(self, *, cached: bool) -> int:
-        """Multiply-adds of one query's score and value with one key."""
+        """Multiply-adds for one query and one key, in the score and in the weighted sum."""
         return self.num_heads * 2 * self.head_dim
 
 
 @dataclass(frozen=True, kw_only=True)
 class MLAConfig(AttentionMember):
-    """Multi-head latent attention: one latent and one rotary key are cached.
+    """Multi-head latent attention: one latent and one rotary key per token are cached.
 
     Source: DeepSeek-V2 (arXiv 2405.04434), section 2.1.
     """
@@ -98,21 +98,22 @@ class MLAConfig(AttentionMember):
         return ((1, self.kv_lora_rank + self.qk_rope_head_dim),)
 
     def weights(self, d_model: int, lora: WeightLoRAConfig | None) -> Weights:
-        """Those of one layer, norms of the latents included."""
+        """The weights of one layer, including the norms of the latents."""
         heads, latent, rope_dim = self.num_heads, self.kv_lora_rank, self.qk_rope_head_dim
         return (
             loop_linear(d_model, self.q_lora_rank + latent + rope_dim, lora)
             + vector(self.q_lora_rank + latent)
             + loop_linear(self.q_lora_rank, heads * (self.qk_nope_head_dim + rope_dim), lora)
-            # Whether it expands the latents or is absorbed, it costs the same per token.
+            # The up-projection costs the same per token whether it is absorbed or not.
             + matrix(latent, heads * (self.qk_nope_head_dim + self.v_head_dim))
             + loop_linear(heads * self.v_head_dim, d_model, lora)
         )
 
     def macs_per_key(self, *, cached: bool) -> int:
-        """Multiply-adds of one query's score and value with one key; cached, with one latent."""
+        """Multiply-adds for one query and one key; ``cached``: absorbed, for one cached latent."""
         if cached:
-            # The cached rows serve as keys and, whole, as values: a slice would have to be copied.
+            # The cached latents with their rotary keys also serve as values, at full width: taking
+            # only the latent channels would need a copy.
             return 2 * self.num_heads * (self.kv_lora_rank + self.qk_rope_head_dim)
         key_dim = self.qk_nope_head_dim + self.qk_rope_head_dim
         return self.num_heads * (key_dim + self.v_head_dim)
@@ -120,9 +121,10 @@ class MLAConfig(AttentionMember):
 
 @dataclass(frozen=True, kw_only=True)
 class ValueEmbeddingConfig(Member):
-    """Token tables added to the attention values of some layers, gated per kv head (Parcae).
+    """Learned token embeddings added to the values of some attention layers (Parcae).
 
-    ``layers`` are global layer numbers: prelude, then core (each counted once), then coda.
+    Each kv head has a gate, computed from the first ``gate_channels`` channels of the layer's
+    input. ``layers`` are global layer numbers: prelude, then core (each counted once), then coda.
     """
 
     layers: tuple[int, ...]
@@ -139,16 +141,17 @@ class ValueEmbeddingConfig(Member):
         require(fits, name, self.gate_channels, allowed)
 
     def weights(self, vocab_size: int, num_kv_heads: int, head_dim: int) -> Weights:
-        """Those of one layer."""
+        """The weights of one layer's table and gate."""
         return table(vocab_size, num_kv_heads * head_dim) + matrix(self.gate_channels, num_kv_heads)
 
 
 @dataclass(frozen=True, kw_only=True)
 class DepthAttentionConfig(Member):
-    """Attention of the core over the token's own last loops, beside the sequence: MoDA, Dreamer.
+    """Attention in the core over the token's own earlier loops as well (MoDA, Dreamer).
 
-    Keys and values are those that the same layer made for the token at its last
-    ``num_recent_loops`` loops; num_loops - 1 of them are all. Nothing is added to the weights.
+    Besides the sequence, a token attends to the keys and values that the same layer computed for
+    this token in its last ``num_recent_loops`` loops (num_loops - 1 covers all). It adds no
+    parameters.
     """
 
     num_recent_loops: int

@@ -1,4 +1,4 @@
-"""One transformer block: where its norms stand. No torch."""
+"""One transformer block: where its norms are applied. No torch."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -10,7 +10,7 @@ from openmythos.config.weights import Weights, vector
 
 @dataclass(frozen=True, kw_only=True)
 class BlockConfig(Member):
-    """Where the norms stand.
+    """Where a block applies its norms n and n' around attention or feed-forward, f.
 
     ``pre``: x + f(n(x)). ``peri``: x + n'(f(n(x))) (Ouro). ``sandwich``: n'(x + f(n(x))) (Huginn).
     ``layer_scale`` multiplies each branch by a learned vector that starts at this value.
@@ -25,6 +25,6 @@ class BlockConfig(Member):
         require(self.norm_eps > 0, "block.norm_eps", self.norm_eps, "above 0")
 
     def weights(self, d_model: int) -> Weights:
-        """Those of one block's norms and scales."""
+        """The weights of one block's norms and scales."""
         num_norms = 2 if self.norm == "pre" else 4
         return vector(d_model) * (num_norms + (0 if self.layer_scale is None else 2))

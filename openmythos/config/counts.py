@@ -1,19 +1,19 @@
 """Parameters, FLOPs, cache and memory of a model by its number of loops. No torch, no weights.
 
-One walk, ``parts``, lists everything that has weights; all other functions are sums over it.
+``parts`` lists everything that has weights; all other functions sum over it.
 
 Conventions:
 
 - ``params`` are what ``sum(p.numel() for p in model.parameters())`` gives: a tied embedding counts
   once, buffers (the balancing bias of MoE) do not count.
-- ``active_params`` are what one token reads, each weight once however often it is looped: of the
-  routed experts only ``num_experts_per_token``; of a table that is looked up (untied embedding,
-  value embedding, learned loop vectors, LoRA's loops) one row; of a tied embedding all of it,
-  because it is the head.
-- A FLOP is a multiplication or an addition: ``y = x W`` costs 2 a weight and token. Counted are the
-  products with weights and attention's score and value products, every loop of each. Not counted:
-  looked-up tables, norms, rotations, softmax, activations, residuals, the optimiser, and what a
-  kernel computes again in its backward pass.
+- ``active_params`` are the parameters that one token uses, each counted once however often it is
+  looped. Of the routed experts, ``num_experts_per_token`` count. Of a lookup table (untied
+  embedding, value embedding, learned loop vectors, the loops of LoRA), one row counts. A tied
+  embedding counts in full, because it is also the head.
+- A FLOP is a multiplication or an addition: ``y = x W`` costs 2 per weight and token. Products with
+  weights and attention's score and value products are counted, in every loop. Table lookups, norms,
+  rotations, softmax, activations, residuals, the optimiser and recomputation in the backward pass
+  are not counted.
 """
 
 from collections.abc import Iterator
@@ -22,12 +22,13 @@ from dataclasses import dataclass
 from openmythos.config import ModelConfig
 from openmythos.config.weights import Weights, matrix, table, vector
 
-FORWARD_AND_BACKWARD = 3  # backward is two products a product: by the input and by the weight
+# Per product in the forward, the backward has two: the gradients of the input and of the weight.
+FORWARD_AND_BACKWARD = 3
 
 
 @dataclass(frozen=True)
 class Part:
-    """A named part of the model; ``looped`` parts are applied once a loop, the others once."""
+    """A named part of the model; ``looped`` parts are applied once per loop, the others once."""
 
     name: str
     weights: Weights
@@ -36,7 +37,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Counts:
-    """What a report says of a model at one number of loops; see ``count``."""
+    """The figures of a model at one number of loops; see ``count``."""
 
     total_params: int
     active_params: int
@@ -55,7 +56,8 @@ def _walk(config: ModelConfig) -> Iterator[Part]:
     core_start = config.num_prelude_layers
     coda_start = core_start + config.num_core_layers
     embedding, head = table(config.vocab_size, dim), matrix(dim, config.vocab_size)
-    # Tied: the weights belong to the embedding, all of them are read, the head multiplies by them.
+    # If tied, the parameters are counted at the embedding, all as active, and the head adds only
+    # the multiplications.
     yield Part("embedding", Weights(embedding.params, embedding.params) if tied else embedding)
     yield from _blocks(config, "prelude", range(core_start))
     yield Part("prelude_norm", vector(dim if config.prelude_norm else 0))
@@ -98,7 +100,7 @@ def _blocks(config: ModelConfig, stage: str, layers: range) -> Iterator[Part]:
 
 
 def parts(config: ModelConfig) -> tuple[Part, ...]:
-    """Everything that has weights, in the order in which a token meets it."""
+    """Every part that has weights, in the order of the forward."""
     return tuple(part for part in _walk(config) if part.weights != Weights())
 
 
@@ -108,7 +110,7 @@ def total_params(config: ModelConfig) -> int:
 
 
 def active_params(config: ModelConfig) -> int:
-    """Parameters that one token reads, the loop's counted once (see the module's conventions)."""
+    """Parameters that one token uses, looped ones counted once (see the module's conventions)."""
     return sum(part.weights.active for part in parts(config))
 
 
@@ -124,15 +126,15 @@ def forward_flops(
     Args:
         config: The model's.
         num_loops: Default: the config's.
-        context_length: Keys that a token attends to, itself included; those of depth attention come
-            on top. A causal sequence of T tokens attends to (T + 1) / 2 on average, while kernels
-            that compute the whole square take T.
-        cached: One token decoded after a cache, where MLA attends to the latents themselves.
+        context_length: Keys that a token attends to, itself included; those of depth attention are
+            added to them. In a causal sequence of T tokens the average is (T + 1) / 2, but T for
+            kernels that compute all T x T scores.
+        cached: Count one token decoded after a KV cache, where MLA is absorbed.
     """
     loops = config.num_loops if num_loops is None else num_loops
     macs = sum(part.weights.macs * (loops if part.looped else 1) for part in parts(config))
     keys = context_length * config.effective_depth(loops)
-    keys += config.num_recent_loops * config.num_core_layers * loops  # hidden ones as well
+    keys += config.num_recent_loops * config.num_core_layers * loops  # masked ones as well
     return 2 * (macs + config.attention.macs_per_key(cached=cached) * keys)
 
 
@@ -143,16 +145,17 @@ def training_flops(
     grad_loops: int | None = None,
     context_length: int = 0,
 ) -> int:
-    """FLOPs of a forward and backward, per token: 3 forwards, 1 for a loop without gradient.
+    """FLOPs of a forward and backward, per token.
 
-    Small products are counted though nothing needs their gradient. Before the first loop with
-    gradient: a linear injection's and a ``universal_act`` head's by the state, depth attention's by
-    earlier loops. At the last loop: a geometric halting head's.
+    Each part counts as 3 forwards; a loop without gradient counts as 1. A few small gradient
+    products that need not be computed are counted too: those of the state before the first loop
+    with gradient (in a linear injection, a ``universal_act`` head and depth attention) and those of
+    a geometric halting head at the last loop.
 
     Args:
         config: The model's.
         num_loops: Default: the config's.
-        grad_loops: Loops with gradient, at the end (truncated back-propagation); None: all.
+        grad_loops: Number of last loops with gradient (gradient truncation); None: all.
         context_length: As in ``forward_flops``.
 
     Source: Kaplan et al. 2020 (arXiv 2001.08361), section 2.1, per loop; Parcae (arXiv 2604.12946),
@@ -166,7 +169,8 @@ def training_flops(
 
     one_loop = forward(1) - forward(0)
     once = FORWARD_AND_BACKWARD * forward(0)
-    # Gradients reach the prelude through e at every loop, or else through h_0 and all loops.
+    # If e is added at every loop, one loop with gradient is enough to reach the prelude; otherwise
+    # gradients reach it only through h_0, which takes all loops.
     loops_to_reach = 1 if config.adds_e else loops
     if with_grad < loops_to_reach:
         once -= (FORWARD_AND_BACKWARD - 1) * _encode_flops(config, context_length)
@@ -180,14 +184,14 @@ def kv_bytes_per_token(
     kept_loops: int | None = None,
     dtype_bytes: int = 2,
 ) -> int:
-    """Bytes that the cache keeps for one token of one sequence.
+    """Bytes that the KV cache keeps for one token of one sequence.
 
     Args:
         config: The model's.
-        num_loops: Deepest loop that may run; default: the config's.
+        num_loops: The most loops that may run; default: the config's.
         kept_loops: Loops of the core that the cache layout keeps (``loops_kept_by_layout``);
             default: all.
-        dtype_bytes: Of one cached number; 2 is bfloat16.
+        dtype_bytes: Bytes per cached number; 2 is bfloat16.
     """
     loops = config.num_loops if num_loops is None else num_loops
     slots = config.effective_depth(loops if kept_loops is None else kept_loops)
@@ -195,7 +199,7 @@ def kv_bytes_per_token(
 
 
 def loops_kept_by_layout(num_loops: int) -> dict[str, int]:
-    """Loops of the core that each cache layout keeps, by layout."""
+    """Number of the core's loops that each cache layout keeps, by the layout's name."""
     return {
         "per_loop": num_loops,
         "every_2": -(-num_loops // 2),
@@ -206,7 +210,7 @@ def loops_kept_by_layout(num_loops: int) -> dict[str, int]:
 
 
 def weight_bytes(config: ModelConfig, dtype_bytes: int = 2) -> int:
-    """Bytes of all parameters; 2 a number is bfloat16."""
+    """Bytes of all parameters; 2 bytes per parameter is bfloat16."""
     return total_params(config) * dtype_bytes
 
 
@@ -217,9 +221,9 @@ def training_bytes(
 
     Args:
         config: The model's.
-        param_bytes: Of one parameter, as the optimiser updates it.
-        grad_bytes: Of one gradient.
-        moment_bytes: Of one moment.
+        param_bytes: Bytes per parameter in the copy that the optimiser updates.
+        grad_bytes: Bytes per gradient.
+        moment_bytes: Bytes per parameter in each moment.
     """
     return total_params(config) * (param_bytes + grad_bytes + 2 * moment_bytes)
 
@@ -230,8 +234,8 @@ def count(config: ModelConfig, *, num_loops: int | None = None, context_length: 
     Args:
         config: The model's.
         num_loops: Default: the config's.
-        context_length: Tokens. Inference decodes the last of them after a cache; training is on
-            causal sequences of this length, all loops with gradient.
+        context_length: Tokens. Inference decodes the last of them with a KV cache; training uses
+            causal sequences of this length, with gradients in all loops.
     """
     loops = config.num_loops if num_loops is None else num_loops
     return Counts(
@@ -250,7 +254,7 @@ def count(config: ModelConfig, *, num_loops: int | None = None, context_length: 
 
 
 def _encode_flops(config: ModelConfig, context_length: int) -> int:
-    """What of a forward comes before the first loop."""
+    """FLOPs per token of a forward before the first loop."""
     before = [
         part for part in parts(config) if part.name.startswith(("prelude.", "injection.drive"))
     ]

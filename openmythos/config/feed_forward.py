@@ -11,7 +11,7 @@ from openmythos.config.weights import Weights, matrix
 
 @dataclass(frozen=True, kw_only=True)
 class SwiGLUConfig(Member):
-    """down(SiLU(gate x) * up x) with inner width ``d_ff``."""
+    """y = down(SiLU(gate x) * up x) with inner width ``d_ff``."""
 
     kind: ClassVar[str] = "swiglu"
     d_ff: int
@@ -25,21 +25,21 @@ class SwiGLUConfig(Member):
         return self.d_ff
 
     def with_width(self, width: int) -> "SwiGLUConfig":
-        """The same with another inner width."""
+        """A copy with another inner width."""
         return replace(self, d_ff=width)
 
     def weights(self, d_model: int, lora: WeightLoRAConfig | None) -> dict[str, Weights]:
-        """Those of one layer, by part."""
+        """The weights of one layer, by part."""
         return {"feed_forward": _swiglu(d_model, self.d_ff, lora)}
 
     def unlooped(self) -> "SwiGLUConfig":
-        """Without what only a loop needs, which is nothing."""
+        """The config for a model that runs once: the same."""
         return self
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReLUSquaredConfig(Member):
-    """down(scale * relu(up x)^2); Parcae's scale is 0.5."""
+    """y = down(scale * relu(up x)^2) with inner width ``d_ff``; Parcae's scale is 0.5."""
 
     kind: ClassVar[str] = "relu_squared"
     d_ff: int
@@ -54,25 +54,25 @@ class ReLUSquaredConfig(Member):
         return self.d_ff
 
     def with_width(self, width: int) -> "ReLUSquaredConfig":
-        """The same with another inner width."""
+        """A copy with another inner width."""
         return replace(self, d_ff=width)
 
     def weights(self, d_model: int, lora: WeightLoRAConfig | None) -> dict[str, Weights]:
-        """Those of one layer, by part."""
+        """The weights of one layer, by part."""
         up, down = loop_linear(d_model, self.d_ff, lora), loop_linear(self.d_ff, d_model, lora)
         return {"feed_forward": up + down}
 
     def unlooped(self) -> "ReLUSquaredConfig":
-        """Without what only a loop needs, which is nothing."""
+        """The config for a model that runs once: the same."""
         return self
 
 
 @dataclass(frozen=True, kw_only=True)
 class MoEConfig(Member):
-    """Routed and shared SwiGLU experts with DeepSeek-V3's bias balancing.
+    """Mixture of experts: routed and shared SwiGLU experts, balanced by DeepSeek-V3's bias.
 
-    ``bias_loops`` is the number of loops with a balancing bias of their own; deeper ones use the
-    last.
+    ``bias_loops`` is the number of loops with their own balancing bias; later loops use the last
+    one. ``d_shared`` None means ``d_expert``.
 
     Source: DeepSeek-V3 (arXiv 2412.19437), section 2.1.2.
     """
@@ -107,11 +107,11 @@ class MoEConfig(Member):
         return self.d_expert
 
     def with_width(self, width: int) -> "MoEConfig":
-        """The same with another width of its routed experts."""
+        """A copy with another inner width of its routed experts."""
         return replace(self, d_expert=width)
 
     def weights(self, d_model: int, lora: WeightLoRAConfig | None) -> dict[str, Weights]:
-        """Those of one layer, by part; a token reads the experts that it is routed to."""
+        """The weights of one layer, by part; active are the experts that one token is routed to."""
         expert = _swiglu(d_model, self.d_expert, None)
         read = expert * self.num_experts_per_token
         shared = self.num_shared_experts * self.shared_width
@@ -122,7 +122,7 @@ class MoEConfig(Member):
         }
 
     def unlooped(self) -> "MoEConfig":
-        """Without what only a loop needs: with one balancing bias."""
+        """The config for a model that runs once: with a single balancing bias."""
         return replace(self, bias_loops=1)
 
 

@@ -9,10 +9,10 @@ from openmythos.config.weights import Weights, matrix, vector
 
 
 class HaltingMember(Member):
-    """What a halting head says of itself."""
+    """What every halting config states beside its fields."""
 
     def weights(self, d_model: int) -> Weights:
-        """Those of the head, by default one logit of the state."""
+        """The weights of the head: a linear map from the state to one logit, with a bias."""
         return matrix(d_model, 1) + vector(1)
 
 
@@ -20,8 +20,9 @@ class HaltingMember(Member):
 class ACTConfig(HaltingMember):
     """Adaptive computation time: the readout is a weighted sum of states (Graves 2016).
 
-    ``keep_remainder`` False loses the mass that is left when the loops end, as the original
-    OpenMythos does; it exists to load such checkpoints.
+    A token halts when its halting probabilities sum to ``threshold``; its last loop gets the
+    remainder as weight. With ``keep_remainder`` False, a token that has not halted when the loops
+    end loses its remainder, as in the original OpenMythos; it exists to load such checkpoints.
     """
 
     kind: ClassVar[str] = "act"
@@ -35,11 +36,12 @@ class ACTConfig(HaltingMember):
 
 @dataclass(frozen=True, kw_only=True)
 class UniversalACTConfig(ACTConfig):
-    """The Universal Transformer's ACT: the head reads the state that a loop starts from.
+    """The Universal Transformer's ACT: the head reads the state at the start of a loop.
 
-    ``basic`` readouts are new w + old (1 - w), so later loops push earlier ones out and a rest of
-    the zero vector stays; ``accumulated`` ones are Graves' sum. ``keep_remainder`` False is the
-    published code, where a token that has not halted when the loops end keeps the mass it has.
+    The ``accumulated`` readout is Graves' weighted sum. The ``basic`` one is updated to
+    w state + (1 - w) readout at every loop, from zero: earlier loops fade and the weights do not
+    sum to 1. ``keep_remainder`` False is the published code: a token that has not halted when the
+    loops end does not get its remainder.
 
     Source: tensor2tensor, universal_transformer_util.py, act_type "basic" and "accumulated".
     """
@@ -55,7 +57,10 @@ class UniversalACTConfig(ACTConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class PonderNetConfig(HaltingMember):
-    """Exit probabilities lambda_n prod(1 - lambda_j); the loss is weighted, not the state."""
+    """PonderNet: loop n has the exit probability lambda_n prod_{j<n} (1 - lambda_j).
+
+    The probabilities weight the loss of each loop; states are not mixed.
+    """
 
     kind: ClassVar[str] = "pondernet"
     bias_init: float = -2.0

@@ -1,4 +1,4 @@
-"""Injection: how the prelude's output e re-enters at every loop. No torch."""
+"""Injection: how the prelude's output e enters the state h at every loop. No torch."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -9,21 +9,21 @@ from openmythos.config.weights import Weights, matrix, vector
 
 
 class InjectionMember(Member):
-    """What an injection says of itself."""
+    """What every injection config states beside its fields."""
 
     kind: ClassVar[str]
 
     @property
     def adds_e(self) -> bool:
-        """Whether e re-enters at every loop; otherwise it reaches the state in h_0 alone."""
+        """Whether e is added at every loop; otherwise it enters through h_0 only."""
         return True
 
     def drive_weights(self, d_model: int) -> Weights:
-        """What is applied to e, once per forward."""
+        """The weights that are applied to e, once per forward."""
         return Weights()
 
     def weights(self, d_model: int) -> Weights:
-        """What is applied at every loop."""
+        """The weights that are applied at every loop."""
         return Weights()
 
     def check(self, model: Whole) -> None:
@@ -34,7 +34,11 @@ class InjectionMember(Member):
 
 @dataclass(frozen=True, kw_only=True)
 class LTIInjectionConfig(InjectionMember):
-    """x = A h + Delta B e, h' = core(x); diagonal A with rho(A) < 1 by construction (Parcae)."""
+    """x = A h + Delta B e, h' = core(x) (Parcae).
+
+    A is diagonal, and its spectral radius rho(A) is below 1 by construction. ``decay_init`` is the
+    initial value of all entries of A.
+    """
 
     kind: ClassVar[str] = "lti"
     decay_init: float = 0.2**0.5
@@ -53,7 +57,10 @@ class LTIInjectionConfig(InjectionMember):
 
 @dataclass(frozen=True, kw_only=True)
 class OriginalLTIInjectionConfig(InjectionMember):
-    """x = norm(h + e), h' = A h + B e + core(x): the original OpenMythos, B not discretised."""
+    """x = norm(h + e), h' = A h + B e + core(x), as in the original OpenMythos.
+
+    A and B are diagonal. The step size Delta scales A only; B is not discretised.
+    """
 
     kind: ClassVar[str] = "original_lti"
 
@@ -64,7 +71,7 @@ class OriginalLTIInjectionConfig(InjectionMember):
 
 @dataclass(frozen=True, kw_only=True)
 class LinearInjectionConfig(InjectionMember):
-    """x = W [h; e], h' = core(x) (Huginn); starts as the identity on h plus e."""
+    """x = W_h h + W_e e, h' = core(x) (Huginn); it starts as x = h + e."""
 
     kind: ClassVar[str] = "linear"
 
@@ -86,7 +93,7 @@ class AddInjectionConfig(InjectionMember):
 
 @dataclass(frozen=True, kw_only=True)
 class NoInjectionConfig(InjectionMember):
-    """x = h, h' = core(x): e enters only through the initial state (Ouro)."""
+    """x = h, h' = core(x); e enters only through the initial state (Ouro)."""
 
     kind: ClassVar[str] = "none"
 
@@ -100,8 +107,8 @@ class NoInjectionConfig(InjectionMember):
 class GateInjectionConfig(InjectionMember):
     """y = core(h + e), z = sigmoid(W [y; h] + bias), h' = z y + (1 - z) h.
 
-    Without ``add_e``, y = core(h): in Chen's model a loop adds a signal of its own (a ``learned``
-    loop embedding), and the tokens enter through h_0 alone.
+    With ``add_e`` False, y = core(h) and the tokens enter through h_0 only, as in Chen's model,
+    which adds a learned vector per loop instead (the ``learned`` loop embedding).
 
     Source: Chen 2026 (arXiv 2603.21676).
     """

@@ -1,4 +1,4 @@
-"""How one loop differs from the next. No torch."""
+"""What makes one loop differ from the next: loop embeddings and loop adapters. No torch."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -9,19 +9,19 @@ from openmythos.config.weights import Weights, matrix, table
 
 
 class LoopEmbeddingMember(Member):
-    """What a loop embedding says of itself."""
+    """What every loop embedding states beside its fields."""
 
     def weights(self, d_model: int) -> Weights:
-        """What is applied at every loop."""
+        """The weights that are applied at every loop."""
         return Weights()
 
 
 @dataclass(frozen=True, kw_only=True)
 class SinusoidalLoopConfig(LoopEmbeddingMember):
-    """A sinusoid of the loop index on the first ``num_channels`` channels of the core's input.
+    """Sinusoids of the loop index, added to the first ``num_channels`` channels of the state.
 
-    ``positions`` adds that of the token's position as well, at every loop: the two-dimensional
-    signal of the Universal Transformer, which has no rotary positions.
+    With ``positions``, sinusoids of the token's position are added as well, at every loop, as in
+    the Universal Transformer, which has no rotary positions.
     """
 
     kind: ClassVar[str] = "sinusoidal"
@@ -37,7 +37,7 @@ class SinusoidalLoopConfig(LoopEmbeddingMember):
 
 @dataclass(frozen=True, kw_only=True)
 class LearnedLoopConfig(LoopEmbeddingMember):
-    """A learned vector a loop; loops past the table use its last row."""
+    """One learned vector per loop, added to the state; loops past ``num_loops`` use the last."""
 
     kind: ClassVar[str] = "learned"
     num_loops: int
@@ -46,28 +46,29 @@ class LearnedLoopConfig(LoopEmbeddingMember):
         require_positive(self, "num_loops")
 
     def weights(self, d_model: int) -> Weights:
-        """The vectors."""
+        """The weights of the vectors; one token and loop uses one of them."""
         return table(self.num_loops, d_model)
 
 
 class LoopAdapterMember(Member):
-    """What a loop adapter says of itself."""
+    """What every loop adapter states beside its fields."""
 
     def weights(self, d_model: int) -> Weights:
-        """What is applied to the core's output at every loop."""
+        """The weights that are applied to the core's output at every loop."""
         return Weights()
 
     @property
     def core_lora(self) -> "WeightLoRAConfig | None":
-        """The low-rank change of the core's linear layers."""
+        """The LoRA of the core's linear layers, if there is one."""
         return None
 
 
 @dataclass(frozen=True, kw_only=True)
 class WeightLoRAConfig(LoopAdapterMember):
-    """W_t = W + B_t A_t on the core's linear layers; loops past the table use its last row.
+    """LoRA per loop t on the core's linear layers: W_t = W + B_t A_t.
 
-    Not on routed experts, the router and MLA's ``kv_up``, whose products loops and tokens share.
+    Loops past ``num_loops`` use the last one. Routed experts, the router and MLA's ``kv_up`` have
+    none, because rows at different loops share their products.
 
     Source: Relaxed Recursive Transformers (arXiv 2410.20672), section 3.
     """
@@ -87,7 +88,10 @@ class WeightLoRAConfig(LoopAdapterMember):
 
 @dataclass(frozen=True, kw_only=True)
 class OutputLoRAConfig(LoopAdapterMember):
-    """y += ((y down) * scale_t) up on the core's output: the original OpenMythos."""
+    """y += ((y down) * scale_t) up on the core's output y at loop t (the original OpenMythos).
+
+    Loops past ``num_loops`` use the last scale.
+    """
 
     kind: ClassVar[str] = "output_lora"
     rank: int
@@ -97,7 +101,7 @@ class OutputLoRAConfig(LoopAdapterMember):
         require_positive(self, "rank", "num_loops")
 
     def weights(self, d_model: int) -> Weights:
-        """Down, up and the scales."""
+        """The weights of the projections down and up, and the scales."""
         return matrix(d_model, self.rank) * 2 + table(self.num_loops, self.rank)
 
 
@@ -107,7 +111,7 @@ LoopAdapterConfig = WeightLoRAConfig | OutputLoRAConfig
 
 
 def loop_linear(num_in: int, num_out: int, lora: WeightLoRAConfig | None) -> Weights:
-    """A linear layer without bias, and what each loop adds to its weights."""
+    """The weights of a linear layer without bias, with those of the LoRA of every loop."""
     plain = matrix(num_in, num_out)
     if lora is None:
         return plain

@@ -1,7 +1,7 @@
-"""Plain models that match a looped one: as many parameters, as much compute, or as much memory.
+"""Plain (unlooped) models that match a looped one in parameters, in compute or in memory. No torch.
 
-No torch. A looped model with fewer weights than a plain one of its depth has to be compared with
-all three: at equal parameters it costs more, at equal compute it holds less.
+A looped model should be compared with all three: a plain model of equal parameters needs less
+compute, and one of equal compute has more parameters.
 
 Source: Saunshi et al. 2025 (arXiv 2502.17416), section 3, for the first two.
 """
@@ -15,8 +15,8 @@ from openmythos.config.schema import require
 
 Match = Literal["parameters", "flops", "memory"]
 MATCHES: tuple[Match, ...] = ("parameters", "flops", "memory")
-WIDTH_STEP = 8  # feed-forward widths are multiples of it
-DTYPE_BYTES = 2  # of a weight and of a cached number: bfloat16
+WIDTH_STEP = 8  # feed-forward widths are multiples of this
+DTYPE_BYTES = 2  # bytes per weight and per cached number: bfloat16
 
 
 @dataclass(frozen=True)
@@ -24,11 +24,11 @@ class Baseline:
     """A plain model and how well it matches.
 
     Args:
-        config: Of the plain model.
-        match: What is equal.
-        context_length: Tokens at which compute and memory were compared.
-        target: The looped model's parameters, FLOPs a token, or bytes.
-        value: The plain model's.
+        config: The plain model's.
+        match: The quantity that was matched.
+        context_length: Tokens of context at which compute and memory were compared.
+        target: The looped model's parameters, FLOPs per token, or bytes.
+        value: The same quantity of the plain model.
     """
 
     config: ModelConfig
@@ -50,10 +50,10 @@ def baseline(config: ModelConfig, *, match: Match, context_length: int | None = 
     layers of prelude and coda, tied or untied head, and which of the core's layers have value
     embeddings (the core's pattern is repeated over the new layers, as if the loop were unrolled).
 
-    Changed: one pass instead of loops, and what only a loop needs is gone
-    (``ModelConfig.unlooped``). Then, to match, first the number of core layers and, for what a
-    whole layer cannot meet, the width of the feed-forward (of the core, where it has one of its
-    own; of an expert) in steps of 8.
+    Changed: the model runs once, without the parts that only a loop needs
+    (``ModelConfig.unlooped``). The number of core layers is then chosen to match; the difference
+    that whole layers leave is reduced through the width of the feed-forward (the core's, if it has
+    its own; for MoE that of an expert), in steps of 8.
 
     Args:
         config: The looped model's.
@@ -63,7 +63,7 @@ def baseline(config: ModelConfig, *, match: Match, context_length: int | None = 
         context_length: Tokens; default: the model's ``max_seq_len``.
 
     Raises:
-        ValueError: Another match, or a context length that the model does not allow.
+        ValueError: An unknown ``match``, or a context length that the model does not allow.
     """
     require(match in MATCHES, "match", match, "one of " + ", ".join(map(repr, MATCHES)))
     length = config.max_seq_len if context_length is None else context_length
@@ -92,7 +92,7 @@ def _size(config: ModelConfig, match: Match, context_length: int) -> int:
 
 
 def _plain(config: ModelConfig, num_core_layers: int) -> ModelConfig:
-    """The model run once, with another number of core layers."""
+    """The unlooped model with another number of core layers."""
     return replace(
         config.unlooped(),
         num_core_layers=num_core_layers,
@@ -101,7 +101,7 @@ def _plain(config: ModelConfig, num_core_layers: int) -> ModelConfig:
 
 
 def _unrolled(config: ModelConfig, num_core_layers: int) -> ValueEmbeddingConfig | None:
-    """The same layers of prelude and coda, and the core's pattern again and again."""
+    """The value embeddings' layers when the core's pattern is repeated over ``num_core_layers``."""
     table = config.value_embedding
     if table is None:
         return None
@@ -115,7 +115,7 @@ def _unrolled(config: ModelConfig, num_core_layers: int) -> ValueEmbeddingConfig
 
 
 def _with_width(config: ModelConfig, width: int) -> ModelConfig:
-    """Another width of the core's feed-forward, or of all where they are one."""
+    """The model with another width of the core's feed-forward, or of all if the core shares it."""
     core = config.core_feed_forward
     if core is None:
         return replace(config, feed_forward=config.feed_forward.with_width(width))
@@ -123,7 +123,7 @@ def _with_width(config: ModelConfig, width: int) -> ModelConfig:
 
 
 def _nearest(size: Callable[[int], int], target: int) -> int:
-    """The number from 1 whose size, which grows with it, is nearest to the target."""
+    """The number, at least 1, whose size is nearest to the target; sizes grow with the number."""
     high = 1
     while size(high) < target:
         high *= 2

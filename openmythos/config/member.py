@@ -1,11 +1,11 @@
-"""What every member of a seam has beside its fields. No torch."""
+"""What all members of seams (see ``openmythos.config``) have in common. No torch."""
 
 from typing import Any, Protocol, runtime_checkable
 
 
 @runtime_checkable  # the tests check arguments
 class Whole(Protocol):
-    """What the members read of the ``ModelConfig`` that they are parts of."""
+    """The part of ``ModelConfig`` that its members may read in ``check``."""
 
     @property
     def d_model(self) -> int:
@@ -25,10 +25,10 @@ class Whole(Protocol):
 
 
 class Member:
-    """A part of the model's config; a member of a seam with several carries its ``kind``."""
+    """A part of the model's config. If its seam has several members, it has a ``kind``."""
 
     def check(self, model: Whole) -> None:
-        """Refuse a model that this does not fit; most members fit every one.
+        """Check that this member fits the rest of the model; by default it always does.
 
         Raises:
             ValueError: Names the field that does not fit.

@@ -1,6 +1,6 @@
-"""The model's configuration: one frozen dataclass, checked when it is made. No torch.
+"""The model's configuration: one frozen dataclass, checked on construction. No torch.
 
-Training and serving have their own configurations beside their code.
+The configurations of training and serving are defined beside their code.
 """
 
 from dataclasses import dataclass, field, replace
@@ -17,8 +17,8 @@ from openmythos.config.rope import RopeConfig
 from openmythos.config.schema import require, require_literals, require_positive
 from openmythos.config.state_init import CopyInitConfig, StateInitConfig, ZerosInitConfig
 
-# What becomes of each field in a model that runs once (``ModelConfig.unlooped``): it is kept, or
-# only a loop needs it, and this is its value without one.
+# What ``ModelConfig.unlooped`` does with each field: those of the first list are kept; those of the
+# second, which only a loop needs, are set to the value given there.
 KEPT_UNLOOPED = (
     *("vocab_size", "d_model", "num_prelude_layers", "num_core_layers", "num_coda_layers"),
     *("attention", "feed_forward", "core_feed_forward", "max_seq_len", "rope", "block"),
@@ -42,9 +42,10 @@ LOOP_ONLY: dict[str, Any] = {
 class ModelConfig:
     """A recurrent-depth language model: prelude -> core looped T times -> coda.
 
-    ``num_loops`` is only the default depth; every call may choose another.
-    ``readout`` stands between the last loop and the coda: nothing, a linear map (Parcae's C), or
-    the final norm, shared (Huginn). ``loop_norm`` normalises the state after each loop (Ouro).
+    ``num_loops`` is only the default depth; every call may choose another. ``readout`` is applied
+    between the last loop and the coda: nothing, a linear map (Parcae's C), or the final norm, which
+    is then used twice (Huginn). ``loop_norm`` normalises the state after each loop (Ouro).
+    ``core_feed_forward`` None means that the core has the same as the other layers.
     """
 
     vocab_size: int
@@ -97,23 +98,24 @@ class ModelConfig:
 
     @property
     def adds_e(self) -> bool:
-        """Whether e re-enters at every loop; otherwise it reaches the state in h_0 alone."""
+        """Whether e is added at every loop; otherwise it enters through h_0 only."""
         return self.injection.adds_e
 
     @property
     def num_recent_loops(self) -> int:
-        """Earlier loops of its own that a token attends to in the core."""
+        """Number of a token's own earlier loops that it attends to in the core."""
         return 0 if self.depth_attention is None else self.depth_attention.num_recent_loops
 
     def lora(self, stage: str) -> WeightLoRAConfig | None:
-        """The low-rank change that each loop makes of a stage's linear layers."""
+        """The LoRA of a stage's linear layers; only the core can have one."""
         adapter = self.loop_adapter
         return None if adapter is None or stage != "core" else adapter.core_lora
 
     def unlooped(self) -> "ModelConfig":
-        """The model that runs once: without what only a loop needs.
+        """The config of the same model run once, without the parts that only a loop needs.
 
-        A norm after each loop becomes the final norm where there is none: the last of them is one.
+        If there is a loop norm but no final norm, a final norm is added: with one loop they are the
+        same.
         """
         core = self.core_feed_forward
         return replace(
@@ -124,6 +126,6 @@ class ModelConfig:
         )
 
     def effective_depth(self, num_loops: int | None = None) -> int:
-        """Layers that a token passes at ``num_loops`` loops (default: the config's)."""
+        """Number of layers applied to a token at ``num_loops`` loops (default: the config's)."""
         loops = self.num_loops if num_loops is None else num_loops
         return self.num_prelude_layers + loops * self.num_core_layers + self.num_coda_layers

@@ -1,21 +1,23 @@
-"""Named model configurations: a function a preset, one table. No torch: the largest cost nothing.
+"""Named model configurations: one function per preset, and one table of them. No torch.
 
-The ``mythos-*`` models are within 2 % of the total parameters that their names say; ``openmythos
-presets`` lists exact and active counts. One rule a choice, so that the sizes can be compared:
+The ``mythos-*`` models are within 2 % of the total parameters in their names; ``openmythos
+presets`` lists exact and active counts. All sizes follow the same rules, so that they can be
+compared:
 
-- The core is a mixture of 224 to 384 fine experts (``d_expert`` is a quarter to two fifths of
-  ``d_model``): 8 routed and 1 shared of the same width run for a token. The active share falls from
-  16 % (1b, where the vocabulary alone is 7 %) to 4 % (1t).
-- A core has 4 to 16 layers, looped 8 times, the mean depth of Parcae's models: a token passes 36
-  layers at 1b and 136 at 1t. Prelude and coda are dense, 2 to 4 layers each.
-- Attention is MLA. Every loop caches, so what one layer caches decides the memory: one latent and
-  one rotary key (512 + 64 numbers as in DeepSeek-V2 and V3; 256 + 32 at 1b) for all heads.
-- LTI injection (its B is a full ``d_model`` x ``d_model`` matrix), h_0 = 0, sigmoid routing with a
-  balancing bias for each loop: an expert may be busy in one loop and idle in another.
-- Vocabularies are 65,536 to 10b, 131,072 to 100b, 163,840 (Kimi K2's) above. The head is tied up
-  to 50b, where a second table would weigh, and has its own matrix above.
+- The core is a mixture of 224 to 384 small experts (``d_expert`` is a quarter to two fifths of
+  ``d_model``). Each token uses 8 routed experts and 1 shared one of the same width. The active
+  share falls from 16 % (1b, where the vocabulary alone is 7 %) to 4 % (1t).
+- The core has 4 to 16 layers and is looped 8 times, the mean depth of Parcae's models: the
+  effective depth is 36 layers at 1b and 136 at 1t. Prelude and coda are dense, 2 to 4 layers each.
+- Attention is MLA. Every loop has its own cache, so the size of one layer's entry decides the
+  memory: one latent and one rotary key for all heads (512 + 64 numbers as in DeepSeek-V2 and V3;
+  256 + 32 at 1b).
+- LTI injection (B is a full ``d_model`` x ``d_model`` matrix), h_0 = 0, and sigmoid routing with a
+  balancing bias per loop, because an expert may be busy in one loop and idle in another.
+- The vocabulary has 65,536 tokens up to 10b, 131,072 up to 100b, and 163,840 (Kimi K2's) above. The
+  head is tied up to 50b, where a second table would be a noticeable share of the parameters.
 
-Published models are in ``published``.
+The configurations of published models are in ``published``.
 
 Source: sizes after kyegomez/OpenMythos, open_mythos/variants.py; layer shapes after DeepSeek-V3
     (arXiv 2412.19437), section 4.2, and Kimi K2 (arXiv 2507.20534), section 2.3; loops after Parcae
@@ -42,10 +44,10 @@ SMALL_VOCAB, MEDIUM_VOCAB, LARGE_VOCAB = 65_536, 131_072, 163_840
 
 
 def preset(name: str) -> ModelConfig:
-    """The configuration of that name.
+    """The configuration named ``name``.
 
     Raises:
-        ValueError: No such preset; names the nearest and all others.
+        ValueError: There is no such preset; the message lists the nearest name and all others.
     """
     if name not in PRESETS:
         close = difflib.get_close_matches(name, PRESETS, n=1)
@@ -55,9 +57,10 @@ def preset(name: str) -> ModelConfig:
 
 
 def tiny() -> ModelConfig:
-    """Learns real text on a laptop in minutes: a one-layer core, a vocabulary for 4 bytes a token.
+    """A model that learns real text on a laptop in minutes, with a core of one layer.
 
-    The head is a third of its work; untied, because a tied table learns slower in so few steps.
+    Its vocabulary gives about 4 bytes per token. The head is a third of the compute; it is untied,
+    because a tied one learns more slowly in so few steps.
     """
     return ModelConfig(
         vocab_size=4096,
@@ -76,7 +79,7 @@ def tiny() -> ModelConfig:
 
 
 def mythos_1b() -> ModelConfig:
-    """Small heads and a small latent: at d_model 1024 the large ones would outweigh the stream."""
+    """1B parameters; smaller heads and latent than the others, to suit ``d_model`` 1024."""
     return _mythos(
         d_model=1024,
         layers=(2, 4, 2),
@@ -98,7 +101,7 @@ def mythos_1b() -> ModelConfig:
 
 
 def mythos_3b() -> ModelConfig:
-    """The latent of the large models, two more core layers."""
+    """3B parameters; the head and latent sizes of the larger models, six core layers."""
     return _mythos(
         d_model=1536,
         layers=(2, 6, 2),
@@ -113,7 +116,7 @@ def mythos_3b() -> ModelConfig:
 
 
 def mythos_10b() -> ModelConfig:
-    """Eight core layers; under 8 % active."""
+    """10B parameters, of which less than 8 % are active; eight core layers."""
     return _mythos(
         d_model=2048,
         layers=(2, 8, 2),
@@ -128,7 +131,7 @@ def mythos_10b() -> ModelConfig:
 
 
 def mythos_50b() -> ModelConfig:
-    """Twice the width of the 10b at equal depth."""
+    """50B parameters; twice the width of ``mythos_10b`` with as many core layers."""
     return _mythos(
         d_model=4096,
         layers=(3, 8, 3),
@@ -143,7 +146,7 @@ def mythos_50b() -> ModelConfig:
 
 
 def mythos_100b() -> ModelConfig:
-    """384 experts from here on."""
+    """100B parameters; 384 experts, as in all larger models."""
     return _mythos(
         d_model=5120,
         layers=(3, 8, 3),
@@ -159,7 +162,7 @@ def mythos_100b() -> ModelConfig:
 
 
 def mythos_500b() -> ModelConfig:
-    """More core layers instead of experts as wide as the stream."""
+    """500B parameters; twelve core layers rather than wider experts."""
     return _mythos(
         d_model=9216,
         layers=(3, 12, 3),
@@ -175,7 +178,7 @@ def mythos_500b() -> ModelConfig:
 
 
 def mythos_1t() -> ModelConfig:
-    """Sixteen core layers of 384 experts; 136 layers deep at 8 loops."""
+    """1T parameters; sixteen core layers, an effective depth of 136 layers at 8 loops."""
     return _mythos(
         d_model=12_288,
         layers=(4, 16, 4),
@@ -191,10 +194,10 @@ def mythos_1t() -> ModelConfig:
 
 
 def kimi_scale_1t() -> ModelConfig:
-    """Kimi K2's 61 layers with the 58 inner ones looped: the layer shapes of a real trillion.
+    """Kimi K2's layer shapes with the 58 inner ones of its 61 layers as the core.
 
-    Expert, head and vocabulary sizes are K2's, so that memory and communication plans carry over.
-    With as many layers of their own as K2 has, 2 loops double its compute: 119 layers deep.
+    Expert, head and vocabulary sizes are K2's, so that memory and communication plans for K2 apply.
+    With 2 loops the effective depth is 119 layers, about twice K2's compute.
 
     Source: Kimi K2 (arXiv 2507.20534), section 2.3; two more layers are dense here than there.
     """
@@ -255,7 +258,7 @@ def _mythos(
     routed_scale: float = 2.5,
     tie_embeddings: bool = True,
 ) -> ModelConfig:
-    """What the family shares; ``layers`` are prelude, core, coda."""
+    """The settings common to the family; ``layers`` are those of prelude, core and coda."""
     return ModelConfig(
         vocab_size=vocab_size,
         d_model=d_model,
@@ -271,7 +274,7 @@ def _mythos(
             d_expert=d_expert,
             num_shared_experts=1,
             scoring="sigmoid",
-            routed_scale=routed_scale,  # DeepSeek-V3's: weights normalised to 1 are too small
+            routed_scale=routed_scale,  # DeepSeek-V3's scale: weights that sum to 1 are too small
             bias_loops=num_loops,
         ),
         max_seq_len=max_seq_len,

@@ -1,6 +1,7 @@
-"""Configurations of published models: a function a model, one table that ``presets`` merges.
+"""Configurations of published models: one function per model; ``presets`` includes their table.
 
-No torch. Each has exactly the parameters of the published one; ``interop`` loads its weights.
+No torch. Each has exactly the parameter count of the published model; ``interop`` loads the
+published weights.
 """
 
 import math
@@ -42,7 +43,7 @@ def parcae(*, d_model: int, num_layers: int) -> ModelConfig:
 
 
 def parcae_gpt(*, d_model: int, num_layers: int) -> ModelConfig:
-    """Parcae's baseline: as many layers of their own, all of them core and run once.
+    """Parcae's baseline without loops: ``num_layers`` core layers that run once.
 
     Source: as ``parcae``.
     """
@@ -58,7 +59,7 @@ def parcae_gpt(*, d_model: int, num_layers: int) -> ModelConfig:
 
 
 def _parcae(*, d_model: int, layers: tuple[int, int, int], **fields: Any) -> ModelConfig:
-    """What both share; every second layer has value embeddings, the last too."""
+    """The settings common to both; every second layer has value embeddings, from the second on."""
     heads = d_model // 128
     return ModelConfig(
         vocab_size=32_768,
@@ -71,7 +72,7 @@ def _parcae(*, d_model: int, layers: tuple[int, int, int], **fields: Any) -> Mod
             num_kv_heads=heads,
             head_dim=128,
             qk_norm="weightless",
-            qk_norm_eps=2.0**-23,  # that of float32, on every dtype
+            qk_norm_eps=2.0**-23,  # float32's machine epsilon, for every dtype
         ),
         feed_forward=ReLUSquaredConfig(d_ff=4 * d_model, scale=0.5),
         max_seq_len=2048,
@@ -100,7 +101,7 @@ def huginn_3_5b() -> ModelConfig:
         rope=RopeConfig(theta=50_000.0, interleaved=True),
         block=BlockConfig(norm="sandwich"),
         injection=LinearInjectionConfig(),
-        state_init=NormalInitConfig(std=0.632455532033676),  # sqrt(2 / 5), as its loader rounds it
+        state_init=NormalInitConfig(std=0.632455532033676),  # sqrt(2 / 5), rounded as Huginn does
         prelude_norm=False,
         readout="final_norm",
         embed_scale=5280**0.5,
@@ -113,12 +114,12 @@ def ouro_1_4b() -> ModelConfig:
 
 
 def ouro_2_6b() -> ModelConfig:
-    """Ouro-2.6B, the same layers twice: 2,667,974,657 parameters."""
+    """Ouro-2.6B, as 1.4B with twice as many layers: 2,667,974,657 parameters."""
     return _ouro(num_layers=48)
 
 
 def _ouro(*, num_layers: int) -> ModelConfig:
-    """The whole stack is the core.
+    """The settings common to both; all layers belong to the core.
 
     Source: Ouro (arXiv 2510.25741), section 4, and the config.json of its checkpoints.
     """

@@ -1,4 +1,4 @@
-"""Rotary positions. No torch."""
+"""Rotary position embeddings (RoPE). No torch."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -9,10 +9,10 @@ from openmythos.config.schema import require, require_positive
 
 @dataclass(frozen=True, kw_only=True)
 class Llama3ScalingConfig:
-    """Slow rotations are slowed further by ``factor``, so that longer texts fit (Llama 3.1).
+    """Llama 3.1's scaling for long contexts: low rotary frequencies are divided by ``factor``.
 
-    Channels that turn less than ``low_freq_factor`` times in ``original_max_seq_len`` tokens are
-    slowed, those above ``high_freq_factor`` keep their pace, those between are interpolated.
+    Frequencies of less than ``low_freq_factor`` turns in ``original_max_seq_len`` tokens are
+    divided, those of more than ``high_freq_factor`` are kept, those between are interpolated.
     """
 
     kind: ClassVar[str] = "llama3"
@@ -29,7 +29,7 @@ class Llama3ScalingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RopeConfig(Member):
-    """Rotary positions. ``interleaved`` pairs channels (2j, 2j+1), otherwise (j, j + half)."""
+    """RoPE. ``interleaved`` pairs the channels (2j, 2j + 1), otherwise (j, j + half)."""
 
     theta: float = 10_000.0
     interleaved: bool = False

@@ -1,6 +1,6 @@
-"""Frozen dataclasses <-> JSON, with tagged unions and dotted overrides. No torch.
+"""Conversion between frozen dataclasses and JSON, with tagged unions and overrides. No torch.
 
-A member of a union carries ``kind: ClassVar[str]``; its JSON object has the same word under
+A member of a union has a ``kind: ClassVar[str]``; its JSON object has the same value under
 ``"kind"``.
 """
 
@@ -32,7 +32,7 @@ def to_dict(config: object) -> dict[str, Any]:
 
 
 def from_dict(cls: type[ConfigT], data: Mapping[str, Any], path: str = "") -> ConfigT:
-    """Build ``cls`` from a JSON-able dict.
+    """Build ``cls`` from a JSON-able dict; ``path`` is the prefix of field names in errors.
 
     Raises:
         ValueError: An unknown or missing key, or a value of the wrong type; it names the field.
@@ -62,9 +62,9 @@ def from_dict(cls: type[ConfigT], data: Mapping[str, Any], path: str = "") -> Co
 
 
 def apply_overrides(config: ConfigT, overrides: Sequence[str]) -> ConfigT:
-    """Apply ``a.b=value`` overrides; values are JSON, and anything else is a plain string.
+    """Apply overrides ``a.b=value``; a value that is not valid JSON is taken as a string.
 
-    Setting ``x.kind`` chooses another member of a union and drops the fields of the old one.
+    Setting ``x.kind`` chooses another member of a union and discards the old member's fields.
 
     Raises:
         ValueError: An override that is not ``key=value``, an unknown key, or a bad value.
@@ -89,7 +89,7 @@ def _set(data: dict[str, Any], keys: list[str], value: object) -> None:
             raise ValueError(f"unknown key {'.'.join(keys[: depth + 1])!r}{_nearest(key, data)}")
         if data[key] is None:
             data[key] = {}
-        elif isinstance(data[key], str):  # an override before this one chose a member by its kind
+        elif isinstance(data[key], str):  # an earlier override chose a member by its kind
             data[key] = {"kind": data[key]}
         if not isinstance(data[key], dict):
             raise ValueError(f"{'.'.join(keys[: depth + 1])!r} has no fields; cannot set {where!r}")
@@ -154,7 +154,7 @@ def _convert_union(arguments: tuple[Any, ...], value: Any, path: str) -> Any:
 
 
 def json_ready(value: Any) -> Any:
-    """The same with null for numbers that are not finite, which strict JSON has not."""
+    """A copy with None for NaN and infinities, which strict JSON does not have."""
     if isinstance(value, dict):
         return {key: json_ready(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -166,7 +166,7 @@ def json_ready(value: Any) -> Any:
 
 
 def require(condition: bool, name: str, value: object, allowed: str) -> None:
-    """Raise the ``ValueError`` that every bad field raises: name, value, what is allowed."""
+    """Unless ``condition`` holds, raise a ``ValueError`` with name, value and what is allowed."""
     if not condition:
         raise ValueError(f"{name} is {value!r}; it must be {allowed}")
 
@@ -178,15 +178,15 @@ def require_positive(owner: object, *names: str) -> None:
 
 
 def plain(value: Any) -> Any:
-    """Python's own numbers and lists in place of those of arrays and tensors."""
+    """An array or tensor as Python numbers and lists; anything else is returned as it is."""
     return value.tolist() if hasattr(value, "tolist") else value
 
 
 def as_integer(name: str, value: Any, least: int | None = None) -> int:
-    """A whole number of any library as Python's own.
+    """An integer of Python, numpy or torch as a Python ``int``.
 
     Raises:
-        ValueError: It is something else, or below ``least``.
+        ValueError: The value is not an integer, or is below ``least``.
     """
     number = plain(value)
     whole = isinstance(number, int) and not isinstance(number, bool)
@@ -196,7 +196,7 @@ def as_integer(name: str, value: Any, least: int | None = None) -> int:
 
 
 def require_literals(owner: object) -> None:
-    """Check the ``Literal`` fields of ``owner``: a misspelt word must not choose a branch."""
+    """Check that every ``Literal`` field of ``owner`` has one of its allowed values."""
     for name, hint in typing.get_type_hints(type(owner)).items():
         if typing.get_origin(hint) is Literal:
             words = typing.get_args(hint)

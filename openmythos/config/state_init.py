@@ -1,4 +1,4 @@
-"""The state before the first loop, h_0. No torch."""
+"""The initial state h_0, before the first loop. No torch."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -7,9 +7,9 @@ from openmythos.config.member import Member
 
 
 class StateInitMember(Member):
-    """What an initial state says of itself."""
+    """What every initial state's config states beside its fields."""
 
-    copies_e: ClassVar[bool] = False  # the tokens are in h_0
+    copies_e: ClassVar[bool] = False  # whether h_0 is the prelude's output e
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +29,7 @@ class CopyInitConfig(StateInitMember):
 
 @dataclass(frozen=True, kw_only=True)
 class NormalInitConfig(StateInitMember):
-    """h_0 ~ truncated normal (3 sigma), a function of (seed, position, channel)."""
+    """h_0 from a normal distribution truncated at 3 ``std``, by (seed, position, channel)."""
 
     kind: ClassVar[str] = "normal"
     std: float = 1.0

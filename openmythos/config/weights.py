@@ -1,16 +1,16 @@
-"""How many weights a part has, how many one token reads, how many products they cost. No torch."""
+"""Counts of a part's weights: all, active per token, and multiply-adds per token. No torch."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Weights:
-    """A sum of weights.
+    """Counts of one part or of several parts together.
 
     Args:
-        params: All of them.
-        active: Those that one token reads.
-        macs: Multiply-adds with them, for one token and one application.
+        params: All weights.
+        active: The weights that one token uses.
+        macs: Multiply-adds with these weights, per token and application.
     """
 
     params: int = 0
@@ -27,15 +27,15 @@ class Weights:
 
 
 def matrix(num_in: int, num_out: int) -> Weights:
-    """A matrix that every token is multiplied by."""
+    """A matrix that every token is multiplied by, for example a linear layer."""
     return Weights(num_in * num_out, num_in * num_out, num_in * num_out)
 
 
 def vector(size: int) -> Weights:
-    """A bias, a norm's weights or a scale, whose products are not counted."""
+    """A bias, a scale or the weights of a norm; its multiplications are not counted."""
     return Weights(size, size)
 
 
 def table(rows: int, width: int) -> Weights:
-    """Rows of which a token looks one up."""
+    """A lookup table, of which one token uses one row."""
     return Weights(rows * width, width)

@@ -1,7 +1,8 @@
-"""A batch of rows that grows token by token, with a cache or computing everything again.
+"""A batch of rows that grows token by token, with a KV cache or with recomputation.
 
-Both kinds have the same calls: ``prefill`` reads tokens that predict nothing, ``decode`` reads one
-token of some rows and returns the logits of the next one and the loops that it took.
+Both kinds have the same calls. ``prefill`` reads tokens whose predictions are not needed;
+``decode`` reads one token in some of the rows and returns the next token's logits and the number of
+loops taken.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,9 +23,9 @@ from openmythos.model.recurrent import RecurrentDepthLM
 
 
 class CachedBatch:
-    """The rows of a session in one cache; a row that is not asked for costs nothing.
+    """The rows of a session in one KV cache; rows that a call leaves out are not computed.
 
-    ``compiled`` concerns ``decode`` alone: one graph of a loop serves every loop and column.
+    ``compiled`` applies to ``decode`` only, where one compiled graph serves all loops and columns.
     """
 
     def __init__(
@@ -36,11 +37,14 @@ class CachedBatch:
 
     @property
     def length(self) -> int:
-        """Tokens of the longest row."""
+        """Number of tokens of the longest row."""
         return self.cache.length
 
     def prefill(self, rows: list[list[int]], depths: list[int], chunk: int | None) -> None:
-        """Read tokens that predict nothing, at full depth; rows may be empty."""
+        """Read tokens of each row (``rows`` may have empty ones) with all of the row's loops.
+
+        ``chunk`` is the number of tokens per row that are read at once; None: all.
+        """
         longest = max(map(len, rows))
         for start in range(0, longest, chunk or max(longest, 1)):
             stop = longest if chunk is None else start + chunk
@@ -56,7 +60,10 @@ class CachedBatch:
     def decode(
         self, tokens: dict[int, int], depths: list[int], rule: Rule
     ) -> tuple[Float[Tensor, "N V"], list[int]]:
-        """Read one token of some rows: logits of the next, and the loops each row took."""
+        """Read one token in some of the rows; return the next token's logits and the loops taken.
+
+        ``tokens`` are given by row; ``depths`` are the loops that every row of the batch may take.
+        """
         ctx = self._context({row: [token] for row, token in tokens.items()})
         state, loops = self._loop(self.fast, ctx, [depths[row] for row in tokens], rule)
         logits = self.fast.decode(self.model, state, ctx)[:, -1]
@@ -65,7 +72,7 @@ class CachedBatch:
         return logits, loops
 
     def _context(self, parts: dict[int, list[int]]) -> ForwardContext:
-        """The context of these rows' next tokens."""
+        """The context for the next tokens of some rows, given by row."""
         every = list(parts) == list(range(len(self.cache.lengths)))
         tokens, valid = _padded(list(parts.values()), self.cache.tensors[0].device)
         return self.model.context(
@@ -78,13 +85,13 @@ class CachedBatch:
     def _loop(
         self, calls: "_Calls", ctx: ForwardContext, depths: list[int], rule: Rule
     ) -> tuple[Float[Tensor, "N T D"], list[int]]:
-        """Loop the context's rows until the rule or their depth stops them: readouts, loops."""
+        """Loop until the rule or its depth stops every row; return readouts and loops taken."""
         model, view = self.model, ctx.cache
         assert view is not None
         e = calls.encode(model, ctx.tokens, ctx)
         noise = torch.Generator().manual_seed(self.seed)  # the same for every chunk
         state = start_loops(model, e, ctx, depths, generator=noise)
-        # h_0 may be e itself, which would be one more graph to compile.
+        # h_0 may be the tensor e itself; such an alias would need another compiled graph.
         state = replace(state, h=state.h.clone(), exits=rule.start(state.h[:, -1]))
         readouts, loops = torch.zeros_like(state.h), [0] * len(depths)
         going, counts = list(range(len(depths))), [count for _, _, count in view.lengths]
@@ -113,7 +120,7 @@ class CachedBatch:
     def _ask(
         self, calls: "_Calls", state: Any, live: ForwardContext, rule: Rule
     ) -> tuple[list[bool], Any]:
-        """Which rows the rule stops after this loop, and what it remembers of the others."""
+        """Which rows the exit rule stops after this loop, and the state with the rule's updated."""
         logits = None
         if rule.needs_logits:
             logits = calls.decode(self.model, readout(self.model, state), live)[:, -1]
@@ -124,7 +131,7 @@ class CachedBatch:
 
 
 class UncachedBatch:
-    """The rows of a session as lists of tokens: every call computes all of them again."""
+    """The rows of a session without a KV cache: each ``decode`` computes all their tokens again."""
 
     def __init__(self, model: RecurrentDepthLM, batch_size: int, seed: int) -> None:
         self.model, self.seed, self.core_applications = model, seed, 0
@@ -132,17 +139,17 @@ class UncachedBatch:
 
     @property
     def length(self) -> int:
-        """The longest row."""
+        """Number of tokens of the longest row."""
         return max(map(len, self.rows))
 
     def prefill(self, rows: list[list[int]], depths: list[int], chunk: int | None) -> None:
-        """Take tokens; nothing is computed."""
+        """Append tokens to the rows; nothing is computed."""
         self.rows = [old + new for old, new in zip(self.rows, rows, strict=True)]
 
     def decode(
         self, tokens: dict[int, int], depths: list[int], rule: Rule
     ) -> tuple[Float[Tensor, "N V"], list[int]]:
-        """As ``CachedBatch.decode``, at full depth."""
+        """As ``CachedBatch.decode``, always with all loops."""
         for row, token in tokens.items():
             self.rows[row].append(token)
         device = self.model.embed.weight.device
@@ -161,14 +168,14 @@ class UncachedBatch:
 
 @dataclass(frozen=True)
 class _Calls:
-    """What is computed of a token: the waist's calls, and ``run_loop`` around its step."""
+    """The functions that decode a token, either eager or compiled; ``run`` is ``run_loop``."""
 
     encode: Callable[..., Tensor]
     run: Callable[..., tuple[Any, ...]]
     decode: Callable[..., Tensor]
 
 
-# A model is compiled once for all of its sessions, and forgotten with it.
+# A model is compiled once for all its sessions; the entry is dropped when the model is freed.
 _COMPILED: WeakKeyDictionary[RecurrentDepthLM, _Calls] = WeakKeyDictionary()
 
 
@@ -185,7 +192,7 @@ def _compiled_calls(model: RecurrentDepthLM) -> _Calls:
 def _padded(
     rows: Sequence[list[int]], device: torch.device
 ) -> tuple[Int[Tensor, "B T"], Bool[Tensor, "B T"] | None]:
-    """The rows as one tensor, padded at their ends, and where it has real tokens (None: all)."""
+    """The rows as one right-padded tensor, and a mask of its real tokens (None: no padding)."""
     width = max(map(len, rows))
     tokens = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)
     if all(len(row) == width for row in rows):

@@ -1,4 +1,4 @@
-"""The compiler of decoding: ``torch.compile`` with our kernels for products of few rows on CPUs."""
+"""Compiled decoding: ``torch.compile``, with our CPU kernels for matrix products of few rows."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,17 +10,17 @@ from torch.nn import functional
 from openmythos.ops.cpu import narrow
 from openmythos.ops.moe import gathered_experts
 
-RECOMPILE_LIMIT = 64  # graphs of a function; past them it runs eagerly
+RECOMPILE_LIMIT = 64  # compiled graphs per function; past this number it runs eagerly
 
 
 def compile_call(call: Callable[..., Any]) -> Callable[..., Any]:
-    """``call`` compiled for one model, whose modules and settings do not change any more.
+    """Compile ``call`` for one model, whose modules and settings must not change afterwards.
 
-    Guards on modules are left out, since checking them takes longer than some of the products; in
-    exchange the graphs are not shared with other models.
+    Guards on modules are skipped, because checking them takes longer than some of the products.
+    The compiled function must therefore be used with this model only.
     """
-    torch.compiler.allow_in_graph(gathered_experts)  # one node, so that it can be replaced
-    settings: dict[str, Any] = {  # torch's overloads do not know all of them
+    torch.compiler.allow_in_graph(gathered_experts)  # keep it one node, to be replaced below
+    settings: dict[str, Any] = {  # torch's type stubs lack some of them
         "backend": _backend,
         "recompile_limit": RECOMPILE_LIMIT,
         "isolate_recompiles": True,
@@ -31,14 +31,14 @@ def compile_call(call: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _backend(graph: fx.GraphModule, inputs: Sequence[Any]) -> Any:
-    """Inductor, after products that ``narrow`` makes faster are given to it."""
+    """Inductor, after replacing the products that the ``narrow`` kernels take."""
     from torch._inductor.compile_fx import compile_fx  # takes seconds to import
 
     kernels = {functional.linear: narrow.linear, gathered_experts: narrow.experts}
     for node in graph.graph.nodes:
         kernel = kernels.get(node.target)
         if kernel is not None and _is_narrow(node) and narrow.load():
-            node.target, node.args = kernel, tuple(node.all_input_nodes)  # without a bias of None
+            node.target, node.args = kernel, tuple(node.all_input_nodes)  # drops bias=None
     graph.recompile()
     return compile_fx(graph, list(inputs))
 

@@ -1,4 +1,4 @@
-"""The plain generator: unequal prompts in one batch, depth chosen per row and per token.
+"""The reference generator: prompts of unequal length in one batch, loops chosen per token.
 
 Faster engines must give the same tokens.
 """
@@ -28,7 +28,7 @@ from openmythos.model.recurrent import RecurrentDepthLM
 from openmythos.ops.cpu import build as native
 
 FinishReason = Literal["stop", "length"]
-Prompts = Sequence[Any] | Tensor  # of token ids; text is refused with an explanation
+Prompts = Sequence[Any] | Tensor  # of token ids; text is refused with an error that explains it
 # One value for all prompts, or one per prompt:
 Counts = int | Sequence[int] | Int[Tensor, "B"]
 Numbers = float | Sequence[float]
@@ -40,9 +40,9 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class NewToken:
-    """One sampled token. The position that predicted it took ``num_loops`` and gave ``logits``.
+    """One sampled token, with the ``logits`` it was sampled from and the loops that they took.
 
-    ``logprobs`` are reported where the request asks for them.
+    ``logprobs`` are given if the request asks for them.
     """
 
     row: int
@@ -55,12 +55,12 @@ class NewToken:
 
 @dataclass(frozen=True)
 class GenerationResult:
-    """What ``generate`` returns: one entry a prompt in every list.
+    """What ``generate`` returns: every list has one entry per prompt.
 
-    A stop token that was produced is the last of its row's ``tokens``. ``core_applications`` counts
-    the passes of one token through the core in one loop, without padding;
-    ``prefill_core_applications`` are those that predicted no new token (a prompt before its last
-    token and, without a cache, all that was computed again). The rest is the sum of ``loops``.
+    If a row was ended by a stop token, it is the last of the row's ``tokens``. One core application
+    is one loop of the core for one token; padding is not counted. ``core_applications`` are all of
+    them; ``prefill_core_applications`` are those from which no token was sampled (a prompt before
+    its last token and, without a cache, all recomputation). The difference is the sum of ``loops``.
     """
 
     tokens: list[list[int]]
@@ -93,18 +93,18 @@ def generate(
     """Continue each prompt; arguments not listed are fields of ``Request`` and ``SamplingConfig``.
 
     Args:
-        model: Left in the mode, training or evaluation, in which it came.
+        model: Its mode, training or evaluation, is the same afterwards.
         prompts: Token ids, at least one per prompt; lengths may differ.
-        seed: Of the initial states and, with the prompt's index, of what is sampled.
-        cache_layout: Default ``PerLoop``, which equals no cache; the others approximate.
-        prefill_chunk: Read prompts in pieces of so many tokens; None: in one.
-        use_cache: False computes everything again for each token; without an exit rule only.
-        max_loops: Depth of the cache; default: the largest of ``num_loops``.
-        compiled: As ``Session`` takes it.
-        return_logits: Keep the logits of every new token.
+        seed: Seed of the initial states and, together with the prompt's index, of the sampling.
+        cache_layout: Default ``PerLoop``, the same results as without a cache; others approximate.
+        prefill_chunk: Number of prompt tokens read at once; None: all.
+        use_cache: False computes all tokens again for each new one; not possible with an exit rule.
+        max_loops: The most loops that the cache has room for; default: the largest ``num_loops``.
+        compiled: Whether to compile decoding; see ``Session``.
+        return_logits: Whether to return the logits of every new token.
 
     Raises:
-        ValueError: A bad prompt, number or combination, before any work is done.
+        ValueError: A bad prompt, number or combination; raised before anything is computed.
     """
     rows = _token_rows(prompts)
     columns = (
@@ -153,19 +153,19 @@ def generate(
 
 
 class Session:
-    """Rows that go on from call to call: what was read stays in the cache.
+    """Rows of tokens that are continued from call to call; the KV cache keeps what was read.
 
-    Between calls each row holds one token that is sampled but not yet read; the tokens of its next
-    request follow it. Depth, exit rule and sampling may change with every call; the seed stays.
-    Each row has ``max_len`` columns for what it reads (default: ``max_seq_len``).
+    Between calls, the last token of each row has been sampled but not read by the model; the tokens
+    of the row's next request come after it. Loops, exit rule and sampling may change with every
+    call; the seed may not. Each row has room for ``max_len`` tokens that are read (default:
+    ``max_seq_len``).
 
-    ``compiled`` sends new tokens through ``torch.compile``: a model's first ones, and the first of
-    a new batch size, wait for the compiler; the others come several times as fast. Prompts are
-    read eagerly. It needs the cache, a model whose settings stay as they are, and, on a CPU, a C++
-    compiler.
+    ``compiled`` decodes with ``torch.compile``, several times as fast as eager, except that the
+    first tokens of a model or of a new batch size wait for the compiler. Prompts are read eagerly.
+    It needs the cache, a model whose settings do not change and, on a CPU, a C++ compiler.
 
     Attributes:
-        lengths: Tokens of each row, read or not.
+        lengths: Number of tokens of each row, including one that has not been read.
     """
 
     def __init__(
@@ -190,7 +190,7 @@ class Session:
         self.lengths = [0] * batch_size
         self._pending: list[list[int]] = [[] for _ in range(batch_size)]
         self._generators: dict[tuple[int, int], torch.Generator] = {}  # by row and sample_idx
-        self._seed: int | None = None  # of the first requests
+        self._seed: int | None = None  # the seed of the first requests, then of the session
         self.batch: CachedBatch | UncachedBatch = UncachedBatch(model, batch_size, seed=0)
         if use_cache:
             cache = KVCache(
@@ -215,10 +215,10 @@ class Session:
         use_cache: bool = True,
         compiled: bool = False,
     ) -> "Session":
-        """A session just large enough for one call of ``stream`` with these requests.
+        """A session with just enough room for one call of ``stream`` with these requests.
 
         Raises:
-            ValueError: A request that the model cannot do, or a bad argument.
+            ValueError: A request that the model cannot serve, or a bad argument.
         """
         config = model.config
         require(len(requests) > 0, "requests", requests, "at least one")
@@ -241,32 +241,33 @@ class Session:
 
     @property
     def core_applications(self) -> int:
-        """Passes of one token through the core in one loop, since the session began."""
+        """Number of core applications (one loop of one token) since the session began."""
         return self.batch.core_applications
 
     def room(self, row: int = 0) -> int:
-        """Tokens, given and new ones together, that a row can still take if it goes on alone."""
+        """Number of tokens, given and new together, that a row still has room for."""
         positions = self.model.config.max_seq_len - self.lengths[row]
         if not self.use_cache:
             return positions
-        # The last new token takes no column: it is not read.
+        # The last new token needs no column of the cache, because it is not read.
         return min(positions, self.max_len - self.lengths[row] + 1)
 
     def stream(
         self, requests: Sequence[Request], *, prefill_chunk: int | None = None
     ) -> Iterator[NewToken]:
-        """Read the tokens of one request per row, then yield new ones as they come.
+        """Read the tokens of one request per row, then yield each new token when it is sampled.
 
-        Rows are in order at each step. Tokens that are given are read at full depth; none need be
-        given where a row has some to go on from.
+        At each step the rows come in order. The given tokens are read with all loops, except the
+        last, which gives the first new token. A request may be without tokens if its row has some.
 
         Args:
-            requests: One per row, of one ``exit_rule``, and of one ``seed`` in all calls. A row's
-                draws go on where those of its last request with the same ``sample_idx`` ended.
-            prefill_chunk: Read the tokens in pieces of so many; None: in one.
+            requests: One per row. All must have the same ``exit_rule``, and the same ``seed`` in
+                all calls. A row's random numbers continue those of its last request with the same
+                ``sample_idx``.
+            prefill_chunk: Number of given tokens read at once; None: all.
 
         Raises:
-            ValueError: A bad number or combination, before any work is done.
+            ValueError: A bad number or combination; raised before anything is computed.
         """
         num_rows, config = len(self.lengths), self.model.config
         given = len(requests)
@@ -285,7 +286,7 @@ class Session:
         return self._stream(requests, self._budgets(requests), rule, seed, prefill_chunk)
 
     def _budgets(self, requests: Sequence[Request]) -> list[int]:
-        """The most new tokens of each row."""
+        """The maximum number of new tokens of each row."""
         limit, budgets = self.model.config.max_seq_len, []
         for row, (request, length) in enumerate(zip(requests, self.lengths, strict=True)):
             given = length + len(request.tokens)
@@ -300,7 +301,7 @@ class Session:
         return budgets
 
     def _unread(self, requests: Sequence[Request]) -> list[list[int]]:
-        """The tokens of each row that the model has not read."""
+        """Each row's tokens that the model has not read yet."""
         return [
             [*pending, *request.tokens]
             for pending, request in zip(self._pending, requests, strict=True)
@@ -318,7 +319,7 @@ class Session:
         depths = [request.depth(self.model.config) for request in requests]
         self._pending = [row[-1:] for row in unread]
         self.lengths = [old + len(r.tokens) for old, r in zip(self.lengths, requests, strict=True)]
-        self._seed = self.batch.seed = seed  # of initial states; unknown when the batch was made
+        self._seed = self.batch.seed = seed  # of initial states; not known before
         generators = [
             self._generators.setdefault((row, r.sample_idx), row_generator(seed, r.sample_idx))
             for row, r in enumerate(requests)
@@ -365,7 +366,7 @@ def _per_row(name: str, value: Any, num_rows: int) -> list[Any]:
 
 
 def _shared(name: str, values: Iterable[T], advice: str) -> T:
-    """The value that all requests have."""
+    """The one value that all requests have; an error if there are several."""
     found = set(values)
     if len(found) > 1:
         different = ", ".join(sorted(map(str, found)))

@@ -1,4 +1,4 @@
-"""What one row of generation wants, as data: checked and converted here, once."""
+"""A generation request for one row, checked and converted to Python's own types."""
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -12,25 +12,27 @@ from openmythos.model.exit import Rule
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """Tokens to go on from, and how.
+    """The tokens to continue, and how to continue them.
 
-    Ids may come as any list, range, array or tensor, numbers as those of any library; here they
-    become a tuple, a frozenset and Python's own integers. ``check`` asks whether a model can do it.
+    Ids may be given as a list, range, array or tensor, and numbers in the types of any library;
+    they are converted to a tuple, a frozenset and Python integers. ``check`` tests whether a given
+    model can serve the request.
 
     Attributes:
-        tokens: Ids to read first; none only where a session goes on.
-        max_new_tokens: At most so many new ones; None: as many as there is room for.
-        num_loops: The most loops a position takes; None: the model's default.
-        exit_rule: Stops single positions earlier; None: each takes ``num_loops``.
+        tokens: Ids to read first; may be empty if the row of a session already has tokens.
+        max_new_tokens: The maximum number of new tokens; None: as many as there is room for.
+        num_loops: The maximum number of loops per token; None: the model's default.
+        exit_rule: Stops single tokens earlier; None: every token takes ``num_loops``.
         sampling: How the next token is chosen; default: greedily.
-        stop_tokens: Ids that end the row; the one that was produced belongs to the result.
-        seed: Of the initial states and of what is sampled.
-        sample_idx: Tells requests of one seed apart: the same initial states, other draws.
-        logprobs: With every new token report the log-probability of it and of so many most likely
-            ones; None: no report.
+        stop_tokens: Ids that end the row when they are sampled; the result includes them.
+        seed: Seed of the initial states and of the sampling.
+        sample_idx: Gives requests of the same seed other random numbers when sampling, but the same
+            initial states.
+        logprobs: How many of the most likely tokens to report log-probabilities of, besides the
+            sampled token's, with every new token; None: no report.
 
     Raises:
-        ValueError: A field that no model could serve.
+        ValueError: A value that is not valid for any model.
     """
 
     tokens: Sequence[int]
@@ -60,11 +62,11 @@ class Request:
         require(isinstance(self.sampling, SamplingConfig), "sampling", self.sampling, made)
 
     def depth(self, config: ModelConfig) -> int:
-        """The most loops of a position."""
+        """The maximum number of loops per token."""
         return config.num_loops if self.num_loops is None else self.num_loops
 
     def budget(self, room: int) -> int:
-        """The most new tokens, where there is room for ``room``."""
+        """The maximum number of new tokens; by default ``room``, as many as fit."""
         return room if self.max_new_tokens is None else self.max_new_tokens
 
     def check(
@@ -75,17 +77,17 @@ class Request:
         num_before: int = 0,
         row: int | None = None,
     ) -> None:
-        """Whether a model can do it.
+        """Check that a model can serve the request.
 
         Args:
             config: The model's.
-            max_loops: Of its cache, if there is one.
-            num_before: Tokens that the row has before these.
-            row: Its place in a batch, named in errors.
+            max_loops: The cache's, if there is one.
+            num_before: Number of tokens that the row already has.
+            row: The row's index in its batch, for error messages.
 
         Raises:
-            ValueError: Ids outside the vocabulary, nothing to go on from, more tokens or loops than
-                there is room for, or a rule that needs a halting head where the model has none.
+            ValueError: Ids outside the vocabulary, no token to continue, more tokens or loops than
+                there is room for, or an exit rule that needs a halting head and a model without.
         """
         prompt = "tokens" if row is None else f"prompt {row}"
         whole = "the request" if row is None else f"row {row}"
@@ -119,15 +121,15 @@ class Request:
 
 
 def token_ids(name: str, value: Any, allowed: str = "a list of token ids") -> tuple[int, ...]:
-    """The ids in a list, range, array or tensor as Python's own integers.
+    """Convert a list, range, array or tensor of token ids to a tuple of Python integers.
 
     Args:
-        name: Of the value, in errors.
-        value: What was given.
-        allowed: What may be given, in errors.
+        name: The value's name in error messages.
+        value: The given value.
+        allowed: The description of allowed values in error messages.
 
     Raises:
-        ValueError: Text, or something else that is no list of integers.
+        ValueError: The value is text, or anything else that is not a list of integers.
     """
     ids = plain(value)
     words = ids if isinstance(ids, Sequence) else ()
@@ -135,6 +137,6 @@ def token_ids(name: str, value: Any, allowed: str = "a list of token ids") -> tu
         raise ValueError(f"{name} is text; give token ids: encode it with a tokenizer first")
     if isinstance(ids, Iterable):
         ids = [plain(token) for token in ids]
-        if all(type(token) is int for token in ids):  # True is none
+        if all(type(token) is int for token in ids):  # excludes bool
             return tuple(ids)
     raise ValueError(f"{name} is {ids!r}; it must be {allowed}")

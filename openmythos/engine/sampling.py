@@ -1,7 +1,8 @@
-"""From logits to a token: greedy, temperature, top-k, top-p, each row with its own settings.
+"""Sampling a token from logits: greedy, temperature, top-k, top-p, with settings per row.
 
-Every token takes one uniform number from its row's generator and reads it off the row's cumulative
-distribution, so what a row draws does not depend on its neighbours, nor on the device.
+Each token uses one uniform random number from its row's generator and inverts the cumulative
+distribution with it. What a row samples therefore depends neither on other rows nor on the device's
+random numbers.
 """
 
 import hashlib
@@ -18,11 +19,11 @@ from openmythos.config.schema import as_integer, plain, require
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
-    """How one row is sampled; the defaults are greedy.
+    """How one row is sampled; greedy by default.
 
-    The logits are divided by ``temperature`` (0: the most likely token), then only the ``top_k``
-    most likely tokens are kept (a number past the vocabulary keeps all), then of these the fewest
-    whose probabilities reach ``top_p``.
+    The logits are divided by ``temperature`` (0 means greedy). Then only the ``top_k`` most likely
+    tokens are kept (all, if it exceeds the vocabulary), and of these the smallest set of most
+    likely ones whose probabilities, renormalised, sum to at least ``top_p``.
     """
 
     temperature: float = 0.0
@@ -46,13 +47,11 @@ class SamplingConfig:
 
 @dataclass(frozen=True)
 class Logprobs:
-    """Natural logarithms of probabilities at one position, as the model gives them.
-
-    Temperature, top-k and top-p do not change them.
+    """Log-probabilities (natural) at one position, before temperature, top-k and top-p.
 
     Attributes:
-        chosen: Of the token that was sampled.
-        top: The most likely tokens and theirs, the likeliest first.
+        chosen: The sampled token's log-probability.
+        top: (token, log-probability) of the most likely tokens, in descending order.
     """
 
     chosen: float
@@ -60,7 +59,7 @@ class Logprobs:
 
 
 def token_logprobs(logits: Float[Tensor, "V"], token: int, count: int) -> Logprobs:
-    """Those of ``token`` and of the ``count`` most likely tokens (past the vocabulary: of all)."""
+    """Log-probabilities of ``token`` and of the ``count`` most likely tokens, or all if fewer."""
     logprobs = logits.double().log_softmax(dim=-1)
     ranked, tokens = logprobs.sort(descending=True, stable=True)
     top = zip(tokens[:count].tolist(), ranked[:count].tolist(), strict=True)
@@ -70,8 +69,8 @@ def token_logprobs(logits: Float[Tensor, "V"], token: int, count: int) -> Logpro
 def row_generator(seed: int, row: int) -> torch.Generator:
     """The generator of one row, seeded from (seed, row) alone.
 
-    It lives on the CPU, so that every device draws the same tokens. The pair is hashed because
-    generators whose seeds differ by one are correlated at first.
+    It is a CPU generator, so that the numbers are the same for every device. The pair is hashed,
+    because the first numbers of generators whose seeds differ by one are correlated.
     """
     digest = hashlib.sha256(f"{seed} {row}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
@@ -80,10 +79,10 @@ def row_generator(seed: int, row: int) -> torch.Generator:
 def token_probs(
     logits: Float[Tensor, "B V"], configs: Sequence[SamplingConfig]
 ) -> Float[Tensor, "B V"]:
-    """The distribution that each row is drawn from, in fp64; greedy rows have a single one.
+    """The distribution that each row is sampled from, in fp64; one-hot for greedy rows.
 
     Raises:
-        ValueError: A row's logits have no largest finite value.
+        ValueError: A row's largest logit is not finite.
     """
     _check_finite(logits)
     wide = logits.double()
@@ -109,7 +108,7 @@ def _check_finite(logits: Float[Tensor, "B V"]) -> None:
 def _filtered(
     probs: Float[Tensor, "B V"], configs: Sequence[SamplingConfig]
 ) -> Float[Tensor, "B V"]:
-    """Each row within its top-k, then within the top-p of what is left, summing to 1 again."""
+    """Apply each row's top-k, renormalise, apply its top-p, and renormalise again."""
     vocab_size = probs.shape[-1]
     top_k = [vocab_size if config.top_k is None else config.top_k for config in configs]
     top_p = [1.0 if config.top_p is None else config.top_p for config in configs]
@@ -119,7 +118,8 @@ def _filtered(
     ranked = ranked / ranked.sum(dim=-1, keepdim=True)
     before = ranked.cumsum(dim=-1) - ranked
     limit = probs.new_tensor(top_p)[:, None]
-    # The first token always stays; at 1 rounding of the sum must not drop the last ones.
+    # The most likely token is always kept. With top_p = 1 all are kept, even if rounding makes the
+    # cumulative sum reach 1 early.
     ranked = ranked * ((before < limit) | (limit >= 1) | (rank == 0))
     kept = torch.zeros_like(probs).scatter_(1, token, ranked)
     return kept / kept.sum(dim=-1, keepdim=True)
@@ -130,15 +130,15 @@ def sample(
     configs: Sequence[SamplingConfig],
     generators: Sequence[torch.Generator],
 ) -> Int[Tensor, "B"]:
-    """One token a row.
+    """Sample one token per row.
 
     Args:
-        logits: Of the next token.
-        configs: One a row.
-        generators: One a row (``row_generator``); each gives one number.
+        logits: The next token's.
+        configs: One per row.
+        generators: One per row (see ``row_generator``); each gives one number.
 
     Raises:
-        ValueError: Not as many configs or generators as rows, or logits that are not finite.
+        ValueError: Not one config and one generator per row, or logits that are not finite.
     """
     num_rows = logits.shape[0]
     if not num_rows == len(configs) == len(generators):
@@ -153,7 +153,8 @@ def sample(
     probs = token_probs(logits, configs)
     uniform = torch.stack(draws).to(logits.device)[:, None]
     cumulative = probs.cumsum(dim=-1)
-    # Strictly below the total, even after rounding: the token found then has a probability.
+    # Even after rounding, the target must be below the total, so that a token of probability 0 is
+    # never chosen.
     total = cumulative[:, -1:]
     target = (uniform * total).clamp(max=torch.nextafter(total, torch.zeros_like(total)))
     return torch.searchsorted(cumulative, target, right=True)[:, 0]

@@ -1,1 +1,1 @@
-"""The model: a plain single-device module, and the parts that its seams choose from."""
+"""The model: a plain single-device module, and the members of its seams."""

@@ -1,4 +1,4 @@
-"""Grouped-query and multi-head latent attention over the loop-aware cache."""
+"""Grouped-query and multi-head latent attention; the KV cache is reached through the context."""
 
 from typing import Any
 
@@ -16,9 +16,10 @@ from openmythos.ops.norm import rms_norm
 
 
 class Attention(nn.Module):
-    """What both kinds share: their place in the model and rotary positions.
+    """What all kinds of attention share: their place in the model and RoPE.
 
-    ``global_layer`` counts prelude, core, coda through.
+    ``layer`` is the number within the stage. ``global_layer`` counts the layers of prelude, core
+    and coda together.
     """
 
     out: LoopLinear
@@ -38,22 +39,22 @@ class Attention(nn.Module):
         self.lora = config.lora(stage)
 
     def zero_output(self) -> None:
-        """Start as a branch that adds nothing."""
+        """Set the output projection to zero, so that the branch starts by adding nothing."""
         self.out.weight.zero_()
 
     def rotate(self, x: Float[Tensor, "B T N K"], ctx: ForwardContext) -> Tensor:
-        """Apply the context's rotary angles to heads."""
+        """Apply RoPE with the context's angles to heads of width K."""
         if ctx.rope is None:
             return x
         return apply_rope(x, ctx.rope, interleaved=self.interleaved)
 
     def place(self, loop_idx: Int[Tensor, "B"] | None) -> Place:
-        """Where this layer's keys and values are kept."""
+        """This layer and the rows' loops, as the cache addresses keys and values."""
         return Place(self.stage, self.layer, loop_idx)
 
 
 class GQA(Attention):
-    """Grouped-query attention; optionally QK-norm, QK-bias (before the rotation), value embeddings.
+    """Grouped-query attention, optionally with QK-norm, QK-bias or value embeddings.
 
     Source: Ainslie et al. 2023 (arXiv 2305.13245).
     """
@@ -105,11 +106,12 @@ class GQA(Attention):
         return self.out(y.transpose(1, 2).reshape(num_rows, num_tokens, -1), loop_idx)
 
     def _position(self, qk: Float[Tensor, "B T N K"], ctx: ForwardContext) -> Tensor:
+        """Bias, norm and RoPE, in this order, for the heads of queries and keys together."""
         part = self.config
         if part.qk_bias:
             qk = qk + self.qk_bias.to(qk.dtype)
         if part.qk_norm != "none":
-            qk = rms_norm(qk, self.norm_eps)  # commutes with the rotation up to its weight
+            qk = rms_norm(qk, self.norm_eps)  # without its weight, it commutes with RoPE
         if part.qk_norm == "weighted":
             q_weight = self.q_norm_weight.expand(part.num_heads, -1)
             k_weight = self.k_norm_weight.expand(part.num_kv_heads, -1)
@@ -126,10 +128,10 @@ class GQA(Attention):
 
 
 class MLA(Attention):
-    """Multi-head latent attention; one latent and one rotary key a token are cached.
+    """Multi-head latent attention; one latent and one rotary key per token are cached.
 
-    One token after a cache is decoded on the latents themselves: the up-projection is absorbed into
-    the query and the output, so the prefix is never expanded again.
+    A single token is decoded with the cached latents themselves: the up-projection is absorbed into
+    the query and the output, so that the cached latents need not be expanded to keys and values.
 
     Source: DeepSeek-V2 (arXiv 2405.04434), section 2.1 and appendix C.
     """
@@ -179,13 +181,13 @@ class MLA(Attention):
         return self.out(y.reshape(num_rows, num_tokens, -1), loop_idx)
 
     def absorbs(self, num_tokens: int, ctx: ForwardContext) -> bool:
-        """Whether to attend on the latents: for one token after a cache it costs less."""
+        """Whether to attend to the latents: for a single token with a KV cache this costs less."""
         return num_tokens == 1 and ctx.cache is not None
 
     def _expand(
         self, latents: Float[Tensor, "B 1 S _"]
     ) -> tuple[Float[Tensor, "B H S K"], Float[Tensor, "B H S W"]]:
-        """Keys and values of every head rebuilt from the latents."""
+        """The keys and values of every head, from the latents and their rotary keys."""
         part = self.config
         latent, k_rope = latents.split((part.kv_lora_rank, part.qk_rope_head_dim), dim=-1)
         k_nope, v = self.kv_up(latent[:, 0])
@@ -193,9 +195,9 @@ class MLA(Attention):
 
 
 class LatentExpansion(nn.Linear):
-    """MLA's up-projection of the latents: to keys and values, or absorbed into query and output.
+    """MLA's up-projection: expands latents to keys and values, or is absorbed by query and output.
 
-    Never with LoRA: cached latents are expanded with the weights that all loops share.
+    It has no LoRA: latents cached at any loop are expanded with the same weights.
 
     Source: DeepSeek-V2 (arXiv 2405.04434), appendix C.
     """
@@ -212,12 +214,12 @@ class LatentExpansion(nn.Linear):
         queries: Float[Tensor, "B 1 H N"] | None = None,
         mixed: Float[Tensor, "B 1 H C"] | None = None,
     ) -> Any:
-        """Of one argument: latents, queries, or latents mixed by attention.
+        """Apply the projection to the one argument that is given.
 
         Args:
-            latent: Gives keys ``[B H S N]`` and values ``[B H S W]`` of every head.
-            queries: Gives ``[B 1 H C]``, queries of the latents themselves: q W_key.
-            mixed: Gives ``[B 1 H W]``, the heads' outputs: W_value applied after attention.
+            latent: Latents; returns every head's keys ``[B H S N]`` and values ``[B H S W]``.
+            queries: Queries; returns ``q W_key``, queries for the latents, ``[B 1 H C]``.
+            mixed: Latents averaged by attention; returns the heads' outputs ``[B 1 H W]``.
         """
         if latent is not None:
             heads = super().forward(latent).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
@@ -235,6 +237,6 @@ ATTENTIONS: dict[type, type[Attention]] = {GQAConfig: GQA, MLAConfig: MLA}
 
 
 def make_attention(config: ModelConfig, stage: Stage, layer: int, global_layer: int) -> Attention:
-    """The attention of one layer; ``global_layer`` counts prelude, core, coda through."""
+    """The attention of one layer; see ``Attention`` for its arguments."""
     part = config.attention
     return ATTENTIONS[type(part)](config, part, stage, layer, global_layer)

@@ -1,4 +1,4 @@
-"""One transformer block: attention and feed-forward, with the norms where the config says."""
+"""One transformer block: attention and feed-forward, with the config's placement of norms."""
 
 import torch
 from jaxtyping import Float, Int
@@ -33,7 +33,7 @@ class Block(nn.Module):
             self.feed_forward_scale = nn.Parameter(torch.full((dim,), part.layer_scale))
 
     def init_weights(self) -> None:
-        """Start as the identity, through the outputs or, where a norm ends the branch, there."""
+        """Make the block the identity: zero output projections or, for ``peri``, output norms."""
         if self.norm == "peri":
             self.attention_out_norm.weight.zero_()
             self.feed_forward_out_norm.weight.zero_()
@@ -47,7 +47,7 @@ class Block(nn.Module):
         ctx: ForwardContext,
         loop_idx: Int[Tensor, "B"] | None = None,
     ) -> Float[Tensor, "B T D"]:
-        """Apply the block; ``loop_idx`` is each row's loop in the core, None elsewhere."""
+        """Apply the block; ``loop_idx`` is each row's loop in the core, and None elsewhere."""
         y = self.attention(self.attention_norm(x), ctx, loop_idx)
         if self.attention_scale is not None:
             y = y * self.attention_scale

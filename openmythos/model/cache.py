@@ -1,6 +1,7 @@
-"""Keys and values of all layers and loops, and which loop's a later token reads.
+"""The KV cache of all layers and loops, and the cache layouts.
 
-One slot is one (stage, layer) of the prelude or coda, or one (kept loop, layer) of the core. A
+A slot holds the keys and values of one layer of the prelude or coda, or of one layer and kept loop
+of the core. The cache layout decides which loops are kept and which slot a loop reads. A
 ``KVCache`` is the memory; a ``CacheView`` is the chunk of tokens that one forward adds to it.
 """
 
@@ -20,7 +21,7 @@ Stage = Literal["prelude", "core", "coda"]
 
 
 class Place(NamedTuple):
-    """Which layer's keys and values; ``loop_idx`` is each row's loop in the core, else None."""
+    """Address of a layer's keys and values; outside the core, ``loop_idx`` is None."""
 
     stage: Stage
     layer: int
@@ -29,27 +30,27 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class PerLoop:
-    """Every loop keeps its own keys and values: cached equals uncached exactly."""
+    """Every loop keeps its own keys and values, so results are the same as without a cache."""
 
     exact = True
     always_writes = True
 
     def num_slots(self, num_loops: int) -> int:
-        """Slots that one core layer needs for ``num_loops`` loops."""
+        """Slots per core layer for ``num_loops`` loops."""
         return num_loops
 
     def slot(self, loop: LoopT) -> LoopT:
-        """The slot that a row at this loop reads; of a number or of one per row."""
+        """The slot that a row at this loop reads, for one loop or for a tensor of one per row."""
         return loop
 
     def writes(self, loop_idx: Int[Tensor, "B"]) -> Bool[Tensor, "B"]:
-        """Whether a row at this loop stores its keys and values."""
+        """Whether each row stores its keys and values at its loop."""
         return torch.ones_like(loop_idx, dtype=torch.bool)
 
 
 @dataclass(frozen=True)
 class EveryK(PerLoop):
-    """Loops 0, k, 2k ... are kept; a loop reads the newest kept loop not after it."""
+    """Loops 0, k, 2k ... are kept; a loop reads the last kept loop up to and including itself."""
 
     k: int
     exact = False
@@ -74,7 +75,7 @@ class EveryK(PerLoop):
 
 @dataclass(frozen=True)
 class LastLoop(PerLoop):
-    """One slot, overwritten by every loop: earlier tokens show their last loop."""
+    """One slot that every loop overwrites: later tokens read the last loop of earlier ones."""
 
     exact = False
 
@@ -83,7 +84,7 @@ class LastLoop(PerLoop):
         return 1
 
     def slot(self, loop: LoopT) -> LoopT:
-        """Always the same."""
+        """Always slot 0."""
         return loop * 0
 
 
@@ -104,10 +105,10 @@ CacheLayout = PerLoop
 class KVCache:
     """Preallocated keys and values of a batch.
 
-    Each row fills its own columns from 0 on, one per token: ``lengths`` are the tokens that every
-    row has. ``max_loops`` is the deepest loop that may be run; a token that stops earlier is filled
-    forward, so that deeper loops of later tokens never meet a hole. Gradients do not flow through
-    a cache.
+    Each row fills its own columns from 0 on, one per token; ``lengths`` are the rows' numbers of
+    tokens. At most ``max_loops`` loops may be run. If a token stops earlier, the keys and values of
+    its last loop are copied to the later loops (``fill_forward``), because later tokens may run and
+    read those. Gradients do not flow through the cache.
     """
 
     def __init__(
@@ -131,8 +132,8 @@ class KVCache:
         self.core_start = config.num_prelude_layers
         self.coda_start = self.core_start + self.layout.num_slots(max_loops) * self.num_core_layers
         num_slots = self.coda_start + config.num_coda_layers
-        # One column more than is used: the columns of a full cache are then strided as all others
-        # are, and need no compiled graph of their own.
+        # One more column is allocated than is used. Slices of the columns then have the same
+        # strides when the cache is full, which would otherwise need another compiled graph.
         wide = max_len + 1
         self.tensors = tuple(
             torch.zeros(num_slots, batch_size, heads, wide, dim, dtype=dtype, device=device)[
@@ -144,12 +145,12 @@ class KVCache:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all keys and values, filled or not."""
+        """Bytes of the tensors of keys and values, whether filled or not."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors)
 
     @property
     def length(self) -> int:
-        """Tokens of the longest row."""
+        """Number of tokens of the longest row."""
         return max(self.lengths)
 
     def view(
@@ -158,15 +159,15 @@ class KVCache:
         valid: Bool[Tensor, "B T"] | None = None,
         rows: Sequence[int] | None = None,
     ) -> "CacheView":
-        """The next chunk of some rows. The cache goes on counting when the view is committed.
+        """The next chunk of some rows; ``lengths`` grow only when the view is committed.
 
         Args:
-            num_tokens: Of the chunk, with its padding.
-            valid: True at real tokens, which may stand anywhere in the chunk; None: all are real.
-            rows: The cache's rows that the chunk has, in its order; None: all of them.
+            num_tokens: Length of the chunk, including padding.
+            valid: True at real tokens, False at padding, which may be anywhere; None: no padding.
+            rows: The cache's row of each row of the chunk; None: all rows in order.
 
         Raises:
-            ValueError: A row of the cache is full, or there are not as many rows.
+            ValueError: A row has too few free columns, or ``valid`` has another number of rows.
         """
         chosen = list(range(len(self.lengths))) if rows is None else list(rows)
         given = len(chosen) if valid is None else valid.shape[0]
@@ -202,19 +203,19 @@ class KVCache:
 
 @dataclass(frozen=True)
 class CacheView:
-    """A chunk of tokens and where its keys and values go.
+    """A chunk of tokens and the columns of the cache where its keys and values are stored.
 
     Attributes:
         cache: The memory.
-        columns: Of every token of the chunk; a token sees the columns up to its own. That of
-            padding says only what it sees: it is never stored.
-        valid: True at real tokens; None: all are real.
+        columns: Each token's column; it attends to the columns up to its own. Padding is not
+            stored; its column only determines what it attends to.
+        valid: True at real tokens; None: no padding.
         start: The first column, if all rows have the same columns and no padding; else None.
-        stop: The first column after those of the longest row.
-        rows: The cache's rows of this chunk; None: all.
-        lengths: The cache's row, its tokens before the chunk and its new tokens, of each row.
-        loop: The loop that all rows are at, where that is known on the host. The keys of a loop
-            can then be read where they lie, without a copy.
+        stop: One past the last column of the longest row.
+        rows: The cache's row of each row of the chunk; None: all rows in order.
+        lengths: Per row of the chunk: the cache's row, its tokens before the chunk, its new tokens.
+        loop: The loop of all rows, if it is the same and known on the host. Keys and values can
+            then be read as a view of the cache instead of a copy.
     """
 
     cache: KVCache
@@ -227,7 +228,7 @@ class CacheView:
     loop: int | None = None
 
     def select(self, index: Int[Tensor, "N"]) -> "CacheView":
-        """Some rows of the chunk. What the whole commits has to hold for them too."""
+        """The view of some rows of the chunk; commit the whole view, not this one."""
         return replace(
             self,
             columns=self.columns[index],
@@ -236,10 +237,10 @@ class CacheView:
         )
 
     def commit(self) -> None:
-        """Count the chunk's tokens as read; call it when all their keys and values are stored.
+        """Add the chunk to the cache's ``lengths``, once all its keys and values are stored.
 
         Raises:
-            RuntimeError: The cache has gone on since the view was made.
+            RuntimeError: Another chunk was committed since this view was made.
         """
         for row, before, _ in self.lengths:
             if self.cache.lengths[row] != before:
@@ -252,7 +253,7 @@ class CacheView:
             self.cache.lengths[row] = before + count
 
     def mask(self, dtype: torch.dtype) -> Float[Tensor, "B 1 T S"] | None:
-        """0 where a token sees a column and -inf elsewhere; None where causal order says it all."""
+        """0 where a token attends to a column, else -inf; None if the causal order is enough."""
         num_tokens = self.columns.shape[1]
         if self.start is not None and (self.start == 0 or num_tokens == 1):
             return None
@@ -261,7 +262,7 @@ class CacheView:
         return zeros.masked_fill(hidden, float("-inf"))[:, None]
 
     def store(self, new: tuple[Tensor, ...], place: Place) -> tuple[Tensor, ...]:
-        """Keep a chunk's ``[B heads T dim]`` tensors; return all columns up to its end."""
+        """Store the chunk's ``[B heads T dim]`` tensors; return all columns up to ``stop``."""
         slot = self._slot(place)
         writes = None
         if place.loop_idx is not None and not self.cache.layout.always_writes:
@@ -277,9 +278,9 @@ class CacheView:
         )
 
     def earlier(self, place: Place, num_recent: int) -> tuple[Tensor, ...]:
-        """The chunk's ``[R B heads T dim]`` of its last loops, newest first; needs ``PerLoop``.
+        """The chunk's tensors ``[R B heads T dim]`` from its last R loops, newest first.
 
-        Where a row has no such loop, loop 0 stands in.
+        Needs the layout ``PerLoop``. Loops before the first are read as loop 0; mask them.
         """
         assert place.loop_idx is not None
         back = torch.arange(1, num_recent + 1, device=place.loop_idx.device)[:, None]
@@ -289,12 +290,12 @@ class CacheView:
         return tuple(tensor[where].transpose(2, 3) for tensor in self.cache.tensors)
 
     def fill_forward(self, num_loops: Int[Tensor, "B"]) -> None:
-        """Show the chunk's tokens, which took ``num_loops``, to deeper loops as at their last."""
+        """Copy the keys and values of each row's last loop, ``num_loops - 1``, to later loops."""
         cache = self.cache
         source = cache.layout.slot(num_loops - 1)
         slots = torch.arange(1, cache.layout.num_slots(cache.max_loops), device=source.device)
         target = slots[:, None]
-        shown = torch.minimum(target, source)  # a slot that was written shows itself
+        shown = torch.minimum(target, source)  # slots that were written are copied to themselves
         rows, tokens = self._real
         where = (self._rows[rows], slice(None), self.columns[rows, tokens])
         for layer in range(cache.num_core_layers):
@@ -311,7 +312,7 @@ class CacheView:
 
     @cached_property
     def _real(self) -> tuple[Int[Tensor, "N"], Int[Tensor, "N"]]:
-        """Row and place in the chunk of every real token."""
+        """Row and index in the chunk of every real token."""
         if self.valid is not None:
             rows, tokens = self.valid.nonzero(as_tuple=True)
             return rows, tokens
@@ -332,14 +333,14 @@ class CacheView:
         return first + self.cache.layout.slot(place.loop_idx) * width
 
     def _prefix(self, tensor: Tensor, slot: int | Tensor) -> Float[Tensor, "B heads S dim"]:
-        """The columns that the chunk can see; a view where that is possible."""
+        """The columns up to ``stop``, as a view where possible."""
         if not isinstance(slot, Tensor):
             whole = tensor.select(0, slot)[:, :, : self.stop]
             return whole if self.rows is None else whole[self.rows]
         return tensor[slot, self._rows, :, : self.stop]
 
     def _chunk(self, tensor: Tensor, slot: int | Tensor) -> Float[Tensor, "B heads T dim"]:
-        """What stands in the chunk's columns."""
+        """The present contents of the chunk's columns."""
         slots = slot[:, None] if isinstance(slot, Tensor) else slot
         return tensor[slots, self._rows[:, None], :, self.columns].transpose(1, 2)
 

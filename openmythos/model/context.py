@@ -1,11 +1,11 @@
-"""What a forward needs besides the state: positions, who may see whom, the cache.
+"""What a forward needs besides the state: positions, the attention mask, the KV cache.
 
-Attention layers hand over queries and new keys and values, and see no column, row or mask:
+Attention layers pass queries and new keys and values; masks and cache columns are handled here:
 
-    kv = ctx.store(new, place)            keep a chunk's keys and values
-    y = kv.attend(q, scale)               attend to them and to all before them
-    y = ctx.attend(q, k, v, scale)        the same visibility for tensors made of ``kv.read()``
-    own = ctx.earlier(place, num_recent)  the tokens' own keys and values at their last loops
+    kv = ctx.store(new, place)            store a chunk's keys and values
+    y = kv.attend(q, scale)               attend to them and to all cached before them
+    y = ctx.attend(q, k, v, scale)        the same, for k and v computed from ``kv.read()``
+    own = ctx.earlier(place, num_recent)  the tokens' own keys and values from their last loops
 """
 
 from collections.abc import Callable, Hashable, Sequence
@@ -23,23 +23,28 @@ from openmythos.ops.attention import attention, depth_attention, packed_attentio
 
 Own = tuple[
     Float[Tensor, "R B G T K"], Float[Tensor, "R B G T W"], Bool[Tensor, "B R"]
-]  # keys, values, and whether a row has run that loop
-Recent = tuple[tuple[Float[Tensor, "R B heads T dim"], ...], ...]  # of every core layer
+]  # keys, values, and whether each row has run that loop
+Recent = tuple[tuple[Float[Tensor, "R B heads T dim"], ...], ...]  # per core layer: keys, values
 
 
 @dataclass(frozen=True)
 class ForwardContext:
-    """The only extra argument of the model's calls; made once a forward by ``make_context``.
+    """The only extra argument of the model's calls; made once per forward by ``make_context``.
 
-    Who sees whom is kept as ``documents`` (attention within equal numbers; negative is padding) or
-    ``valid`` (True at real tokens), and with a cache as its columns. None of them: causal.
+    Attention is causal. It is restricted further by ``documents`` or ``valid``; with a cache, its
+    columns determine what each token attends to.
 
     Attributes:
-        lengths: The documents of each row in order, in tokens, where packed rows without padding
-            are on a GPU: its kernels take lengths instead of a mask.
-        recent: What depth attention reads without a cache, and ``made``, by layer, the keys and
-            values of the loop that runs: ``advance`` turns the one into the other.
-        shared: What ``once`` has made.
+        documents: Document numbers of packed rows: tokens attend only within their own document.
+            Negative numbers mark padding.
+        valid: True at real tokens, False at padding.
+        lengths: Each row's document lengths in order, for packed rows without padding on a GPU,
+            whose kernel takes lengths instead of a mask.
+        recent: Keys and values of the last loops, for depth attention without a cache.
+        made: Keys and values of the running loop, by core layer; ``advance`` adds them to
+            ``recent``.
+        shared: The values computed by ``once``.
+        masks: The attention mask and the document offsets, once they have been computed.
     """
 
     tokens: Int[Tensor, "B T"]
@@ -56,7 +61,7 @@ class ForwardContext:
     masks: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
-        """What ``make`` returned at its first call in this forward; for what all loops share."""
+        """The result of ``make()``, called once per forward and key; for values all loops share."""
         if key not in self.shared:
             self.shared[key] = make()
         return self.shared[key]
@@ -89,14 +94,14 @@ class ForwardContext:
         """The context of one loop.
 
         Args:
-            loop: That of all rows, if it is the same.
-            recent: What depth attention reads of the loops before.
+            loop: The loop of all rows, if it is the same, else None.
+            recent: Keys and values of the last loops, for depth attention.
         """
         cache = None if self.cache is None else replace(self.cache, loop=loop)
         return replace(self, cache=cache, recent=recent, made={})
 
     def newest_loops(self) -> Recent | None:
-        """``recent`` with the loop that has run in front; the oldest falls out."""
+        """``recent`` after the running loop: that loop is put first and the oldest is dropped."""
         if self.recent is None:
             return None
         return tuple(
@@ -110,9 +115,10 @@ class ForwardContext:
     # --- attention -------------------------------------------------------------------------------
 
     def store(self, new: tuple[Tensor, ...], place: Place) -> "KeysValues":
-        """Keep a chunk's ``[B heads T dim]`` keys and values; they and all before, to attend to.
+        """Store a chunk's ``[B heads T dim]`` tensors; return all that the chunk may attend to.
 
-        Without a cache they are the tensors that were given, gradients and all.
+        That is what the cache holds, including the chunk; without a cache, ``new`` itself, through
+        which gradients flow.
         """
         if self.cache is not None:
             return KeysValues(self, self.cache.store(new, place))
@@ -121,7 +127,7 @@ class ForwardContext:
         return KeysValues(self, new)
 
     def earlier(self, place: Place, num_recent: int) -> Own:
-        """The tokens' own keys and values at their last ``num_recent`` loops, newest first."""
+        """The tokens' own keys and values from their last ``num_recent`` loops, newest first."""
         assert place.loop_idx is not None
         back = torch.arange(1, num_recent + 1, device=place.loop_idx.device)
         exists = place.loop_idx[:, None] >= back
@@ -140,7 +146,7 @@ class ForwardContext:
         scale: float,
         own: Own | None = None,
     ) -> Float[Tensor, "B H T W"]:
-        """Attention to the keys that each token may see; ``own`` are further keys of its own."""
+        """Attention within the context's mask; ``own``: also to a token's own earlier loops."""
         if own is not None:
             own_k, own_v = (tensor.to(k.dtype) for tensor in own[:2])
             return depth_attention(q, k, v, self.mask, scale, own_k, own_v, own[2])
@@ -150,7 +156,7 @@ class ForwardContext:
 
     @property
     def mask(self) -> Float[Tensor, "B 1 T S"] | None:
-        """Who sees whom as 0 and -inf, for kernels that need it so; None: causal order is all."""
+        """The attention mask, 0 or -inf, made on first use; None if it would be only causal."""
         if "mask" not in self.masks:
             self.masks["mask"] = self._make_mask()
         mask: Tensor | None = self.masks["mask"]
@@ -166,14 +172,14 @@ class ForwardContext:
             visible = self.valid[:, None, :].expand(-1, self.tokens.shape[1], -1)
         else:
             return None
-        # Every query sees at least itself: a padding row must not become NaN.
+        # Padding attends to itself: a softmax over no keys would be NaN.
         itself = torch.eye(visible.shape[-1], dtype=torch.bool, device=visible.device)
         visible = visible.tril() | itself
         zeros = torch.zeros(visible.shape, dtype=self.dtype, device=visible.device)
         return zeros.masked_fill(~visible, float("-inf"))[:, None]
 
     def _spans(self) -> tuple[Int[Tensor, "N"], int]:
-        """Where each document begins and the last ends, in tokens of all rows; the longest."""
+        """Offsets of the documents in the concatenated rows, with the end; the greatest length."""
         if "spans" not in self.masks:
             assert self.lengths is not None
             lengths = [length for row in self.lengths for length in row]
@@ -183,18 +189,18 @@ class ForwardContext:
         return spans
 
 
-@no_type_check  # made inside compiled graphs, where checked methods cannot be followed
+@no_type_check  # torch.compile, which meets this class, cannot trace runtime type checks
 class KeysValues(NamedTuple):
-    """The keys and values that a chunk sees: of its own tokens, after a cache's.
+    """The keys and values that a chunk may attend to: those of the cache, then its own.
 
-    ``tensors`` are keys and values, or one tensor of latents that are both.
+    ``tensors`` are keys and values or, for MLA, one tensor of latents.
     """
 
     ctx: ForwardContext
     tensors: tuple[Float[Tensor, "B _ S _"], ...]
 
     def read(self) -> tuple[Float[Tensor, "B _ S _"], ...]:
-        """The stored tensors, for layers that expand them."""
+        """The stored tensors, for a layer that expands them to keys and values."""
         return self.tensors
 
     def attend(
@@ -209,15 +215,15 @@ class KeysValues(NamedTuple):
 
         Args:
             q: Queries.
-            scale: Of the scores.
-            v_dim: The values are the first channels of the one stored tensor (absorbed MLA).
-            own: Of ``ForwardContext.earlier``.
+            scale: Factor of the scores.
+            v_dim: For absorbed MLA: the first ``v_dim`` channels of the latents are the values.
+            own: The result of ``ForwardContext.earlier``, for depth attention.
         """
         if v_dim is None:
             k, v = self.tensors
             return self.ctx.attend(q, k, v, scale, own)
         (latents,) = self.tensors
-        # A slice of the channels would have to be copied, so all of them serve as values.
+        # All channels serve as values and are cut afterwards: a slice of them would be copied.
         return self.ctx.attend(q, latents, latents, scale, own)[..., :v_dim]
 
 
@@ -238,15 +244,16 @@ def make_context(
         config: The model's.
         tokens: Token ids.
         dtype: Of the model's activations.
-        padding_mask: True at real tokens; padding may stand anywhere.
-        documents: Packed rows: attention only within equal numbers; negative marks padding.
-        positions: Of the tokens; by default counted over real tokens, from 0 at each document.
-        cache: Holds the tokens before. It counts this chunk's when a forward has run them.
-        rows: The cache's rows that ``tokens`` go on; None: all of them.
+        padding_mask: True at real tokens, False at padding, which may be anywhere.
+        documents: Document numbers of packed rows; negative numbers mark padding.
+        positions: Positions of the tokens; default: real tokens counted from 0 in each document.
+        cache: The cache of the earlier tokens; ``forward`` adds this chunk to it.
+        rows: The cache's row of each row of ``tokens``; None: all rows in order.
 
     Raises:
-        ValueError: Token ids out of the vocabulary, more tokens than ``max_seq_len``, documents
-            together with a cache or a padding mask, or a cache made for another batch size.
+        ValueError: Token ids outside the vocabulary, more tokens than ``max_seq_len`` or than the
+            cache has room for, documents together with a cache or a padding mask, or a cache made
+            for another batch size.
     """
     if documents is not None and padding_mask is not None:
         raise ValueError("padding_mask given with documents; mark padding by negative documents")
@@ -275,12 +282,12 @@ def make_context(
         tokens, positions, rope, dtype, documents, valid, lengths, view, recent=recent
     )
     if lengths is None:
-        _ = ctx.mask  # made here, not in whichever compiled graph needs it first
+        _ = ctx.mask  # make it now, outside of compiled graphs
     return ctx
 
 
 def document_lengths(documents: Int[Tensor, "B T"]) -> tuple[tuple[int, ...], ...] | None:
-    """Tokens of each row's documents, in order; None if there is padding."""
+    """The lengths of each row's documents in order, in tokens; None if there is padding."""
     rows = documents.tolist()
     if any(number < 0 for row in rows for number in row):
         return None
@@ -352,7 +359,7 @@ def _positions_in_documents(documents: Int[Tensor, "B T"]) -> Int[Tensor, "B T"]
 
 
 def _no_loops(config: ModelConfig, tokens: Int[Tensor, "B T"], dtype: torch.dtype) -> Recent:
-    """Zeros in place of the loops before the first."""
+    """``recent`` before the first loop: zeros, which are masked."""
     (num_rows, num_tokens), num_recent = tokens.shape, config.num_recent_loops
     empty = tuple(
         torch.zeros(num_recent, num_rows, heads, num_tokens, dim, dtype=dtype, device=tokens.device)

@@ -1,8 +1,9 @@
-"""Exit rules: decide, loop by loop, whether a token stops now. They have no parameters.
+"""Exit rules: decide after each loop whether a token stops. They have no learned parameters.
 
-A rule is a frozen dataclass tagged by ``kind``, so that it is read from JSON and the command line
-as the model's seams are. Its memory is an ``ExitState``: one entry a row, so rows may leave, join
-and be at different loops. The number of loops asked for is the limit; a rule only stops earlier.
+A rule is a frozen dataclass with a ``kind``, read from JSON and the command line like the members
+of the model's seams. What it remembers between loops is an ``ExitState`` with one entry per row, so
+rows may leave, join and be at different loops. A rule can only stop a token before the number of
+loops that was asked for.
 """
 
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ from openmythos.model.loop import ExitState, Memory
 
 
 def join_states(states: Sequence[ExitState]) -> ExitState:
-    """The rows of several states of one rule, in order."""
+    """Concatenate the rows of several states of the same rule."""
     columns = []
     for tensors in zip(*(state.memory for state in states), strict=True):
         shape = max(tensor.shape[1:] for tensor in tensors)
@@ -29,9 +30,9 @@ def join_states(states: Sequence[ExitState]) -> ExitState:
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """What all rules share; each defines what it remembers and when it would stop.
+    """Base of all rules: ``_memory`` is what a rule remembers, ``_decide`` says when to stop.
 
-    ``min_loops`` is the number of loops before which no token stops; the rule sees those loops too.
+    No token stops before ``min_loops`` loops, but the rule is updated in these loops too.
     """
 
     kind: ClassVar[str]
@@ -57,13 +58,13 @@ class Rule:
         """Whether each row stops after the loop that gave ``h``, and the state for the next loop.
 
         Args:
-            state: Of ``start`` or of the loop before.
-            h: The state after the loop.
-            logits: Of the readout if the row stopped here; only if ``needs_logits``.
-            mass: The learned exit distribution's sum so far; only if ``needs_halting``.
+            state: The result of ``start`` or of the previous loop.
+            h: The model's state after the loop.
+            logits: The logits if the row stopped here; only if ``needs_logits``.
+            mass: The halting head's exit probabilities summed so far; only if ``needs_halting``.
 
         Raises:
-            ValueError: Logits or mass are needed and missing.
+            ValueError: Logits or mass are needed and not given.
         """
         if self.needs_logits and logits is None:
             raise ValueError(f"exit rule {self.kind!r} needs the logits of every loop")
@@ -94,7 +95,7 @@ class Fixed(Rule):
 
 @dataclass(frozen=True, kw_only=True)
 class CumulativeThreshold(Rule):
-    """Stops when the learned exit distribution has given out ``threshold`` of its mass.
+    """Stops when the halting head's exit probabilities sum to at least ``threshold``.
 
     Source: Ouro (arXiv 2510.25741), section 3, t_exit = min{m : CDF(m) >= q}.
     """
@@ -144,7 +145,8 @@ class KLExit(Rule):
 class EntropyKLExit(Rule):
     """Stops when ``KL(p_t || p_{t-1}) < kl`` and ``H(p_t) < entropy``, in nats; p_0 is uniform.
 
-    The entropy keeps it from stopping where the prediction is still flat, which KL alone does.
+    The condition on the entropy H keeps it from stopping while the prediction is still flat, where
+    KL alone would stop.
 
     Source: Loop, Think, & Generalize (arXiv 2604.07822), its adaptive exit.
     """
@@ -173,7 +175,7 @@ class EntropyKLExit(Rule):
 
 @dataclass(frozen=True, kw_only=True)
 class LatentDifferenceExit(Rule):
-    """Stops when ``|s_t - s_{t-1}| / |s_t| < threshold``.
+    """Stops when ``|s_t - s_{t-1}| / |s_t| < threshold``, where s_t is the state after loop t.
 
     Source: Huginn (arXiv 2502.05171), published code, "latent-diff".
     """
@@ -198,8 +200,8 @@ class LatentDifferenceExit(Rule):
 class AccelerationExit(Rule):
     """Stops when ``|D_t - D_{t-1}| / |s_t| < threshold`` ``patience`` times in a row.
 
-    D_t = s_t - s_{t-1}, so the first value exists at loop 2. It is taken relative to the state, so
-    that one threshold suits models of any state norm, and norms that grow from loop to loop.
+    D_t = s_t - s_{t-1}, where s_t is the state after loop t; the first value exists at loop 2. The
+    quotient does not depend on the scale of the states.
 
     Source: Two-Scale Latent Dynamics (arXiv 2509.23314), the second-order exit.
     """
@@ -229,7 +231,7 @@ class AccelerationExit(Rule):
 
 @dataclass(frozen=True, kw_only=True)
 class ArgmaxStableExit(Rule):
-    """Stops when the most likely token has stayed the same for ``patience`` loops after its first.
+    """Stops when the most likely token has not changed for ``patience`` loops.
 
     Source: Huginn (arXiv 2502.05171), published code, "argmax-stability".
     """
@@ -243,7 +245,7 @@ class ArgmaxStableExit(Rule):
         require_positive(self, "patience")
 
     def _memory(self, h: Tensor) -> Memory:
-        return _zero_streak(h) - 1, _zero_streak(h)  # no token is number -1
+        return _zero_streak(h) - 1, _zero_streak(h)  # -1 differs from every token
 
     def _decide(
         self, memory: Memory, h: Tensor, logits: Tensor | None, mass: Tensor | None
@@ -286,16 +288,16 @@ def _zero_streak(h: Tensor) -> Tensor:
 
 
 def _log_probs(logits: Float[Tensor, "B W"], like: Float[Tensor, "B V"]) -> Tensor:
-    """Log-probabilities in at least fp32; a single column is a uniform prediction of V tokens."""
+    """Log-probabilities in at least fp32; a single column is expanded to a uniform prediction."""
     return _wide(logits).expand(like.shape).log_softmax(dim=-1)
 
 
 def _kl(log_p: Float[Tensor, "B V"], log_q: Float[Tensor, "B V"]) -> Float[Tensor, "B"]:
-    """KL(p || q); a token that p never gives counts nothing."""
+    """KL(p || q) in nats; tokens with p = 0 contribute 0."""
     p = log_p.exp()
     return torch.where(p > 0, p * (log_p - log_q), 0).sum(dim=-1)
 
 
 def _relative_norm(x: Float[Tensor, "B D"], h: Float[Tensor, "B D"]) -> Float[Tensor, "B"]:
-    """|x| / |h|; 0 where both vanish."""
+    """|x| / |h|, and 0 where both are 0."""
     return x.norm(dim=-1) / h.norm(dim=-1).clamp(min=torch.finfo(h.dtype).tiny)

@@ -24,7 +24,10 @@ from openmythos.ops.swiglu import swiglu
 
 
 class FeedForward(nn.Module, ABC):
-    """Called as ``(x, loop_idx, ctx)``; ``lora`` is what each loop adds to its linear layers."""
+    """Base of all feed-forward layers, called as ``(x, loop_idx, ctx)``.
+
+    ``lora`` is the LoRA per loop of its linear layers, in the core.
+    """
 
     def __init__(
         self, config: ModelConfig, part: FeedForwardConfig, lora: WeightLoRAConfig | None = None
@@ -33,11 +36,11 @@ class FeedForward(nn.Module, ABC):
 
     @abstractmethod
     def zero_output(self) -> None:
-        """Start as a branch that adds nothing."""
+        """Set the output projection to zero, so that the branch starts by adding nothing."""
 
 
 class SwiGLU(FeedForward):
-    """``down(SiLU(gate x) * up x)``; gate and up are one matrix.
+    """``down(SiLU(gate x) * up x)``; gate and up are stored as one matrix.
 
     Source: Shazeer 2020 (arXiv 2002.05202), equation 6.
     """
@@ -95,10 +98,10 @@ class ReLUSquared(FeedForward):
 
 
 class Router(nn.Linear):
-    """Scores of the experts, in at least fp32: in bf16, rounding would choose experts."""
+    """The router's logits, in at least fp32: rounding to bf16 could change the chosen experts."""
 
     def forward(self, x: Float[Tensor, "N D"]) -> Float[Tensor, "N E"]:
-        """Logits of every token."""
+        """One logit per token and expert."""
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         with torch.autocast(x.device.type, enabled=False):
             return functional.linear(x.to(wide), self.weight.to(wide))
@@ -107,9 +110,9 @@ class Router(nn.Linear):
 class MoE(FeedForward):
     """Routed experts, chosen per token and loop, plus shared experts that always run.
 
-    Experts are selected by score + bias and weighted by the score alone; no token is dropped. While
-    training, ``load`` counts the pairs of each (loop, expert); ``update_bias`` reads and clears it.
-    Loops past the ``bias_loops`` rows use the last row.
+    Experts are selected by score + bias and weighted by the score alone; no token is dropped. In
+    training mode, ``load`` counts the tokens routed to each expert in each loop; ``update_bias``
+    reads and clears it. Both have ``bias_loops`` rows; later loops use the last row.
 
     Source: DeepSeek-V3 (arXiv 2412.19437), equations 12 to 16; Wang et al. 2024 (arXiv 2408.15664).
     """
@@ -125,7 +128,7 @@ class MoE(FeedForward):
         self.router = Router(d_model, num_experts, bias=False)
         self.gate_up = nn.Parameter(torch.empty(num_experts, 2 * width, d_model))
         self.down = nn.Parameter(torch.empty(num_experts, d_model, width))
-        # The shared experts' sum is one wider expert.
+        # The sum of the shared experts is computed as one wider expert.
         shared_width = part.num_shared_experts * part.shared_width
         self.shared: SwiGLU | None = None
         if shared_width:
@@ -143,7 +146,7 @@ class MoE(FeedForward):
             self.shared.zero_output()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "MoE":
-        """Keep the bias as it is in a cast of the model: bf16 would swallow its small steps."""
+        """Keep the bias's dtype when the model is cast: its updates are too small for bf16."""
         bias = self.bias
         super()._apply(fn, recurse)
         if self.bias.dtype != bias.dtype:
@@ -156,7 +159,7 @@ class MoE(FeedForward):
         loop_idx: Int[Tensor, "B"] | None = None,
         ctx: ForwardContext | None = None,
     ) -> Float[Tensor, "B T D"]:
-        """Route every token."""
+        """Apply to every token the experts that it is routed to, and the shared ones."""
         num_rows, num_tokens, d_model = x.shape
         if loop_idx is None or self.config.bias_loops == 1:
             row = torch.zeros(num_rows * num_tokens, dtype=torch.int64, device=x.device)
@@ -168,7 +171,7 @@ class MoE(FeedForward):
         return y if self.shared is None else y + self.shared(x, loop_idx)
 
     def _experts(self, ctx: ForwardContext | None) -> Callable[..., Tensor]:
-        """The routed experts as a function; on a CPU one for all loops of a forward."""
+        """The routed experts as a function; eager on a CPU, all loops of a forward share it."""
         if self.gate_up.device.type != "cpu" or torch.compiler.is_compiling():
             return partial(moe_experts, gate_up=self.gate_up, down=self.down)
         make = partial(LoopedExperts, self.gate_up, self.down)
@@ -177,11 +180,14 @@ class MoE(FeedForward):
     def route(
         self, x: Float[Tensor, "N D"], row: Int[Tensor, "N"]
     ) -> tuple[Int[Tensor, "N K"], Float[Tensor, "N K"], Int[Tensor, "E"]]:
-        """Experts, their weights, and each expert's count of tokens; ``row`` chooses the bias."""
+        """Each token's K experts, their weights, and the number of tokens per expert.
+
+        ``row`` is the row of ``bias`` for each token.
+        """
         part = self.config
         logits = self.router(x)
         scores = logits.sigmoid() if part.scoring == "sigmoid" else logits.softmax(dim=-1)
-        # The original selects by logits + bias; with a bias of zero the order is the same.
+        # With softmax, the original adds the bias to the logits, not to the scores.
         selection = scores if part.scoring == "sigmoid" else logits
         expert = (selection.detach() + self.bias[row]).topk(part.num_experts_per_token).indices
         weight = scores.gather(1, expert)
@@ -196,9 +202,9 @@ class MoE(FeedForward):
 
     @torch.no_grad()
     def update_bias(self, rate: float) -> None:
-        """Move every loop's bias by ``rate`` against its load, and clear the statistics.
+        """Move each bias by ``rate``: up below the mean load, down above it; clear ``load``.
 
-        Call after each optimiser step; with several processes, sum ``load`` over them before.
+        Call it after each optimiser step; with several processes, sum ``load`` over them before.
         """
         load = self.load.float()
         seen = load.sum(dim=1, keepdim=True) > 0
@@ -221,5 +227,5 @@ def make_feed_forward(
 
 
 def max_violation(load: Int[Tensor, "L E"]) -> Float[Tensor, "L"]:
-    """Max load / mean load - 1 of each loop: 0 is perfect balance, E - 1 is collapse (MaxVio)."""
+    """MaxVio per loop, max load / mean load - 1: 0 is perfect balance, E - 1 a single expert."""
     return load.amax(dim=-1) / load.float().mean(dim=-1).clamp(min=1e-9) - 1

@@ -1,8 +1,8 @@
-"""Learned halting: a distribution over the loops of each token that always sums to 1.
+"""Learned halting: a halting head gives each token a distribution over its loops.
 
-A head reads the state after each loop, or the one before it. ``Tracker`` carries what is needed
-from loop to loop, so the same code serves training, where all loops are seen, and decoding, where
-they come one by one.
+The head reads the state after each loop, or before it. ``Tracker`` carries what is needed from one
+loop to the next, so that training, which runs all loops, and decoding, which may stop after any
+loop, use the same code.
 """
 
 from dataclasses import dataclass, replace
@@ -23,9 +23,9 @@ from openmythos.config import (
 
 @dataclass(frozen=True)
 class Tracker:
-    """Per token: mass already given out, whether it still runs, its ponder cost.
+    """Per token: the sum of the weights so far, whether it still runs, its ponder cost so far.
 
-    ``mass`` of ACT is the sum of exit probabilities; of the geometric kind, 1 - prod(1 - lambda).
+    ``mass`` is the sum of halting probabilities in ACT, and 1 - prod(1 - lambda) in ``Geometric``.
     """
 
     mass: Float[Tensor, "*N"]
@@ -33,11 +33,11 @@ class Tracker:
     ponder: Float[Tensor, "*N"]
 
     def select(self, index: Int[Tensor, "M"]) -> "Tracker":
-        """Some of the tokens."""
+        """The tracker of some of the rows."""
         return Tracker(self.mass[index], self.running[index], self.ponder[index])
 
     def put(self, index: Int[Tensor, "M"], rows: "Tracker") -> "Tracker":
-        """These rows in place of those at ``index``."""
+        """A copy in which ``rows`` replace those at ``index``."""
         return Tracker(
             self.mass.index_copy(0, index, rows.mass),
             self.running.index_copy(0, index, rows.running),
@@ -46,10 +46,10 @@ class Tracker:
 
 
 class Halting(nn.Module):
-    """The head: one exit probability a token and loop.
+    """A halting head: one halting probability per token and loop.
 
-    It reads the state after the loop or, with ``reads_before``, the one that the loop starts from.
-    With ``mixes_states`` the readout is a mixture of states (``mix``), otherwise the last state.
+    It reads the state after the loop or, with ``reads_before``, the state before it. With
+    ``mixes_states`` the readout is a weighted mixture of states (``mix``), otherwise the last one.
     """
 
     mixes_states = False
@@ -61,12 +61,12 @@ class Halting(nn.Module):
         self.proj = nn.Linear(config.d_model, 1)
 
     def init_weights(self) -> None:
-        """Start at one probability for all states."""
+        """Make the probability the same for all states: sigmoid(``bias_init``)."""
         self.proj.weight.zero_()
         self.proj.bias.fill_(self.bias_init)
 
     def forward(self, h: Float[Tensor, "... D"]) -> Float[Tensor, "..."]:
-        """Exit probabilities, at least in fp32."""
+        """Halting probabilities, in at least fp32."""
         logit = self.proj(h)[..., 0]
         return (logit if logit.dtype == torch.float64 else logit.float()).sigmoid()
 
@@ -79,7 +79,7 @@ class Halting(nn.Module):
     def step(
         self, tracker: Tracker, prob: Float[Tensor, "..."], *, last: bool
     ) -> tuple[Float[Tensor, "..."], Tracker]:
-        """The weight of this loop, and the tracker after it; the last loop takes what is left."""
+        """The loop's weight, and the tracker after it; ``last``: the weight is the remainder."""
         raise TypeError(f"{type(self).__name__} defines no halting recursion")
 
     def mix(
@@ -88,11 +88,11 @@ class Halting(nn.Module):
         h: Float[Tensor, "... D"],
         weight: Float[Tensor, "..."],
     ) -> Float[Tensor, "... D"]:
-        """The mixture with this loop's state in it; it starts as zeros."""
+        """Add a loop's state to the mixture, which starts as zeros."""
         return mixed + weight[..., None].to(h.dtype) * h
 
     def distribution(self, probs: Float[Tensor, "L ..."]) -> tuple[Float[Tensor, "L ..."], Tracker]:
-        """Weights of all loops from their exit probabilities, and the final tracker."""
+        """The weights of all loops, from their halting probabilities, and the final tracker."""
         tracker, weights = self.start(probs[0][..., None]), []
         for loop, prob in enumerate(probs):
             weight, tracker = self.step(tracker, prob, last=loop == len(probs) - 1)
@@ -101,9 +101,11 @@ class Halting(nn.Module):
 
 
 class ACT(Halting):
-    """Adaptive computation time: weights h_1, h_2 ..., then the remainder R at loop N.
+    """Adaptive computation time.
 
-    The ponder cost is N + R; its gradient goes through R alone. The readout is the weighted state.
+    A token halts at the first loop N at which its halting probabilities sum to ``threshold``. The
+    weights are the probabilities, and the remainder R at loop N; the readout is the weighted sum of
+    states. The ponder cost is N + R, whose gradient flows through R only.
 
     Source: Graves 2016 (arXiv 1603.08983), equations 5 to 9.
     """
@@ -115,7 +117,7 @@ class ACT(Halting):
         self.threshold, self.keep_remainder = part.threshold, part.keep_remainder
 
     def reached(self, mass: Float[Tensor, "..."]) -> Bool[Tensor, "..."]:
-        """Whether the exit probabilities are enough to halt."""
+        """Whether the sum of the halting probabilities is enough to halt."""
         return mass >= self.threshold
 
     def step(
@@ -134,10 +136,11 @@ class ACT(Halting):
 
 
 class UniversalACT(ACT):
-    """The Universal Transformer's: probabilities of the state before the loop, its own readout.
+    """The Universal Transformer's ACT: the head reads the state before the loop.
 
-    The weights w are Graves', but for a strict threshold. ``basic`` readouts are new w + old
-    (1 - w): four weights of 1/4 leave .105, .141, .188 and .25 of the states and .316 of zero.
+    The weights w are those of ``ACT``, except that the sum must exceed the threshold. The ``basic``
+    readout becomes w state + (1 - w) readout at each loop, from zero: with four weights of 1/4, the
+    states count .105, .141, .188 and .25, which sum to .684 and not to 1.
 
     Source: tensor2tensor, universal_transformer_util.py, universal_transformer_act.
     """
@@ -165,10 +168,10 @@ class UniversalACT(ACT):
 
 
 class Geometric(Halting):
-    """``p_n = lambda_n prod_{j<n} (1 - lambda_j)`` with lambda := 1 at the last loop.
+    """``p_n = lambda_n prod_{j<n} (1 - lambda_j)``, with lambda = 1 at the last loop.
 
-    PonderNet and Ouro's exit gate; they differ in the objective. The loss is weighted, not the
-    state. The ponder cost is the expected number of loops.
+    Used for PonderNet and Ouro's exit gate, which differ in the training objective. The p_n weight
+    the losses of the loops; states are not mixed. The ponder cost is the expected number of loops.
 
     Source: PonderNet (arXiv 2107.05407), equation 2; Ouro (arXiv 2510.25741), section 3.
     """

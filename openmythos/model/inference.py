@@ -1,4 +1,4 @@
-"""Evaluation mode, switched in one place."""
+"""The one place that switches a model to evaluation mode."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +9,7 @@ from torch import nn
 
 @contextmanager
 def inference(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; every module's own mode comes back afterwards."""
+    """Evaluation mode without gradients; afterwards every module has its former mode again."""
     training = [module for module in model.modules() if module.training]
     if training:
         model.eval()

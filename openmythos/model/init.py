@@ -9,19 +9,20 @@ from torch import Tensor, nn
 
 from openmythos.config import CopyInitConfig, NormalInitConfig, StateInitConfig, ZerosInitConfig
 
-CUT = 3.0  # truncated normals are cut at this many standard deviations
+CUT = 3.0  # normal distributions are truncated at this many standard deviations
 
 
 @torch.no_grad()
 def init_weights(model: nn.Module, d_model: int, generator: torch.Generator | None = None) -> None:
-    """Truncated normals of std sqrt(2 / (5 d_model)); projections back to the stream are zero.
+    """Draw weights from truncated normals of std sqrt(2 / (5 d_model)), except for some zeros.
 
-    Zero output projections make every block the identity at the start, so looping starts as
-    identity; norms, decays and low-rank ups keep the values that their modules gave them. Where a
-    norm ends the branch its weight is zero instead: a norm's gradient at zero is 1/sqrt(eps).
+    The output projections of attention and feed-forward are zero, so every block, and with it the
+    core, starts as the identity. If a norm follows the projection, the norm's weight is zero
+    instead, because the gradient of a norm at zero input is 1 / sqrt(eps). Norms, decays and LoRA's
+    up-projections keep the values of their constructors.
 
-    A module says what is its own: ``drawn`` names parameters to draw besides those of linear layers
-    and embeddings, and ``init_weights()`` sets what does not start as drawn.
+    A module can state exceptions: ``drawn`` names further parameters to draw, besides the weights
+    of linear layers and embeddings, and its ``init_weights()`` is called after all are drawn.
 
     Source: Takase et al. 2023 (arXiv 2312.16903), as used by Huginn and Parcae.
     """
@@ -67,12 +68,13 @@ def _normal(
     positions: Int[Tensor, "B T"],
     generator: torch.Generator | None,
 ) -> Float[Tensor, "B T D"]:
-    """Hashed, not drawn in order, so that a row's state is the same in every batch and chunk."""
+    """Computed by a hash, so that a token's noise is the same in every batch and chunk."""
     seed = 0
     if generator is not None:
         seed = int(torch.randint(2**31, (), generator=generator, device=generator.device))
     channels = torch.arange(e.shape[-1], device=e.device)
-    # Channels are hashed before they meet the position: sums of the two would repeat in runs.
+    # Channels and positions are hashed before they are combined: plain sums of the two would give
+    # neighbouring positions shifted copies of the same noise.
     bits = _mix(_mix(positions + 1) + seed)[..., None] ^ _mix(channels + 1)
     uniform = (_mix(_mix(bits)).double() + 0.5) / 2**31
     tail = math.erf(CUT / math.sqrt(2))
@@ -101,9 +103,9 @@ def initial_state(
     positions: Int[Tensor, "B T"],
     generator: torch.Generator | None,
 ) -> Float[Tensor, "B T D"]:
-    """h_0: zeros, e, or noise that depends on (seed, position, channel) alone.
+    """h_0: zeros, e, or noise that depends only on (seed, position, channel).
 
-    The noise is the same in every batch, chunk and padding. One number is drawn from ``generator``
-    for the seed (0 without a generator).
+    The noise does not depend on batch, chunk or padding. The seed is one number drawn from
+    ``generator``, or 0 without one.
     """
     return STATE_INITS[type(config)](config, e, positions, generator)

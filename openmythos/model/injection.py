@@ -1,8 +1,8 @@
-"""How the prelude's output re-enters at every loop.
+"""Injection: how the prelude's output e enters the state h at every loop.
 
-An injection is called with what is known: with e alone once a forward (``drive``: everything about
-e that no loop changes), with e and h for the core's input (``mix``), with e, h and the core's
-output y for the next state (``update``). Its parameters are read in ``forward`` only.
+An injection is called in three ways: with e, once per forward, for the part that is the same in all
+loops (``drive``); with e and h, for the core's input (``mix``); with e, h and the core's output y,
+for the next state (``update``).
 """
 
 import math
@@ -28,23 +28,23 @@ State = Float[Tensor, "B T D"]
 
 
 class Injection(nn.Module):
-    """``x = h``, ``h' = y``: e enters only through the initial state. The others override this."""
+    """``x = h``, ``h' = y``: e enters only through the initial state. Base of all injections."""
 
     def __init__(self, config: ModelConfig, part: InjectionConfig) -> None:
         super().__init__()
 
     def forward(self, e: State, h: State | None = None, y: State | None = None) -> State:
-        """``drive(e)``, ``mix(h, e)`` or ``update(h, e, y)``, by what is given."""
+        """``drive(e)``, ``mix(h, e)`` or ``update(h, e, y)``, depending on the arguments given."""
         if h is None:
             return self.drive(e)
         return self.mix(h, e) if y is None else self.update(h, e, y)
 
     def drive(self, e: State) -> State:
-        """What of e is computed once a forward."""
+        """The part that depends on e only, computed once per forward; later passed as e."""
         return e
 
     def mix(self, h: State, e: State) -> State:
-        """The core's input."""
+        """The core's input x."""
         return h
 
     def update(self, h: State, e: State, y: State) -> State:
@@ -52,19 +52,19 @@ class Injection(nn.Module):
         return y
 
     def decay(self) -> Float[Tensor, "D"] | None:
-        """The diagonal A where there is one; its maximum is rho(A)."""
+        """The diagonal of A, if there is one; its maximum is the spectral radius rho(A)."""
         return None
 
 
 def _identity(dim: int) -> Float[Tensor, "D D"]:
-    """As ``torch.eye``, which imports the compiler when it is called on the meta device."""
+    """As ``torch.eye``, which on the meta device would import the compiler."""
     return torch.zeros(dim, dim).fill_diagonal_(1)
 
 
 def stable_decay(log_rate: Float[Tensor, "D"], dtype: torch.dtype) -> Float[Tensor, "D"]:
     """``exp(-exp(log_rate))``, below 1 in ``dtype`` for every finite parameter value.
 
-    Rounding would return exactly 1 for small rates; the largest number below 1 is used instead.
+    Where rounding gives exactly 1, the largest number below 1 is returned.
     """
     wide = log_rate.double() if dtype == torch.float64 else log_rate.float()
     decay = torch.exp(-torch.exp(wide.clamp(max=80.0))).to(dtype)
@@ -74,7 +74,7 @@ def stable_decay(log_rate: Float[Tensor, "D"], dtype: torch.dtype) -> Float[Tens
 class LTIInjection(Injection):
     """``x = A h + Delta B e``, ``h' = core(x)`` with diagonal A = exp(-Delta exp(a_log)).
 
-    rho(A) < 1 bounds only this linear part: it does not make the loop a contraction.
+    rho(A) < 1 holds for this linear part only; it does not make the whole loop a contraction.
 
     Source: Parcae (arXiv 2604.12946), equation 3.
     """
@@ -88,7 +88,7 @@ class LTIInjection(Injection):
         self.weight = nn.Parameter(_identity(dim))
 
     def log_delta(self) -> Float[Tensor, "D"]:
-        """log softplus(dt_bias), finite where softplus itself rounds to zero."""
+        """log softplus(dt_bias), finite even where softplus rounds to zero."""
         dt_bias = (
             self.dt_bias.double() if self.dt_bias.dtype == torch.float64 else self.dt_bias.float()
         )
@@ -140,7 +140,7 @@ class OriginalLTIInjection(Injection):
 
 
 class LinearInjection(Injection):
-    """``x = W_h h + W_e e``; both start as the identity.
+    """``x = W_h h + W_e e``; both matrices start as the identity.
 
     Source: Huginn (arXiv 2502.05171), section 3.2.
     """
@@ -156,7 +156,7 @@ class LinearInjection(Injection):
 
     def mix(self, h: State, e: State) -> State:
         """W_h h + W_e e; e comes from ``drive``."""
-        return functional.linear(h, self.h_weight).to(h.dtype) + e  # the stream outlives autocast
+        return functional.linear(h, self.h_weight).to(h.dtype) + e  # h keeps its dtype in autocast
 
 
 class AddInjection(Injection):
@@ -170,8 +170,8 @@ class AddInjection(Injection):
 class GateInjection(Injection):
     """``y = core(h + e)``, ``z = sigmoid(W [y; h] + b)``, ``h' = z y + (1 - z) h``.
 
-    The bias starts below zero, so that a loop starts near the identity. ``add_e`` False leaves e
-    out; the h that is mixed carries the loop's signal, the h that is gated does not.
+    The bias starts below zero, so that a loop starts near the identity. With ``add_e`` False,
+    y = core(h). The core's input has the loop embedding added, the h in z and h' has not.
 
     Source: Chen 2026 (arXiv 2603.21676), the identity-biased gate.
     """
@@ -182,11 +182,11 @@ class GateInjection(Injection):
         self.bias_init, self.add_e = part.bias_init, part.add_e
 
     def init_weights(self) -> None:
-        """Start near the identity."""
+        """Set the gate's bias, so that a loop starts near the identity."""
         self.gate.bias.fill_(self.bias_init)
 
     def mix(self, h: State, e: State) -> State:
-        """h + e, or h."""
+        """h + e, or h without ``add_e``."""
         return h + e if self.add_e else h
 
     def update(self, h: State, e: State, y: State) -> State:

@@ -1,7 +1,7 @@
-"""The loop: the state of rows that loop, one loop of it, and all loops of a forward.
+"""The loop: the state of looping rows, one loop (``advance``) and all loops (``unroll``).
 
-Whatever runs a looped model goes through ``advance``: a forward, which aligns its rows at their
-last loop, a generator, which aligns them at their first, traces and experiments.
+Everything that runs a looped model uses ``advance``: a forward, whose rows end at the same time, a
+generator, whose rows begin at the same time, traces and experiments.
 """
 
 import abc
@@ -18,7 +18,7 @@ from openmythos.model.halting import Halting, Tracker
 
 
 class LoopedModel(nn.Module, abc.ABC):
-    """What a loop needs of a model."""
+    """The methods of a model that the loop calls."""
 
     halting: Halting | None
 
@@ -29,7 +29,7 @@ class LoopedModel(nn.Module, abc.ABC):
         generator: torch.Generator | None = None,
         ctx: ForwardContext | None = None,
     ) -> Float[Tensor, "B T D"]:
-        """h_0."""
+        """The initial state h_0."""
 
     @abc.abstractmethod
     def step(
@@ -49,7 +49,7 @@ class LoopedModel(nn.Module, abc.ABC):
         loop_idx: Int[Tensor, "B"],
         ctx: ForwardContext,
     ) -> Float[Tensor, "B T"]:
-        """What the halting head says of a loop, from the states before and after it."""
+        """The halting head's probability for a loop, from the states before and after it."""
 
 
 Memory = tuple[Tensor, ...]
@@ -57,32 +57,33 @@ Memory = tuple[Tensor, ...]
 
 @dataclass(frozen=True)
 class ExitState:
-    """What an exit rule remembers of each row: the loops taken so far, and tensors of its own.
+    """What an exit rule remembers per row: the number of loops taken, and the rule's own tensors.
 
-    A tensor of logits is one column wide before the first loop; it stands for a uniform prediction.
+    Remembered logits are a single column of zeros ``[B 1]`` before the first loop: a uniform
+    prediction.
     """
 
     loops: Int[Tensor, "B"]
     memory: Memory = ()
 
     def select(self, index: Int[Tensor, "N"]) -> "ExitState":
-        """Some of the rows."""
+        """The entries of some of the rows."""
         return ExitState(self.loops[index], tuple(tensor[index] for tensor in self.memory))
 
 
 @dataclass(frozen=True)
 class Halted:
-    """What the halting head gave out, after the newest loop.
+    """The halting head's results after the latest loop.
 
-    A row that goes on gives ``weight`` to the newest state; one that ends gives it what is left.
-    Which of the two is known only later, so the newest state is not in ``mixed`` yet.
+    The latest state has ``weight`` if the row continues, and the remainder if it ends. Which of the
+    two is not known yet, so ``mixed`` does not include the latest state.
 
     Attributes:
-        mixed: The mixture of the states before the newest.
-        before: The account before the newest loop.
-        prob: The head's exit probability of the newest loop; None before the first.
-        weight: Of the newest loop, if the row goes on.
-        tracker: The account after the newest loop, if the row goes on.
+        mixed: The mixture of the states before the latest.
+        before: The tracker before the latest loop.
+        prob: The head's halting probability at the latest loop; 0 before the first.
+        weight: The latest loop's weight if the row continues.
+        tracker: The tracker after the latest loop if the row continues.
     """
 
     mixed: Float[Tensor, "B T D"]
@@ -93,16 +94,16 @@ class Halted:
 
     @staticmethod
     def start(halting: Halting, h: Float[Tensor, "B T D"]) -> "Halted":
-        """Before the first loop nothing is given out."""
+        """Before the first loop: an empty mixture and weights of 0."""
         tracker = halting.start(h)
         return Halted(torch.zeros_like(h), tracker, tracker.mass, tracker.mass, tracker)
 
     def ended(self, halting: Halting) -> tuple[Float[Tensor, "B T"], Tracker]:
-        """The newest loop's weight and the account, if the rows end here."""
+        """The latest loop's weight and the tracker if the rows end here."""
         return halting.step(self.before, self.prob, last=True)
 
     def select(self, index: Int[Tensor, "N"]) -> "Halted":
-        """Some of the rows."""
+        """The results of some of the rows."""
         return Halted(
             self.mixed[index],
             self.before.select(index),
@@ -112,7 +113,7 @@ class Halted:
         )
 
     def put(self, index: Int[Tensor, "N"], rows: "Halted") -> "Halted":
-        """These rows in place of those at ``index``."""
+        """A copy in which ``rows`` replace those at ``index``."""
         return Halted(
             self.mixed.index_copy(0, index, rows.mixed),
             self.before.put(index, rows.before),
@@ -124,16 +125,16 @@ class Halted:
 
 @dataclass(frozen=True)
 class LoopState:
-    """Rows that loop, each at its own loop. It is replaced by ``advance`` and never changed.
+    """The state of looping rows, each at its own loop. ``advance`` returns a new one.
 
     Attributes:
-        h: The state.
-        e: The prelude's output, as the injection adds it.
-        loop_idx: The next loop of every row, from 0; a row waits as long as it is negative.
-        loops: The same on the host, so that choosing rows does not wait for the device.
-        depths: The loops that every row may take.
-        halted: Of the halting head, if the model has one.
-        exits: Of an exit rule, if one decides.
+        h: The model's state.
+        e: The result of ``model.encode``: the prelude's output, prepared by the injection.
+        loop_idx: The next loop of each row, from 0; a row waits while it is negative.
+        loops: The same numbers on the host, so that selecting rows needs no device sync.
+        depths: The number of loops that each row may take.
+        halted: The halting head's results, if the model has one.
+        exits: The exit rule's state, if there is one.
         recent: The keys and values of the last loops, for depth attention without a cache.
     """
 
@@ -147,7 +148,7 @@ class LoopState:
     recent: Recent | None = None
 
     def select(self, rows: Sequence[int]) -> "LoopState":
-        """Some of the rows."""
+        """The state of some of the rows."""
         index = torch.tensor(rows, device=self.h.device)
         recent = self.recent
         if recent is not None:
@@ -164,7 +165,7 @@ class LoopState:
         )
 
     def _put(self, rows: Sequence[int], part: "LoopState") -> "LoopState":
-        """``part`` in place of these rows, which have advanced; the others have waited a loop."""
+        """Replace these rows by ``part``, which has advanced; the others have waited one loop."""
         index, recent = torch.tensor(rows, device=self.h.device), self.recent
         if recent is not None and part.recent is not None:
             pairs = zip(recent, part.recent, strict=True)
@@ -197,13 +198,13 @@ def start_loops(
     """The state before the first loop.
 
     Args:
-        model: Whose loop.
-        e: Of ``model.encode``.
-        ctx: Of the rows.
-        depths: Loops that each row may take.
-        wait: Rows end at once, so that a row of fewer loops than the deepest waits before its
-            first; otherwise they begin at once.
-        generator: Seeds a random initial state.
+        model: The model that loops.
+        e: The result of ``model.encode``.
+        ctx: The context of the rows.
+        depths: The number of loops that each row may take.
+        wait: If true, all rows end at the same time: a row with fewer loops than the deepest waits
+            before its first. Otherwise all begin at the same time.
+        generator: Gives the seed of a random initial state.
     """
     h = model.init_state(e, generator, ctx)
     loops = tuple(depth - max(depths) if wait else 0 for depth in depths)
@@ -226,7 +227,7 @@ def run_loop(
     ctx: ForwardContext,
     halted: Halted | None,
 ) -> tuple[Float[Tensor, "B T D"], Halted | None]:
-    """One step, and what the halting head says of it: the part of a loop that is compiled."""
+    """One step and the halting head's results for it; this part of a loop can be compiled."""
     before, h = h, model.step(h, e, loop_idx, ctx)
     if halted is None or model.halting is None:
         return h, None
@@ -244,13 +245,13 @@ def advance(
     ctx: ForwardContext,
     run: Callable[..., Any] = run_loop,
 ) -> LoopState:
-    """One loop of every row; rows whose first loop has not come wait and cost nothing.
+    """Run one loop of every row; waiting rows (negative ``loop_idx``) are not computed.
 
     Args:
-        model: Whose loop.
-        state: Before the loop.
-        ctx: Of the same rows.
-        run: ``run_loop``, or what a compiler made of it.
+        model: The model that loops.
+        state: The state before the loop.
+        ctx: The context of the same rows.
+        run: ``run_loop``, or a compiled version of it.
     """
     running = [row for row, loop in enumerate(state.loops) if loop >= 0]
     if len(running) < len(state.loops):
@@ -275,13 +276,13 @@ def unroll(
     ctx: ForwardContext,
     grad_loops: int | None = None,
 ) -> Iterator[LoopState]:
-    """The states after every loop, until all rows have taken their depth.
+    """Yield the state after every loop, until all rows have taken all their loops.
 
     Args:
-        model: Whose loop.
-        state: Of ``start_loops``; its rows end at once.
-        ctx: Of the same rows.
-        grad_loops: Only the last loops get gradients (truncated back-propagation); None: all.
+        model: The model that loops.
+        state: The result of ``start_loops``, with rows that end at the same time.
+        ctx: The context of the same rows.
+        grad_loops: Number of last loops with gradients (gradient truncation); None: all.
     """
     num_loops = max(d - l for d, l in zip(state.depths, state.loops, strict=True))
     grad_from = 0 if grad_loops is None else num_loops - grad_loops
@@ -292,7 +293,7 @@ def unroll(
 
 
 def readout(model: LoopedModel, state: LoopState) -> Float[Tensor, "B T D"]:
-    """What ``decode`` reads if the rows end here: the state, or the head's mixture of states."""
+    """The input of ``decode`` if the rows end here: the state, or the head's mixture of states."""
     halting, halted = model.halting, state.halted
     if halting is None or halted is None or not halting.mixes_states:
         return state.h

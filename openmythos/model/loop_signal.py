@@ -1,4 +1,4 @@
-"""How one loop differs from the next: loop embeddings, low-rank changes of weights or output."""
+"""What makes one loop differ from the next: loop embeddings, LoRA per loop, output adapters."""
 
 import torch
 from jaxtyping import Float, Int
@@ -16,10 +16,10 @@ from openmythos.config import (
 
 
 class LoopLinear(nn.Linear):
-    """``x W^T``, or ``x (W + B_t A_t)^T`` where t is each row's loop. No bias.
+    """``x W^T``, or with LoRA ``x (W + B_t A_t)^T``, where t is each row's loop. No bias.
 
-    B starts at zero, so that all loops start with the same weights. Loops past the table use its
-    last row.
+    B starts at zero, so that all loops start with the same weights. Loops past the LoRA's
+    ``num_loops`` use its last one.
 
     Source: Relaxed Recursive Transformers (arXiv 2410.20672), section 3.
     """
@@ -35,7 +35,7 @@ class LoopLinear(nn.Linear):
     def forward(
         self, x: Float[Tensor, "B T I"], loop_idx: Int[Tensor, "B"] | None = None
     ) -> Float[Tensor, "B T O"]:
-        """Apply the weights of each row's loop."""
+        """Apply to each row the weights of its loop."""
         y = functional.linear(x, self.weight)
         if self.lora is None or loop_idx is None:
             return y
@@ -45,9 +45,9 @@ class LoopLinear(nn.Linear):
 
 
 class SinusoidalLoop(nn.Module):
-    """Adds [sin(t w), cos(t w)] to the first channels; defined for every loop.
+    """Adds [sin(t w), cos(t w)] of the loop index t to the first channels, at frequencies w.
 
-    With ``positions``, [sin(p w), cos(p w)] of the token's position p too.
+    With ``positions``, [sin(p w), cos(p w)] of the token's position p is added as well.
 
     Source: kyegomez/OpenMythos, open_mythos/main.py, loop_index_embedding; with positions,
         Universal Transformers (arXiv 1807.03819), equations 6 and 7, its channels in this order.
@@ -63,7 +63,7 @@ class SinusoidalLoop(nn.Module):
         loop_idx: Int[Tensor, "B"],
         positions: Int[Tensor, "B T"],
     ) -> Float[Tensor, "B T D"]:
-        """h plus its loop's signal."""
+        """h plus the signal of each row's loop."""
         wide = torch.float64 if h.dtype == torch.float64 else torch.float32
         signal = self._wave(loop_idx[:, None].to(wide))
         if self.config.positions:
@@ -79,7 +79,7 @@ class SinusoidalLoop(nn.Module):
 
 
 class LearnedLoop(nn.Module):
-    """Adds a learned vector a loop; zero at the start; the last row past the table."""
+    """Adds one learned vector per loop, initially zero; loops past the table use its last row."""
 
     def __init__(self, config: ModelConfig, part: LearnedLoopConfig) -> None:
         super().__init__()
@@ -91,14 +91,14 @@ class LearnedLoop(nn.Module):
         loop_idx: Int[Tensor, "B"],
         positions: Int[Tensor, "B T"],
     ) -> Float[Tensor, "B T D"]:
-        """h plus its loop's vector."""
+        """h plus the vector of each row's loop."""
         return h + self.table[loop_idx.clamp(max=len(self.table) - 1)][:, None]
 
 
 class LoopAdapter(nn.Module):
-    """Leaves the core's output as it is; the others override this.
+    """Leaves the core's output as it is; base of all loop adapters.
 
-    It stands for no adapter and for ``weight_lora``, which is inside the core's ``LoopLinear``s.
+    Used without an adapter and for ``weight_lora``, which acts inside the core's ``LoopLinear``s.
     """
 
     def __init__(self, config: ModelConfig, part: LoopAdapterConfig | None) -> None:
@@ -107,12 +107,12 @@ class LoopAdapter(nn.Module):
     def forward(
         self, y: Float[Tensor, "B T D"], loop_idx: Int[Tensor, "B"]
     ) -> Float[Tensor, "B T D"]:
-        """The core's output y as each row's loop changes it."""
+        """The core's output y, changed according to each row's loop."""
         return y
 
 
 class OutputLoRA(LoopAdapter):
-    """``y + ((y down) * scale_t) up``; zero at the start; the last scale past the table.
+    """``y + ((y down) * scale_t) up`` at loop t; it starts as y. Later loops use the last scale.
 
     Source: kyegomez/OpenMythos, open_mythos/main.py, LoRAAdapter.
     """
@@ -124,13 +124,13 @@ class OutputLoRA(LoopAdapter):
         self.scale = nn.Parameter(torch.ones(part.num_loops, part.rank))
 
     def init_weights(self) -> None:
-        """Start as no change."""
+        """Start as the identity."""
         self.up.weight.zero_()
 
     def forward(
         self, y: Float[Tensor, "B T D"], loop_idx: Int[Tensor, "B"]
     ) -> Float[Tensor, "B T D"]:
-        """y plus its loop's change."""
+        """y plus the low-rank change of each row's loop."""
         scale = self.scale[loop_idx.clamp(max=len(self.scale) - 1)][:, None]
         return y + self.up(self.down(y) * scale)
 

@@ -8,7 +8,7 @@ from openmythos.ops.norm import rms_norm
 
 
 class RMSNorm(nn.Module):
-    """``weight * x / rms(x)``; cast back to the input's dtype before the weight.
+    """``weight * x / rms(x)``; the quotient is cast to the input's dtype before the product.
 
     Source: Zhang and Sennrich 2019 (arXiv 1910.07467), equation 4.
     """

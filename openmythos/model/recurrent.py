@@ -23,10 +23,10 @@ from openmythos.model.norm import RMSNorm
 
 @dataclass(frozen=True)
 class ModelOutput:
-    """What a forward returns.
+    """What a forward returns; ``h`` is the state after the last loop.
 
-    ``exit_weights`` is the halting head's distribution over loops, ``ponder_cost`` its cost; both
-    are None without a head. ``states`` (after each loop) are kept on request.
+    ``exit_weights`` is the halting head's distribution over the L loops, ``ponder_cost`` its cost;
+    both are None without a head. ``states`` are those after each loop, if they were asked for.
     """
 
     logits: Float[Tensor, "B T V"]
@@ -37,7 +37,7 @@ class ModelOutput:
 
 
 class RecurrentDepthLM(LoopedModel):
-    """A looped language model; the depth is an argument of the call, not of the weights."""
+    """A looped language model; the number of loops can be chosen in each call."""
 
     def __init__(self, config: ModelConfig, generator: torch.Generator | None = None) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class RecurrentDepthLM(LoopedModel):
         self.injection = make_injection(config)
         self.loop_embedding = make_loop_embedding(config)
         self.core = nn.ModuleList(Block(config, "core", i, p + i) for i in range(c))
-        # In a state dict the adapter's weights stand under its kind.
+        # The adapter's names in a state dict begin with its kind.
         adapter = config.loop_adapter
         self._adapter_name = "no_adapter" if adapter is None else adapter.kind
         self.add_module(self._adapter_name, make_loop_adapter(config))
@@ -70,7 +70,7 @@ class RecurrentDepthLM(LoopedModel):
 
     @property
     def loop_adapter(self) -> LoopAdapter:
-        """What each loop changes of the core's output."""
+        """The module that changes the core's output according to the loop."""
         adapter: LoopAdapter = getattr(self, self._adapter_name)
         return adapter
 
@@ -78,10 +78,10 @@ class RecurrentDepthLM(LoopedModel):
         """The context of a batch; the options are those of ``make_context``."""
         return make_context(self.config, tokens, dtype=self.embed.weight.dtype, **options)
 
-    # --- the waist -------------------------------------------------------------------------------
+    # --- the model's calls -----------------------------------------------------------------------
 
     def encode(self, tokens: Int[Tensor, "B T"], ctx: ForwardContext) -> Float[Tensor, "B T D"]:
-        """e: the prelude's output, as the injection adds it at every loop."""
+        """e: the prelude's output after the part of the injection that all loops share."""
         x = self.embed(tokens)
         if self.config.embed_scale != 1:
             x = x * self.config.embed_scale
@@ -95,7 +95,7 @@ class RecurrentDepthLM(LoopedModel):
         generator: torch.Generator | None = None,
         ctx: ForwardContext | None = None,
     ) -> Float[Tensor, "B T D"]:
-        """h_0. Noise depends on (seed, position), so give ``ctx`` unless positions are 0 .. T-1."""
+        """The initial state h_0. Random ones depend on positions: those of ``ctx``, or 0 .. T-1."""
         if ctx is None:
             positions = torch.arange(e.shape[1], device=e.device).expand(e.shape[:2])
         else:
@@ -109,7 +109,7 @@ class RecurrentDepthLM(LoopedModel):
         loop_idx: Int[Tensor, "B"],
         ctx: ForwardContext,
     ) -> Float[Tensor, "B T D"]:
-        """One loop. Rows may be at different loops; loops count from 0."""
+        """The state after one loop; rows may be at different loops, which count from 0."""
         y = self.injection(e, self.signal(h, loop_idx, ctx))
         for block in self.core:
             y = block(y, ctx, loop_idx)
@@ -117,7 +117,7 @@ class RecurrentDepthLM(LoopedModel):
         return self.loop_norm(self.injection(e, h, y))
 
     def decode(self, h: Float[Tensor, "B T D"], ctx: ForwardContext) -> Float[Tensor, "B T V"]:
-        """Logits of a state, whatever its loop."""
+        """The logits of a state after any number of loops, through readout, coda and head."""
         x = (
             self.final_norm(h)
             if self.config.readout == "final_norm"
@@ -142,15 +142,16 @@ class RecurrentDepthLM(LoopedModel):
 
         Args:
             tokens: Token ids.
-            num_loops: One depth for all rows, or one a row; default: the config's. Rows are aligned
-                at their last loop, so a shallow row waits and costs nothing.
-            grad_loops: Only the last loops get gradients (truncated back-propagation); None: all.
-            ctx: Of ``context``; default: one unpadded document a row.
-            generator: Seeds a random initial state.
-            keep_states: Return the state after every loop.
+            num_loops: One number for all rows, or one per row; default: the config's. Rows end at
+                the same time: a row with fewer loops waits before its first, uncomputed.
+            grad_loops: Number of last loops with gradients (gradient truncation); None: all.
+            ctx: The result of ``context``; default: one document per row, without padding.
+            generator: Gives the seed of a random initial state.
+            keep_states: Whether to return the state after every loop.
 
         Raises:
-            ValueError: A depth below 1, or what ``make_context`` refuses.
+            ValueError: A number of loops below 1 or above the cache's ``max_loops``, or an error of
+                ``make_context``.
         """
         depths = self._depths(len(tokens), num_loops)
         if grad_loops is not None:
@@ -189,7 +190,7 @@ class RecurrentDepthLM(LoopedModel):
     def signal(
         self, h: Float[Tensor, "B T D"], loop_idx: Int[Tensor, "B"], ctx: ForwardContext
     ) -> Float[Tensor, "B T D"]:
-        """h with its loop's signal, as a loop starts from it."""
+        """h plus the loop embedding, if there is one: the input of a loop."""
         return h if self.loop_embedding is None else self.loop_embedding(h, loop_idx, ctx.positions)
 
     def exit_prob(
@@ -199,13 +200,13 @@ class RecurrentDepthLM(LoopedModel):
         loop_idx: Int[Tensor, "B"],
         ctx: ForwardContext,
     ) -> Float[Tensor, "B T"]:
-        """What the halting head says of a loop, from whichever of its two states it reads."""
+        """The halting probability of a loop, from whichever of the two states the head reads."""
         assert self.halting is not None
         early = self.halting.reads_before
         return self.halting(self.signal(before, loop_idx, ctx) if early else after)
 
     def _depths(self, num_rows: int, num_loops: int | Int[Tensor, "B"] | None) -> list[int]:
-        """Every row's depth, on the host: the loop over depths must not wait for the device."""
+        """Every row's number of loops, on the host, so that the loop needs no device sync."""
         given = self.config.num_loops if num_loops is None else num_loops
         depths = given.tolist() if isinstance(given, Tensor) else [given] * num_rows
         if len(depths) != num_rows or not all(type(d) is int and d >= 1 for d in depths):
@@ -215,7 +216,7 @@ class RecurrentDepthLM(LoopedModel):
 
 
 class Embedding(nn.Embedding):
-    """The table of tokens, which is the head too where the two are tied."""
+    """The token embedding, which is also the head if the two are tied."""
 
     def forward(
         self,
@@ -223,7 +224,7 @@ class Embedding(nn.Embedding):
         *,
         states: Float[Tensor, "B T D"] | None = None,
     ) -> Float[Tensor, "B T _"]:
-        """Of one argument: vectors of tokens, or logits of states."""
+        """The embeddings of ``tokens`` or, as the tied head, the logits of ``states``."""
         if tokens is not None:
             return super().forward(tokens)
         assert states is not None
@@ -234,9 +235,10 @@ class Embedding(nn.Embedding):
 
 
 class _TiedHead(torch.autograd.Function):
-    """``x W^T`` whose gradient of W autograd can add the embedding's to in place.
+    """``x W^T`` with a contiguous gradient of W.
 
-    That of ``linear`` is a transposed view, and the sum would be one more tensor as large as W.
+    Autograd adds the embedding's gradient to it. It can do so in place, while the gradient of
+    ``linear`` is a transposed view, whose sum would be a new tensor as large as W.
     """
 
     @staticmethod

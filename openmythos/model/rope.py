@@ -1,7 +1,7 @@
-"""Rotary positions, in both pair conventions.
+"""Rotary position embeddings (RoPE), for both conventions of pairing channels.
 
-The angles are computed from the positions once a forward and shared by all layers and loops: no
-buffer, so no ``.to(dtype)`` can spoil them.
+The angles are computed from the positions once per forward and shared by all layers and loops. They
+are not a buffer, so that casting the model does not reduce their precision.
 
 Source: Su et al. 2021 (arXiv 2104.09864), equation 15.
 """
@@ -20,9 +20,9 @@ Rope = tuple[Float[Tensor, "B T 1 K"], Float[Tensor, "B T 1 K"]]
 def rope_frequencies(
     dim: int, config: RopeConfig, device: torch.device | None = None
 ) -> Float[Tensor, "K"]:
-    """Radians a position, ``theta^(-2j/dim)``, of each pair of channels; in fp64.
+    """Radians per position of each pair j of channels, ``theta^(-2j/dim)``, in fp64.
 
-    Source: the scaling is that of Llama 3.1, as transformers defines the rope type "llama3".
+    Source: for the scaling, Llama 3.1, as transformers implements the rope type "llama3".
     """
     exponents = torch.arange(0, dim, 2, dtype=torch.float64, device=device) / dim
     frequencies = config.theta**-exponents
@@ -37,9 +37,9 @@ def rope_frequencies(
 def rope_angles(
     positions: Int[Tensor, "B T"], dim: int, config: RopeConfig, dtype: torch.dtype
 ) -> Rope:
-    """Cosine and signed sine of ``position * frequency`` for the channels K, in fp32 or up.
+    """Cosine and signed sine of ``position * frequency`` for the K channels, in at least fp32.
 
-    Both channels of a pair have the same cosine; the first has the negative sine.
+    Both channels of a pair have the same cosine; the sine is negated for the first.
     """
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     frequencies = rope_frequencies(dim, config, positions.device).to(wide)
@@ -54,9 +54,9 @@ def apply_rope(x: Float[Tensor, "B T N K"], rope: Rope, *, interleaved: bool) ->
     """Rotate each pair of channels of ``x`` by its angle; computed in the angles' dtype."""
     cos, sin = rope
     wide = x.to(cos.dtype)
-    if interleaved and not torch.compiler.is_compiling():  # which does not know complex numbers
+    if interleaved and not torch.compiler.is_compiling():  # which has no complex numbers
         turn = torch.complex(cos[..., ::2], sin[..., 1::2])
-        # A pair is one complex number where it lies, unless odd widths stand before it.
+        # A pair can be viewed as a complex number if all strides and the offset are even.
         even = all(step % 2 == 0 for step in (*wide.stride()[:-1], wide.storage_offset()))
         wide = wide if even else wide.clone(memory_format=torch.contiguous_format)
         pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)))

@@ -1,1 +1,1 @@
-"""Numerical kernels: a plain reference and a fast path side by side."""
+"""Numerical kernels: each has a plain reference beside its fast path."""

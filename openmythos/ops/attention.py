@@ -1,4 +1,4 @@
-"""Scaled dot-product attention: the reference, the fast ways, and keys of a token's own."""
+"""Scaled dot-product attention: the reference, the fast paths, and depth attention."""
 
 from typing import Any
 
@@ -10,7 +10,8 @@ from torch.nn import functional
 from openmythos.ops.cpu import build as native
 from openmythos.ops.double_backward import differentiable_gradients
 
-MIN_LENGTH, MAX_LENGTH = 32, 1024  # tokens of our kernel: it keeps weights, their square in number
+# Sequence lengths that our CPU kernel takes. It stores the attention weights, T^2 numbers per head.
+MIN_LENGTH, MAX_LENGTH = 32, 1024
 
 
 def attention_reference(
@@ -40,12 +41,13 @@ def attention(
     mask: Float[Tensor, "B 1 T S"] | None,
     scale: float,
 ) -> Float[Tensor, "B H T W"]:
-    """As the reference, in one fused call; on a CPU in blocks, up to their length.
+    """As the reference, by a fused kernel: ours on CPUs for suitable shapes, else torch's.
 
-    ``mask`` hides later keys too: with as many queries as keys it has nothing above its diagonal.
-    Without a mask T must be 1 or S: torch aligns ``is_causal`` at the top left, which is wrong for
-    a chunk that follows a cache. One query is grouped by kv head: the heads of a group are the rows
-    of one small product. Narrow values are padded: torch's fast kernels want equal widths.
+    ``mask`` must be causal too: with T = S, everything above its diagonal is -inf. Without a mask T
+    must be 1 or S, because torch aligns ``is_causal`` at the top left, which is wrong for a chunk
+    after cached keys. For a single query, the heads that share a kv head are passed as its queries,
+    in one product. Values narrower than the keys are zero-padded, because torch's fast kernels need
+    equal widths.
     """
     num_q, num_k = q.shape[2], k.shape[2]
     if mask is None and num_q not in (1, num_k):
@@ -76,19 +78,18 @@ def packed_attention(
     longest: int,
     scale: float,
 ) -> Float[Tensor, "B H T W"]:
-    """Causal attention within documents, by the flash kernel of GPUs, in bf16 or fp16.
+    """Causal attention within documents, by torch's flash kernel on GPUs, in bf16 or fp16.
 
-    It is torch's own kernel for sequences of unequal length: nothing is computed between documents
-    and no mask is made. flex attention can do the same, but has to be compiled, and its block mask
-    is made anew for every batch.
+    The kernel takes sequences of unequal length: nothing is computed between documents, and no mask
+    is made. Flex attention can do the same, but needs compilation and a new block mask per batch.
 
     Args:
         q: Queries of packed rows without padding.
         k: Keys.
-        v: Values; narrow ones are padded, because the kernel wants equal widths.
-        spans: Where each document begins, and where the last one ends, in tokens of all rows.
-        longest: Tokens of the longest document.
-        scale: Of the scores.
+        v: Values; zero-padded if narrower than the keys, because the kernel needs equal widths.
+        spans: Offsets of the documents in the concatenated rows, and the end of the last one.
+        longest: Number of tokens of the longest document.
+        scale: Factor of the scores.
 
     Source: torch.nn.attention.varlen (torch 2.13).
     """
@@ -110,7 +111,7 @@ def packed_attention(
         window_size=(-1, 0),
         enable_gqa=True,
     )
-    assert isinstance(y, Tensor)  # and not its log-sum-exp as well
+    assert isinstance(y, Tensor)  # not a tuple with the log-sum-exp
     return y.unflatten(0, (q.shape[0], -1)).transpose(1, 2)[..., :width]
 
 
@@ -124,9 +125,10 @@ def depth_attention(
     own_v: Float[Tensor, "R B G T W"],
     visible: Bool[Tensor, "B R"],
 ) -> Float[Tensor, "B H T W"]:
-    """Attention over the sequence and R further keys of each token's own, in one softmax.
+    """Attention to the sequence and to R keys that belong to the querying token, in one softmax.
 
-    No fused kernel takes keys that belong to one query, so the products are written out.
+    ``visible`` says which of the R keys each row has. The products are written out, because no
+    fused kernel takes keys that belong to one query.
 
     Source: MoDA (arXiv 2603.15619): softmax([q K; q K_depth]) [V; V_depth].
     """
@@ -160,7 +162,7 @@ def _suits_blocks(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
 
 
 class _BlockAttention(torch.autograd.Function):
-    """Causal attention in blocks of queries; the result is [B, T, H, W]."""
+    """Our CPU kernel: causal attention in blocks of queries; the result is ``[B T H W]``."""
 
     @staticmethod
     def forward(
@@ -177,7 +179,7 @@ class _BlockAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, mask, weights = ctx.saved_tensors
-        if torch.is_grad_enabled():  # the gradient is to be differentiated again
+        if torch.is_grad_enabled():  # with create_graph, for second derivatives
             attend = lambda q, k, v: attention_reference(q, k, v, mask, ctx.scale)  # noqa: E731
             again = differentiable_gradients(ctx, attend, (q, k, v), grad.transpose(1, 2))
             return (*again, None, None)
@@ -188,5 +190,5 @@ class _BlockAttention(torch.autograd.Function):
 
 
 def _side_by_side(x: Tensor) -> Tensor:
-    """x, copied unless its channels are neighbours in memory."""
+    """x, copied unless its last dimension is contiguous."""
     return x if x.stride(-1) == 1 else x.contiguous()

@@ -5,13 +5,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 
-IGNORED = -100  # the target of a token that has no loss
+IGNORED = -100  # target of tokens without loss
 
 
 def cross_entropy_reference(
     logits: Float[Tensor, "... V"], targets: Int[Tensor, "..."]
 ) -> Float[Tensor, "..."]:
-    """Nats per token by the definition; 0 where the target is ignored."""
+    """Loss in nats per token, written out; 0 where the target is ``IGNORED``."""
     log_probs = logits.float().log_softmax(dim=-1)
     picked = log_probs.gather(-1, targets.clamp(min=0)[..., None])[..., 0]
     return -picked * (targets != IGNORED)
@@ -20,7 +20,7 @@ def cross_entropy_reference(
 def cross_entropy(
     logits: Float[Tensor, "... V"], targets: Int[Tensor, "..."], z_loss: float = 0.0
 ) -> Float[Tensor, "..."]:
-    """Nats per token, plus ``z_loss * logsumexp(logits)^2``; 0 where the target is ignored."""
+    """Loss in nats per token, plus ``z_loss * logsumexp(logits)^2``; 0 where ``IGNORED``."""
     wide = logits if logits.dtype == torch.float64 else logits.float()
     flat = wide.flatten(0, -2)
     loss = functional.cross_entropy(flat, targets.flatten(), reduction="none", ignore_index=IGNORED)

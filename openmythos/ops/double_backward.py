@@ -1,4 +1,4 @@
-"""Second derivatives of functions whose gradient is a kernel that autograd cannot follow."""
+"""Second derivatives for autograd Functions whose backward is a kernel without a derivative."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,10 +10,15 @@ from torch import Tensor
 def differentiable_gradients(
     ctx: Any, function: Callable[..., Tensor], inputs: Sequence[Tensor | None], grad: Tensor
 ) -> tuple[Tensor | None, ...]:
-    """The gradients of a function's inputs that can themselves be differentiated.
+    """The gradients of a Function's inputs, computed so that autograd can differentiate them again.
 
-    For the backward pass of a Function whose kernel cannot: ``function`` is made of torch's
-    operators.
+    Call it in ``backward`` instead of the kernel when the gradient needs a graph.
+
+    Args:
+        ctx: The Function's context.
+        function: The same function of ``inputs``, written in torch's operators.
+        inputs: The first inputs of the Function.
+        grad: The gradient of its output.
     """
     needs = ctx.needs_input_grad[: len(inputs)]
     pairs = zip(inputs, needs, strict=True)

@@ -1,6 +1,7 @@
-"""The experts' products: a loop over experts as reference, one grouped product as fast path.
+"""The routed experts' matrix products: a loop over experts as reference, grouped products.
 
-On a CPU the grouped kernel is a loop over all experts as well, and ``LoopedExperts`` is faster.
+On a CPU torch's grouped kernel is a loop over all experts; ``LoopedExperts`` is faster there.
+A pair below is a (token, slot) pair: slot k of a token is the k-th of its K chosen experts.
 """
 
 from collections.abc import Sequence
@@ -23,7 +24,7 @@ from openmythos.ops.swiglu import swiglu_backward, swiglu_forward
 def grouped_mm_reference(
     x: Float[Tensor, "M I"], weights: Float[Tensor, "E O I"], ends: Int[Tensor, "E"]
 ) -> Float[Tensor, "M O"]:
-    """Rows ``ends[e-1] .. ends[e]`` of x times the transposed weights of expert e."""
+    """Rows ``ends[e-1]:ends[e]`` of x times the transposed weights of expert e, for all e."""
     parts, start = [], 0
     for expert, end in enumerate(ends.tolist()):
         parts.append(x[start:end] @ weights[expert].T)
@@ -34,7 +35,7 @@ def grouped_mm_reference(
 def grouped_mm(
     x: Float[Tensor, "M I"], weights: Float[Tensor, "E O I"], ends: Int[Tensor, "E"]
 ) -> Float[Tensor, "M O"]:
-    """As the reference; one kernel where torch has one (not fp64, rows of whole 16 bytes)."""
+    """As the reference, by torch's kernel, except in fp64 or if rows are not 16-byte multiples."""
     if torch.compiler.is_compiling():
         return _opaque_grouped_mm(x, weights, ends)
     return _grouped_mm(x, weights, ends)
@@ -52,7 +53,7 @@ def _has_kernel(x: Tensor, weights: Tensor) -> bool:
     return x.dtype != torch.float64 and aligned
 
 
-# The compiler lowers grouped_mm in bf16 only; as an opaque operator it runs in every dtype.
+# torch.compile supports grouped_mm in bf16 only; as an opaque operator it works in every dtype.
 @torch.library.custom_op("openmythos::grouped_mm", mutates_args=())
 def _opaque_grouped_mm(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
     return _grouped_mm(x, weights, ends).clone()
@@ -67,7 +68,7 @@ def _fake_grouped_mm(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
 def _opaque_grouped_mm_backward(
     grad: Tensor, x: Tensor, weights: Tensor, ends: Tensor
 ) -> tuple[Tensor, Tensor]:
-    # Written out: autograd records nothing inside an opaque operator.
+    # The gradients are written out, because autograd does not record inside an opaque operator.
     grad_x = _grouped_mm(grad, weights.transpose(1, 2), ends).clone()
     if _has_kernel(x, weights):
         return grad_x, functional.grouped_mm(grad.T, x, offs=ends).clone()
@@ -97,15 +98,15 @@ _opaque_grouped_mm.register_autograd(_backward, setup_context=_keep_inputs)
 
 @dataclass(frozen=True)
 class Pairs:
-    """The (token, slot) pairs of a batch, sorted by expert: each expert's are one block."""
+    """The M pairs of a batch sorted by expert, so that each expert's pairs are one block."""
 
-    order: Int[Tensor, "M"]  # which pair stands at m, counted token by token
-    token: Int[Tensor, "M"]
-    ends: Int[Tensor, "E"]  # of the experts' blocks
+    order: Int[Tensor, "M"]  # the pair at place m, numbered token * K + slot
+    token: Int[Tensor, "M"]  # its token
+    ends: Int[Tensor, "E"]  # one past the last place of each expert's block
 
     @cached_property
     def blocks(self) -> list[tuple[int, slice]]:
-        """Each expert that has pairs, and where they are."""
+        """Each expert that has pairs, with the slice of its block."""
         bounds = pairwise([0, *self.ends.tolist()])
         return [(expert, slice(*pair)) for expert, pair in enumerate(bounds) if pair[0] < pair[1]]
 
@@ -113,23 +114,27 @@ class Pairs:
 def _sorted_pairs(
     expert: Int[Tensor, "N K"], counts: Int[Tensor, "E"]
 ) -> tuple[Int[Tensor, "M"], Int[Tensor, "M"], Int[Tensor, "E"]]:
-    """The fields of ``Pairs``, which the compiler does not know, from each token's experts."""
+    """The fields of ``Pairs``, from each token's experts and the number of pairs per expert.
+
+    A tuple, because torch.compile cannot trace ``Pairs``.
+    """
     order = expert.flatten().argsort(stable=True)
     return order, order // expert.shape[1], counts.cumsum(0)
 
 
 class LoopedExperts:
-    """The experts for every loop of one forward on a CPU.
+    """The routed experts for all loops of one forward, on a CPU.
 
-    An expert without rows costs nothing. The gradient of the weights is made once for all loops,
-    when the last of them has given its share: one product an expert over the rows of all loops,
-    written where it belongs, instead of one gradient as large as all experts a loop.
+    Experts without tokens cost nothing. The gradient of the weights is computed once per backward,
+    after the backward of all loops: one product per expert over the tokens of all loops, written
+    into one tensor. Autograd alone would make a tensor as large as all experts per loop.
     """
 
     def __init__(self, gate_up: Float[Tensor, "E _ D"], down: Float[Tensor, "E D F"]) -> None:
         self._weights = _LoopedWeights(gate_up.detach(), down.detach())
         wanted = torch.is_grad_enabled() and (gate_up.requires_grad or down.requires_grad)
-        # Every loop's result depends on it, so that its gradient comes after those of all loops.
+        # An input of every loop's Function: this autograd edge makes the backward of ``_Gradient``
+        # run after the backward of all loops.
         self._token = _Gradient.apply(gate_up, down, self._weights) if wanted else None
 
     def __call__(
@@ -142,7 +147,7 @@ class LoopedExperts:
         """As ``moe_experts``.
 
         Raises:
-            ValueError: Shapes that do not fit, or counts that are not those of the experts.
+            ValueError: Shapes that do not match, or counts whose sum is not the number of pairs.
         """
         width, num_pairs = self._weights.down.shape[1], int(counts.sum())
         fits = x.shape == (len(expert), width) and expert.shape == weight.shape
@@ -158,7 +163,7 @@ class LoopedExperts:
 
 
 class _LoopedWeights:
-    """The weights of all experts, and what the loops give to their gradient."""
+    """The weights of all experts, and what each loop's backward stores for their gradient."""
 
     def __init__(self, gate_up: Tensor, down: Tensor) -> None:
         self.gate_up, self.down = gate_up, down
@@ -166,15 +171,19 @@ class _LoopedWeights:
         self._backward_pass = -1
 
     def add_use(self, pairs: Pairs, x: Tensor, inner: Tensor, hidden: Tensor, y: Tensor) -> None:
-        """Keep x, hidden, and the gradients of what the weights made of them: inner and y."""
+        """Store one loop's inputs of both products and the gradients of their outputs.
+
+        ``x`` and ``hidden`` are the inputs of ``gate_up`` and ``down``; ``inner`` and ``y`` are the
+        gradients of the outputs.
+        """
         current = torch._C._current_graph_task_id()
-        if current != self._backward_pass:  # what an earlier one left has nothing to do with it
+        if current != self._backward_pass:  # drop what another backward pass has left
             self._uses.clear()
         self._backward_pass = current
         self._uses.append((pairs, x, inner, hidden, y))
 
     def gradients(self, *wanted: bool) -> tuple[Tensor | None, Tensor | None]:
-        """The gradients of both weights from the uses of this backward pass."""
+        """The wanted gradients of ``gate_up`` and ``down``, from all loops of this backward."""
         if not self._uses:
             raise RuntimeError("experts in another backward pass; set use_reentrant=False")
         pairs, x, inner, hidden, y = zip(*self._uses, strict=True)
@@ -187,7 +196,10 @@ class _LoopedWeights:
 
 
 class _Gradient(torch.autograd.Function):
-    """An empty number that stands for the weights; its gradient is theirs."""
+    """A scalar zero that depends on the weights in the autograd graph.
+
+    Its backward returns the weights' gradients, which the loops have stored in ``weights``.
+    """
 
     @staticmethod
     def forward(ctx: FunctionCtx, gate_up: Tensor, down: Tensor, weights: _LoopedWeights) -> Tensor:
@@ -201,6 +213,8 @@ class _Gradient(torch.autograd.Function):
 
 
 class _Experts(torch.autograd.Function):
+    """The experts of one loop; ``token`` is the scalar of ``_Gradient``."""
+
     @staticmethod
     def forward(
         ctx: FunctionCtx,
@@ -212,7 +226,7 @@ class _Experts(torch.autograd.Function):
     ) -> Tensor:
         inner = _multiply(x, pairs.token, weights.gate_up, pairs, transposed=True)
         hidden = swiglu_forward(inner, share, pairs.order)
-        # The weights as well, so that a change of them is noticed.
+        # The weights are saved too, so that autograd detects in-place changes of them.
         ctx.save_for_backward(x, share, inner, hidden, weights.gate_up, weights.down)
         ctx.weights, ctx.pairs = weights, pairs  # type: ignore[attr-defined]
         return _multiply_add(hidden, len(x), weights.down, pairs, transposed=True)
@@ -241,7 +255,7 @@ def _multiply(
     *,
     transposed: bool,
 ) -> Float[Tensor, "M _"]:
-    """Row ``source[m]`` of x times the weights W of m's expert: x W^T if transposed, else x W."""
+    """Row ``source[m]`` of x times the weights W of pair m's expert; ``transposed``: times W^T."""
     if _has_native(weights, x):
         kernel = torch.ops.openmythos_experts.multiply
         product: Tensor = kernel(x.contiguous(), source, weights, pairs.ends, transposed)
@@ -262,7 +276,7 @@ def _multiply_add(
     *,
     transposed: bool,
 ) -> Float[Tensor, "N _"]:
-    """As ``_multiply`` of all rows, summed over the pairs of each token."""
+    """As ``_multiply`` with row m for pair m, summed over the pairs of each token."""
     if _has_native(weights, x):
         kernel = torch.ops.openmythos_experts.multiply_add
         packed = x.contiguous()
@@ -283,7 +297,10 @@ def _outer_products(
     right: Sequence[Float[Tensor, "_ I"]],
     right_rows: Sequence[Int[Tensor, "_"]],
 ) -> Float[Tensor, "E O I"]:
-    """Each expert's sum of ``left^T right`` over its pairs in all loops, each at its rows."""
+    """Per expert, the sum of ``left^T right`` over its pairs in all loops.
+
+    ``left_rows`` and ``right_rows`` give the row of each pair, by loop.
+    """
     result = _lazy_zeros_like(weights)
     if _has_native(weights, *left, *right):
         ends = [each.ends for each in pairs]
@@ -302,19 +319,19 @@ def _outer_products(
 
 
 def _has_native(weights: Tensor, *tensors: Tensor) -> bool:
-    """Whether our kernel takes them: in whole tiles of the widest vectors."""
+    """Whether our kernel takes these tensors; it needs widths that are multiples of 32."""
     whole = weights.shape[1] % 32 == 0 and weights.shape[2] % 32 == 0 and weights.is_contiguous()
     return whole and native.takes("experts", weights, *tensors)
 
 
 def _lazy_zeros_like(tensor: Tensor) -> Tensor:
-    """Zeros that cost nothing until they are touched: the system makes their pages then."""
+    """Zeros whose memory the system allocates only when it is written."""
     zeros = torch.from_numpy(np.zeros(tensor.nbytes, dtype=np.uint8))
     return zeros.view(tensor.dtype).view(tensor.shape)
 
 
 class _Spread(torch.autograd.Function):
-    """Row ``token[m]`` of x for each pair m; ``place[n, k]`` is where token n's pair k went."""
+    """Row ``token[m]`` of x for each pair m; ``place[n, k]`` is the place of token n's pair k."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, token: Tensor, place: Tensor) -> Tensor:
@@ -328,9 +345,9 @@ class _Spread(torch.autograd.Function):
 
 
 class _Gather(torch.autograd.Function):
-    """Each token's sum over its pairs, in the order of its slots; the transpose of ``_Spread``.
+    """The sum over each token's pairs, always in the order of its slots; transpose of ``_Spread``.
 
-    index_add would add in any order on a GPU.
+    The order of additions of ``index_add`` is not deterministic on a GPU.
     """
 
     @staticmethod
@@ -351,9 +368,9 @@ def gathered_experts(
     gate_up: Float[Tensor, "E _ D"],
     down: Float[Tensor, "E D F"],
 ) -> Float[Tensor, "N D"]:
-    """As ``moe_experts`` for few tokens, each pair by itself: nothing is sorted.
+    """As ``moe_experts``, for few tokens: each pair is computed by itself, without sorting.
 
-    For the compiler only, which reads the chosen weights where they are; eager would copy them.
+    Only for compiled code, which reads the chosen experts' weights in place; eager would copy them.
     """
     gate, up = (gate_up[expert] * x[:, None, None, :]).sum(dim=-1).chunk(2, dim=-1)
     hidden = functional.silu(gate) * up * weight[..., None]
@@ -375,10 +392,17 @@ def moe_experts(
 ) -> Float[Tensor, "N D"]:
     """Sum over each token's K experts of ``weight * down(SiLU(gate x) * up x)``.
 
-    Tokens are sorted by expert once, so that each expert's rows are one block of a grouped product.
-    ``counts`` is the number of (token, slot) pairs of each expert.
+    Pairs are sorted by expert, so that each expert's rows are one block of a grouped product.
+
+    Args:
+        x: One row per token.
+        expert: The experts of each token.
+        weight: The weight of each expert's output.
+        counts: The number of pairs per expert.
+        gate_up: Gate and up projections of all experts, as one matrix per expert.
+        down: Down projections of all experts.
     """
-    if torch.is_autocast_enabled(x.device.type):  # the grouped kernel is unknown to autocast
+    if torch.is_autocast_enabled(x.device.type):  # autocast does not cast for the grouped kernel
         low = torch.get_autocast_dtype(x.device.type)
         x, weight, gate_up, down = (each.to(low) for each in (x, weight, gate_up, down))
     if _few(expert, gate_up):
@@ -387,7 +411,7 @@ def moe_experts(
     places = torch.empty_like(order)
     places[order] = torch.arange(len(order), device=order.device)
     place, ends = places.view(expert.shape), ends.to(torch.int32)
-    compiling = torch.compiler.is_compiling()  # the compiler fuses these two by itself
+    compiling = torch.compiler.is_compiling()  # the compiler fuses both indexings
     rows: Tensor = x[token] if compiling else _Spread.apply(x, token, place)
     gate, up = grouped_mm(rows, gate_up, ends).chunk(2, dim=-1)
     hidden = functional.silu(gate) * up * weight.flatten()[order, None]

@@ -1,6 +1,6 @@
-"""Root-mean-square normalisation: torch's operator, and on CPUs one pass each way.
+"""Root-mean-square normalisation: torch's operator, and on CPUs a fused forward and backward.
 
-Torch has no fused kernel for CPUs, and autograd would keep and pass twice as many tensors.
+Torch has no fused kernel for CPUs; autograd would store and read twice as many tensors.
 """
 
 from typing import Any
@@ -17,9 +17,9 @@ from openmythos.ops.double_backward import differentiable_gradients
 def rms_norm(
     x: Float[Tensor, "... C"], eps: float, weight: Float[Tensor, "C"] | None = None
 ) -> Float[Tensor, "... C"]:
-    """Scale the last dimension to unit mean square; statistics in at least fp32.
+    """``weight * x / rms(x)`` over the last dimension, computed in at least fp32.
 
-    A narrow x is cast back before the weight.
+    In half precision, the quotient is cast back to x's dtype before it is multiplied by the weight.
     """
     weight = None if weight is None else weight.to(x.dtype)
     if x.dtype not in (torch.float32, torch.float64):
@@ -46,7 +46,7 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, scale = ctx.saved_tensors
-        if torch.is_grad_enabled():  # the gradient is to be differentiated again
+        if torch.is_grad_enabled():  # with create_graph, for second derivatives
             norm = lambda x, w: functional.rms_norm(x, x.shape[-1:], w, ctx.eps)  # noqa: E731
             return (*differentiable_gradients(ctx, norm, (x, weight), grad), None)
         return (*rms_norm_backward(grad, x, weight, scale), None)

@@ -1,4 +1,4 @@
-"""SwiGLU's elementwise part: torch's operators, and on CPUs one pass each way."""
+"""SwiGLU's elementwise part: torch's operators, and on CPUs a fused forward and backward."""
 
 from typing import Any
 
@@ -12,13 +12,13 @@ from openmythos.ops.double_backward import differentiable_gradients
 
 
 def swiglu_reference(inner: Float[Tensor, "... _"]) -> Float[Tensor, "... F"]:
-    """``SiLU(gate) * up`` of the two halves of ``inner``."""
+    """``SiLU(gate) * up``, where gate and up are the two halves of ``inner``."""
     gate, up = inner.chunk(2, dim=-1)
     return functional.silu(gate) * up
 
 
 def swiglu(inner: Float[Tensor, "... _"]) -> Float[Tensor, "... F"]:
-    """As the reference."""
+    """As the reference, fused on CPUs."""
     if _takes(inner):
         hidden: Tensor = _SwiGLU.apply(inner)
         return hidden
@@ -34,7 +34,7 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor | None:
         (inner,) = ctx.saved_tensors
-        if torch.is_grad_enabled():  # the gradient is to be differentiated again
+        if torch.is_grad_enabled():  # with create_graph, for second derivatives
             return differentiable_gradients(ctx, swiglu_reference, (inner,), grad)[0]
         return swiglu_backward(grad, inner)[0]
 
@@ -44,9 +44,10 @@ def swiglu_forward(
     share: Float[Tensor, "N K"] | None = None,
     order: Int[Tensor, "M"] | None = None,
 ) -> Float[Tensor, "... F"]:
-    """``SiLU(gate) * up``, the halves of ``inner``.
+    """``SiLU(gate) * up``, where gate and up are the two halves of ``inner``.
 
-    With shares, row m of ``inner`` [M, 2 F] is also multiplied by entry ``order[m]`` of them.
+    With ``share``, the weights of the tokens' experts, row m of the result ``[M F]`` is also
+    multiplied by entry ``order[m]`` of it, counted as if flattened.
     """
     if _takes(inner, share):
         kernel = torch.ops.openmythos_fused.swiglu
@@ -63,7 +64,7 @@ def swiglu_backward(
     share: Float[Tensor, "N K"] | None = None,
     order: Int[Tensor, "M"] | None = None,
 ) -> tuple[Float[Tensor, "... _"], Float[Tensor, "N K"] | None]:
-    """The gradients of ``inner`` and of the shares."""
+    """The gradients of ``inner`` and of ``share``."""
     if _takes(inner, share) and native.takes("fused", grad):
         kernel = torch.ops.openmythos_fused.swiglu_backward
         packed = grad.contiguous(), inner.contiguous(), native.packed(share)

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from openmythos.config.schema import require
+from openmythos.model.attention import LatentExpansion
 from openmythos.model.feedforward import MoE
 from openmythos.model.loop_signal import LoopLinear
 
@@ -138,7 +139,9 @@ def make_optimizers(model: nn.Module, config: OptimizerConfig) -> list[torch.opt
         for name, param in module.named_parameters(recurse=False):
             if isinstance(module, nn.Embedding) or module is getattr(model, "head", None):
                 embeddings.append(param)
-            elif isinstance(module, LoopLinear | MoE) and not name.startswith("lora"):
+            elif isinstance(module, LoopLinear | LatentExpansion | MoE) and not name.startswith(
+                "lora"
+            ):
                 matrices.append(param)
             else:
                 rest.append(param)

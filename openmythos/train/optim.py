@@ -135,13 +135,12 @@ def make_optimizers(model: nn.Module, config: OptimizerConfig) -> list[torch.opt
     Decays, norms and biases never get weight decay. Each group keeps its rate as ``base_lr``.
     """
     matrices, embeddings, rest = [], [], []
+    owners = (LoopLinear, LatentExpansion, MoE)  # of the matrices that Muon trains
     for module in model.modules():
         for name, param in module.named_parameters(recurse=False):
             if isinstance(module, nn.Embedding) or module is getattr(model, "head", None):
                 embeddings.append(param)
-            elif isinstance(module, LoopLinear | LatentExpansion | MoE) and not name.startswith(
-                "lora"
-            ):
+            elif isinstance(module, owners) and not name.startswith("lora"):
                 matrices.append(param)
             else:
                 rest.append(param)

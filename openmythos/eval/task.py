@@ -1,8 +1,8 @@
-"""Tasks that ship with the project, and their scores without lm-evaluation-harness.
+"""The tasks that ship with the project, scored without lm-evaluation-harness.
 
 The task files in ``eval/tasks`` give the harness the same documents; both give the same numbers.
 
-Every task states what guessers reach that use no model: a score near one of them shows nothing.
+Every task has baselines, the scores of guessers that use no model: a score near one shows nothing.
 """
 
 import importlib.util

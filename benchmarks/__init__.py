@@ -1,1 +1,1 @@
-"""Measurements that are run by hand: ``make bench``."""
+"""Measurements that are run by hand, such as ``make bench``."""

@@ -1,7 +1,8 @@
-"""Expert load of the demo's act 1 with a mixture of experts in the core, by loops.
+"""Expert load by loop, of the demo's act 1 with a mixture of experts in the core.
 
-Trains with bias balancing and without, then counts the experts chosen on held-out text at every
-loop. 0 is perfect balance; experts - 1 is collapse onto one.
+Trains with and without bias balancing, then counts the chosen experts on held-out text at every
+loop. The measure, max load / mean load - 1, is 0 at perfect balance, and num_experts - 1 if one
+expert gets everything.
 
     python -m benchmarks.balance --seconds 120
 """
@@ -32,7 +33,7 @@ EXPERTS = (
     "model.core_feed_forward.num_experts=8",
     "model.core_feed_forward.num_experts_per_token=2",
     "model.core_feed_forward.d_expert=160",
-    "model.core_feed_forward.bias_loops=4",  # the mean depth; deeper loops share the last row
+    "model.core_feed_forward.bias_loops=4",  # the mean depth; later loops use the last row
 )
 
 

@@ -1,12 +1,12 @@
-"""Peak memory of loading a checkpoint of one gigabyte, for several names, files and dtypes.
+"""Peak memory of loading a checkpoint of one gigabyte, for several families, files and dtypes.
 
     .venv/bin/python -m benchmarks.load_memory
     .venv/bin/python -m benchmarks.load_memory --gigabytes 0.25 --only sharded
 
 Each checkpoint is written into a temporary folder and loaded in a fresh process, which reports its
-resident memory after the import, after a tiny checkpoint (what torch imports only when it is used),
-and at its peak. Pages of files that are mapped count as resident, so reading a file through a map
-can cost as much as a copy.
+resident memory after the import, after loading a tiny checkpoint (which makes torch import the rest
+of what it needs), and at its peak. Pages of memory-mapped files count as resident, so reading
+a mapped file can cost as much as a copy.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from openmythos.model.recurrent import RecurrentDepthLM
 
 GIGABYTE = 10**9
 NUM_SHARDS = 4
-TINY = "tiny"  # the folder of a checkpoint that is loaded first
+TINY = "tiny"  # folder of the tiny checkpoint that is loaded first
 LIMIT = 1.3  # of the weights, in the larger of the dtypes that are stored and asked for
 ORIGINAL = {
     "vocab_size": 32_000,
@@ -58,7 +58,7 @@ ORIGINAL = {
     "rope_theta": 10_000.0,
     "lora_rank": 8,
 }
-# name: (writer, what is stored, what is asked for; None is what is stored)
+# name: (writer, stored dtype, requested dtype; None: the stored one)
 CASES = {
     "ours, float32": ("ours", torch.float32, None),
     "ours, bfloat16": ("ours", torch.bfloat16, None),
@@ -74,13 +74,13 @@ CASES = {
 
 
 def resident(field: str) -> int:
-    """Bytes that the kernel counts for this process: VmRSS now, VmHWM at most."""
+    """This process' resident memory in bytes: field VmRSS is the current, VmHWM the peak."""
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
 def load(folder: str, dtype: str) -> None:
-    """In a fresh process: load and print what it took."""
+    """Load a checkpoint and print the memory that it took; runs in a fresh process."""
     imported = resident("VmRSS")
     load_pretrained(Path(folder).with_name(TINY))
     ready, started = resident("VmRSS"), time.perf_counter()
@@ -95,12 +95,12 @@ def load(folder: str, dtype: str) -> None:
 
 
 def filled(shapes: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Weights with memory of their own, from tensors that have none."""
+    """Weights in memory with the names and shapes of meta tensors."""
     return {name: torch.full(t.shape, 0.01, dtype=dtype) for name, t in shapes.items()}
 
 
 def our_config(num_layers: int) -> ModelConfig:
-    """A looped model of 12.6 million parameters a core layer."""
+    """A looped model with 12.6 million parameters per core layer."""
     return ModelConfig(
         vocab_size=32_000,
         d_model=1024,
@@ -114,7 +114,7 @@ def our_config(num_layers: int) -> ModelConfig:
 
 
 def grow(num_bytes: int, dtype: torch.dtype, original: bool) -> RecurrentDepthLM:
-    """The largest model that fits into so many bytes: more core layers, or more experts."""
+    """The largest model of at most ``num_bytes``, by core layers or (original) by experts."""
     number, step = (4, 4) if original else (1, 1)
     while True:
         fields = {**ORIGINAL, "n_experts": number + step}
@@ -150,7 +150,7 @@ def write(folder: Path, writer: str, dtype: torch.dtype, num_bytes: int) -> int:
 
 
 def write_shards(folder: Path, tensors: dict[str, Tensor], writer: str) -> None:
-    """As other programs write large models: numbered files and an index."""
+    """Write numbered files and an index, as other programs do for large models."""
     stem, suffix = ("model", "safetensors") if writer == "safetensors" else ("pytorch_model", "bin")
     places = {}
     for number in range(NUM_SHARDS):
@@ -163,7 +163,7 @@ def write_shards(folder: Path, tensors: dict[str, Tensor], writer: str) -> None:
 
 
 def measure(case: str, num_bytes: int, folder: Path) -> dict[str, float | str]:
-    """One case, in megabytes."""
+    """Measure one case, in megabytes."""
     writer, stored, wanted = CASES[case]
     on_disk = write(folder / "model", writer, stored, num_bytes)
     save_pretrained(

@@ -1,4 +1,4 @@
-"""Which matrix products a computation makes, and how fast this machine can do just those."""
+"""The matrix products of a computation, and the time that this machine takes for them alone."""
 
 import time
 from collections import Counter
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-POOL_BYTES = 1 << 25  # operands are cycled through, as a model cycles through its weights
+POOL_BYTES = 1 << 25  # operands are cycled through, so that they do not stay in the CPU's cache
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,9 @@ class Product:
 
 
 class ProductCounter(TorchDispatchMode):
-    """Counts the products under it; attention kernels count as the products they stand for.
+    """Counts the products in its context; an attention kernel counts as its two products.
 
-    A causal kernel needs half of its scores, so both of its products count as half.
+    A causal kernel computes half of the scores, so both of its products count half.
     """
 
     def __init__(self) -> None:
@@ -61,7 +61,7 @@ class ProductCounter(TorchDispatchMode):
         return function(*args, **kwargs)
 
     def _own(self, namespace: str, name: str, args: tuple) -> None:
-        """Our kernels: experts by their rows, attention as the products of causal halves."""
+        """Count our kernels: experts by their numbers of rows, attention as a causal kernel."""
         if namespace == "openmythos_attention":
             q, k, v = args[:3] if name == "forward" else args[1:4]
             for _ in range(1 if name == "forward" else 2):
@@ -70,7 +70,7 @@ class ProductCounter(TorchDispatchMode):
         weights = args[0] if name == "gradient" else args[2]
         uses = args[5] if name == "gradient" else [args[3]]
         outer, inner = weights.shape[1:]
-        ends = torch.stack(list(uses)).sum(dim=0).tolist()  # a gradient is of all loops' rows
+        ends = torch.stack(list(uses)).sum(dim=0).tolist()  # a gradient sums over all loops' rows
         for start, stop in zip([0, *ends], ends, strict=False):
             if stop == start:
                 continue
@@ -98,7 +98,7 @@ class ProductCounter(TorchDispatchMode):
 
 
 def count_products(run: Callable[[], object]) -> Counter[Product]:
-    """The products that ``run`` makes."""
+    """How often ``run`` makes each product."""
     with ProductCounter() as counter:
         run()
     return counter.counts
@@ -110,7 +110,7 @@ def seconds(product: Product) -> float:
     copies = max(1, min(64, POOL_BYTES // size))
     batch = () if product.batch == 1 else (product.batch,)
     left = [torch.randn(*batch, product.rows, product.inner) for _ in range(copies)]
-    # As weights are stored: [columns, inner], read transposed.
+    # Stored as weights are, [columns, inner], and read transposed.
     right = [torch.randn(*batch, product.columns, product.inner).mT for _ in range(copies)]
     times, index, start = [], 0, time.perf_counter()
     while len(times) < 5 or (time.perf_counter() - start < 0.05 and len(times) < 300):
@@ -123,7 +123,7 @@ def seconds(product: Product) -> float:
 
 
 def matmul_bound(run: Callable[[], object]) -> dict[str, float]:
-    """FLOPs of all products of ``run``, and the time of the products alone on this machine."""
+    """FLOPs of all products of ``run``, and the seconds that they take alone on this machine."""
     counts = count_products(run)
     flops = sum(product.flops * count for product, count in counts.items())
     total = sum(seconds(product) * count for product, count in counts.items())

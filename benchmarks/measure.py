@@ -1,4 +1,4 @@
-"""One measurement in one process: ``python -m benchmarks.measure CONFIG WHAT SIDE`` prints JSON."""
+"""One measurement per process: ``python -m benchmarks.measure CONFIG WHAT SIDE`` prints JSON."""
 
 import json
 import sys
@@ -49,7 +49,7 @@ Logits = Callable[[Tensor], Tensor]
 
 
 def agreement(name: str) -> dict[str, float]:
-    """Largest difference of the logits, with all loops forced and with the halting as it comes."""
+    """Largest difference of the logits, with all loops forced and with ordinary halting."""
     fields, length = CONFIGS[name]
     result = {}
     for label, bias in (("forced", ALL_LOOPS), ("halting", None)):
@@ -90,7 +90,7 @@ def passes(what: str, logits: Logits, model: torch.nn.Module, tokens: Tensor) ->
 
 @torch.no_grad()
 def decode_original(model: torch.nn.Module, tokens: Tensor, num_loops: int) -> dict[str, Any]:
-    """Greedy steps through its own cache."""
+    """Greedy decoding with the original's own cache."""
     cache: dict[str, dict[str, Tensor]] = {}
     logits = model(tokens, n_loops=num_loops, kv_cache=cache)
     start = time.perf_counter()
@@ -107,7 +107,7 @@ def decode_original(model: torch.nn.Module, tokens: Tensor, num_loops: int) -> d
 def decode_step_by_step(
     model: RecurrentDepthLM, tokens: Tensor, num_loops: int
 ) -> tuple[float, int]:
-    """The same greedy steps on the model itself, without an engine: seconds, bytes a token."""
+    """Greedy decoding with our model and cache but no engine: seconds, cache bytes per token."""
     rows = len(tokens)
     cache = KVCache(model.config, batch_size=rows, max_len=PROMPT + STEPS, max_loops=num_loops)
     logits = model(tokens, num_loops=num_loops, ctx=model.context(tokens, cache=cache)).logits
@@ -122,7 +122,7 @@ def decode_step_by_step(
 def decode_session(
     model: RecurrentDepthLM, tokens: Tensor, num_loops: int, *, compiled: bool
 ) -> float:
-    """Seconds of a session after the first new token of each row."""
+    """Seconds that a session takes after the first new token of each row."""
     rows, length = len(tokens), PROMPT + STEPS
     session = Session(
         model, batch_size=rows, max_loops=num_loops, max_len=length, compiled=compiled
@@ -141,8 +141,8 @@ def decode_session(
 
 
 def decode_ours(model: RecurrentDepthLM, tokens: Tensor, num_loops: int) -> dict[str, Any]:
-    """Through the engine's session, from the first new token on: compiled, and eagerly."""
-    decode_session(model, tokens, num_loops, compiled=True)  # waits for the compiler
+    """Greedy decoding with the engine's session, after the first new token: compiled and eager."""
+    decode_session(model, tokens, num_loops, compiled=True)  # warm-up: compiles
     spent = decode_session(model, tokens, num_loops, compiled=True)
     eager = decode_session(model, tokens, num_loops, compiled=False)
     model_only, num_bytes = decode_step_by_step(model, tokens, num_loops)
@@ -156,7 +156,7 @@ def decode_ours(model: RecurrentDepthLM, tokens: Tensor, num_loops: int) -> dict
 
 
 def measure(name: str, what: str, side: str) -> dict[str, Any]:
-    """The measurement; ``side`` bound gives the time of our matrix products alone."""
+    """Measure one side; side "bound" is the time of our matrix products alone."""
     fields, length = CONFIGS[name]
     num_loops = fields["max_loop_iters"]
     original, ours = make_pair(fields, ALL_LOOPS)

@@ -17,18 +17,18 @@ from openmythos.model.recurrent import RecurrentDepthLM
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / ".bench" / "open_mythos" / "main.py"
 INSTALL = ".venv/bin/python -m pip install --no-deps --target .bench open-mythos==0.5.0"
-ALL_LOOPS = -20.0  # a halting bias with which no token ever halts
+ALL_LOOPS = -20.0  # a halting bias at which no token ever halts
 
 
 def original_module() -> ModuleType:
-    """Its ``main.py``, loaded by its path: the package itself imports transformers."""
+    """The original's ``main.py``, loaded by path because the package imports transformers."""
     if not SOURCE.is_file():
         raise SystemExit(f"error: the original is not installed; run: {INSTALL}")
     spec = importlib.util.spec_from_file_location("open_mythos_main", SOURCE)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # its dataclass looks itself up
+    sys.modules[spec.name] = module  # its dataclass needs this
     spec.loader.exec_module(module)
     return module
 

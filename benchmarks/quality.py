@@ -2,7 +2,7 @@
 
 Same text, tokenizer, windows, machine and seconds; comparable numbers of parameters. The original
 is trained with its own script's recipe (AdamW, weight decay 0.1 on everything, warm-up, cosine) at
-two learning rates, and the better one counts. Run alone on an idle machine:
+two learning rates, of which the better one counts. Run it on an otherwise idle machine:
 
     python -m benchmarks.quality --seconds 120
 """
@@ -36,7 +36,7 @@ WARMUP = 0.05  # share of the run; the original's script warms up over 2,000 of 
 def train_original(
     data: Path, seconds: float, learning_rate: float, seed: int
 ) -> dict[str, object]:
-    """Train the original for so many seconds and measure it at every number of loops."""
+    """Train the original for ``seconds`` and measure it at every number of loops."""
     torch.manual_seed(seed)
     settings = text_config(seed, seconds)
     size, seq_len = settings.train.batch_size, settings.data.seq_len
@@ -86,7 +86,7 @@ def train_original(
 
 
 def held_out(model: torch.nn.Module, loader: TokenLoader, num_loops: int) -> float:
-    """Bits per byte of the validation text; the original knows no documents, so it sees across."""
+    """Bits per byte of the validation text; the original attends across document boundaries."""
     nats, num_bytes = 0.0, 0
     with inference(model):
         for batch in loader.validation_batches():
@@ -100,7 +100,7 @@ def held_out(model: torch.nn.Module, loader: TokenLoader, num_loops: int) -> flo
 
 
 def train_ours(folder: Path, data: Path, seconds: float, seed: int) -> dict[str, object]:
-    """The demo's act 1 through the command line; evaluated by `openmythos eval`."""
+    """Train the demo's act 1 from the command line, and evaluate it with `openmythos eval`."""
     config = to_dict(text_config(seed, seconds))
     config["data"]["source"] = str(data)
     config["train"]["eval_loops"] = [1]
@@ -130,7 +130,7 @@ def train_ours(folder: Path, data: Path, seconds: float, seed: int) -> dict[str,
 
 
 def main() -> None:
-    """Prepare once, train one after the other, each in a process of its own, and print."""
+    """Prepare the data, train the models one by one, each in its own process, and print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=120.0)
     parser.add_argument("--seed", type=int, default=0)

@@ -1,12 +1,12 @@
-"""Speed against the original OpenMythos, on equal weights and equal work: all loops are run.
+"""Speed against the original OpenMythos with equal weights and equal work: all loops are run.
 
     python -m benchmarks.speed [--configs B,C] [--measures forward,train,decode1,decode8]
                                [--repeats 3] [--json]
 
-Every timing has a process of its own with one thread; the two sides alternate. Our decoding is
-compiled (``Session(compiled=True)``) and the time to compile is left out; the original has no
-compiled path. In brackets: our session without the compiler. The bound is the
-time of our matrix products alone, measured in the same run: no program with them is faster.
+Every timing runs in its own process with one thread; the two sides alternate. Our decoding is
+compiled (``Session(compiled=True)``), without the time to compile; the original has no compiled
+path. In brackets: our session without the compiler. The bound is the time of our matrix products
+alone as torch computes them, measured in the same run.
 """
 
 import argparse
@@ -39,7 +39,7 @@ def run_child(config: str, what: str, side: str) -> dict[str, Any]:
 
 
 def compare(config: str, what: str, repeats: int) -> dict[str, Any]:
-    """Medians over the repeats, original and ours in turn."""
+    """Medians over ``repeats``; original and ours alternate."""
     found: dict[str, list[dict[str, Any]]] = {"original": [], "ours": []}
     for _ in range(repeats):
         for side, results in found.items():
@@ -109,7 +109,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    original_module()  # says how to install it, before any work
+    original_module()  # fails early, with advice, if it is not installed
     configs, measures = options.configs.split(","), options.measures.split(",")
     agreements = {config: run_child(config, "agreement", "both") for config in configs}
     for config, found in agreements.items():

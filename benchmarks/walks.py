@@ -1,7 +1,7 @@
 """How reliably the demo's act 2 learns: the same recipe from several seeds.
 
-Each run trains as the demo does, one thread beside one other run, with its own graph, weights and
-order; the table is accuracy on held-out walks.
+Each run trains as the demo does, with one thread while one other run uses the second core. The seed
+decides its graph, weights and order. The table shows accuracy on held-out walks.
 
     python -m benchmarks.walks --seeds 0 1 2 3 4 5
 """
@@ -32,7 +32,7 @@ CELLS = ((8, 2), (8, 8), (8, 16), (10, 2), (10, 5), (10, 8), (10, 16), (12, 8)) 
 
 
 def train(seed: int, seconds: float, folder: Path) -> dict[str, Any]:
-    """One run in a process of its own: its steps, when it reached the last stage, its accuracy."""
+    """One run in its own process: steps, the step at which the last stage began, accuracy."""
     out, start = folder / str(seed), folder / f"{seed}.json"
     write_json(start, to_dict(hops_config(seed, seconds)))
     command = [sys.executable, "-m", "openmythos", "train", "--config", str(start)]

@@ -1,1 +1,1 @@
-"""One folder a claim: the question, one script, what was expected, what came out."""
+"""One folder per claim: the question, one script, the expected and the measured numbers."""

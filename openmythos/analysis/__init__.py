@@ -1,1 +1,1 @@
-"""What loops do: traces of the state, pictures, and the demo's report."""
+"""What loops do to the state: traces and their pictures."""

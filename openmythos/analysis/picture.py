@@ -1,7 +1,7 @@
-"""The style that all pictures share, and those of a trace; matplotlib is loaded on first use.
+"""The style that all pictures share, and the pictures of a trace; matplotlib is loaded on use.
 
-Blue is what was measured at a chosen depth, orange is the depth that the model chose, grey is
-context. Every picture reads in grey print and by colour-blind people.
+Blue is what was measured at a given depth, orange the depth that the model chose, grey is context.
+Pictures stay readable in greyscale and for colour-blind readers.
 """
 
 from __future__ import annotations
@@ -50,10 +50,10 @@ DPI = 200
 
 
 def require_matplotlib() -> None:
-    """Fail now rather than after minutes of training.
+    """Check that matplotlib is installed, to fail early rather than after minutes of training.
 
     Raises:
-        ValueError: matplotlib is not installed.
+        ValueError: It is not installed.
     """
     try:
         import matplotlib.figure  # noqa: F401
@@ -69,7 +69,7 @@ OFF: dict[str, Any] = {"textcoords": "offset points", "annotation_clip": False}
 
 
 def styled() -> Any:
-    """The context in which a picture is made and saved."""
+    """The matplotlib style context in which pictures are made and saved."""
     require_matplotlib()
     import matplotlib
 
@@ -77,7 +77,7 @@ def styled() -> Any:
 
 
 def figure_of(width: float, height: float) -> Figure:
-    """An empty picture; sizes in inches."""
+    """An empty picture of this size in inches."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), dpi=DPI)
@@ -90,7 +90,7 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def to_svg(figure: Figure) -> str:
-    """The picture as SVG text, without ground and date."""
+    """The picture as SVG text, with a transparent background and no date."""
     buffer = io.StringIO()
     with styled():
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
@@ -103,15 +103,15 @@ ENDS = (("left", 1), ("right", 1), ("left", -1), ("right", -1))
 
 
 def label_place(curve: Mapping[int, float], loops: int, flat: float) -> tuple[int, int]:
-    """Beside which side of its point a value is written.
+    """On which side of a point its label hides no part of the curve.
 
     Args:
-        curve: Values by loops.
-        loops: The point.
-        flat: Changes up to this do not get in the way.
+        curve: Values by number of loops.
+        loops: The number of loops of the point.
+        flat: Changes of the value up to this one count as level.
 
     Returns:
-        -1, 0, 1 for left, centred, right; and 1 or -1 for above or under.
+        -1, 0 or 1 for left, centred or right; and 1 or -1 for above or below.
     """
     keys, value = sorted(curve), curve[loops]
     i = keys.index(loops)
@@ -123,15 +123,15 @@ def label_place(curve: Mapping[int, float], loops: int, flat: float) -> tuple[in
 
 
 def roomiest_end(values: Sequence[float], height: float, lift: float) -> tuple[str, int]:
-    """The end of a level line that leaves its name most room.
+    """The end of a horizontal line at which its label has most room.
 
     Args:
         values: The data in the same picture, from left to right.
-        height: Of the line.
-        lift: Distance of the name from the line, in the data's unit.
+        height: Height of the line, in the data's unit.
+        lift: Distance of the label from the line, in the data's unit.
 
     Returns:
-        "left" or "right", and 1 or -1 for above or under the line.
+        "left" or "right", and 1 or -1 for above or below the line.
     """
     half = len(values) // 2
 
@@ -146,7 +146,7 @@ def roomiest_end(values: Sequence[float], height: float, lift: float) -> tuple[s
 
 
 def trace_curves(trace: LoopTrace) -> Figure:
-    """State norm, relative step, step ratio beside rho(A), token correlation; all over loops."""
+    """State norm, relative step, step ratio with rho(A), and token correlation, over loops."""
     with styled():
         figure = figure_of(5.8, 4.3)
         panels = figure.subplots(2, 2)
@@ -164,7 +164,7 @@ def trace_curves(trace: LoopTrace) -> Figure:
         _note(below, 1.0, "1: no shrinking", MUTED, known)
         if trace.rho is not None:
             below.axhline(trace.rho, color=INK, linewidth=1.2, linestyle=(0, (4, 3)))
-            taken = [1.1, *known, 1.1]  # the other name stands above 1
+            taken = [1.1, *known, 1.1]  # the label of the other line is drawn above 1
             _note(below, trace.rho, f"rho(A) {trace.rho:.2f}, A alone", INK, taken)
         alike.set_ylim(min(0.0, *trace.token_correlation) - 0.02, 1.15)
         alike.axhline(1.0, color=MUTED, linewidth=1)
@@ -175,7 +175,7 @@ def trace_curves(trace: LoopTrace) -> Figure:
 
 
 def _note(axes: Axes, height: float, text: str, colour: str, values: Sequence[float]) -> None:
-    """A level line's name, where the values leave most room."""
+    """Label a horizontal line where the values leave most room."""
     side, up = roomiest_end(values, height, lift=0.08 * axes.get_ylim()[1])
     place, offset = (0.02 if side == "left" else 0.98, height), (0, 3 if up > 0 else -10)
     style: dict[str, Any] = {"color": colour, "fontsize": 8.5, "ha": side, "zorder": 1, **OFF}

@@ -1,4 +1,4 @@
-"""What the state does from loop to loop: its size, its steps, and whether tokens become alike."""
+"""How the state changes from loop to loop: its norm, its steps, whether tokens become alike."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -16,21 +16,21 @@ _TINY = 1e-30
 
 @dataclass(frozen=True, kw_only=True)
 class LoopTrace:
-    """Means over tokens, one entry a loop, from loop 1 on.
+    """Means over tokens; each tuple has one entry per loop.
 
     rho(A) < 1 is a property of A only: whether the state converges is read from ``step_ratio``.
 
     Attributes:
-        num_tokens: Tokens averaged over.
+        num_tokens: Number of tokens averaged over.
         initial_norm: |h_0|.
-        state_norm: |h_t|, raw.
+        state_norm: |h_t|, the Euclidean norm.
         step_norm: |h_t - h_{t-1}|.
         relative_step: |h_t - h_{t-1}| / |h_t|.
-        step_ratio: ``step_norm`` of this loop over that of the loop before; None where there is
-            none. Below 1 the steps shrink.
-        token_correlation: Cosine of two tokens of a row, mean over all pairs, each state centred
-            over its features; 1 means that all tokens have become the same.
-        rho: The largest entry of A; None if the injection has no A.
+        step_ratio: ``step_norm`` of this loop divided by that of the loop before; None where it is
+            not defined. Below 1 the steps shrink.
+        token_correlation: Cosine similarity of two tokens of a row, each state centred over its
+            features, mean over all pairs; 1 means that all tokens are the same.
+        rho: The largest entry of the diagonal A; None if the injection has no A.
     """
 
     num_tokens: int
@@ -44,11 +44,11 @@ class LoopTrace:
 
     @property
     def num_loops(self) -> int:
-        """Loops traced."""
+        """Number of loops traced."""
         return len(self.state_norm)
 
     def to_dict(self) -> dict[str, Any]:
-        """Ready for JSON."""
+        """The trace, ready for JSON."""
         return asdict(self)
 
 
@@ -68,14 +68,15 @@ def trace_loops(
         model: Any recurrent-depth model.
         tokens: Token ids.
         num_loops: Loops to run; more than the model was trained with is fine.
-        ctx: Of ``model.context``; default: one document a row, ``valid`` being its padding mask.
+        ctx: A context of ``model.context`` without a cache; default: one document per row, with
+            ``valid`` as its padding mask.
         valid: True at the tokens to average over; default: all.
-        generator: Seeds a random initial state.
+        generator: Source of random initial states.
 
     Raises:
-        ValueError: ``num_loops`` below 1, no valid token, or a context with a cache.
+        ValueError: ``num_loops`` is below 1, no token is valid, or the context has a cache.
 
-    Source: token correlation: Huginn (arXiv 2502.05171), section 4.3.
+    Source: Huginn (arXiv 2502.05171), section 4.3, for token correlation.
     """
     if num_loops < 1:
         raise ValueError(f"num_loops is {num_loops}; it must be at least 1")
@@ -112,12 +113,12 @@ def trace_loops(
 
 
 def token_correlation(h: Float[Tensor, "B T D"], valid: Bool[Tensor, "B T"]) -> float:
-    """Mean cosine over all pairs of different valid tokens of a row; 0 if there is no pair."""
+    """Mean cosine similarity over all pairs of valid tokens in a row; 0 if there is no pair."""
     wide = h.float()
     centred = wide - wide.mean(dim=-1, keepdim=True)
     units = centred / centred.norm(dim=-1, keepdim=True).clamp(min=_TINY)
     units = units.masked_fill(~valid[..., None], 0.0)
-    # The sum over all ordered pairs is |sum of units|^2 less each token's product with itself.
+    # The sum over ordered pairs is |sum of unit vectors|^2 minus each token's product with itself.
     with_itself = units.square().sum(dim=(1, 2))
     sums = units.sum(dim=1).square().sum(dim=-1) - with_itself
     counts = valid.sum(dim=1)

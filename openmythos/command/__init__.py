@@ -1,1 +1,1 @@
-"""The bodies of the command line: one module a group, heavy imports inside the functions."""
+"""The commands: one module per command; heavy imports stand inside the functions."""

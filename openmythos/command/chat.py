@@ -1,4 +1,4 @@
-"""Talk to a model, each token coloured by the loops it took."""
+"""``openmythos chat``: talk to a model, each token coloured by the loops it took."""
 
 from typing import TYPE_CHECKING
 
@@ -87,12 +87,12 @@ def chat(
             console.print(coloured(answer.push(new.token), loops, deepest), end="", soft_wrap=True)
             ended = new.finish_reason == "stop"
         console.print(coloured(answer.finish(), loops, deepest), soft_wrap=True)
-        # After an end of text the model has only ever seen the beginning of another one.
+        # In training, an eos is always followed by the bos of another document.
         prefix = [tokenizer.bos_id] if ended else []
 
 
 def ask(console: Console) -> str | None:
-    """The next line of the user; None at the end of input."""
+    """The user's next line; None at the end of input."""
     try:
         return console.input("[bold cyan]> [/]")
     except EOFError:
@@ -100,7 +100,7 @@ def ask(console: Console) -> str | None:
 
 
 def read_depth(console: Console, line: str, depth: int, deepest: int) -> int:
-    """The depth after a command of the user."""
+    """The number of loops after a user's command that may change it."""
     words = line.split()
     number = int(words[1]) if len(words) == 2 and words[1].isdigit() else 0
     if words[0] == "/loops" and 1 <= number <= deepest:

@@ -1,4 +1,4 @@
-"""``openmythos convert``: a checkpoint under another family's names."""
+"""``openmythos convert``: write a checkpoint under another family's names."""
 
 from typing import TYPE_CHECKING, Annotated
 
@@ -35,10 +35,10 @@ def convert(
 
 
 def family_named(name: str) -> "Family":
-    """The family with this word for ``--to``, which is its name in small letters.
+    """The family that ``--to`` names, in lower case.
 
     Raises:
-        ValueError: There is none; names the others.
+        ValueError: There is none; lists the known ones.
     """
     from openmythos.interop.export import FAMILY
     from openmythos.interop.loading import FAMILIES
@@ -46,7 +46,7 @@ def family_named(name: str) -> "Family":
     words = {
         family.name.lower().removeprefix("the ").replace(" ", "-"): family
         for family in FAMILIES
-        if family is not FAMILY  # a folder with code: that is export's
+        if family is not FAMILY  # written by the export command instead
     }
     if name not in words:
         raise ValueError(f"--to is {name!r}; allowed: openmythos, {', '.join(words)}")

@@ -1,4 +1,4 @@
-"""Decoding from the command line, for generate and chat: options, the model, coloured text."""
+"""What generate and chat share: decoding options, loading the model, coloured text."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -43,12 +43,12 @@ TopP = Annotated[float | None, typer.Option(help="Keep the fewest tokens of this
 def decoding_of(
     exit_rule: str, cache_layout: str, overrides: list[str]
 ) -> tuple["Rule", "CacheLayout"]:
-    """The exit rule and the cache layout of the command line, by kind.
+    """The exit rule and the cache layout for these kinds and overrides.
 
-    Their fields come as ``exit_rule.FIELD=VALUE`` and ``cache_layout.FIELD=VALUE``.
+    Overrides have the forms ``exit_rule.FIELD=VALUE`` and ``cache_layout.FIELD=VALUE``.
 
     Raises:
-        ValueError: An unknown kind, field or value.
+        ValueError: A kind or field is unknown, or a value is not allowed.
     """
     from openmythos.config.schema import from_dict, require
     from openmythos.model.cache import EveryK, FirstLoop, LastLoop, PerLoop
@@ -98,12 +98,12 @@ def load(checkpoint: Path, device: str) -> tuple["RecurrentDepthLM", "Tokenizer"
 
 
 def coloured(pieces: "Iterable[TextPiece]", loops: Sequence[int], most: int) -> Text:
-    """Text on the colours of the loops that it took.
+    """Text whose background colours show the loops that each piece took.
 
     Args:
-        pieces: Of a ``TextStream``.
-        loops: Of each token that the stream was given.
-        most: Loops at the top of the colour scale.
+        pieces: The pieces of a ``TextStream``.
+        loops: Loops of each token that the stream was given.
+        most: Number of loops at the top of the colour scale.
     """
     from openmythos.report.page import Piece, Sample, render_sample
 

@@ -20,7 +20,7 @@ from openmythos.config.schema import require
 if TYPE_CHECKING:
     from openmythos.train.recipe import RunConfig
 
-TRIM_THRESHOLD, MMAP_MAX = -1, -4  # numbers of mallopt's parameters in malloc.h
+TRIM_THRESHOLD, MMAP_MAX = -1, -4  # mallopt's parameter numbers, from malloc.h
 
 
 def demo(
@@ -48,8 +48,8 @@ def demo(
     from openmythos.demo.walks import act_hops
     from openmythos.train.loop import TrainingStopped
 
-    require_matplotlib()  # now, not after the training
-    keep_freed_memory()  # the models are small, the minutes short
+    require_matplotlib()  # fail before the training rather than after it
+    keep_freed_memory()  # faster steps; the models are small enough
     started = time.perf_counter()
     console = Console(highlight=False)
     folder = free_folder(out)
@@ -88,7 +88,7 @@ def configs(
     """Both acts' configurations, with overrides like ``text.model.num_loops=4`` applied.
 
     Raises:
-        ValueError: An unknown field or a bad value.
+        ValueError: A field is unknown, or a value is not allowed.
     """
     from openmythos.config.schema import apply_overrides
     from openmythos.demo.text import text_config
@@ -109,10 +109,10 @@ def configs(
 
 
 def free_folder(out: Path | None) -> Path:
-    """The folder to write: the one given, if it is empty, or the first free runs/demo.
+    """The folder to write: ``out``, or by default the first free one of runs/demo, runs/demo-2 ...
 
     Raises:
-        ValueError: The folder holds something.
+        ValueError: ``out`` is not empty.
     """
     if out is not None:
         if out.exists() and any(out.iterdir()):
@@ -125,11 +125,12 @@ def free_folder(out: Path | None) -> Path:
 
 
 def keep_freed_memory() -> bool:
-    """Let this process keep what it frees for its next step; False where that is not glibc.
+    """Make malloc keep freed memory for reuse; returns False if the C library is not glibc.
 
-    By default large tensors come fresh from the system at every step, page by page, which costs
-    a tenth of a small model's step on a CPU. The price is a peak of memory that is about 40 %
-    higher, and it holds for the whole process: a program asks for it, not the training loop.
+    By default glibc returns the memory of large tensors to the system, and every step faults the
+    pages in again, which costs a tenth of a small model's step on a CPU. Keeping it raises the peak
+    of memory by about 40 %. The setting holds for the whole process, so the program decides, not
+    the training loop.
     """
     if sys.platform != "linux":
         return False

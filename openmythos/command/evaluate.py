@@ -75,7 +75,7 @@ def evaluate(
     if out is not None:
         from openmythos.analysis.picture import require_matplotlib
 
-        require_matplotlib()  # now, not after the scores
+        require_matplotlib()  # fail before the evaluation rather than after it
     from openmythos.config.counts import count
     from openmythos.interop.hub import local_folder
 
@@ -120,7 +120,7 @@ def held_out(
     max_batches: int | None,
     device: str,
 ) -> "tuple[list[ScoreCurve], ModelConfig]":
-    """Bits per byte of the validation split, every token once."""
+    """Bits per byte of the validation split by number of loops, and the model's config."""
     from openmythos import load_pretrained
     from openmythos.data.loader import TokenLoader
     from openmythos.eval.score import Measured, Score, sweep
@@ -148,10 +148,10 @@ def held_out(
 
 
 def run_data(checkpoint: Path) -> Path:
-    """The prepared data of the run that a checkpoint belongs to.
+    """The folder of prepared data of the run that a checkpoint belongs to.
 
     Raises:
-        ValueError: It is not known.
+        ValueError: There is no prepared data at the places where a run keeps it.
     """
     run = checkpoint.parent.parent
     places = [run / "data"]
@@ -174,7 +174,7 @@ def on_tasks(
     seed: int,
     device: str,
 ) -> "tuple[list[ScoreCurve], ModelConfig]":
-    """Every task at every depth; all tasks are found before the first is asked."""
+    """Every task at every depth, and the model's config; all tasks are loaded before any runs."""
     from openmythos import load_pretrained
     from openmythos.eval.score import sweep
     from openmythos.eval.scoring import Scorer
@@ -218,10 +218,10 @@ def on_tasks(
 
 
 def codec_of(folder: Path) -> "tuple[Codec, Walks | None]":
-    """A checkpoint's tokenizer; or the words and walks of the run on walks that it belongs to.
+    """A checkpoint's tokenizer; for a run on walks, the codec of walks and the walks.
 
     Raises:
-        ValueError: It has neither.
+        ValueError: The checkpoint has no tokenizer and does not belong to a run on walks.
     """
     from openmythos.config.schema import from_dict
     from openmythos.eval.walk import WalkCodec
@@ -242,7 +242,7 @@ def codec_of(folder: Path) -> "tuple[Codec, Walks | None]":
 
 
 def _run_field(run: Path, part: str, name: str) -> Any:
-    """A field of a run's config.json; None where there is none."""
+    """The field ``part.name`` of a run's config.json; None if it is missing."""
     if not (run / "config.json").is_file():
         return None
     stored = json.loads((run / "config.json").read_text(encoding="utf-8"))
@@ -251,7 +251,7 @@ def _run_field(run: Path, part: str, name: str) -> Any:
 
 
 def versions() -> dict[str, str]:
-    """What the scores depend on besides the weights."""
+    """The versions of software that the scores depend on."""
     import importlib.metadata
     import importlib.util
 
@@ -270,7 +270,7 @@ def versions() -> dict[str, str]:
 
 
 def write_results(report: dict[str, Any], curves: "Sequence[ScoreCurve]", out: Path) -> None:
-    """The numbers and their picture."""
+    """Write ``results.json`` and ``scores.png``."""
     from openmythos.eval.picture import plot_score_curves
 
     write_json(out / RESULTS_FILE, report)
@@ -278,7 +278,7 @@ def write_results(report: dict[str, Any], curves: "Sequence[ScoreCurve]", out: P
 
 
 def show(curves: "Sequence[ScoreCurve]", flops: dict[int, int]) -> None:
-    """One table: a row a depth, a column a score, and what the depths cost."""
+    """Print one table: a row per depth, a column per score, and the FLOPs per token."""
     console = Console(highlight=False)
     table = Table(title="scores by number of loops, with standard errors")
     table.add_column("loops", justify="right")
@@ -302,7 +302,7 @@ def show(curves: "Sequence[ScoreCurve]", flops: dict[int, int]) -> None:
 
 
 def cell(score: "Score", sign: str = "") -> str:
-    """A score with its standard error."""
+    """A score with its standard error, as text."""
     if score.stderr is None:
         return f"{score.value:{sign}.4f}"
     return f"{score.value:{sign}.3f} ± {score.stderr:.3f}"

@@ -1,4 +1,4 @@
-"""``openmythos export``: a checkpoint as a folder that other programs open."""
+"""``openmythos export``: write a checkpoint as a folder that other programs open."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated

@@ -1,4 +1,4 @@
-"""Continue prompts, each token coloured by the loops it took."""
+"""``openmythos generate``: continue prompts, each token coloured by the loops it took."""
 
 import json
 from pathlib import Path

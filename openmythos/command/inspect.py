@@ -1,4 +1,4 @@
-"""``openmythos inspect``: what a model is and costs, without its weights."""
+"""``openmythos inspect``: a model's parameters and costs, without its weights."""
 
 import json
 from collections.abc import Sequence
@@ -23,9 +23,9 @@ from openmythos.config.matched_baseline import MATCHES, baseline
 from openmythos.config.presets import PRESETS, preset
 from openmythos.config.schema import apply_overrides, from_dict, to_dict
 
-INSPECTED_CONTEXT = 4096  # tokens, unless the model allows fewer
+INSPECTED_CONTEXT = 4096  # tokens; or the model's max_seq_len if that is less
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float8": 1}
-CHECKPOINT_FIELDS = ("format", "format_version")  # beside the model's in a checkpoint's config.json
+CHECKPOINT_FIELDS = ("format", "format_version")  # beside the model's fields in config.json
 WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth"}
 
 
@@ -69,7 +69,7 @@ def inspect(
 
 
 def inspection(config: ModelConfig, depths: Sequence[int], context_length: int) -> dict[str, Any]:
-    """What ``inspect --json`` prints; bytes and FLOPs are per token unless they say otherwise."""
+    """What ``inspect --json`` prints; bytes and FLOPs are per token unless named otherwise."""
     figures = counts.count(config)
     by_depth = []
     for num_loops in depths:
@@ -107,7 +107,7 @@ def inspection(config: ModelConfig, depths: Sequence[int], context_length: int) 
 
 
 def baseline_rows(config: ModelConfig, context_length: int) -> list[dict[str, Any]]:
-    """The plain models that match, as ``inspect --baselines --json`` lists them."""
+    """The matched plain models, as ``inspect --baselines --json`` lists them."""
     rows = []
     for match in MATCHES:
         found = baseline(config, match=match, context_length=context_length)
@@ -117,7 +117,7 @@ def baseline_rows(config: ModelConfig, context_length: int) -> list[dict[str, An
 
 
 def sizes(config: ModelConfig, context_length: int) -> dict[str, Any]:
-    """What baselines are compared by; ``memory_bytes``: weights and one cache, in bfloat16."""
+    """Sizes by which baselines are compared; ``memory_bytes``: weights plus one bf16 cache."""
     figures = counts.count(config, context_length=context_length)
     cache = figures.kv_bytes_per_token * context_length
     return {
@@ -132,12 +132,12 @@ def sizes(config: ModelConfig, context_length: int) -> dict[str, Any]:
 
 
 def read_config(source: str) -> ModelConfig:
-    """The config of a preset's name, a JSON file, or a run's or checkpoint's folder.
+    """The config of a preset, a JSON file, or the folder of a run or checkpoint.
 
-    A checkpoint's weights, of any family, must have the names and shapes that its config says.
+    A checkpoint's weights, of any family, must have the names and shapes that its config implies.
 
     Raises:
-        ValueError: None of these, or the file is not a model's config; names the file.
+        ValueError: ``source`` is none of these, or the file is not a model's config.
     """
     path = Path(source)
     if source in PRESETS or not path.exists():
@@ -160,7 +160,7 @@ def read_config(source: str) -> ModelConfig:
     if not isinstance(data, dict):
         raise ValueError(f"{path}: expected an object, got {data!r}")
     if isinstance(data.get("model"), dict):
-        data = data["model"]  # a run's config holds more than the model's
+        data = data["model"]  # a run's config.json also holds train and data
     data = {key: value for key, value in data.items() if key not in CHECKPOINT_FIELDS}
     try:
         return from_dict(ModelConfig, data)
@@ -169,7 +169,7 @@ def read_config(source: str) -> ModelConfig:
 
 
 def is_index(file: Path) -> bool:
-    """Whether it is the index of sharded weights."""
+    """Whether a JSON file is the index of sharded weights."""
     return file.name.endswith(".index.json")
 
 
@@ -204,7 +204,7 @@ def _print_inspection(source: str, report: dict[str, Any]) -> None:
 
 
 def _summary(config: dict[str, Any]) -> list[tuple[str, str]]:
-    """The plain fields in one row, each seam in a row of its own."""
+    """The summary's rows: the plain fields in one, each seam in its own."""
     plain = {key: value for key, value in config.items() if not isinstance(value, dict)}
     rows = [("model", _fields({key: value for key, value in plain.items() if value is not None}))]
     for key, value in config.items():
@@ -250,7 +250,7 @@ def _depths_table(report: dict[str, Any]) -> Table:
 
 
 def _baselines_table(report: dict[str, Any]) -> Table:
-    """The looped model, then the plain ones."""
+    """The table of the looped model and its plain baselines."""
     context = report["context_length"]
     title = f"Plain models that match at a context of {context:,} (memory in bfloat16)"
     columns = ("equal in", "layers", "loops", "d_ff", "parameters", "decoding", "memory", "off by")

@@ -1,4 +1,4 @@
-"""Options that several commands share, written once. No torch."""
+"""Options that several commands share; importing this module does not load torch."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -26,10 +26,10 @@ DTYPES = ("float32", "float16", "bfloat16")
 
 
 def parse_loops(text: str) -> tuple[int, ...]:
-    """Numbers of loops from ``1,2,4``.
+    """Parse numbers of loops such as ``1,2,4``.
 
     Raises:
-        ValueError: Something in it is not a positive whole number.
+        ValueError: A part is not a positive whole number.
     """
     try:
         loops = tuple(int(part) for part in text.split(","))
@@ -41,10 +41,10 @@ def parse_loops(text: str) -> tuple[int, ...]:
 
 
 def check_device(device: str) -> str:
-    """The device, if torch can use it.
+    """Return ``device`` if torch can use it.
 
     Raises:
-        ValueError: It cannot.
+        ValueError: Torch cannot use it.
     """
     import torch
 
@@ -64,10 +64,10 @@ def check_device(device: str) -> str:
 
 
 def parse_dtype(name: str | None) -> "torch.dtype | None":
-    """The dtype of ``--dtype``.
+    """The dtype that ``--dtype`` names; None stays None.
 
     Raises:
-        ValueError: It is none of ``DTYPES``.
+        ValueError: It is not one of ``DTYPES``.
     """
     if name is not None and name not in DTYPES:
         raise ValueError(f"--dtype is {name!r}; allowed: {', '.join(DTYPES)}")

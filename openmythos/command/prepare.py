@@ -1,4 +1,4 @@
-"""``openmythos prepare``: text as token shards on disk."""
+"""``openmythos prepare``: tokenise text into shards on disk."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""``openmythos presets``: the models that have a name, and what they cost."""
+"""``openmythos presets``: the named models and what they cost."""
 
 import json
 from typing import Any
@@ -39,7 +39,7 @@ def presets(as_json: AsJson = False) -> None:
 
 
 def preset_row(name: str) -> dict[str, Any]:
-    """One preset as ``presets --json`` lists it; ``layers`` are prelude, core, coda."""
+    """One preset as ``presets --json`` lists it; ``layers`` counts prelude, core and coda."""
     config = preset(name)
     figures = counts.count(config)
     experts = config.core_ff if isinstance(config.core_ff, MoEConfig) else None

@@ -1,4 +1,4 @@
-"""``openmythos retrofit``: a pretrained stack becomes a looped model, before any training."""
+"""``openmythos retrofit``: convert a pretrained stack into a looped model, without training."""
 
 import json
 import sys
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from openmythos.retrofit.split import Layers
     from openmythos.tokenizer import Tokenizer
 
-RECIPE_STD = 0.0087  # of h_0 in the published retrofits
+RECIPE_STD = 0.0087  # standard deviation of h_0 in the published retrofits
 STATE_INITS = ("zeros", "copy", "normal")
 LayerList = "Layers of the source, as 0-3 or 0-3,7."
 
@@ -96,10 +96,10 @@ def retrofit(
 
 
 def parse_layers(text: str, option: str) -> tuple[int, ...]:
-    """Layers from ``0-3,7``; nothing gives none.
+    """Parse layers such as ``0-3,7``; an empty text gives none.
 
     Raises:
-        ValueError: It is not of this form; names the option.
+        ValueError: The text is not of this form; names the option.
     """
     layers: list[int] = []
     for part in text.split(",") if text else []:
@@ -114,10 +114,10 @@ def parse_layers(text: str, option: str) -> tuple[int, ...]:
 def choose_layers(
     num_layers: int, prelude: tuple[int, ...], core: tuple[int, ...], coda: tuple[int, ...]
 ) -> "Layers":
-    """These layers; without a core it is what lies between prelude and coda.
+    """The layers of each part; an empty ``core`` gets all layers between prelude and coda.
 
     Raises:
-        ValueError: They do not rise, or nothing is left for the core.
+        ValueError: The layers do not rise, or none is left for the core.
     """
     from openmythos.retrofit.split import Layers
 
@@ -126,7 +126,7 @@ def choose_layers(
 
 
 def describe(layers: "Layers", num_layers: int) -> dict[str, Any]:
-    """Which layers go where."""
+    """The layers of each part and the dropped ones, for the report."""
     return {
         "prelude": list(layers.prelude),
         "core": list(layers.core),
@@ -136,10 +136,10 @@ def describe(layers: "Layers", num_layers: int) -> dict[str, Any]:
 
 
 def state_init_of(kind: str) -> "StateInitConfig":
-    """The state init of that name.
+    """The state init of this kind.
 
     Raises:
-        ValueError: There is none.
+        ValueError: The kind is unknown.
     """
     from openmythos.config import CopyInitConfig, NormalInitConfig, ZerosInitConfig
 
@@ -151,7 +151,7 @@ def state_init_of(kind: str) -> "StateInitConfig":
 
 
 def tokenizer_of(folder: Path) -> tuple["Tokenizer | None", str]:
-    """The source's tokenizer, or None and why; the weights are worth having without it."""
+    """The source's tokenizer, or None and the reason: a tokenizer is optional here."""
     from openmythos.tokenizer import Tokenizer
 
     if not (folder / "tokenizer.json").is_file():
@@ -163,7 +163,7 @@ def tokenizer_of(folder: Path) -> tuple["Tokenizer | None", str]:
 
 
 def shown(value: object) -> str:
-    """A value of the report in words; runs of layers as 4-9."""
+    """A value of the report as text; consecutive layers as 4-9."""
     if isinstance(value, float):
         return f"{value:.4f}"
     if isinstance(value, int):

@@ -1,4 +1,4 @@
-"""``openmythos train``: a run from its configuration to its last checkpoint."""
+"""``openmythos train``: start or continue a training run."""
 
 from pathlib import Path
 from typing import Annotated

@@ -1,4 +1,4 @@
-"""The index of prepared data: what is on disk, from which tokenizer, and is it intact."""
+"""The index of prepared data: which files there are, which tokenizer made them, their checksums."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ SPLITS = ("train", "val")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataFile:
-    """One file of a split, relative to the prepared folder; `num_items` are tokens or offsets."""
+    """One file of a split; its path is relative to the prepared folder.
+
+    `num_items` counts tokens in a shard, and offsets in the file of document offsets.
+    """
 
     file: str
     num_items: int
@@ -30,7 +33,10 @@ class DataFile:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SplitIndex:
-    """What one split holds. `num_bytes` counts UTF-8 text, `num_tokens` includes bos and eos."""
+    """The contents of one split.
+
+    `num_bytes` is the size of its text in UTF-8; `num_tokens` includes bos and eos.
+    """
 
     num_documents: int
     num_tokens: int
@@ -43,8 +49,8 @@ class SplitIndex:
 class PreparedData:
     """A prepared folder, as its `index.json` describes it.
 
-    `num_duplicates` counts documents left out because an equal one was there; `reused` says that
-    `prepare` found the folder ready.
+    `num_duplicates` counts documents left out because their text occurred before. `reused` is True
+    if `prepare` found the folder up to date and wrote nothing.
     """
 
     folder: Path
@@ -76,7 +82,7 @@ class PreparedData:
         """Compare the files of a split with the index: sizes always, SHA-256 if `checksums`.
 
         Raises:
-            ValueError: A file is missing, has another size or another content.
+            ValueError: A file is missing, or its size or content is not the recorded one.
         """
         index = self.splits[split]
         sized = [(file, np.dtype(self.dtype).itemsize) for file in index.shards] + [
@@ -103,8 +109,8 @@ def read_index(folder: str | os.PathLike[str]) -> PreparedData:
     """Read the `index.json` of a prepared folder.
 
     Raises:
-        ValueError: The folder is not prepared data, or of a format version that this code does not
-            read.
+        ValueError: The folder is not prepared data, or has a format version that this code does
+            not read.
     """
     path = Path(folder) / INDEX_FILE
     if not path.is_file():

@@ -1,7 +1,7 @@
-"""Batches from prepared data, where the step number is the whole state.
+"""Batches from prepared data; the loader has no state but the step number.
 
-`TokenLoader.batch(step)` depends on the data, the seed and the step only. A run that stops at step
-s goes on with `batch(s)`, on any number of ranks, and sees exactly what it would have seen.
+`TokenLoader.batch(step)` depends on the data, the seed and the step only. A run that stopped before
+step s resumes with `batch(s)`, on any number of ranks, and sees the same batches as without a stop.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ class TokenLoader:
     Args:
         folder: Folder written by `openmythos.data.prepare.prepare`.
         split: "train" or "val".
-        seq_len: Tokens of a row.
+        seq_len: Tokens per row.
         batch_size: Rows of the global batch, over all ranks; a multiple of `world_size`.
-        seed: Decides the order of the windows.
+        seed: Seed of the order of the windows.
         rank: This process, from 0.
         world_size: Number of processes that share each batch.
         verify: Also compare the SHA-256 of every shard (reads the whole split).
-        tokenizer_fingerprint: If given, the tokenizer that the data must have been made with (the
-            model's).
+        tokenizer_fingerprint: Fingerprint of the model's tokenizer; if given, the data must have
+            been made with it.
 
     Raises:
-        ValueError: An argument is out of range, the folder is not prepared data or is damaged, the
-            tokenizer is another one, or the split has fewer tokens than one row.
+        ValueError: An argument is out of range, the folder is not prepared data or is damaged, its
+            tokenizer is not the expected one, or the split has fewer tokens than one row needs.
     """
 
     def __init__(
@@ -92,12 +92,15 @@ class TokenLoader:
 
     @property
     def num_steps_per_epoch(self) -> int:
-        """Steps that show every window; the last of them may begin the next epoch."""
+        """Steps after which every window was seen; the last one may begin the next epoch."""
         return -(-self.num_windows // self.batch_size)
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 (hex) of all that decides `batch`, ranks aside: keep it in checkpoints."""
+        """SHA-256 (hex) of everything that `batch` depends on except the ranks.
+
+        A checkpoint stores it, so that a resumed run can tell whether its data has changed.
+        """
         parts = [self.tokenizer.fingerprint, self.split, self.seq_len, self.batch_size, self.seed]
         return hashlib.sha256(repr((parts, self._content)).encode()).hexdigest()
 
@@ -121,7 +124,7 @@ class TokenLoader:
     def iterate(
         self, start_step: int = 0, *, num_prefetch: int = 2
     ) -> Generator[Batch, None, None]:
-        """`batch(start_step)`, `batch(start_step + 1)` ..., read ahead by one thread.
+        """`batch(start_step)`, `batch(start_step + 1)` ..., prefetched by one thread.
 
         Closing the generator ends the thread.
         """
@@ -136,13 +139,14 @@ class TokenLoader:
             executor.shutdown(cancel_futures=True)
 
     def validation_batches(self, max_batches: int | None = None) -> Iterator[Batch]:
-        """This rank's rows of all windows in their order, once.
+        """This rank's rows of one pass over all windows, in the order of the text.
 
-        The last batch is filled with rows of padding, so that all batches have one shape and all
-        ranks have equally many; sum losses over targets that count, do not average over rows.
+        The last batch is filled up with rows of padding, so that all batches have the same shape
+        and all ranks get equally many. Therefore sum the losses over the targets that are not
+        ignored; do not average over rows.
 
         Args:
-            max_batches: Stop after so many global batches; None goes through the whole split.
+            max_batches: Number of global batches to stop after; None reads the whole split.
         """
         num_batches = self.num_steps_per_epoch
         if max_batches is not None:
@@ -155,8 +159,9 @@ class TokenLoader:
         order = self._orders.get(epoch)
         if order is None:
             order = permutation(self.num_windows, self.seed, epoch)
-            # Two orders are kept, for a batch that straddles two epochs. A split smaller than a
-            # batch needs more, and draws them again: slower, same result.
+            # Two orders are cached, for a batch that straddles two epochs. If the split is smaller
+            # than a batch, one batch needs more of them, and they are drawn again: slower, but
+            # with the same result.
             self._orders = {e: o for e, o in self._orders.items() if e == epoch - 1}
             self._orders[epoch] = order
         return order

@@ -1,9 +1,9 @@
-"""Rows of tokens for the model: windows over a stream of documents, with their targets.
+"""Packed rows of tokens: windows cut from a stream of documents, with their targets.
 
-A split is one long stream: bos, tokens, eos, bos, tokens, eos. Windows of `seq_len` tokens are cut
-from it without gaps, and the target of a window's last token is the first token of the next window,
-so every token but bos is a target exactly once. A bos is never a target: nothing in a document
-tells which document follows.
+A split is one long stream: bos, tokens, eos, bos, tokens, eos ... It is cut into windows of
+`seq_len` tokens without gaps. The target of a window's last token is the first token of the next
+window, so every token but bos is a target exactly once. A bos is never a target, because it does
+not depend on the document before it.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ PADDING_DOCUMENT = -1
 
 @dataclass(frozen=True)
 class Batch:
-    """What one step of training or evaluation reads; all tensors are int64.
+    """The input of one training or evaluation step; all tensors are int64.
 
     Attributes:
         tokens: Input ids.
-        targets: Id to predict after each token, -100 where there is no loss.
-        documents: Number of the document inside the row, from 0; a token attends only to tokens of
-            the same number. -1 is padding.
-        positions: Position inside the document, from 0 at its start, or at the start of the row for
-            a document that began in an earlier window.
-        num_bytes: Bytes of text of all targets that count: summed loss in bits over it is bits per
-            byte (eos costs loss and has no bytes). 0 where tokens are not text.
+        targets: Id to predict after each token; -100 where there is no loss.
+        documents: Number of each token's document within its row, from 0; -1 is padding. They are
+            the document mask: a token attends only to tokens with the same number.
+        positions: Position within the document. It counts from 0 at the document's start, or at the
+            start of the row if the document began in an earlier window.
+        num_bytes: Bytes of text of all targets with a loss. Bits per byte are the summed loss in
+            bits divided by it (an eos adds to the loss but has no bytes). 0 if tokens are not text.
     """
 
     tokens: Int[Tensor, "B T"]
@@ -44,7 +44,7 @@ class Batch:
     num_bytes: int
 
     def rows(self, start: int, stop: int) -> Batch:
-        """Some of the rows; ``num_bytes`` stays that of the whole batch."""
+        """Rows ``start`` to ``stop``; ``num_bytes`` stays that of the whole batch."""
         return Batch(
             tokens=self.tokens[start:stop],
             targets=self.targets[start:stop],
@@ -65,7 +65,7 @@ class Batch:
 
 
 def num_windows(num_tokens: int, seq_len: int) -> int:
-    """Windows that cover a stream: each has `seq_len` targets, the last one possibly fewer."""
+    """Number of windows that cover a stream: `seq_len` targets each, the last one maybe fewer."""
     return max(0, -(-(num_tokens - 1) // seq_len))
 
 
@@ -77,12 +77,12 @@ def pack_windows(
     pad_id: int,
     token_num_bytes: Int[np.ndarray, " V"],
 ) -> Batch:
-    """Turn spans of seq_len + 1 tokens of a stream into a batch.
+    """Make a batch of spans of seq_len + 1 tokens of a stream.
 
     Args:
-        spans: Tokens of each window and the one after it; anything past `num_valid` is ignored.
-        num_valid: Tokens of each span that are there; fewer than seq_len + 1 only at the stream's
-            end.
+        spans: Tokens of each window and the token after it; entries from `num_valid` on are
+            ignored.
+        num_valid: Number of tokens in each span; fewer than seq_len + 1 only at the stream's end.
         bos_id: Id that begins a document.
         pad_id: Id that fills the input where the stream has ended.
         token_num_bytes: Bytes of text of each id.
@@ -96,8 +96,8 @@ def pack_windows(
     targets = np.where(is_padding | (spans[:, 1:] == bos_id), IGNORED_TARGET, spans[:, 1:])
 
     documents = np.cumsum(is_start, axis=1, dtype=np.int64)
-    # A row that starts inside a document already has number 0 there; one that starts with bos has
-    # 1.
+    # The first document of a row has number 0 if it began in an earlier window, but 1 if the row
+    # starts with its bos: subtract that.
     documents -= documents[:, :1]
     starts = np.maximum.accumulate(np.where(is_start, columns, 0), axis=1)
     positions = np.where(is_padding, 0, columns - starts)
@@ -114,9 +114,12 @@ def pack_windows(
 
 
 def on_device(model: RecurrentDepthLM, batch: Batch) -> tuple[Batch, ForwardContext]:
-    """A batch where the model is, and its context; rows of one whole document need no mask."""
+    """The batch on the model's device, and its context.
+
+    If every row is a single document without padding, the context has no document mask.
+    """
     documents = batch.documents
-    # Asked before the batch moves: the answer must not wait for the device.
+    # Computed before the batch moves to the device, so that it does not wait for the device.
     single = bool((documents == documents[:, :1]).all()) and bool((documents >= 0).all())
     batch = batch.to(model.embed.weight.device)
     masked = None if single else batch.documents

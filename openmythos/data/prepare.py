@@ -1,6 +1,6 @@
-"""From documents to token shards on disk, once; training then only reads memory-mapped arrays.
+"""Tokenise documents into shards on disk, once; training then only reads memory-mapped arrays.
 
-A prepared folder holds `index.json` and the data folder that it names:
+A prepared folder holds `index.json` and the data folder named in it:
 
     index.json                       settings, dtype, tokenizer fingerprint, shards with SHA-256
     data-<digest>/tokenizer.json
@@ -8,8 +8,8 @@ A prepared folder holds `index.json` and the data folder that it names:
     data-<digest>/train-offsets.bin  int64: where each document starts, then the number of tokens
     data-<digest>/val-00000.bin ...
 
-Replacing `index.json` is the one step that publishes new data, so a process killed at any instant
-leaves the old data or the new, whole. Call `prepare` from one process at a time.
+New data becomes visible when `index.json` is replaced, in one step: a process killed at any time
+leaves either the old data or the new, complete. Call `prepare` from one process at a time.
 """
 
 from __future__ import annotations
@@ -64,25 +64,25 @@ def prepare(
     column: str = "text",
     max_shard_tokens: int = 100_000_000,
 ) -> PreparedData:
-    """Tokenise a source into `out`; if `out` already holds exactly this, intact, nothing is done.
+    """Tokenise a source into `out`; do nothing if `out` already holds exactly this data, intact.
 
-    A document goes to validation or training by a hash of (seed, its text), so documents added
-    later move no other one, and equal documents, of which one is kept, cannot be on both sides. A
-    source with few documents (one long text file) is first cut at blank lines into about a hundred.
+    A hash of (seed, text) assigns each document to training or validation. So documents that are
+    added later do not move others, and of equal documents only one is kept. A source with few
+    documents (such as one long text file) is first cut at blank lines into about a hundred.
     Documents are stored in an order shuffled by `seed`, each as bos, its tokens, eos.
 
     Args:
         source: What `load_documents` accepts.
-        out: Folder to write; new, empty, or prepared before (then replaced).
+        out: Folder to write: new, empty, or with prepared data, which is then replaced.
         tokenizer: Tokenizer to use; None trains a byte-level BPE on the training split (its first
             128 MiB).
         vocab_size: Size of the vocabulary to train, special tokens included; unused if `tokenizer`
             is given.
-        val_fraction: Expected fraction of documents held out, in [0, 1); 0 makes an empty
-            validation split.
-        seed: Decides the split and the order.
+        val_fraction: Expected fraction of documents that are held out, in [0, 1); 0 makes the
+            validation split empty.
+        seed: Seed of the split and of the order.
         column: Text column of .jsonl, .parquet and Hugging Face rows.
-        max_shard_tokens: Most tokens in one file.
+        max_shard_tokens: Maximum number of tokens per file.
 
     Raises:
         ValueError: An argument is out of range, the source cannot be read or split, or `out` holds
@@ -103,7 +103,8 @@ def prepare(
         "seed": seed,
         "max_shard_tokens": max_shard_tokens,
     }
-    documents = load_documents(source, column)  # before the version, whose errors are less clear
+    # Before source_version, whose errors are less clear.
+    documents = load_documents(source, column)
     settings["source_version"] = source_version(source)
     if old is not None and old.settings == settings and _is_intact(old):
         return dataclasses.replace(old, reused=True)
@@ -148,7 +149,11 @@ def _check_arguments(
 
 
 def _existing(folder: Path) -> PreparedData | None:
-    """What `folder` holds; refuses a folder of files that are not ours, clears dead builds."""
+    """The data that `folder` holds, if any, after removing what killed builds left.
+
+    Raises:
+        ValueError: It holds other files.
+    """
     if not folder.exists():
         return None
     if not folder.is_dir():
@@ -160,7 +165,7 @@ def _existing(folder: Path) -> PreparedData | None:
         data = read_index(folder)
         _remove_unused(folder, keep=Path(data.tokenizer_file).parts[0])
         return data
-    # A first build that was killed just before it wrote its index leaves data that nothing names.
+    # A first build that was killed just before it wrote index.json leaves a data folder behind.
     _remove_unused(folder, keep="")
     others = [p.name for p in folder.iterdir() if not p.name.startswith(_BUILDING_PREFIX)]
     if others:
@@ -200,7 +205,7 @@ def _is_intact(data: PreparedData) -> bool:
 class _Spool:
     """All text in one file, so that a corpus larger than memory can be split and shuffled.
 
-    Only three numbers a document stay in memory: its offset, its size and a 64-bit hash of its
+    Only three numbers per document stay in memory: its offset, its size and a 64-bit hash of its
     text.
     """
 
@@ -220,7 +225,11 @@ class _Spool:
         self.hashes = np.array(hashes, dtype=np.uint64)
 
     def arrange(self, seed: int, val_fraction: float) -> tuple[Bool[np.ndarray, " N"], int]:
-        """Drop duplicates and shuffle; gives which documents are validation, and how many fell."""
+        """Drop duplicates and shuffle.
+
+        Returns:
+            Which documents are held out, and the number of duplicates.
+        """
         if val_fraction > 0 and len(self.sizes) < 2 / val_fraction:
             self._cut_documents()
         num_documents = len(self.sizes)
@@ -240,7 +249,8 @@ class _Spool:
                     "validation: give more text, "
                     "or val_fraction=0"
                 )
-            # Few documents can all hash to one side; the nearest to the border then crosses it.
+            # Few documents can all hash to the same split; then the one whose key is nearest to the
+            # threshold moves to the other.
             if not is_val.any():
                 is_val[np.argmin(keys)] = True
             if is_val.all():
@@ -248,7 +258,7 @@ class _Spool:
         return is_val, num_documents - len(order)
 
     def texts(self, chosen: Bool[np.ndarray, " N"], max_bytes: int | None = None) -> Iterator[str]:
-        """Text of the chosen documents in shuffled order, until `max_bytes` are given."""
+        """Text of the chosen documents in shuffled order, at most about `max_bytes` in all."""
         given = 0
         with self.path.open("rb") as file:
             for i in np.flatnonzero(chosen):
@@ -359,7 +369,7 @@ def _publish(
     )
     stem = f"data-{hashlib.sha256(content.encode()).hexdigest()[:12]}"
     name, attempt = stem, 0
-    while (folder / name).exists():  # damaged data of the same settings, still named by the index
+    while (folder / name).exists():  # damaged, and still named in the index
         attempt += 1
         name = f"{stem}-{attempt}"
     index = {

@@ -1,7 +1,7 @@
 """Documents to train on: files, folders, Hugging Face datasets, two built-in corpora.
 
-`load_documents` gives documents in a fixed order, one at a time, and never runs code that it reads:
-the corpora made of the standard library are parsed, not imported.
+`load_documents` yields documents one at a time in a fixed order. It never runs code that it reads:
+the standard library's modules are parsed, not imported.
 """
 
 from __future__ import annotations
@@ -26,8 +26,7 @@ HF_PREFIX = "hf:"
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
 TABLE_SUFFIXES = (".jsonl", ".parquet")
 
-# Changes whenever the built-in corpora change for the same Python, so that prepared data is made
-# again.
+# Raise it when the code below changes a built-in corpus: prepared data is then made again.
 CORPUS_VERSION = 1
 
 _SHINGLE_WORDS = 6
@@ -38,13 +37,13 @@ _STDLIB_SKIPPED_FOLDERS = {
     *{
         "pydoc_data",
         "encodings",
-    },  # generated: one file of prose read on its own, and 120 tables of characters
+    },  # generated: prose that is read separately, and 120 tables of characters
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """One text: the unit that goes to train or validation, and that attention stays within."""
+    """One text: the unit of the train/validation split and of the document mask."""
 
     name: str
     text: str
@@ -54,7 +53,7 @@ def load_documents(source: str, column: str = "text") -> Iterator[Document]:
     """Documents of `source`, in an order that depends on the source only.
 
     Args:
-        source: A file (.txt .md .rst .py: one document; .jsonl .parquet: one document a row), a
+        source: A file (.txt .md .rst .py: one document; .jsonl .parquet: one document per row), a
             folder (every such file below it, hidden folders and site-packages skipped), `hf:NAME`
             or `hf:NAME:CONFIG` (the train split of a Hugging Face dataset, streamed), `python-docs`
             (the language reference and the docstrings of this Python's standard library, about 2.1
@@ -64,8 +63,8 @@ def load_documents(source: str, column: str = "text") -> Iterator[Document]:
 
     Raises:
         ValueError: The source is unknown, empty or not UTF-8, the column is missing, or a package
-            that the source needs is not installed. Problems inside a file are raised when it is
-            reached.
+            that the source needs is not installed. Errors within a file are raised when it is
+            read.
     """
     if source == PYTHON_DOCS:
         return _python_docs()
@@ -93,7 +92,7 @@ def load_documents(source: str, column: str = "text") -> Iterator[Document]:
 
 
 def source_version(source: str) -> str:
-    """A short text that changes when the documents of `source` change, found without reading them.
+    """A short text that changes when the documents of `source` change; it does not read them.
 
     Files and folders: a digest of names, sizes and modification times. Built-in corpora: the Python
     version. Hugging Face datasets: the name alone, because a remote change cannot be seen without a
@@ -141,8 +140,8 @@ def _from_folder(folder: Path, column: str) -> Iterator[Document]:
     suffixes = " ".join(TEXT_SUFFIXES + TABLE_SUFFIXES)
     if not files:
         raise ValueError(f"no files to read in {folder}: it and its folders hold no {suffixes}")
-    # Empty files (a package's __init__.py) are usual in a folder, so only a folder of nothing else
-    # is an error.
+    # Empty files (a package's __init__.py) are normal in a folder; it is an error only if all are
+    # empty.
     rows = (
         row
         for file in files
@@ -251,7 +250,7 @@ def _from_hugging_face(source: str, column: str) -> Iterator[Document]:
 def _hugging_face_rows(
     datasets: Any, source: str, name: str, config: str, column: str
 ) -> Iterator[Document]:
-    # No shuffle buffer: its content is lost on resume. Prepared data is shuffled by index instead.
+    # No shuffle buffer here: `prepare` shuffles all documents.
     try:
         rows = datasets.load_dataset(name, name=config or None, split="train", streaming=True)
         for number, row in enumerate(rows):
@@ -298,9 +297,9 @@ def _python_source() -> Iterator[Document]:
 
 def _python_docs() -> Iterator[Document]:
     documents = [*_pydoc_topics(), *_stdlib_docstrings()]
-    # Topics quote each other and modules copy docstrings. What is kept is what a longer document
-    # has not said before, so a document that contains another stays whole and the contained one
-    # disappears.
+    # Help topics quote each other and modules copy docstrings. Longer documents come first, and
+    # each keeps only the paragraphs that none before it has: a document that contains another one
+    # stays complete, and the other one is dropped.
     documents.sort(key=lambda item: (-sum(map(len, item[1])), item[0]))
     seen: set[bytes] = set()
     for name, sections in documents:
@@ -310,7 +309,7 @@ def _python_docs() -> Iterator[Document]:
 
 
 def _new_paragraphs(section: str, seen: set[bytes]) -> str:
-    """The heading of a section and its paragraphs that say something new; updates `seen`."""
+    """The heading of a section and those of its paragraphs that are not in `seen`, which grows."""
     heading, _, body = section.partition("\n\n")
     kept = []
     for paragraph in re.split(r"\n[ \t]*\n", body):
@@ -318,7 +317,8 @@ def _new_paragraphs(section: str, seen: set[bytes]) -> str:
         if not words:
             continue
         last = max(1, len(words) - _SHINGLE_WORDS + 1)
-        # Not Python's hash(): it differs between processes, and so would the corpus on a collision.
+        # Bytes, not Python's hash(), which differs between processes: a collision would change the
+        # corpus.
         runs = [" ".join(words[i : i + _SHINGLE_WORDS]).encode() for i in range(last)]
         shingles = [hashlib.blake2b(run, digest_size=8).digest() for run in runs]
         num_seen = sum(shingle in seen for shingle in shingles)
@@ -343,7 +343,7 @@ def _pydoc_topics() -> Iterator[tuple[str, list[str]]]:
 def _stdlib_docstrings() -> Iterator[tuple[str, list[str]]]:
     for name, path in _stdlib_files():
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", SyntaxWarning)  # old escapes in code that is only read
+            warnings.simplefilter("ignore", SyntaxWarning)  # invalid escapes in old code
             try:
                 tree = ast.parse(path.read_bytes())
             except (SyntaxError, ValueError):  # a template or a deliberately broken example

@@ -1,14 +1,15 @@
-"""The hops task: follow a chain of relations, as deep as wanted, with no way around it.
+"""The hops task: follow a chain of relations of any length; no shortcut gives the answer.
 
 Entities are joined by relations, each a permutation of the entities. A walk is written
 
     <entity> <relation 1> ... <relation k>   ->   the entity reached
 
-and only the last position has a target. Ids 0 .. E-1 are entities, E .. E+R-1 relations; there are
-no special tokens, all rows of a batch have the same number of hops.
+and only the last position has a target. Ids 0 .. E-1 are entities and E .. E+R-1 are relations;
+there are no special tokens. All rows of a batch have the same number of hops.
 
 With permutations the relations alone say nothing about the answer. With random functions they do,
-more with every hop, and a model can look deep without being so: `leak_baselines` measures that.
+the more hops the more, so a model can score well without following the walk: `leak_baselines`
+measures how well.
 
 Source: "Loop, Think & Generalize" (2604.07822v2), the depth extrapolation task, scaled down.
 """
@@ -28,7 +29,7 @@ from openmythos.data.packing import IGNORED_TARGET, Batch
 _MIN_WALKS_TO_HOLD_OUT = 1000
 _MAX_ENUMERATED_WORDS = 4096
 
-# Streams of random numbers, so that no two uses of one seed share a draw.
+# One random stream per purpose, so that two uses of the same seed never share a draw.
 _RELATIONS, _HELD_OUT, _TRAIN, _EVAL, _WORDS, _CHOICE = range(6)
 
 
@@ -40,9 +41,9 @@ class HopsConfig:
         num_entities: Entities E; chance is 1 / E.
         num_relations: Relations R.
         max_train_hops: Most hops in training.
-        held_out_fraction: Fraction of walks of each hop count that training never sees.
-        permutations: Relations are permutations; False makes them random functions, which leak.
-        seed: Decides relations, held-out walks and samples.
+        held_out_fraction: Fraction of the walks of each hop count that training never samples.
+        permutations: Whether relations are permutations; False: random functions, which leak.
+        seed: Seed of the relations, the held-out walks and the samples.
     """
 
     num_entities: int = 16
@@ -53,7 +54,7 @@ class HopsConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be built."""
+        """Check the ranges of all fields."""
         if self.num_entities < 2 or self.num_relations < 1:
             raise ValueError(
                 f"num_entities={self.num_entities}, num_relations={self.num_relations}: give at "
@@ -71,13 +72,12 @@ class HopsConfig:
 class Walks:
     """Batches, held-out walks and leak baselines of one `HopsConfig`.
 
-    Whether a walk is held out is decided by a hash of the whole walk: the same in every process
-    and for every batch size. Hop counts with fewer than 1,000 walks, and one hop always (a fact
-    that was never shown cannot be known), have nothing held out: evaluation there is on walks of
-    training.
+    A hash of the whole walk decides whether it is held out, so every process and batch size agree.
+    Nothing is held out for one hop (a relation that was never shown cannot be known) and for hop
+    counts with fewer than 1,000 walks: those are evaluated on training walks.
 
     Attributes:
-        relations: Entity reached from each entity by each relation.
+        relations: The entity that each relation leads to from each entity.
     """
 
     def __init__(self, config: HopsConfig) -> None:
@@ -95,7 +95,7 @@ class Walks:
 
     @property
     def vocab_size(self) -> int:
-        """Entities and relations; every id is below it."""
+        """Number of entities plus number of relations."""
         return self.config.num_entities + self.config.num_relations
 
     def num_walks(self, num_hops: int) -> int:
@@ -103,12 +103,12 @@ class Walks:
         return self.config.num_entities * int(self.config.num_relations) ** num_hops
 
     def holds_out(self, num_hops: int) -> bool:
-        """Whether some walks of `num_hops` hops are kept from training."""
+        """Whether some walks of `num_hops` hops are held out."""
         enough = num_hops > 1 and self.num_walks(num_hops) >= _MIN_WALKS_TO_HOLD_OUT
         return enough and self.config.held_out_fraction > 0
 
     def entities_along(self, walks: Int[np.ndarray, "B T"]) -> Int[np.ndarray, "B T"]:
-        """Entity reached at each token: the start, then after every hop; the last is the answer."""
+        """Entity at each token: the start, then the one reached by each hop; the last answers."""
         reached = np.empty_like(walks)
         reached[:, 0] = walks[:, 0]
         for hop in range(1, walks.shape[1]):
@@ -117,7 +117,7 @@ class Walks:
         return reached
 
     def is_held_out(self, walks: Int[np.ndarray, "B T"]) -> Bool[np.ndarray, " B"]:
-        """Which walks training never samples."""
+        """Which walks are held out from training."""
         if not self.holds_out(walks.shape[1] - 1):
             return np.zeros(len(walks), dtype=bool)
         keys = _draw(walks[:, 0], self.config.seed, _HELD_OUT)
@@ -128,9 +128,9 @@ class Walks:
     def sample_batch(
         self, step: int, num_hops: int, batch_size: int, rank: int = 0, world_size: int = 1
     ) -> Batch:
-        """Training rows `rank::world_size` of the global batch of `step`; a pure function.
+        """Rows `rank::world_size` of the global training batch of `step`: a pure function of it.
 
-        Walks are uniform over those that are not held out. `num_hops` may be any positive number.
+        Walks are drawn uniformly from those that are not held out; any positive `num_hops` will do.
 
         Raises:
             ValueError: A number is out of range.
@@ -150,7 +150,7 @@ class Walks:
         return self._to_batch(walks)
 
     def held_out_batch(self, num_hops: int, size: int, seed: int = 0) -> Batch:
-        """`size` held-out walks, with replacement; walks seen in training if none is held out.
+        """`size` held-out walks, with replacement; training walks if none is held out.
 
         Raises:
             ValueError: A number is out of range.
@@ -165,13 +165,13 @@ class Walks:
         return self._to_batch(walks)
 
     def leak_baselines(self, num_hops: int) -> dict[str, float]:
-        """Accuracy of the best guesses that do not follow the walk, over walks of `num_hops`.
+        """Accuracy, on walks of `num_hops` hops, of guessers that do not follow the walk.
 
-        chance: a uniform guess. majority: the commonest answer. last_token: the commonest answer
-        for the last relation. suffix_only: the commonest answer for all the relations, start
-        unknown. With permutations all are 1 / E exactly; a task where one is higher does not test
-        depth. All are exact, except suffix_only above 4,096 relation words, which averages 4,096
-        sampled ones.
+        chance: a uniform guess. majority: the most frequent answer. last_token: the most frequent
+        answer given the last relation. suffix_only: the most frequent answer given all relations
+        but not the start. With permutations all four are exactly 1 / E; a task where one is higher
+        does not test depth. All values are exact, except that suffix_only averages 4,096 sampled
+        sequences of relations where there are more.
 
         Raises:
             ValueError: `num_hops` is below 1.
@@ -180,7 +180,7 @@ class Walks:
         num_entities, num_relations = self.config.num_entities, self.config.num_relations
         reached = np.full(num_entities, 1.0 / num_entities)
         for _ in range(num_hops):
-            # by_relation[r, y]: probability of being at y after a hop along r
+            # by_relation[r, y]: probability of being at entity y after a hop along relation r
             by_relation = np.stack(
                 [np.bincount(f, weights=reached, minlength=num_entities) for f in self.relations]
             )
@@ -234,12 +234,12 @@ class Walks:
 
 @dataclass
 class Curriculum:
-    """Trains hop counts up to `stage`; the next follows when held-out accuracy is high enough.
+    """Trains up to `stage` hops; one hop more when held-out accuracy reaches the threshold.
 
     Attributes:
-        max_stage: Last stage; `HopsConfig.max_train_hops`.
-        stage: Hops of the current stage.
-        threshold: Held-out accuracy at the current stage that passes it.
+        max_stage: The last stage, `HopsConfig.max_train_hops`.
+        stage: The most hops that are trained now.
+        threshold: Held-out accuracy on walks of `stage` hops at which the next stage begins.
     """
 
     max_stage: int
@@ -247,14 +247,14 @@ class Curriculum:
     threshold: float = 0.95
 
     def __post_init__(self) -> None:
-        """Refuse an order that cannot be."""
+        """Check the ranges of all fields."""
         if not 1 <= self.stage <= self.max_stage:
             raise ValueError(
                 f"stage={self.stage}, max_stage={self.max_stage}: give 1 <= stage <= max_stage"
             )
 
     def choose_hops(self, seed: int, step: int) -> int:
-        """Hops to train at `step`: 2/3 the current stage, 1/3 an earlier one, all alike."""
+        """Hops of the batch of `step`: `stage` in 2/3 of the steps, else an earlier one."""
         choice, earlier = _draw(np.arange(2), seed, _CHOICE, step).tolist()
         num_earlier = self.stage - 1
         if num_earlier == 0 or choice % 3 < 2:
@@ -262,17 +262,17 @@ class Curriculum:
         return 1 + int(earlier % num_earlier)
 
     def observe(self, accuracy: float) -> bool:
-        """Report the held-out accuracy at `stage`; returns whether the next one begins."""
+        """Report the held-out accuracy at `stage`; returns whether the next stage begins."""
         passed = accuracy >= self.threshold and self.stage < self.max_stage
         self.stage += passed
         return passed
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint must keep, ready for JSON."""
+        """The JSON-ready state that a checkpoint keeps."""
         return {"stage": self.stage}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state_dict` was taken.
+        """Restore what `state_dict` returned.
 
         Raises:
             ValueError: The stage is outside this curriculum.

@@ -17,10 +17,10 @@ from openmythos.report import page as kit
 def write_report(results: DemoResults, folder: Path) -> Path:
     """Write ``report.html``, ``depth_curve.png``, ``hops_grid.png`` and ``results.json``.
 
-    The numbers are written first: they survive a missing matplotlib.
+    The numbers are written first, so that they are kept if matplotlib is missing.
 
     Returns:
-        The page.
+        The path of the page.
 
     Raises:
         ValueError: matplotlib is not installed.

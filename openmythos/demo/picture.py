@@ -1,7 +1,7 @@
 """The demo's pictures.
 
-Blue is what was measured at a chosen depth, orange is the depth that the model chose, grey is
-context. Every picture reads in grey print and by colour-blind people.
+Blue is what was measured at a given depth, orange the depth that the model chose, grey is context.
+Pictures stay readable in greyscale and for colour-blind readers.
 """
 
 from __future__ import annotations
@@ -49,14 +49,14 @@ def plot_hops_grid(result: HopsResult, path: Path, original: HopsResult | None =
 
 
 def depth_curve(result: TextResult) -> Figure:
-    """Bits per byte over loops, with the trained depths marked."""
+    """Held-out bits per byte over loops, with the trained depths marked."""
     with styled():
         figure, axes = _canvas(5.8, 3.7)
         curve = result.validation
         ticks = sorted(curve)
         values = [*result.marks.values(), *curve.values()]
         low, high = min(values), max(values)
-        span = max(high - low, 0.1)  # a finer axis would make noise look like an effect
+        span = max(high - low, 0.1)  # a narrower axis would make noise look like an effect
         axes.set_ylim(low - 0.16 * span, high + 0.30 * span)
         axes.set_xscale("log", base=2)
         axes.set_xlim(ticks[0] / 1.25, ticks[-1] * 1.3)
@@ -71,7 +71,7 @@ def depth_curve(result: TextResult) -> Figure:
         for n in ticks:
             side, up = label_place(curve, n, flat=0.03 * span)
             if n == result.mean_recurrence:
-                side = side or up  # clear of its dashed line
+                side = side or up  # keeps the label off the dashed line
             ha = ("center", "left", "right")[side]
             offset, text = (5 * side, 7 if up > 0 else -15), f"{curve[n]:.3f}"
             axes.annotate(text, (n, curve[n]), offset, color=BLUE, ha=ha, **OFF)
@@ -83,7 +83,7 @@ def depth_curve(result: TextResult) -> Figure:
 
 
 def _mark_training(axes: Axes, result: TextResult) -> None:
-    """The depths that training drew, and their mean."""
+    """Mark the depths that training drew, and their mean."""
     low, high = result.sampled_loops
     top = axes.get_ylim()[1]
     axes.axvspan(low / 1.06, high * 1.06, color=BAND, linewidth=0, zorder=0)
@@ -109,7 +109,7 @@ def training_curve(result: TextResult) -> Figure:
             span = max(high - low, 0.05)
             axes.set_ylim(low - 0.16 * span, high + 0.12 * span)
             high_up = [i for i, value in enumerate(smooth) if value > low + 0.6 * span]
-            for index in high_up[-1:]:  # beside the falling part, where there is room
+            for index in high_up[-1:]:  # label beside the falling part, where there is room
                 place = (seconds[index], smooth[index])
                 axes.annotate("training", place, (9, 0), color=BLUE, weight="bold", **OFF)
         for time, value in result.held_out_curve:
@@ -133,7 +133,7 @@ _GAP = 0.35  # rows between trained and never-trained hops
 
 
 def hops_grid(result: HopsResult, original: HopsResult | None = None) -> Figure:
-    """One panel, or two at the same scale."""
+    """The grid of accuracy as one panel, or two panels at the same scale."""
     panels = [result] if original is None else [result, original]
     sizes = [_panel_size(panel) for panel in panels]
     space = 0.35
@@ -208,7 +208,7 @@ def _label_columns(axes: Axes, result: HopsResult) -> None:
 
 
 def _draw_exit_rule(axes: Axes, result: HopsResult, rows: Sequence[float]) -> None:
-    """The mean loops taken: dots at the foot of each row, numbers in the margin."""
+    """Draw the mean loops taken: a dot at the foot of each row, the number in the margin."""
     columns = len(result.loops)
     places = np.interp(result.exit_loops, result.loops, range(columns))
     feet = [y + 0.30 for y in rows]
@@ -257,7 +257,7 @@ def stage_curve(result: HopsResult, original: HopsResult | None = None) -> Figur
 
 
 def _canvas(width: float, height: float) -> tuple[Figure, Axes]:
-    """One pair of axes with margins in inches, so that all pictures align."""
+    """A figure with one pair of axes and fixed margins in inches, so that all pictures align."""
     figure = figure_of(width, height)
     left, right, top, bottom = 0.45, 0.12, 0.36, 0.46
     inner = (1 - (left + right) / width, 1 - (top + bottom) / height)
@@ -265,12 +265,12 @@ def _canvas(width: float, height: float) -> tuple[Figure, Axes]:
 
 
 def _two(value: float) -> str:
-    """.07, .95, 1.0: two digits, as narrow as they get."""
+    """Two digits in as few characters as possible: .07, .95, 1.0."""
     return f"{value:.2f}".removeprefix("0") if value < 0.995 else "1.0"
 
 
 def _smoothed(values: Sequence[float]) -> list[float]:
-    """A centred mean over about a fortieth of the curve."""
+    """A centred moving average over about 1/40 of the curve."""
     reach = len(values) // 80
     windows = (values[max(i - reach, 0) : i + reach + 1] for i in range(len(values)))
     return [sum(window) / len(window) for window in windows]

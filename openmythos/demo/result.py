@@ -15,15 +15,15 @@ class TextResult:
     """Act 1: a model trained on real text.
 
     Attributes:
-        train_curve: (seconds, training bits per byte).
-        held_out_curve: (seconds, held-out bits per byte) measured during training.
+        train_curve: Points (seconds, training bits per byte).
+        held_out_curve: Points (seconds, held-out bits per byte) measured during training.
         validation: Held-out bits per byte by number of loops, after training.
         mean_recurrence: Mean depth in training.
-        sampled_loops: Smallest and largest depth that training usually drew.
-        depth_sampling: How the depth was drawn, in words ("Poisson, a depth a sequence").
-        max_loops: Limit of the exit rule; the top of the colour scale.
+        sampled_loops: The smallest and largest depth that training usually drew.
+        depth_sampling: How the depth was drawn, in words.
+        max_loops: The most loops that the exit rule may take; the top of the colour scale.
         exit_rule: The rule that chose the samples' loops, in words.
-        marks: Bits per byte of other compressors by name ("xz -9": 1.81).
+        marks: Bits per byte of other compressors, by name, such as "xz -9".
     """
 
     train_curve: Sequence[tuple[float, float]]
@@ -42,7 +42,7 @@ class TextResult:
     marks: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Refuse a result without a held-out number."""
+        """Check that there is a held-out number."""
         if not self.validation:
             raise ValueError("validation is empty; give bits per byte for at least one loop count")
 
@@ -57,20 +57,20 @@ class HopsResult:
     """Act 2: a model trained on walks of known difficulty.
 
     Attributes:
-        name: Of the model, as a panel's title.
+        name: The model's name, a panel's title.
         decider: What chooses the loops, in one or two words ("exit rule", "ACT halting").
-        exit_rule: The same in full.
-        hops: Evaluated lengths, rising.
+        exit_rule: The decider with its settings, in words.
+        hops: Evaluated numbers of hops, rising.
         loops: Evaluated numbers of loops, rising.
-        accuracy: On held-out walks, ``accuracy[h][l]`` for ``hops[h]`` at ``loops[l]``.
-        max_train_hops: The longest walks in training.
-        trained_loops: Smallest and largest depth that training drew.
-        exit_loops: Mean loops that the decider takes, by hops.
-        exit_accuracy: Accuracy when it decides, by hops.
-        rank_correlation: Of loops taken with hops; None where it is not defined.
-        leak_baselines: By hops, the accuracy of guessers that cannot follow the walk, by name.
+        accuracy: On held-out walks, ``accuracy[i][j]`` for ``hops[i]`` at ``loops[j]``.
+        max_train_hops: Hops of the longest walks in training.
+        trained_loops: The smallest and largest depth that training drew.
+        exit_loops: Mean loops taken under the decider, one entry per ``hops``.
+        exit_accuracy: Accuracy under the decider, one entry per ``hops``.
+        rank_correlation: Rank correlation of loops taken with hops; None where it is not defined.
+        leak_baselines: By hops, then by name: accuracy of guessers that do not follow the walk.
         chance: Accuracy of a uniform guess.
-        stage_curve: (step, hops of the curriculum's stage).
+        stage_curve: Points (step, hops of the curriculum's stage).
     """
 
     name: str = "This model"
@@ -92,7 +92,7 @@ class HopsResult:
     steps: int
 
     def __post_init__(self) -> None:
-        """Refuse a table whose sides do not fit."""
+        """Check that the sizes of the tables fit."""
         for name in ("accuracy", "exit_loops", "exit_accuracy"):
             given = len(getattr(self, name))
             if given != len(self.hops):
@@ -106,12 +106,12 @@ class HopsResult:
 
     @property
     def trained_hops(self) -> list[int]:
-        """Evaluated lengths that training showed."""
+        """Evaluated numbers of hops that training showed."""
         return [hops for hops in self.hops if hops <= self.max_train_hops]
 
     @property
     def unseen_hops(self) -> list[int]:
-        """Evaluated lengths beyond training."""
+        """Evaluated numbers of hops beyond those in training."""
         return [hops for hops in self.hops if hops > self.max_train_hops]
 
     def at(self, hops: int, loops: int) -> float:
@@ -129,10 +129,10 @@ class DemoResults:
     """Everything that the report shows.
 
     Attributes:
-        original_halting: The same task and model with the original OpenMythos' halting.
+        original_halting: The result of the same model with the original OpenMythos' halting.
         total_seconds: Wall time of the whole demo.
         machine: The machine in words.
-        command: What made this report.
+        command: The command that made this report.
     """
 
     text: TextResult
@@ -144,5 +144,5 @@ class DemoResults:
     command: str
 
     def to_dict(self) -> dict[str, Any]:
-        """Ready for strict JSON: numbers that are not finite become null."""
+        """The results, ready for strict JSON: numbers that are not finite become null."""
         return json_ready(asdict(self))

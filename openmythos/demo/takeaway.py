@@ -1,6 +1,6 @@
-"""What the numbers say, in sentences that the numbers choose.
+"""Sentences about the demo's results, chosen by the numbers.
 
-Nothing here is claimed in advance: each function looks at a result and says what happened.
+Nothing is claimed in advance: each function looks at a result and says what happened.
 """
 
 import math
@@ -20,14 +20,14 @@ COLLAPSED = 0.9  # token correlation
 
 @dataclass(frozen=True)
 class Takeaway:
-    """A sentence; ``holds`` says whether what one hopes for happened, None for a plain fact."""
+    """A sentence; ``holds`` says whether the hoped-for happened, and is None for a plain fact."""
 
     text: str
     holds: bool | None = None
 
 
 def takeaways(results: DemoResults) -> dict[str, list[Takeaway]]:
-    """The sentences of each act, by its name."""
+    """The sentences of each act, by the act's name."""
     thinking = hops_takeaways(results.hops)
     if results.original_halting is not None:
         thinking.append(halting_takeaway(results.hops, results.original_halting))
@@ -38,7 +38,7 @@ def takeaways(results: DemoResults) -> dict[str, list[Takeaway]]:
 
 
 def text_takeaways(text: TextResult) -> list[Takeaway]:
-    """What loops buy on text."""
+    """What more loops gain on text."""
     values, depth = text.validation, text.trained_depth
     found = []
     few, deep = min(values), max(values)
@@ -108,7 +108,7 @@ def _spent(text: TextResult) -> list[Takeaway]:
 
 
 def hops_takeaways(result: HopsResult) -> list[Takeaway]:
-    """What loops buy on thinking."""
+    """What more loops gain on walks."""
     found = []
     if result.trained_hops:
         worst, loops, value = min(
@@ -141,7 +141,7 @@ def hops_takeaways(result: HopsResult) -> list[Takeaway]:
 
 
 def _beyond(result: HopsResult, hops: int) -> Takeaway:
-    """The first length that training never showed: best loops against few."""
+    """Accuracy at the first number of hops beyond training: the best depth against few loops."""
     loops, best = result.best(hops)
     few = 2 if 2 in result.loops else result.loops[0]
     shallow = result.at(hops, few)

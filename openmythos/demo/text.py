@@ -32,10 +32,10 @@ EXIT_KL = 1e-3
 
 
 def text_config(seed: int, seconds: float) -> RunConfig:
-    """Preset ``tiny`` on python-docs, for so many seconds."""
+    """Preset ``tiny`` on python-docs, trained for ``seconds``."""
     model = presets.preset("tiny")
     sampling = PoissonDepth(mean_recurrence=model.num_loops)
-    # Shallow first and gradients through one loop only: twice the text in the same time.
+    # Few loops first, and gradients through one loop only: twice the text in the same time.
     depth = DepthSchedule(sampling=sampling, mean_backprop_depth=1, ramp=0.6, max_loops=16)
     settings = TrainConfig(
         seed=seed, max_seconds=seconds, batch_size=12, depth=depth, eval_loops=(), log_every=5
@@ -44,7 +44,7 @@ def text_config(seed: int, seconds: float) -> RunConfig:
 
 
 def act_text(console: Console, out: Path, config: RunConfig, device: str) -> TextResult:
-    """Train on text, measure held-out bits per byte by loops, generate."""
+    """Train on text, measure held-out bits per byte by number of loops, generate samples."""
     run = set_up(config, out, device)
     train_config, model = run.config.train, run.model
     console.print(run.in_words(config.data.in_words))
@@ -95,7 +95,7 @@ def act_text(console: Console, out: Path, config: RunConfig, device: str) -> Tex
 
 
 def marks(data: TextData | HopsData) -> dict[str, float]:
-    """What xz at its strongest needs for a built-in source, in bits per byte: a mark to beat."""
+    """Bits per byte of xz at its strongest setting on a built-in source, for comparison."""
     if not isinstance(data, TextData) or data.source not in ("python-docs", "python-source"):
         return {}
     text = "\n\n".join(document.text for document in load_documents(data.source)).encode()

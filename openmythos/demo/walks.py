@@ -34,13 +34,13 @@ from openmythos.train.validation import hops_accuracy
 TRAINED_LOOPS = (2, 8)
 LOOPS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16)
 HOPS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12)
-NUM_WALKS = 512  # held-out walks a cell of the grid
+NUM_WALKS = 512  # held-out walks per number of hops
 
 
 def hops_config(seed: int, seconds: float) -> RunConfig:
-    """A two-layer core on walks, for so many seconds."""
-    # At a higher rate, without QK-norm or with one depth for all of a batch, a run in several is
-    # lost, late and at once: rows of too few loops for their walks are noise, but move the weights.
+    """A model with a two-layer core on walks, trained for ``seconds``."""
+    # With a higher learning rate, without QK-norm, or with one depth per batch, some runs diverge
+    # suddenly and late: rows with too few loops for their walk give noisy but large gradients.
     low, high = TRAINED_LOOPS
     model = ModelConfig(
         vocab_size=20,
@@ -77,14 +77,14 @@ def hops_config(seed: int, seconds: float) -> RunConfig:
 def act_hops(
     console: Console, out: Path, config: RunConfig, device: str
 ) -> tuple[HopsResult, HopsResult]:
-    """Train on walks; the same model with the original's halting trains beside it."""
+    """Train on walks, and in a second process the same model with the original's halting."""
     other = out / "hops_original_halting"
     other.mkdir(parents=True)
     halting = ACTConfig(bias_init=0.0, keep_remainder=False)
     halted = replace(config, model=replace(config.model, halting=halting))
     write_json(other / "start.json", to_dict(halted))
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # so small a model gains nothing from a second thread
+    torch.set_num_threads(1)  # a model this small gains nothing from a second thread
     command = [sys.executable, "-m", "openmythos", "train", "--config", str(other / "start.json")]
     beside = subprocess.Popen(
         [*command, "--out", str(other), "--device", device],
@@ -128,7 +128,7 @@ def act_hops(
 
 
 def measure_hops(model: RecurrentDepthLM, walks: Walks, out: Path, rule: Rule) -> HopsResult:
-    """Accuracy over hops x loops, and the loops that the exit rule takes, on held-out walks."""
+    """On held-out walks: accuracy by hops and loops, and the loops taken under the exit rule."""
     grid = [
         [hops_accuracy(model, walks, hops, loops, NUM_WALKS, seed=1) for loops in LOOPS]
         for hops in HOPS
@@ -169,7 +169,7 @@ def describe_rule(rule: Rule) -> str:
 def exit_loops(
     model: RecurrentDepthLM, walks: Walks, num_hops: int, rule: Rule
 ) -> tuple[list[int], float]:
-    """Loops that each held-out walk takes under the rule, and the share answered right."""
+    """The loops that each held-out walk takes under the rule, and the accuracy."""
     batch = walks.held_out_batch(num_hops, NUM_WALKS, seed=1)
     result = generate(model, batch.tokens, max_new_tokens=1, num_loops=max(LOOPS), exit_rule=rule)
     targets = batch.targets[:, -1].tolist()
@@ -178,7 +178,7 @@ def exit_loops(
 
 
 def rank_correlation(pairs: list[tuple[int, int]]) -> float | None:
-    """Spearman's rank correlation, ties at their mean rank; None if one side never changes."""
+    """Spearman's rank correlation, with mean ranks for ties; None if one side is constant."""
     ranks = []
     for column in np.asarray(pairs, dtype=np.float64).T:
         _, inverse, counts = np.unique(column, return_inverse=True, return_counts=True)

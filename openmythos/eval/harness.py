@@ -1,6 +1,7 @@
-"""Models of ours in lm-evaluation-harness (0.4.13), and its tasks from names, files and folders.
+"""Our models in lm-evaluation-harness (0.4.13), and its tasks by name, file or folder.
 
-Import this module only where the harness is needed: it is an extra, and takes seconds to load.
+Import this module only where it is needed: the harness is an optional dependency, and takes seconds
+to load.
 """
 
 import contextlib
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import lm_eval.models  # noqa: F401  (before a model is registered, or the others are lost)
+import lm_eval.models  # noqa: F401  (registers the harness' own models, before ours)
 import yaml
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
@@ -32,7 +33,7 @@ from openmythos.interop.loading import load_pretrained
 from openmythos.tokenizer import Tokenizer
 
 SHIPPED_FOLDER = Path(__file__).parent / "tasks"
-DEFAULT_NEW_TOKENS = 256  # what the harness' own models generate where a task does not say
+DEFAULT_NEW_TOKENS = 256  # the default of the harness' own models
 BOOTSTRAPS = 1000
 GENERATION_WORDS = {"until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p"}
 
@@ -43,12 +44,12 @@ class HarnessModel(TemplateLM):
 
     Args:
         pretrained: A scorer; or a folder, for ``simple_evaluate(model="openmythos", ...)``.
-        num_loops: Loops of every token; default: the model's.
-        batch_size: Rows a batch; does not change scores.
-        max_batch_size: Of the harness' command line; unused.
-        device: Where a folder's model goes.
-        add_bos: Contexts begin with bos.
-        seed: Of initial states and samples.
+        num_loops: Loops per token; default: the model's.
+        batch_size: Rows per batch; does not change scores.
+        max_batch_size: Unused; the harness' command line passes it.
+        device: Device of a model loaded from a folder.
+        add_bos: Whether contexts begin with bos.
+        seed: Seed of random initial states and of samples.
     """
 
     def __init__(
@@ -79,7 +80,7 @@ class HarnessModel(TemplateLM):
 
     @property
     def num_loops(self) -> int:
-        """Loops of every token; may be set between evaluations."""
+        """Loops per token; may be set between evaluations."""
         return self.scorer.num_loops
 
     @num_loops.setter
@@ -88,33 +89,33 @@ class HarnessModel(TemplateLM):
 
     @property
     def batch_size(self) -> int:
-        """Rows a batch."""
+        """Rows per batch."""
         return self.scorer.batch_size
 
     @property
     def max_length(self) -> int:
-        """The most tokens that the model reads."""
+        """The model's maximum sequence length, in tokens."""
         return self.scorer.max_len
 
     @property
     def max_gen_toks(self) -> int:
-        """New tokens where a task does not say how many."""
+        """The limit of new tokens for tasks that set none."""
         return DEFAULT_NEW_TOKENS
 
     @property
     def eot_token_id(self) -> int:
-        """Ends a document."""
+        """The token that ends a document."""
         eos = self.scorer.codec.eos_id
         return self.scorer.prefix_id if eos is None else eos
 
     @property
     def prefix_token_id(self) -> int:
-        """Stands for an empty context."""
+        """The token that stands for an empty context."""
         return self.scorer.prefix_id
 
     @property
     def tokenizer_name(self) -> str:
-        """Tells caches of requests apart."""
+        """The name under which the harness caches requests."""
         codec = self.scorer.codec
         name = codec.fingerprint if isinstance(codec, Tokenizer) else type(codec).__name__
         return f"openmythos-{name}"
@@ -122,7 +123,7 @@ class HarnessModel(TemplateLM):
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **_: Any
     ) -> list[int]:
-        """Ids of a text; with bos unless the caller or the scorer says otherwise."""
+        """Token ids of a text; with bos unless the caller or the scorer disables it."""
         if add_special_tokens is False:
             return self.scorer.codec.encode(string)
         return self.scorer.encode_context(string)
@@ -131,7 +132,7 @@ class HarnessModel(TemplateLM):
         return self.scorer.encode_pair(context, continuation)
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[Any]:
-        """(nats, greedy) of every continuation."""
+        """Per continuation: its log-likelihood in nats, and whether greedy decoding gives it."""
         return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
 
     def _loglikelihood_tokens(
@@ -144,14 +145,14 @@ class HarnessModel(TemplateLM):
         return scores
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = True) -> list[float]:
-        """Nats of every whole text."""
+        """Log-likelihood of each whole text, in nats."""
         totals = self.scorer.rolling([request.args[0] for request in requests])
         for request, total in zip(requests, totals, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
         return totals
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
-        """Every continuation up to its first stop text."""
+        """The generated continuations, each up to its first stop text."""
         asked = [generation_request(*request.args) for request in requests]
         texts = self.scorer.generate(asked)
         for request, text in zip(requests, texts, strict=True):
@@ -160,10 +161,10 @@ class HarnessModel(TemplateLM):
 
 
 def generation_request(context: str, options: Mapping[str, Any]) -> GenerationRequest:
-    """What a task's ``generation_kwargs`` ask for.
+    """A task's ``generation_kwargs`` as a request.
 
     Raises:
-        ValueError: They ask for something that the generator does not do, such as beams.
+        ValueError: They ask for something that is not supported, such as beam search.
     """
     known = normalize_gen_kwargs(dict(options), DEFAULT_NEW_TOKENS)
     unknown = sorted(set(known) - GENERATION_WORDS)
@@ -186,14 +187,14 @@ def generation_request(context: str, options: Mapping[str, Any]) -> GenerationRe
 
 
 def read_task(path: Path, **changes: Any) -> dict[str, Any]:
-    """A task file; files of its data are found beside it.
+    """Read a task file; its data files are looked up beside it.
 
     Args:
-        path: YAML as the harness has it.
+        path: YAML in the harness' format.
         changes: Fields to replace.
 
     Raises:
-        ValueError: It is no task file.
+        ValueError: It is not a task file.
     """
     try:
         config = load_yaml(path)
@@ -218,10 +219,10 @@ def _beside(files: Any, folder: Path) -> Any:
 
 
 def task_files(spec: str) -> list[Path] | None:
-    """The task files that a path names; None if the words are no path but a task's name.
+    """The task files at a path; None if ``spec`` is a task's name and not a path.
 
     Raises:
-        ValueError: There is no such file, or a folder without one.
+        ValueError: There is no such file, or the folder has no task file.
     """
     path = Path(spec)
     if path.is_dir():
@@ -238,16 +239,16 @@ def task_files(spec: str) -> list[Path] | None:
 
 @dataclass(frozen=True)
 class HarnessTasks:
-    """Tasks and groups that the harness has loaded, ready for any number of depths."""
+    """Tasks and groups loaded by the harness, to be measured at any number of depths."""
 
     loaded: Mapping[str, Any]
     seed: int = 0
 
     def measure(self, scorer: Scorer, limit: int | None) -> dict[tuple[str, str], Measured]:
-        """Every score of every task at the scorer's depth."""
+        """Every score of every task at the scorer's depth, by task and metric."""
         for task in self.loaded["tasks"].values():
             task.set_fewshot_seed(seed=self.seed)  # the same examples at every depth
-        said = io.StringIO()  # bars and notes of every call
+        said = io.StringIO()  # collects progress bars and notes
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
             found = evaluate(
                 HarnessModel(scorer),
@@ -262,17 +263,17 @@ class HarnessTasks:
 def load_tasks(
     specs: Sequence[str], *, num_fewshot: int | None = None, seed: int = 0
 ) -> HarnessTasks:
-    """Tasks by name (from the hub), by file, or all files of a folder.
+    """Load tasks by name (data from the hub), by file, or all files of a folder.
 
     Args:
         specs: Names and paths.
-        num_fewshot: Examples before every question, where the task does not fix them at 0.
-        seed: Of the choice of examples.
+        num_fewshot: Few-shot examples per question, except in tasks that fix the number at 0.
+        seed: Seed of the choice of few-shot examples.
 
     Raises:
-        ValueError: An unknown name, a file that is no task, or data that cannot be reached.
+        ValueError: A name is unknown, a file is not a task, or data cannot be reached.
     """
-    # Without a connection it tells of every retry; the error says it once.
+    # Without a connection the hub's client logs every retry; our error says it once.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     chosen: list[tuple[str, Any]] = []
     for spec in specs:
@@ -294,7 +295,7 @@ def load_tasks(
 
 @functools.cache
 def _manager(include_defaults: bool) -> TaskManager:
-    """Reading the thousands of files of the harness' own tasks takes seconds."""
+    """The harness' task manager, cached: reading its thousands of task files takes seconds."""
     return TaskManager(include_defaults=include_defaults)
 
 
@@ -337,7 +338,7 @@ def _measured(found: Mapping[str, Any]) -> Iterable[tuple[tuple[str, str], Measu
             outcomes = _outcomes(metric, [row for row in logged if row["filter"] == chosen])
             known = None if outcomes is None else summarise(outcomes).stderr
             if outcomes is not None and not math.isclose(summarise(outcomes).value, value):
-                outcomes = known = None  # the task counts otherwise
+                outcomes = known = None  # the task computes its score differently
             score = Score(
                 float(value),
                 float(stderr) if isinstance(stderr, float | int) else known,
@@ -356,7 +357,7 @@ def _measured(found: Mapping[str, Any]) -> Iterable[tuple[tuple[str, str], Measu
 
 
 def _outcomes(metric: str, rows: Sequence[Mapping[str, Any]]) -> Outcomes | None:
-    """A metric that is a mean, or bits over bytes, question by question; None if it is another."""
+    """Outcomes per question of a metric that is a mean or bits per byte; None for other metrics."""
     values = [row[metric] for row in rows if metric in row]
     if not values or len(values) != len(rows):
         return None
@@ -368,7 +369,7 @@ def _outcomes(metric: str, rows: Sequence[Mapping[str, Any]]) -> Outcomes | None
 
 
 def _baselines(metric: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Guessers on a multiple choice whose context is one and the same for all choices."""
+    """Guessers' scores on a multiple choice in which all choices share one context."""
     questions = []
     for row in rows:
         asked, answer = row["arguments"], row["target"]

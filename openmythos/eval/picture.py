@@ -1,4 +1,4 @@
-"""The picture of scores by number of loops: a panel a task."""
+"""The picture of scores by number of loops: one panel per task."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any
 from openmythos.analysis import picture as plots
 from openmythos.eval.score import ScoreCurve
 
-PANEL_WIDTH, PANEL_HEIGHT, COLUMNS = 2.9, 2.5, 3  # inches, and panels beside each other
+PANEL_WIDTH, PANEL_HEIGHT, COLUMNS = 2.9, 2.5, 3  # inches; panels per row
 LEFT, RIGHT, TOP, BOTTOM = 0.50, 0.14, 0.50, 0.46  # inches around a panel
 OFFSET: dict[str, Any] = {"textcoords": "offset points", "annotation_clip": False}
 
@@ -18,10 +18,10 @@ def plot_score_curves(curves: Sequence[ScoreCurve], path: Path) -> None:
 
 
 def score_curves(curves: Sequence[ScoreCurve]) -> Any:
-    """Every curve with bars of one standard error, and the strongest guesser as a line.
+    """The picture: each curve with bars of one standard error; the best guesser as a line.
 
     Raises:
-        ValueError: There is no curve.
+        ValueError: ``curves`` is empty.
     """
     if not curves:
         raise ValueError("there is no curve to draw; give at least one")

@@ -1,8 +1,8 @@
-"""Questions made of the Python documentation that ``python-docs`` holds out from training.
+"""Questions made from held-out Python documentation.
 
-The documents are those of the interpreter that runs, so scores compare models under one Python
-version. They are exactly the validation split of ``openmythos prepare python-docs`` with its
-default seed and share, so a model trained on that has not seen them.
+The documents are exactly the validation split of ``openmythos prepare python-docs`` with its
+default seed and fraction, so a model trained on that has not seen them. They come from the running
+interpreter, so scores are comparable only under the same Python version.
 """
 
 import functools
@@ -34,10 +34,11 @@ def held_out(documents: Iterable[Document]) -> list[Document]:
 
 
 def choice_questions(documents: Iterable[Document]) -> list[dict[str, Any]]:
-    """Which words end the paragraph: ``context``, ``choices``, ``answer``.
+    """Multiple choice of a paragraph's end: ``context``, ``choices``, ``answer`` (an index).
 
-    All choices are the last six words of paragraphs of the same document, so the topic does not
-    tell; of those, the ones nearest in length to the right one, so the length does not either.
+    All choices are the last six words of paragraphs of the same document, so that the topic does
+    not give the answer away. Of those, the ones nearest in length to the right one are taken, so
+    that the length does not either.
     """
     questions = []
     for document in documents:
@@ -48,7 +49,7 @@ def choice_questions(documents: Iterable[Document]) -> list[dict[str, Any]]:
             if len(others) < NUM_CHOICES - 1:
                 continue
             context = " ".join(words[:-ENDING_WORDS][-MAX_CONTEXT_WORDS:])
-            # By hash and not by length: the right one is nowhere in particular.
+            # Ordered by hash, so that the position does not give the answer away.
             choices = sorted([right, *others[: NUM_CHOICES - 1]], key=lambda e: _hash(context + e))
             answer = choices.index(right)
             questions.append({"context": context, "choices": choices, "answer": answer})
@@ -56,7 +57,7 @@ def choice_questions(documents: Iterable[Document]) -> list[dict[str, Any]]:
 
 
 def word_questions(documents: Iterable[Document]) -> list[dict[str, Any]]:
-    """Which word comes next: ``context``, ``target``; a plain word of at least two letters."""
+    """The next word, a plain one of at least two letters: ``context``, ``target``."""
     questions = []
     for document in documents:
         for words in prose(document.text):
@@ -73,12 +74,12 @@ def word_questions(documents: Iterable[Document]) -> list[dict[str, Any]]:
 
 
 def texts(documents: Iterable[Document]) -> list[dict[str, Any]]:
-    """The beginning of every document, up to a paragraph's end: ``text``."""
+    """The beginning of each document, up to the end of a paragraph: ``text``."""
     return [{"text": _beginning(document.text)} for document in documents]
 
 
 def prose(text: str) -> Iterator[list[str]]:
-    """The words of every paragraph of whole sentences; code, lists and tables are left out."""
+    """The words of each paragraph of prose; code, lists and tables are left out."""
     for paragraph in re.split(r"\n[ \t]*\n", text):
         words = paragraph.split()
         sentence = re.match(r"\s*[A-Z][a-z]* [a-z]", paragraph) and paragraph.rstrip()[-1] == "."
@@ -88,22 +89,22 @@ def prose(text: str) -> Iterator[list[str]]:
 
 @functools.cache
 def documents() -> tuple[Document, ...]:
-    """The held-out documents of this Python."""
+    """The held-out documents of the running interpreter."""
     return tuple(held_out(load_documents(PYTHON_DOCS)))
 
 
 def choice_dataset(**_: Any) -> dict[str, Any]:
-    """``choice_questions`` as lm-evaluation-harness takes them (``custom_dataset``)."""
+    """``choice_questions`` in lm-evaluation-harness' format (``custom_dataset``)."""
     return _dataset(choice_questions(documents()))
 
 
 def word_dataset(**_: Any) -> dict[str, Any]:
-    """``word_questions`` as lm-evaluation-harness takes them (``custom_dataset``)."""
+    """``word_questions`` in lm-evaluation-harness' format (``custom_dataset``)."""
     return _dataset(word_questions(documents()))
 
 
 def text_dataset(**_: Any) -> dict[str, Any]:
-    """``texts`` as lm-evaluation-harness takes them (``custom_dataset``)."""
+    """``texts`` in lm-evaluation-harness' format (``custom_dataset``)."""
     return _dataset(texts(documents()))
 
 

@@ -1,4 +1,4 @@
-"""Scores by number of loops: the same questions at every depth, one curve per task and metric."""
+"""Scores by number of loops: the same questions at each depth, one curve per task and metric."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -7,12 +7,12 @@ from typing import Any
 
 from openmythos.config.schema import json_ready
 
-Outcomes = list[tuple[float, float]]  # of every question: what counts, and its weight
+Outcomes = list[tuple[float, float]]  # per question: an amount and its weight
 
 
 @dataclass(frozen=True)
 class Score:
-    """A mean over questions and its standard error, where that is known."""
+    """A weighted mean over questions; ``stderr`` is None where it is not known."""
 
     value: float
     stderr: float | None
@@ -20,13 +20,13 @@ class Score:
 
 
 def summarise(outcomes: Outcomes) -> Score:
-    """The weighted mean and its standard error.
+    """The weighted mean, sum of amounts / sum of weights, and its standard error.
 
-    With weights of 1 that is the sample's deviation over sqrt(n). Otherwise (bits over bytes) it is
-    the error of a ratio of two sums.
+    With weights of 1 the error is the sample's standard deviation over sqrt(n). Otherwise (bits per
+    byte) it is that of a ratio estimator.
 
-    Source: Cochran, Sampling Techniques (3rd edition, 1977), equation 6.13, no correction for a
-    finite population.
+    Source: Cochran, Sampling Techniques (3rd edition, 1977), equation 6.13, without the correction
+    for a finite population.
     """
     count, weight = len(outcomes), sum(part for _, part in outcomes)
     value = sum(amount for amount, _ in outcomes) / weight
@@ -37,7 +37,7 @@ def summarise(outcomes: Outcomes) -> Score:
 
 
 def differences(deep: Outcomes, shallow: Outcomes) -> Outcomes:
-    """Question by question; both have the same weights."""
+    """Paired differences, one per question; both sides must have the same weights."""
     return [(a - b, weight) for (a, weight), (b, _) in zip(deep, shallow, strict=True)]
 
 
@@ -46,7 +46,7 @@ def differences(deep: Outcomes, shallow: Outcomes) -> Outcomes:
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """A score at one depth; ``outcomes`` are None where only the total is known."""
+    """A score at one depth; ``outcomes`` is None where only the total is known."""
 
     score: Score
     outcomes: Outcomes | None = None
@@ -62,10 +62,10 @@ class ScoreCurve:
     """One metric of one task by number of loops.
 
     Attributes:
-        scores: By loops, rising.
-        baselines: What guessers reach that use no model, by name.
-        gain: The deepest score less the shallowest; its standard error is that of the differences
-            question by question, far smaller than the scores' own.
+        scores: By number of loops, in rising order.
+        baselines: Scores of guessers that use no model, by name.
+        gain: The score at the deepest depth minus that at the shallowest. Its standard error is
+            that of the paired differences per question, far smaller than the scores' own.
     """
 
     task: str
@@ -76,18 +76,18 @@ class ScoreCurve:
     gain: Score | None = None
 
     def __post_init__(self) -> None:
-        """Refuse a curve without a point."""
+        """Check that there are scores, in rising order of loops."""
         if not self.scores or list(self.scores) != sorted(self.scores):
             raise ValueError(f"scores are at {list(self.scores)} loops; give some, rising")
 
     def to_dict(self) -> dict[str, Any]:
-        """Ready for strict JSON."""
+        """The curve, ready for strict JSON."""
         points = [{"num_loops": loops, **asdict(score)} for loops, score in self.scores.items()]
         return json_ready({**asdict(self), "scores": points})
 
 
 def sweep(num_loops: Iterable[int], measure_at: Callable[[int], Results]) -> list[ScoreCurve]:
-    """The curves of what ``measure_at`` finds at each number of loops."""
+    """Call ``measure_at`` for each number of loops and gather its results into curves."""
     depths = sorted(set(num_loops))
     found = {loops: measure_at(loops) for loops in depths}
     curves = []

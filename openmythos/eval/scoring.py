@@ -1,7 +1,7 @@
-"""What every evaluation asks of a model: log-likelihoods of text, and continuations.
+"""Log-likelihoods of text and generated continuations: what evaluations ask of a model.
 
-Requests are batched by length. A row's result does not depend on the rows beside it: short rows are
-padded under a mask, and each sampled request has a generator of its own.
+Requests are batched by length. A row's result does not depend on the other rows of its batch:
+padding is masked, and each sampled request has its own generator.
 """
 
 from collections.abc import Iterator, Sequence
@@ -24,25 +24,25 @@ from openmythos.text_stream import ByteDecoder, TextStream
 Pair = tuple[list[int], list[int]]  # token ids of a context and its continuation
 
 
-@runtime_checkable  # the tests check arguments
+@runtime_checkable  # the tests check argument types
 class Codec(ByteDecoder, Protocol):
-    """Text to token ids and back; ``Tokenizer`` is one. An id is None where there is no such."""
+    """Text to token ids and back, as a ``Tokenizer``; an id is None if the token does not exist."""
 
     @property
     def bos_id(self) -> int | None:
-        """Begins a document."""
+        """The token that begins a document."""
 
     @property
     def eos_id(self) -> int | None:
-        """Ends a document."""
+        """The token that ends a document."""
 
     def encode(self, text: str) -> list[int]:
-        """Ids without special tokens."""
+        """Token ids of a text, without special tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationRequest:
-    """A context to continue until one of ``stops`` is in the text; 0 is greedy."""
+    """A context to continue until one of ``stops`` occurs in the text; temperature 0 is greedy."""
 
     context: str
     max_new_tokens: int
@@ -61,15 +61,15 @@ class Scorer:
     """A model at one depth; ``num_loops`` may be changed between calls.
 
     Attributes:
-        model: Runs in evaluation mode.
-        codec: Its tokenizer.
-        num_loops: Loops of every token.
-        batch_size: Rows a batch; does not change results.
-        add_bos: Contexts begin with the codec's bos, as documents in training do.
-        seed: Of initial states and samples.
-        exit_rule: Stops single tokens earlier; only generation asks it.
-        cache_layout: Of generation; default: the exact one.
-        num_truncated: Contexts that were cut on the left to fit the model, since the start.
+        model: The model; it is run in evaluation mode.
+        codec: The model's tokenizer.
+        num_loops: Loops per token.
+        batch_size: Rows per batch; does not change results.
+        add_bos: Whether contexts begin with the codec's bos, as documents in training do.
+        seed: Seed of random initial states and of samples.
+        exit_rule: Stops single tokens earlier; used in generation only.
+        cache_layout: The cache layout of generation; default: the exact one.
+        num_truncated: Number of contexts so far that were cut on the left to fit the model.
     """
 
     model: RecurrentDepthLM
@@ -87,7 +87,7 @@ class Scorer:
 
     @property
     def max_len(self) -> int:
-        """The most tokens that the model reads."""
+        """The model's maximum sequence length, in tokens."""
         return self.model.config.max_seq_len
 
     @property
@@ -105,15 +105,16 @@ class Scorer:
     # --- text to tokens --------------------------------------------------------------------------
 
     def encode_context(self, text: str) -> list[int]:
-        """Ids of a context, with bos if the model is used to one."""
+        """Token ids of a context, with bos if ``add_bos`` is set and the codec has one."""
         bos = self.codec.bos_id if self.add_bos else None
         return [*([] if bos is None else [bos]), *self.codec.encode(text)]
 
     def encode_pair(self, context: str, continuation: str) -> Pair:
-        """Ids of both, as they are when the two texts are encoded in one piece.
+        """Token ids of both, split from the ids of the two texts encoded as one.
 
-        White space at the end of the context belongs to the continuation, whose first token has it.
-        Where one token would straddle the seam and leave nothing, the two are encoded apart.
+        White space at the end of the context is moved to the continuation, because tokens begin
+        with it. If the continuation would get no token this way, because one token spans the
+        boundary, the two texts are encoded separately.
         """
         require(continuation != "", "a continuation", continuation, "a text that is not empty")
         if context == "":
@@ -128,11 +129,11 @@ class Scorer:
     # --- log-likelihood --------------------------------------------------------------------------
 
     def loglikelihood(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:
-        """Nats of each continuation after its context, and whether greedy decoding gives it."""
+        """Each continuation's log-likelihood in nats, and whether greedy decoding gives it."""
         return self.score_tokens([self.encode_pair(*pair) for pair in pairs])
 
     def rolling(self, texts: Sequence[str]) -> list[float]:
-        """Nats of each whole text, every token once, windows as long as the model reads."""
+        """Log-likelihood of each whole text in nats, in windows of the model's maximum length."""
         windows: list[Pair] = []
         owners: list[int] = []
         for index, text in enumerate(texts):
@@ -146,11 +147,11 @@ class Scorer:
         return totals
 
     def score_tokens(self, pairs: Sequence[Pair]) -> list[tuple[float, bool]]:
-        """As ``loglikelihood``, on token ids; equal inputs (choices of one token) run once.
+        """``loglikelihood`` on token ids; equal model inputs (one-token choices) run once.
 
         Raises:
-            ValueError: A pair without a context or a continuation, or with a continuation that is
-                longer than the model.
+            ValueError: A pair lacks a context or a continuation, or its continuation is longer than
+                the model's maximum length.
         """
         askers: dict[tuple[int, ...], list[int]] = {}
         for index, (context, continuation) in enumerate(pairs):
@@ -180,7 +181,7 @@ class Scorer:
         self.num_truncated += len(context) + len(continuation) > self.max_len + 1
 
     def _logits(self, rows: Sequence[tuple[int, ...]]) -> Tensor:
-        """Logits of rows that begin at the left; what stands past a row's end is padding."""
+        """Logits of rows that are padded on the right to equal length."""
         device, width = self.model.embed.weight.device, max(map(len, rows))
         lengths = torch.tensor([len(row) for row in rows], device=device)
         tokens = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=device)
@@ -197,7 +198,7 @@ class Scorer:
         """The continuation of each context, without the stop text.
 
         Raises:
-            ValueError: A request that asks for as many new tokens as the model reads, or more.
+            ValueError: A request's ``max_new_tokens`` is not below the model's maximum length.
         """
         rows = [self._row(index, request) for index, request in enumerate(requests)]
         order = sorted(range(len(rows)), key=lambda index: (-len(rows[index].tokens), index))
@@ -212,7 +213,7 @@ class Scorer:
         return texts
 
     def _row(self, index: int, request: GenerationRequest) -> Request:
-        """What the engine is asked for; ``index`` among the requests decides what is drawn."""
+        """The request for the engine; its seed depends on ``index`` among the requests."""
         room = self.max_len - request.max_new_tokens
         if room < 1:
             raise ValueError(
@@ -252,9 +253,9 @@ class Scorer:
 
 
 def rolling_windows(tokens: list[int], prefix: int, length: int) -> Iterator[Pair]:
-    """Context and continuation of each window over a text: every token is predicted once.
+    """Context and continuation of each window over a text; every token is predicted once.
 
-    A window's input has ``length`` tokens; the last one looks back as far as it can.
+    A window's input has ``length`` tokens; the last window overlaps the one before it to fill up.
     """
     whole = [prefix, *tokens]
     for start in range(0, len(tokens), length):
@@ -263,7 +264,7 @@ def rolling_windows(tokens: list[int], prefix: int, length: int) -> Iterator[Pai
 
 
 def _score(logits: Tensor, continuation: list[int]) -> tuple[float, bool]:
-    """Nats of the last tokens of a row, and whether each of them is the most likely one."""
+    """Log-likelihood in nats of a row's last tokens, and whether each is the most likely one."""
     wide = logits[-len(continuation) :]
     wide = wide if wide.dtype == torch.float64 else wide.float()
     targets = torch.tensor(continuation, device=logits.device)

@@ -1,8 +1,8 @@
-"""Tasks that ship with the project, and their scores without lm-evaluation-harness.
+"""The tasks that ship with the project, scored without lm-evaluation-harness.
 
-The same documents are task files in ``eval/tasks``, for the harness; both give the same numbers.
+The task files in ``eval/tasks`` give the harness the same documents; both give the same numbers.
 
-Every task states what guessers reach that use no model: a score near one of them shows nothing.
+Every task has baselines, the scores of guessers that use no model: a score near one shows nothing.
 """
 
 import importlib.util
@@ -34,11 +34,11 @@ HOPS = re.compile(r"hops_([1-9]\d*)")
 
 @dataclass(frozen=True, kw_only=True)
 class EvalTask:
-    """Questions of one kind.
+    """Questions of one kind, which decides the fields of a document and the score.
 
-    A choice has ``context``, ``choices`` and ``answer``, the index of the likeliest choice. A next
-    has ``context`` and ``target``, which greedy decoding must give. A generate has the same, and
-    the first word generated counts. A text is ``text``, measured in bits per byte.
+    "choice": ``context``, ``choices`` and ``answer``, the index that should be the most likely
+    choice. "next": ``context`` and ``target``, which greedy decoding must give. "generate": the
+    same, and the first generated word must be the target. "text": ``text``, in bits per byte.
     """
 
     name: str
@@ -48,7 +48,7 @@ class EvalTask:
 
     @property
     def metric(self) -> str:
-        """The name of its score."""
+        """The name of the score."""
         return METRICS[self.kind]
 
 
@@ -94,10 +94,10 @@ def shipped_task(name: str, walks: Walks | None) -> EvalTask | None:
 
     Args:
         name: A name of ``TEXT_TASKS``, or ``hops_4`` for walks of four hops.
-        walks: Those that the model was trained on; None for a model of text.
+        walks: The walks that the model was trained on; None for a model of text.
 
     Raises:
-        ValueError: The model is of the other sort.
+        ValueError: The task is for text and the model for walks, or the other way round.
     """
     hops = HOPS.fullmatch(name)
     if hops is not None and walks is not None:
@@ -115,10 +115,10 @@ def shipped_task(name: str, walks: Walks | None) -> EvalTask | None:
 
 
 def require_harness() -> None:
-    """Fail with advice where lm-evaluation-harness is not installed.
+    """Check that lm-evaluation-harness is installed.
 
     Raises:
-        ValueError: It is not.
+        ValueError: It is not; says how to install it.
     """
     if importlib.util.find_spec("lm_eval") is None:
         raise ValueError(
@@ -131,7 +131,7 @@ def require_harness() -> None:
 
 
 def measure(scorer: Scorer, task: EvalTask, limit: int | None = None) -> Outcomes:
-    """What each of the first ``limit`` questions gives at the scorer's depth."""
+    """The outcome of each of the first ``limit`` questions at the scorer's depth."""
     rows = task.documents[:limit]
     if task.kind == "choice":
         return _measure_choice(scorer, rows)
@@ -158,7 +158,7 @@ def measure(scorer: Scorer, task: EvalTask, limit: int | None = None) -> Outcome
 def measure_tasks(
     scorer: Scorer, tasks: Sequence[EvalTask], limit: int | None = None
 ) -> dict[tuple[str, str], Measured]:
-    """The tasks that ship, at the scorer's depth."""
+    """Scores of the shipped ``tasks`` at the scorer's depth, by task and metric."""
     results = {}
     for task in tasks:
         outcomes = measure(scorer, task, limit)
@@ -185,10 +185,10 @@ def _measure_choice(scorer: Scorer, rows: Sequence[Mapping[str, Any]]) -> Outcom
 
 
 def choice_baselines(rows: Sequence[tuple[str, Sequence[str], int]]) -> dict[str, float]:
-    """Accuracy of guessers on (context, choices, answer).
+    """Accuracy of guessers on rows (context, choices, answer).
 
-    chance: a uniform guess. position: the commonest place. longest, shortest: by characters.
-    overlap: most words in common with the context.
+    chance: a uniform guess. position: always the most frequent index. longest, shortest: by
+    characters. overlap: the choice with the most words in common with the context.
     """
 
     def share(key: Callable[[str, str], float]) -> float:
@@ -211,5 +211,5 @@ def choice_baselines(rows: Sequence[tuple[str, Sequence[str], int]]) -> dict[str
 
 
 def majority(answers: Sequence[Any]) -> float:
-    """Share of the commonest answer."""
+    """Share of the most frequent answer."""
     return Counter(answers).most_common(1)[0][1] / len(answers)

@@ -1,7 +1,7 @@
-"""The ``hops`` task as text, so that every evaluator can ask it: ``e3 r1 r0`` -> ``e7``.
+"""The ``hops`` task as text for evaluators: ``e3 r1 r0`` -> ``e7``.
 
-A walk's words are the token ids of ``data.synthetic``: entities first, then relations. There are no
-special tokens.
+Each word is one token id of ``data.synthetic``: entities e0, e1 ... first, then relations r0, r1
+... There are no special tokens.
 """
 
 from collections.abc import Iterable
@@ -9,7 +9,7 @@ from typing import Any
 
 from openmythos.data.synthetic import HopsConfig, Walks
 
-NUM_WALKS, WALK_SEED = 512, 1  # those of the demo's grid
+NUM_WALKS, WALK_SEED = 512, 1  # as in the demo's grid
 
 
 class WalkCodec:
@@ -24,10 +24,10 @@ class WalkCodec:
         self._ids = {word: index for index, word in enumerate(self.words)}
 
     def encode(self, text: str) -> list[int]:
-        """Ids of words between white space.
+        """Token ids of words separated by white space.
 
         Raises:
-            ValueError: A word that no walk has.
+            ValueError: A word is neither an entity nor a relation.
         """
         words = text.split()
         for word in words:
@@ -39,11 +39,11 @@ class WalkCodec:
         return [self._ids[word] for word in words]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Words with a space between."""
+        """The words, separated by spaces."""
         return " ".join(self.words[index] for index in ids)
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """Words as they go on a text: each with the space before it."""
+        """The words as a continuation: each with a space before it."""
         return "".join(f" {self.words[index]}" for index in ids).encode()
 
 
@@ -59,11 +59,11 @@ def hops_documents(
 
 
 def hops_dataset(num_hops: int, walks: dict[str, Any], **_: Any) -> dict[str, Any]:
-    """``hops_documents`` as lm-evaluation-harness takes them (``custom_dataset``).
+    """``hops_documents`` in lm-evaluation-harness' format (``custom_dataset``).
 
     Args:
-        num_hops: Of every walk.
-        walks: Fields of ``HopsConfig``, those that the model was trained on.
+        num_hops: Hops per walk.
+        walks: The fields of the ``HopsConfig`` that the model was trained on.
     """
     from datasets import Dataset
 

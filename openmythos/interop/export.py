@@ -1,7 +1,7 @@
-"""Export to Hugging Face transformers: a folder that carries its own modelling code, and back.
+"""Export to Hugging Face transformers as a folder with its own modelling code, and back.
 
-The folder's code is the source in ``openmythos/interop/hf``; neither writing nor reading a folder
-runs it or needs transformers.
+That code is copied from ``openmythos/interop/hf``. Neither writing nor reading a folder runs it or
+needs transformers.
 """
 
 import dataclasses
@@ -48,7 +48,7 @@ SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token")
 SPECIAL_IDS = tuple(f"{name}_id" for name in SPECIAL_TOKENS)
 AUTO_MAP = {
     "AutoConfig": "configuration_openmythos.OpenMythosConfig",
-    "AutoModel": "modeling_openmythos.OpenMythosModel",  # what vLLM asks for
+    "AutoModel": "modeling_openmythos.OpenMythosModel",  # needed by vLLM
     "AutoModelForCausalLM": "modeling_openmythos.OpenMythosForCausalLM",
 }
 
@@ -59,7 +59,7 @@ RENAMED = {
     "max_seq_len": "max_position_embeddings",
     "tie_embeddings": "tie_word_embeddings",
 }
-# What transformers writes besides, or derives, and what changes nothing that we compute.
+# Fields that transformers adds or derives, and fields that do not change what the model computes.
 SKIPPED = {
     *("architectures", "auto_map", "model_type", "dtype", "torch_dtype", "transformers_version"),
     *SPECIAL_IDS,
@@ -67,7 +67,7 @@ SKIPPED = {
     *("num_key_value_heads", "head_dim", "rms_norm_eps", "intermediate_size", "num_experts"),
     *("num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob"),
 }
-# What the exported code computes. A field or a member that is not here is refused.
+# The fields and members that the exported code supports; any other is refused.
 COVERED: dict[type, Collection[str]] = {
     ModelConfig: (
         *("vocab_size", "d_model", "num_prelude_layers", "num_core_layers", "num_coda_layers"),
@@ -115,10 +115,10 @@ COVERED: dict[type, Collection[str]] = {
 
 
 def check_covered(config: ModelConfig) -> None:
-    """Refuse a model that the exported code would compute differently.
+    """Check that the exported code supports the model.
 
     Raises:
-        ValueError: Lists what is not covered.
+        ValueError: It does not; lists what is not supported.
     """
     if found := _uncovered(config, ""):
         raise ValueError(
@@ -145,18 +145,18 @@ def _uncovered(part: Any, path: str) -> list[str]:
 
 
 def recognises(data: Mapping[str, Any], names: Collection[str]) -> bool:
-    """By transformers' name for it."""
+    """Whether config.json is that of an export, by its ``model_type``."""
     return data.get("model_type") == MODEL_TYPE
 
 
 def read_config(data: Mapping[str, Any]) -> ModelConfig:
-    """The config.json of an export, as written here or by ``save_pretrained`` of transformers.
+    """Read the config.json of an export, written here or by transformers' ``save_pretrained``.
 
     Raises:
-        ValueError: Missing, unknown or wrong fields.
+        ValueError: Fields are missing, unknown or wrong.
     """
     ours = {their_name: our_name for our_name, their_name in RENAMED.items()}
-    # transformers leaves out what its own class has as a default.
+    # transformers leaves out fields that have its own default.
     fields = {"tie_word_embeddings": True, **data}
     kept = {ours.get(k, k): value for k, value in fields.items() if k not in SKIPPED}
     return from_dict(ModelConfig, kept)
@@ -169,7 +169,7 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
 
 # --- weights --------------------------------------------------------------------------------------
 
-# Our names as transformers' users expect them, in this order.
+# Replacements that turn our names into transformers' usual names, applied in this order.
 NAMES = (
     (r"^head\.", "lm_head."),
     (r"^(?!lm_head\.)", "model."),
@@ -195,7 +195,7 @@ NAMES = (
 
 
 def rules(config: ModelConfig) -> list[AnyRule]:
-    """Every tensor of the export; matrices that we keep joined are apart there, for engines."""
+    """The rules of every tensor; our fused matrices are split, as inference engines expect."""
     return [_rule(name, config) for name in empty_model(config).state_dict()]
 
 
@@ -241,16 +241,16 @@ def export_hf(
     """Write a folder that transformers opens with ``trust_remote_code=True``; return its path.
 
     Args:
-        model: With weights.
-        folder: Made, or replaced as a whole if it holds an earlier export.
-        tokenizer: Ours, or a folder whose tokenizer files are copied.
-        dtype: Of the parameters; None keeps theirs.
+        model: A model with weights.
+        folder: The folder to write; an earlier export in it is replaced as a whole.
+        tokenizer: A tokenizer of ours, or a folder whose tokenizer files are copied.
+        dtype: Dtype of the written parameters; None keeps theirs.
         num_loops: The default depth, which is also the deepest with a cache; None: the model's.
-        max_shard_bytes: A larger model is written in several files.
+        max_shard_bytes: Maximum size of one weight file; a larger model is split.
 
     Raises:
-        ValueError: A model that the export does not cover, a bad number, or a folder that holds
-            something else. Nothing is written then.
+        ValueError: The exported code does not support the model, an argument is out of range, or
+            the folder holds something else. Nothing is written then.
     """
     config = model.config
     if num_loops is not None:
@@ -278,7 +278,11 @@ def export_hf(
 
 
 def _own_files(target: Path) -> set[str]:
-    """The names that an earlier export may have; a checkpoint of another kind is left alone."""
+    """File names that an earlier export may have.
+
+    Raises:
+        ValueError: The folder holds another kind of checkpoint.
+    """
     if (target / CONFIG_FILE).is_file() and read_stored_config(target).get(
         "model_type"
     ) != MODEL_TYPE:
@@ -297,13 +301,13 @@ def _own_files(target: Path) -> set[str]:
 def _write_tokenizer(
     tokenizer: Tokenizer | PathLike, fresh: Path, config: ModelConfig
 ) -> dict[str, Any]:
-    """Write the tokenizer's files; the ids of its special tokens under transformers' names."""
+    """Write the tokenizer's files; return its special tokens' ids under transformers' names."""
     if isinstance(tokenizer, Tokenizer):
         path = tokenizer.save(fresh)
         backend = tokenizers.Tokenizer.from_file(str(path))
         ids = (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id)
         bos, eos, pad = (backend.id_to_token(token_id) for token_id in ids)
-        backend.post_processor = TemplateProcessing(  # as documents begin in training
+        backend.post_processor = TemplateProcessing(  # adds bos, as in training
             single=f"{bos}:0 $A:0",
             pair=f"{bos}:0 $A:0 {bos}:1 $B:1",
             special_tokens=[(bos, tokenizer.bos_id)],
@@ -312,7 +316,7 @@ def _write_tokenizer(
         settings = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             **dict(zip(SPECIAL_TOKENS, (bos, eos, pad), strict=True)),
-            "split_special_tokens": True,  # text that spells a special token stays text
+            "split_special_tokens": True,  # never parse special tokens in text
             "clean_up_tokenization_spaces": False,
             "padding_side": "left",
             "model_max_length": config.max_seq_len,
@@ -328,7 +332,7 @@ def _write_tokenizer(
 
 
 def _card(config: ModelConfig) -> str:
-    """The model card: what the folder is and how deep it runs."""
+    """The model card as Markdown."""
     template = Template((SOURCES / "model_card.md").read_text(encoding="utf-8"))
     experts = config.core_ff
     shape = (

@@ -1,7 +1,7 @@
-"""A GGUF file of a Llama as a checkpoint folder under transformers' names; needs the gguf package.
+"""Convert a GGUF file of a Llama into a checkpoint folder under transformers' names.
 
-Quantised weights are widened to fp32, the numbers that the file stands for. llama.cpp rotates
-neighbouring channels, so its writers reorder the rows of q and k; they are put back here.
+Needs the gguf package. Quantised weights are dequantised to fp32. llama.cpp rotates neighbouring
+channels (rotary positions), so GGUF files have the rows of q and k reordered; that is undone here.
 
 Source: ggml-org/llama.cpp, gguf-py and convert_hf_to_gguf.py (LlamaModel.permute).
 """
@@ -37,7 +37,7 @@ OUTER = {
     "output_norm.weight": "model.norm.weight",
     "output.weight": "lm_head.weight",
 }
-# How text is cut before the merges, by tokenizer.ggml.pre.
+# Pre-tokenisation (how text is cut before the BPE merges) by the value of tokenizer.ggml.pre.
 CUTS = {
     "gpt-2": pre_tokenizers.ByteLevel(add_prefix_space=False),
     "smollm": pre_tokenizers.Sequence(
@@ -47,15 +47,15 @@ CUTS = {
         ]
     ),
 }
-CONTROL, USER_DEFINED = 3, 4  # token types
+CONTROL, USER_DEFINED = 3, 4  # GGUF token types
 
 
 def convert_gguf(path: PathLike, folder: PathLike) -> Path:
     """Write ``folder`` with config.json, model.safetensors and tokenizer.json; return its path.
 
     Raises:
-        ValueError: No such file, it is not GGUF, it is no Llama with a byte-level BPE tokenizer
-            that is known, or the package is missing.
+        ValueError: The file does not exist, is not GGUF, or is not a Llama with a supported
+            byte-level BPE tokenizer; or the package is missing.
     """
     file = Path(path)
     if not file.is_file():
@@ -125,15 +125,15 @@ def _weights(tensors: Any, config: Mapping[str, Any]) -> Iterator[tuple[str, Ten
             name = f"model.layers.{stem}.{TENSORS[part]}.weight"
         if name is None:
             raise ValueError(f"unknown tensor {tensor.name}")
-        shape = tuple(int(size) for size in reversed(tensor.shape))  # GGUF counts from the inside
-        numbers = dequantize(tensor.data, tensor.tensor_type)  # fp32; a view of the file if it was
+        shape = tuple(int(size) for size in reversed(tensor.shape))  # GGUF: innermost first
+        numbers = dequantize(tensor.data, tensor.tensor_type)  # fp32; a view if stored so
         wide = torch.tensor(numbers).reshape(shape)
         heads = {"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"}.get(part)
         yield name, wide if heads is None else _rotate_half_rows(wide, config[heads])
 
 
 def _rotate_half_rows(weight: Tensor, num_heads: int) -> Tensor:
-    """Rows of each head from pairs (2j, 2j + 1) to pairs (j, j + half)."""
+    """Reorder each head's rows so that rotary pairs (2j, 2j + 1) become (j, j + head_dim / 2)."""
     pairs = weight.unflatten(0, (num_heads, -1, 2))
     return pairs.transpose(1, 2).flatten(0, 2)
 

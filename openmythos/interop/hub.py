@@ -1,4 +1,4 @@
-"""Models by their name on the Hugging Face hub. Weights and JSON are fetched, never code."""
+"""Models by name on the Hugging Face hub; weights and JSON are downloaded, never code."""
 
 import os
 import re
@@ -13,12 +13,12 @@ TORCH_FILES = ["*.bin", "*.pt", "*.pth"]  # read as tensors only
 
 
 def local_folder(path: PathLike) -> Path:
-    """The folder to read for ``path``, which may be a model's name on the hub: ``owner/name``.
+    """The local folder for ``path``, a folder or a model's name ``owner/name`` on the hub.
 
-    What exists here is never looked up there, nor is a path whose first folder exists.
+    A path that exists locally, or whose first folder does, is never looked up on the hub.
 
     Raises:
-        ValueError: There is no such folder, and no such model, or the hub cannot be reached.
+        ValueError: There is neither such a folder nor such a model, or the hub is not reachable.
     """
     name = os.fspath(path)
     if not HUB_NAME.fullmatch(name) or Path(name).exists() or Path(name).parent.exists():

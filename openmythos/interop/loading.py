@@ -44,15 +44,15 @@ def load_pretrained(
 
     Args:
         path: A folder with config.json and the weights, or a model's name on the Hugging Face hub.
-        dtype: Of the parameters; None keeps what is stored.
-        device: Of the model.
+        dtype: Dtype of the parameters; None keeps the stored one.
+        device: Device of the model.
 
     Returns:
         The model in evaluation mode.
 
     Raises:
-        ValueError: No such folder, an unknown family, damaged files, weights that do not fit the
-            config (all names are listed), or weights that are not finite.
+        ValueError: There is no such folder, the family is unknown, files are damaged, weights do
+            not fit the config (all names are listed), or weights are not finite.
     """
     folder = local_folder(path)
     if "format" in read_config(folder):
@@ -62,10 +62,10 @@ def load_pretrained(
 
 
 def load_config(path: PathLike) -> ModelConfig:
-    """The config of a checkpoint folder of any family, whose names and shapes fit it.
+    """The config of a checkpoint folder of any family; names and shapes of its weights are checked.
 
     Raises:
-        ValueError: What ``load_pretrained`` refuses, save weights that are not finite.
+        ValueError: As ``load_pretrained``, except for weights that are not finite.
     """
     folder = local_folder(path)
     if "format" in read_config(folder):
@@ -74,7 +74,7 @@ def load_config(path: PathLike) -> ModelConfig:
 
 
 def own_tokenizer(folder: Path) -> Tokenizer | None:
-    """The tokenizer of one of our folders or exports; another project's is not ours to read."""
+    """The tokenizer of one of our checkpoints or exports; None for other families' folders."""
     data = read_config(folder)
     ours = "format" in data or data.get("model_type") == export.MODEL_TYPE
     return Tokenizer.load(folder) if ours and (folder / FILE_NAME).is_file() else None
@@ -83,7 +83,7 @@ def own_tokenizer(folder: Path) -> Tokenizer | None:
 def _open_foreign(
     folder: Path, dtype: torch.dtype | None
 ) -> tuple[RecurrentDepthLM, Iterator[tuple[str, Tensor]]]:
-    """The model without its weights, and the weights, whose names and shapes fit it."""
+    """The empty model, and its weights to come; their names and shapes have been checked."""
     data, weights = read_config(folder), StoredWeights(folder)
     family = next((f for f in FAMILIES if f.recognises(data, weights.shapes)), None)
     if family is None:

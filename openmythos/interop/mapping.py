@@ -1,8 +1,9 @@
-"""How another family's checkpoint maps onto ours: declared once, run in both directions.
+"""Map another family's checkpoints onto ours: declared once, run in both directions.
 
-A family is a ``Family``: its config fields and a list of rules. A rule names the family's tensors
-on one side and ours on the other, and only moves numbers, so that there and back gives the same
-bytes. Expected names and shapes on the family's side follow from the rules and our model.
+A ``Family`` has its config fields and a list of rules. A rule names the family's tensors on one
+side ("theirs") and our tensors on the other, and only moves numbers, so that a round trip gives the
+same bytes. The names and shapes that are expected in the family's files follow from the rules and
+our model.
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -18,8 +19,9 @@ from openmythos.config.schema import to_dict
 from openmythos.model.recurrent import RecurrentDepthLM
 
 # --- rules ----------------------------------------------------------------------------------------
-# ``read`` makes our tensors from theirs, in the order of the names; they may be kept. It takes one
-# of theirs at a time: many together are as large as what is made of them. ``write`` is its inverse.
+# ``read`` makes our tensors, which share no memory with the files, from theirs in the order of the
+# names. It takes theirs one at a time, because all of them together are as large as the result.
+# ``write`` is its inverse.
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class Rename:
 
 @dataclass(frozen=True)
 class Reshape:
-    """One tensor with the same numbers in the same order under another shape."""
+    """One tensor under two names and shapes, with the same numbers in the same order."""
 
     their_name: str
     our_name: str
@@ -77,16 +79,17 @@ class Reshape:
 
 @dataclass(frozen=True)
 class Join:
-    """Several of their tensors, one after the other along ``dim``, are one of ours.
+    """Several of their tensors, concatenated along ``dim``, are one of ours.
 
     Args:
         theirs: Their names, in order.
         our_name: Our name.
         sizes: Length of each part along ``dim``, within one group; None: all are equal.
-        dim: The dimension along which they are joined.
-        groups: The parts alternate in this many groups along dimension 0 (heads: part 1 of head 1,
-            part 2 of head 1, part 1 of head 2 ...).
-        stack: Ours has a leading dimension of this size (experts), made from dimension 0.
+        dim: The dimension along which they are concatenated.
+        groups: With more than one group, such as heads, parts are interleaved along dimension 0:
+            part 1 of group 1, part 2 of group 1, part 1 of group 2 ...
+        stack: Size of a leading dimension, such as experts, that ours has and that is split off
+            dimension 0; None: no such dimension.
     """
 
     theirs: tuple[str, ...]
@@ -133,7 +136,7 @@ class Join:
 
 @dataclass(frozen=True)
 class Split:
-    """One of their tensors is several of ours, one after the other along ``dim``."""
+    """One of their tensors is the concatenation of several of ours along ``dim``."""
 
     their_name: str
     ours: tuple[str, ...]
@@ -153,7 +156,10 @@ class Split:
 
 @dataclass(frozen=True)
 class TiedCopy:
-    """Skipped: their second copy of ``of``. Read, it may be absent, and must be equal; written."""
+    """Their second copy of tensor ``of``, which we store once.
+
+    Reading: it may be absent, and must be equal otherwise. Writing: the copy is written.
+    """
 
     their_name: str
     of: str
@@ -161,17 +167,20 @@ class TiedCopy:
 
 @dataclass(frozen=True)
 class Recomputed:
-    """Skipped: a buffer that both sides compute from the config. Read, it may be absent."""
+    """A buffer that both sides compute from the config.
+
+    Reading: it may be absent, and is ignored. Writing: it is left out.
+    """
 
     their_name: str
 
 
 @dataclass(frozen=True)
 class Dead:
-    """Skipped: a parameter that their model has and that no output depends on.
+    """A parameter of their model that no output depends on.
 
-    Read, it must be there with this shape; its numbers are dropped. Written, it is zeros: what is
-    exported is then complete, and computes the same.
+    Reading: it must have this shape, and is ignored. Writing: it is filled with zeros, so that the
+    exported checkpoint is complete.
     """
 
     their_name: str
@@ -189,10 +198,10 @@ AnyRule = Rule | TiedCopy | Recomputed | Dead
 class Family:
     """A published family.
 
-    ``recognises`` sees config.json and the names of the weights. ``read_config`` raises
-    ``ValueError`` for what it cannot express; ``write_config`` need not check: ``export_config``
-    compares. ``prefixes`` may stand before all names of a file, as the family's programs leave
-    them.
+    ``recognises`` gets config.json and the names of the weights. ``read_config`` raises
+    ``ValueError`` for what our config cannot express. ``write_config`` need not check what theirs
+    cannot, because ``export_config`` reads its result back and compares. ``prefixes`` are prefixes
+    of all names in a file that the family's programs may have left there.
     """
 
     name: str
@@ -210,16 +219,16 @@ def check_fields(
     fixed: Mapping[str, Any] | None = None,
     skipped: Collection[str] = (),
 ) -> dict[str, Any]:
-    """The fields of a family's config.json that ``types`` names, checked.
+    """Check all fields of a family's config.json and return those in ``types``.
 
     Args:
-        data: config.json.
-        types: Needed fields and their types; an integer is accepted for a float.
-        fixed: Fields of which one value is supported; they may be absent.
-        skipped: Fields that do not change what the model computes.
+        data: The content of config.json.
+        types: Required fields and their types; an integer is accepted for a float.
+        fixed: Optional fields of which only this value is supported.
+        skipped: Fields to ignore, which do not change what the model computes.
 
     Raises:
-        ValueError: Lists missing, unknown and wrong fields.
+        ValueError: Fields are missing, unknown or wrong; lists them.
     """
     fixed = {} if fixed is None else fixed
     complaints = [f"missing {name}" for name in types if name not in data]
@@ -247,11 +256,11 @@ def read_tensors(
     weights: StoredWeights,
     dtype: torch.dtype | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
-    """Our tensors, made one rule at a time from a family's files; parameters in ``dtype``.
+    """Our tensors by name, made one rule at a time from a family's files; parameters in ``dtype``.
 
     Raises:
-        ValueError: Names or shapes that do not fit, before the first tensor is read; a tied copy
-            that differs.
+        ValueError: Names or shapes do not fit (raised before any tensor is read), or a tied copy
+            differs.
     """
     rules = family.rules(model.config)
     expected = tensor_shapes(_written(rules, model.state_dict()))
@@ -269,7 +278,7 @@ def _read(
 ) -> Iterator[tuple[str, Tensor]]:
     for rule in rules:
         if isinstance(rule, TiedCopy) and rule.their_name in weights.shapes:
-            _check_tied(rule, weights)  # before anything else is in memory
+            _check_tied(rule, weights)  # first, while memory is empty
     moves = [rule for rule in rules if not isinstance(rule, TiedCopy | Recomputed | Dead)]
     for rule in sorted(moves, key=lambda rule: weights.size(rule.theirs), reverse=True):
         wanted = dtype if cast.issuperset(rule.ours) else None
@@ -285,13 +294,13 @@ def _check_tied(rule: TiedCopy, weights: StoredWeights) -> None:
 
 
 def export_tensors(family: Family, model: RecurrentDepthLM) -> dict[str, Tensor]:
-    """The model's weights under the family's names; buffers that it recomputes are left out."""
+    """The model's weights under the family's names, without ``Recomputed`` buffers."""
     return _written(family.rules(model.config), model.state_dict())
 
 
 @torch.no_grad()
 def _written(rules: Sequence[AnyRule], ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Their tensors from ours (meta tensors give their shapes); each of ours is used once."""
+    """Their tensors from ours, each of which must be used once; meta tensors give the shapes."""
     theirs: dict[str, Tensor] = {}
     used: list[str] = []
     for rule in rules:
@@ -314,7 +323,7 @@ def export_config(family: Family, config: ModelConfig) -> dict[str, Any]:
     """The family's config.json for a model.
 
     Raises:
-        ValueError: The family cannot express the model; lists the fields that would change.
+        ValueError: The family cannot express the model; lists the fields that differ.
     """
     written = family.write_config(config)
     try:
@@ -325,7 +334,7 @@ def export_config(family: Family, config: ModelConfig) -> dict[str, Any]:
     changed = [
         f"{name} is {ours.get(name)!r}, there {back.get(name)!r}"
         for name in sorted(ours.keys() | back.keys())
-        if ours.get(name) != back.get(name) and not name.endswith("_init")  # of new models only
+        if ours.get(name) != back.get(name) and not name.endswith("_init")  # initialisation only
     ]
     if changed:
         raise ValueError(f"{family.name} cannot express this model: {'; '.join(changed)}")

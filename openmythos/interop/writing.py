@@ -1,4 +1,4 @@
-"""Write a checkpoint under a family's names: safetensors files, made one tensor at a time."""
+"""Write a checkpoint under a family's names as safetensors files, one tensor at a time."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,7 +25,7 @@ from openmythos.interop.mapping import (
 from openmythos.model.recurrent import RecurrentDepthLM
 from openmythos.tokenizer import Tokenizer
 
-MAX_SHARD_BYTES = 5 * 10**9  # a larger model is written in several files
+MAX_SHARD_BYTES = 5 * 10**9  # a larger model is split into several files
 SHARD_PATTERN = "model-*-of-*.safetensors"
 DTYPE_NAMES = {
     torch.float64: "F64",
@@ -47,12 +47,12 @@ def save_as(
     """Write a model as a checkpoint of a family, atomically, and return the folder.
 
     Args:
-        family: Whose names and config are written.
-        model: With weights.
-        folder: Replaced as a whole if it holds a checkpoint.
-        tokenizer: Written beside the weights.
-        dtype: Of the parameters; None keeps theirs.
-        max_shard_bytes: Size of one file, unless a single tensor is larger.
+        family: The family whose names and config are written.
+        model: A model with weights.
+        folder: The folder to write; a checkpoint in it is replaced as a whole.
+        tokenizer: A tokenizer to write beside the weights, if any.
+        dtype: Dtype of the written parameters; None keeps theirs.
+        max_shard_bytes: Maximum size of one file, unless a single tensor is larger.
 
     Raises:
         ValueError: The family cannot express the model, or the folder holds something else.
@@ -69,15 +69,15 @@ def save_as(
 
 
 def shard_names(folder: PathLike) -> set[str]:
-    """The names of sharded weights, which a new checkpoint may replace."""
+    """File names of sharded weights in ``folder``, which a new checkpoint may replace."""
     return {INDEX_FILES[0], *(path.name for path in Path(folder).glob(SHARD_PATTERN))}
 
 
 def check_writable(model: RecurrentDepthLM, dtype: torch.dtype | None) -> None:
-    """Raise what ``write_weights`` could not write.
+    """Check that ``write_weights`` can write the model.
 
     Raises:
-        ValueError: A model on the meta device, or a dtype that no checkpoint has.
+        ValueError: The model is on the meta device, or the dtype is not supported.
     """
     if any(tensor.is_meta for tensor in model.state_dict().values()):
         raise ValueError("the model is on the meta device: it has shapes but no weights to write")
@@ -89,7 +89,7 @@ def check_writable(model: RecurrentDepthLM, dtype: torch.dtype | None) -> None:
 
 @dataclass(frozen=True)
 class Planned:
-    """One tensor to come: its name, dtype and shape."""
+    """A tensor that is going to be written: its name, dtype and shape."""
 
     name: str
     dtype: torch.dtype
@@ -97,7 +97,7 @@ class Planned:
 
     @property
     def num_bytes(self) -> int:
-        """Of its numbers."""
+        """Size of its numbers in bytes."""
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
@@ -110,9 +110,9 @@ def write_weights(
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Write the weights; memory holds what one rule makes besides the model.
+    """Write the weights, holding only one rule's result in memory besides the model.
 
-    Buffers keep their dtype: a router's bias moves in steps that a narrow dtype would lose.
+    Buffers keep their dtype, because a narrow one would lose the small steps of a router's bias.
     """
     ours, buffers = model.state_dict(), dict(model.named_buffers())
     dtypes = {
@@ -135,18 +135,18 @@ def write_weights(
     write_json(folder / INDEX_FILES[0], {"metadata": {"total_size": size}, "weight_map": places})
 
 
-# A rule, and the name in the file of what it makes:
+# A rule, and for each of its tensors that is written: the rule's name to the name in the file.
 WritingRule = tuple[Rule | Dead, Mapping[str, str]]
 
 
 def _writing_rules(
     family: Family, model: RecurrentDepthLM, dtypes: Mapping[str, torch.dtype]
 ) -> list[WritingRule]:
-    """The rules that write something, wide dtypes first.
+    """The rules that write something, in order of falling item size.
 
-    A reader maps a file into memory, where a tensor must start at a multiple of its item size.
+    So every tensor in a file starts at a multiple of its item size, which memory mapping needs.
     """
-    export_tensors(family, empty_model(model.config))  # raises if a tensor of ours is left out
+    export_tensors(family, empty_model(model.config))  # raises if one of ours is unused
     rules = family.rules(model.config)
     plain = [rule for rule in rules if not isinstance(rule, TiedCopy | Recomputed | Dead)]
     makers = {name: rule for rule in plain for name in rule.theirs}
@@ -158,7 +158,7 @@ def _writing_rules(
 
 
 def _dtype_of(rule: Rule | Dead, dtypes: Mapping[str, torch.dtype]) -> torch.dtype:
-    """Of what a rule writes; a dead parameter has that of the embedding."""
+    """The dtype of a rule's tensors; that of the embedding for a dead parameter."""
     return dtypes["embed.weight" if isinstance(rule, Dead) else rule.ours[0]]
 
 
@@ -193,7 +193,7 @@ def _shards(plan: Sequence[Planned], max_bytes: int) -> list[list[Planned]]:
 def _write_file(
     path: Path, shard: Sequence[Planned], tensors: Iterator[tuple[str, Tensor]]
 ) -> None:
-    """The next tensors as one file: the header's length, the header as JSON, the numbers.
+    """Write the next tensors as one file: the header's length, the header as JSON, the numbers.
 
     Source: safetensors, README.md, Format.
     """

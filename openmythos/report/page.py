@@ -1,6 +1,6 @@
-"""The kit that pages of results are made of: one self-contained page, figures, tables, samples.
+"""Building blocks of pages of results: the page, figures, tables, samples.
 
-A page loads nothing from outside itself and follows the reader's light or dark mode.
+A page is one self-contained HTML file and follows the reader's light or dark mode.
 """
 
 import math
@@ -16,7 +16,7 @@ from rich.text import Text
 
 from openmythos.analysis import picture as style
 
-TERMINAL_FEW, TERMINAL_MANY = (45, 50, 60), (236, 140, 48)  # the page's orange, on a dark ground
+TERMINAL_FEW, TERMINAL_MANY = (45, 50, 60), (236, 140, 48)  # RGB, for a dark terminal
 
 PAGE_COLOURS = {
     style.INK: "--ink",
@@ -33,7 +33,7 @@ PAGE_COLOURS = {
 
 @dataclass(frozen=True)
 class Piece:
-    """One generated token as text, and the loops that it took."""
+    """One generated token: its text and the loops that it took."""
 
     text: str
     loops: int
@@ -58,14 +58,14 @@ def page(title: str, body: str) -> str:
 
 
 def loop_strength(loops: int, max_loops: int) -> float:
-    """Place on the colour scale: 0 at one loop, 1 at the limit, equal steps by doublings."""
+    """Position on the colour scale: 0 at one loop, 1 at ``max_loops``, logarithmic between."""
     if max_loops <= 1:
         return 0.0
     return min(max(math.log2(max(loops, 1)) / math.log2(max_loops), 0.0), 1.0)
 
 
 def render_sample(sample: Sample, max_loops: int) -> Text:
-    """A sample for the terminal: each token on the colour of the loops that it took."""
+    """A sample for the terminal; each token's background shows the loops that it took."""
     text = Text.assemble((printable(sample.prompt), "bold"))
     for piece in sample.pieces:
         strength = loop_strength(piece.loops, max_loops)
@@ -74,7 +74,7 @@ def render_sample(sample: Sample, max_loops: int) -> Text:
 
 
 def render_scale(max_loops: int) -> Text:
-    """The legend of ``render_sample``."""
+    """The colour legend of ``render_sample``."""
     text = Text("loops ")
     for loops in _scale(max_loops):
         text.append(f" {loops} ", style=_terminal_style(loop_strength(loops, max_loops)))
@@ -82,7 +82,7 @@ def render_scale(max_loops: int) -> Text:
 
 
 def render_html(sample: Sample, max_loops: int) -> str:
-    """A sample for the page."""
+    """A sample as HTML."""
     tokens = []
     for piece in sample.pieces:
         strength = loop_strength(piece.loops, max_loops)
@@ -103,7 +103,7 @@ def render_html(sample: Sample, max_loops: int) -> str:
 
 
 def printable(text: str) -> str:
-    """Control characters made visible: generated text must not command a terminal or a page."""
+    """Make control characters visible, so that generated text cannot control a terminal."""
     shown = []
     for character in text:
         code = ord(character)
@@ -123,13 +123,13 @@ def _terminal_style(strength: float) -> str:
 
 
 def _scale(max_loops: int) -> list[int]:
-    """Doublings up to the limit."""
+    """The numbers of loops in the legend: powers of two, and ``max_loops``."""
     powers = [2**power for power in range(max_loops.bit_length())]
     return sorted({*powers, max_loops})
 
 
 def legend(max_loops: int) -> str:
-    """The colours of ``render_html``, by loops."""
+    """The colour legend of ``render_html``."""
     swatches = "".join(
         f'<span class="t" style="--strength:{loop_strength(n, max_loops):.2f}">{n}</span>'
         for n in _scale(max_loops)
@@ -144,18 +144,18 @@ def figure(svg: str, name: str, alt: str, caption: str, kind: str = "fits") -> s
     """A picture with its caption.
 
     Args:
-        svg: As matplotlib writes it.
-        name: Unlike that of any other figure of the page: begins the ids inside the picture.
+        svg: SVG text as matplotlib writes it.
+        name: A name that is unique on the page; prefix of the ids inside the picture.
         alt: What the picture shows, in words.
-        caption: Stands below it.
-        kind: "fits", or "wide" for a picture that scrolls where it does not fit.
+        caption: Text below the picture.
+        kind: "fits", or "wide" for a picture that scrolls sideways on a narrow screen.
     """
     picture = f'<div class="{kind}">{inline_svg(svg, name, alt)}</div>'
     return f"<figure>{picture}<figcaption>{escape(caption)}</figcaption></figure>"
 
 
 def inline_svg(text: str, name: str, alt: str) -> str:
-    """A picture for the page: colours from its CSS, so that they follow dark mode; own ids."""
+    """SVG for the page: colours come from the page's CSS (dark mode), ids begin with ``name``."""
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", text, flags=re.DOTALL)
     text = re.sub(r' xmlns(:\w+)?="[^"]*"', "", text)
@@ -168,7 +168,7 @@ def inline_svg(text: str, name: str, alt: str) -> str:
 
 
 def facts(values: Mapping[str, str]) -> str:
-    """A row of named numbers."""
+    """A row of numbers with their names."""
     items = "".join(
         f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>"
         for name, value in values.items()
@@ -177,7 +177,7 @@ def facts(values: Mapping[str, str]) -> str:
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """A table of plain text; its first column holds names."""
+    """A table of plain text; the first column holds names."""
     top = "".join(f'<th scope="col">{escape(name)}</th>' for name in head)
     body = "".join(
         "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows

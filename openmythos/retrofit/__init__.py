@@ -1,1 +1,1 @@
-"""A pretrained stack of layers becomes a looped model, before any training."""
+"""Convert a pretrained stack of layers into a looped model, without training."""

@@ -1,8 +1,8 @@
-"""A pretrained stack as prelude, core and coda: layers are kept or dropped, the core can loop.
+"""Convert a pretrained stack into prelude, core and coda; layers can be dropped.
 
-One loop of the result is exactly the kept layers run once, before any training.
+Before training, the result at one loop computes exactly the kept layers run once.
 
-Source: Retrofitting recurrence (arXiv 2511.07384), section 3; of the adapter's start [0 | I],
+Source: Retrofitting recurrence (arXiv 2511.07384), section 3; for the initial adapter [0 | I],
     LoopedLMs/retrofitting-recurrence, convert_olmo_loop_in_place.py.
 """
 
@@ -23,15 +23,15 @@ from openmythos.config import (
 from openmythos.config.schema import require, to_dict
 from openmythos.model.recurrent import RecurrentDepthLM
 
-# Named in errors about weights, which come from a model that is loaded.
+# Stands for a path in errors about weights: the source is a model in memory.
 WHERE = Path("the source")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layers:
-    """The source's layers (from 0) that each part takes; the others are dropped.
+    """The source's layers (from 0) in each part; the others are dropped.
 
-    They keep their order: every layer stands once, after the ones before it.
+    They must rise from part to part: layers are neither repeated nor reordered.
     """
 
     prelude: tuple[int, ...] = ()
@@ -46,19 +46,19 @@ class Layers:
 
     @property
     def kept(self) -> tuple[int, ...]:
-        """All of them, in order."""
+        """All kept layers, in order."""
         return (*self.prelude, *self.core, *self.coda)
 
     def dropped(self, num_layers: int) -> tuple[int, ...]:
-        """The others of a stack of ``num_layers``."""
+        """The dropped layers of a stack of ``num_layers``."""
         return tuple(layer for layer in range(num_layers) if layer not in self.kept)
 
 
 def check_stack(config: ModelConfig, layers: Layers) -> None:
-    """Whether the source is a plain stack, as a Llama is loaded, that has these layers.
+    """Check that the source is a plain stack, as a loaded Llama is, and has these layers.
 
     Raises:
-        ValueError: It is not; names the fields that differ.
+        ValueError: It is not; lists the fields that differ.
     """
     plain = replace(
         config.unlooped(),
@@ -86,21 +86,22 @@ def retrofit(
     state_init: StateInitConfig | None = None,
     untie: bool = False,
 ) -> RecurrentDepthLM:
-    """The stack as prelude, core and coda with Huginn's linear injection x = W_h h + W_e e.
+    """Convert a stack into prelude, core and coda with Huginn's injection x = W_h h + W_e e.
 
-    It starts at W_h = 0, W_e = 1: the core sees the prelude's output, whatever h_0 is, so every
-    number of loops gives what the kept layers give. The loop comes in through W_h, whose gradient
-    is not zero from the second loop on (with h_0 = 0 the first gives it none).
+    Initially W_h = 0 and W_e = I: the core's input is the prelude's output for any h_0, so at every
+    number of loops the model computes the kept layers run once. Training can turn on the recurrence
+    through W_h, which gets a gradient from the second loop on (from the first only if h_0 is not
+    zero).
 
     Args:
-        model: A plain stack, as ``load_pretrained`` gives for a Llama.
-        layers: What each part takes.
+        model: A plain stack, as ``load_pretrained`` returns for a Llama.
+        layers: The layers of each part.
         num_loops: The default depth of the result.
-        state_init: h_0; None is zeros.
-        untie: Give the head its own copy of a tied embedding, as the recipe does.
+        state_init: The initial state h_0; None: zeros.
+        untie: Give the head its own copy of a tied embedding, as the published recipe does.
 
     Raises:
-        ValueError: The model is no plain stack, or has fewer layers.
+        ValueError: The model is not a plain stack, or has fewer layers.
     """
     check_stack(model.config, layers)
     config = replace(
@@ -123,7 +124,7 @@ def retrofit(
 
 
 def carried(model: RecurrentDepthLM, layers: Layers) -> Iterator[tuple[str, Tensor]]:
-    """Copies of the stack's weights under the names that the parts give them."""
+    """Copies of the kept layers' and shared weights, under their names in the result."""
     places = {
         layer: f"{stage}.{index}"
         for stage in ("prelude", "core", "coda")

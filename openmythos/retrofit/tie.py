@@ -1,13 +1,15 @@
-"""A pretrained stack as a loop: layers share weights, and each loop has a low-rank change of them.
+"""Convert a pretrained stack into a loop of shared layers with a low-rank change per loop.
 
-The core's n layers become K, looped n / K times: layer l is layer l mod K at loop l // K, and there
-W_l = W + B_l A_l, with A and B of the truncated SVD of W_l - W. At full rank that is exact.
+The core's n layers become K layers, looped n / K times: the source's layer l becomes layer l mod K
+at loop l // K, where W_l is approximated by W + B_l A_l, with A and B from the truncated SVD of
+W_l - W. At full rank that is exact.
 
-Norms differ by layer too, and a low-rank change has no place for a vector. Their weights are folded
-into the matrix that reads them, norm(x) * g W^T = norm(x) (W diag(g))^T, exactly, and are 1 after
-that. This is also the metric in which a residual counts: of inputs with mean square 1.
+The weights g of the norms also differ between layers, but a low-rank change applies to matrices
+only. So they are folded exactly into the matrix that follows, (norm(x) * g) W^T =
+norm(x) (W diag(g))^T, and set to 1. The SVD then minimises the error of the layer's output for
+inputs of mean square 1, which is what a norm without weights gives.
 
-Our matrices are fused (q, k, v in one; gate, up in one), so a rank is shared by their parts.
+Our matrices are fused (q, k, v in one; gate, up in one), so their parts share one rank.
 
 Source: Relaxed Recursive Transformers (arXiv 2410.20672), sections 3.1 and 3.2.
 """
@@ -37,7 +39,11 @@ NORM_BEFORE = {"attention_norm": "attention.qkv", "feed_forward_norm": "feed_for
 
 @dataclass(frozen=True)
 class Tied:
-    """The looped model; ``error`` is |all W_l - (W + B_l A_l)| / |all W_l| (Frobenius, folded)."""
+    """The looped model, and the relative error of its weights.
+
+    ``error`` is the Frobenius norm of W_l - (W + B_l A_l) over all folded matrices, divided by that
+    of W_l.
+    """
 
     model: RecurrentDepthLM
     error: float
@@ -52,18 +58,18 @@ def tie(
     rank: int,
     start: str = "average",
 ) -> Tied:
-    """Tie the layers of ``layers.core`` into ``num_core_layers`` that are looped.
+    """Tie the layers of ``layers.core`` into ``num_core_layers`` layers that are looped.
 
     Args:
-        model: A plain stack of pre-norm blocks with grouped-query attention, as a Llama.
-        layers: Prelude and coda keep their weights; all of the core's are tied.
-        num_core_layers: K, a divisor of the core's layers.
-        rank: Of the changes; ``d_model`` is full rank for every matrix, 0 leaves them out.
-        start: The shared weights: those of layers at even steps from the first to the last, the
-            average of the layers that share, or the first K layers.
+        model: A plain stack of pre-norm blocks with grouped-query attention, such as a Llama.
+        layers: The layers of each part; prelude and coda keep their weights, the core's are tied.
+        num_core_layers: K, a divisor of the number of the core's layers.
+        rank: Rank of the changes; ``d_model`` is full rank for every matrix, 0 means no changes.
+        start: The shared weights: "average" of the layers that share, "stepwise" (layers at even
+            distances from the first to the last), or "lower" (the first K layers).
 
     Raises:
-        ValueError: The stack cannot be tied, or a number does not fit.
+        ValueError: The stack cannot be tied, or an argument is out of range.
     """
     config = model.config
     check_stack(config, layers)
@@ -113,7 +119,7 @@ def _check_tieable(config: ModelConfig) -> None:
     gqa = isinstance(attention, GQAConfig)
     require(gqa, "the source's attention.kind", attention.kind, "'gqa'")
     assert isinstance(attention, GQAConfig)
-    # These vectors differ by layer, and no matrix follows them that could take them in.
+    # Other norms' weights differ between layers, and no matrix follows to fold them into.
     require(block.norm == "pre", "the source's block.norm", block.norm, "'pre'")
     scale = block.layer_scale
     require(scale is None, "the source's block.layer_scale", scale, "null")
@@ -125,7 +131,7 @@ def _check_tieable(config: ModelConfig) -> None:
 
 
 def _folded(weights: Mapping[str, Tensor], layer: int) -> dict[str, Tensor]:
-    """One layer's matrices with the norms before them taken in."""
+    """One layer's matrices, with the weights of the norms before them folded in."""
     prefix = f"core.{layer}."
     own = {n.removeprefix(prefix): tensor for n, tensor in weights.items() if n.startswith(prefix)}
     gains = {matrix: own[f"{norm}.weight"].double() for norm, matrix in NORM_BEFORE.items()}
@@ -139,7 +145,7 @@ def _folded(weights: Mapping[str, Tensor], layer: int) -> dict[str, Tensor]:
 
 
 def _first_layer(k: int, num_core_layers: int, depth: int, start: str) -> int:
-    """The layer that gives the k-th shared layer its weights."""
+    """The source layer whose weights the k-th shared layer starts from."""
     if start == "lower":
         return k
     return round(k * (depth - 1) / max(1, num_core_layers - 1))
@@ -148,7 +154,9 @@ def _first_layer(k: int, num_core_layers: int, depth: int, start: str) -> int:
 def low_rank(
     residual: Float[Tensor, "L O I"], rank: int
 ) -> tuple[Float[Tensor, "L R I"], Float[Tensor, "L O R"]]:
-    """A and B whose product B A is nearest to the residual; zeros where the rank is above full.
+    """A and B with B A the best rank-``rank`` approximation of each residual.
+
+    Above full rank they are filled up with zeros.
 
     Source: Relaxed Recursive Transformers (arXiv 2410.20672), section 3.2: A = V_r^T, B = U_r S_r.
     """

@@ -1,1 +1,1 @@
-"""Training on one device: depth schedules, objectives, optimisers and one visible loop."""
+"""Training on one device: depth schedules, objectives, optimisers and the training loop."""

@@ -1,4 +1,4 @@
-"""How many loops a training step runs: a pure function of (seed, step), so all ranks agree."""
+"""How many loops a training step runs, drawn from seed and step, so that all ranks agree."""
 
 import math
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ class FixedDepth:
         require_positive(self, "mean_recurrence")
 
     def draw(self, mean: float, size: int, generator: torch.Generator) -> Int[Tensor, "N"]:
-        """``size`` depths around ``mean``, which a ramp may have lowered."""
+        """``size`` depths with this mean, which is below ``mean_recurrence`` during a ramp."""
         return torch.full((size,), max(1, round(mean)))
 
 
@@ -64,7 +64,7 @@ class ClippedPoissonDepth(PoissonDepth):
 
 @dataclass(frozen=True, kw_only=True)
 class UniformDepth:
-    """Every depth of ``low .. high`` alike; with the loss of the last loop, the silent objective.
+    """Uniform over ``low .. high``; with ``FinalLoopObjective`` it is Chen's silent objective.
 
     Source: Chen 2026 (arXiv 2603.21676).
     """
@@ -79,11 +79,11 @@ class UniformDepth:
 
     @property
     def mean_recurrence(self) -> float:
-        """The middle."""
+        """The mean of ``low`` and ``high``."""
         return (self.low + self.high) / 2
 
     def draw(self, mean: float, size: int, generator: torch.Generator) -> Int[Tensor, "N"]:
-        """See ``FixedDepth.draw``; a ramp moves both ends up from 1."""
+        """See ``FixedDepth.draw``; during a ramp both ends grow from 1."""
         grown = (mean - 1) / (self.mean_recurrence - 1) if self.mean_recurrence > 1 else 1.0
         low, high = (round(1 + (end - 1) * grown) for end in (self.low, self.high))
         return torch.randint(low, high + 1, (size,), generator=generator)
@@ -91,7 +91,7 @@ class UniformDepth:
 
 @dataclass(frozen=True, kw_only=True)
 class LogNormalPoissonDepth(FixedDepth):
-    """1 + Poisson(rate), rate log-normal around ``mean``: a long tail of deep steps.
+    """1 + Poisson(rate) with a log-normal rate of mean ``mean``: a long tail of deep steps.
 
     Source: Huginn (arXiv 2502.05171), section 3.3 and its sampling code.
     """
@@ -117,13 +117,12 @@ DepthConfig = FixedDepth | PoissonDepth | ClippedPoissonDepth | UniformDepth | L
 class DepthSchedule:
     """Depth of each step, and how many of its last loops get gradients.
 
-    ``ramp`` is the share of the run over which the mean grows to ``mean_recurrence``, and
-    ``ramp_shape`` how: on a line that starts at 1, or as the retrofits of Huginn's authors do, in
-    whole numbers, ceil(mean f) with f the share of the ramp that is done, p, or 1 - sqrt(1 - p),
-    which stays low for longer. ``mean_backprop_depth`` is the number of last loops with gradients
-    (None: all).
+    ``ramp`` is the share of the run over which the mean depth grows to ``mean_recurrence``. With p
+    the share of the ramp that is done, ``ramp_shape`` is "linear", 1 + (mean - 1) p;
+    "ceil_linear", ceil(mean p); or "ceil_one_minus_sqrt", ceil(mean (1 - sqrt(1 - p))), which stays
+    low for longer. ``mean_backprop_depth`` is the number of last loops with gradients (None: all).
 
-    Source: of the ceil shapes, Retrofitting recurrence (arXiv 2511.07384) and its train.py.
+    Source: Retrofitting recurrence (arXiv 2511.07384) and its train.py, for the two ceil shapes.
     """
 
     sampling: DepthConfig
@@ -148,10 +147,10 @@ class DepthSchedule:
         """Loops of each row, and the number of last loops with gradients.
 
         Args:
-            seed: Of the run.
-            step: The optimiser step (or micro-step) that is sampled for.
+            seed: The run's seed.
+            step: The optimiser step (or micro-step) to sample for.
             progress: Share of the run that is done, 0..1.
-            batch_size: Rows; without ``per_sequence`` they all get the same depth.
+            batch_size: Number of rows; without ``per_sequence`` they all get the same depth.
         """
         generator = torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**63)
         mean = self.mean(progress)

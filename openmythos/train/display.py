@@ -1,4 +1,4 @@
-"""The live view of a training run: a progress bar, the last numbers, held-out results."""
+"""The live view of a training run: a progress bar, smoothed metrics, held-out results."""
 
 import time
 from types import TracebackType
@@ -25,9 +25,9 @@ EXACT = ("stage", "rho")  # shown as they are; the others are smoothed
 
 
 class TrainDisplay:
-    """Shows a run in a terminal, or prints a line every ``line_seconds`` where there is none.
+    """Shows a run live in a terminal; elsewhere it prints a line every ``line_seconds``.
 
-    ``note`` is a remark that stands below the numbers.
+    ``note`` is a remark shown below the numbers.
     """
 
     line_seconds = 10.0
@@ -58,7 +58,7 @@ class TrainDisplay:
             self.live.stop()
 
     def step(self, step: int, seconds: float, progress: float, metrics: dict[str, float]) -> None:
-        """Show a training step; ``progress`` is the share of the run that is done after it."""
+        """Show a training step; ``progress`` is the share of the run done after it."""
         self.step_done, self.seconds, self.progress = step, seconds, progress
         for name, value in metrics.items():
             before = value if name in EXACT else self.smooth.get(name, value)

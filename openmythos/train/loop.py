@@ -27,7 +27,7 @@ class TrainingStopped(RuntimeError):
 
 @dataclass(frozen=True)
 class TrainResult:
-    """How a run ended: steps and seconds done, and whether Ctrl-C ended it before its end."""
+    """How a run ended: steps and seconds done, and whether it was interrupted (Ctrl-C)."""
 
     step: int
     seconds: float
@@ -52,7 +52,7 @@ def train(
     if config.compile:
         model.step = torch.compile(model.step, fullgraph=True)  # type: ignore[method-assign]
     if model.embed.weight.device.type == "cpu" and not config.compile:
-        native.load("fused")  # and with it the others, so that no step waits for a compiler
+        native.load("fused")  # builds all kernels now, so that no step waits for the compiler
     model.train()
     batches = task.batches(state.step, config.batch_size)
     recorder.start(state.step)
@@ -81,7 +81,7 @@ def train(
             recorder.step(step, seconds, done, metrics, logged)
             if done == 1 or (config.eval_every and step % config.eval_every == 0):
                 recorder.validation(step, seconds, task.evaluate(model, config))
-            # While the loss is bad, older checkpoints are worth more than new ones.
+            # No checkpoint while the loss is bad: it would push out an older, better one.
             if config.save_every and step % config.save_every == 0 and not guard.bad_steps:
                 run.save(model, optimizers, task, state)
                 saved = step
@@ -93,7 +93,11 @@ def train(
 def _gradients(
     model: RecurrentDepthLM, batch: Batch, config: TrainConfig, step: int, progress: float
 ) -> dict[str, float]:
-    """Clipped gradients of ``grad_accumulation`` micro-batches; returns what was measured."""
+    """Accumulate gradients over ``grad_accumulation`` micro-batches and clip them.
+
+    Returns:
+        The step's metrics.
+    """
     num_rows, device = len(batch.tokens), model.embed.weight.device
     micro_size = num_rows // config.grad_accumulation
     depths, grad_loops = config.depth.sample(
@@ -105,7 +109,7 @@ def _gradients(
     for start in range(0, num_rows, micro_size):
         rows = slice(start, start + micro_size)
         micro, ctx = on_device(model, batch.rows(rows.start, rows.stop))
-        # Of the tokens that count: micro-batches of unequal counts then equal one large batch.
+        # The micro-batch's share of all tokens with a loss: the sum then equals one large batch.
         share = int(counted[rows].sum()) / total
         with autocast(config, device):
             output = model(
@@ -125,7 +129,7 @@ def _gradients(
     last = () if decay is None else (decay.detach().max(),)
     numbers = torch.cat((measured, torch.stack([t.float() for t in (grad_norm, *last)]))).tolist()
     names = ("loss", "nats_per_token", "state_norm", "grad_norm", "rho")
-    metrics = dict(zip(names, numbers, strict=False))  # no rho where the injection has none
+    metrics = dict(zip(names, numbers, strict=False))  # an injection without A has no rho
     metrics["num_loops"] = float(depths.float().mean())
     if batch.num_bytes:
         bits = metrics["nats_per_token"] * total / math.log(2)
@@ -134,7 +138,7 @@ def _gradients(
 
 
 def _update(optimizers: list[torch.optim.Optimizer], factor: float) -> None:
-    """Step at ``factor`` of the full learning rates, and clear the gradients."""
+    """Step the optimisers at ``factor`` times their base learning rates; clear the gradients."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
@@ -145,10 +149,10 @@ def _update(optimizers: list[torch.optim.Optimizer], factor: float) -> None:
 def autocast(
     config: TrainConfig, device: torch.device
 ) -> contextlib.AbstractContextManager[object]:
-    """The autocast region of a forward.
+    """The autocast context of a forward pass.
 
-    Its weight cache is off: a weight cast under no_grad (truncated back-propagation) would be
-    reused where gradients are wanted, and they would be lost.
+    Its weight cache is off: with truncated back-propagation, a weight that was cast under no_grad
+    would be reused in the loops with gradients, and its gradient would be lost.
     """
     if config.autocast == "none":
         return contextlib.nullcontext()
@@ -156,7 +160,7 @@ def autocast(
 
 
 def _balance_experts(model: RecurrentDepthLM, rate: float) -> dict[str, float]:
-    """Update every router's bias; report the worst load of each loop that was run."""
+    """Update every router's bias; return the worst max violation of each loop that was run."""
     layers = [module for module in model.modules() if isinstance(module, MoE)]
     if not layers:
         return {}
@@ -170,9 +174,10 @@ def _balance_experts(model: RecurrentDepthLM, rate: float) -> dict[str, float]:
 
 
 class DivergenceGuard:
-    """Says when a run is lost: a number that is not finite, or a loss far above the first one.
+    """Detects a lost run: a number that is not finite, or a loss that stays above the first one.
 
-    It reads the plain cross-entropy: a loss with an entropy bonus may be negative.
+    The comparison is of the plain cross-entropy, because a loss with an entropy bonus may be
+    negative.
     """
 
     patience = 20
@@ -202,7 +207,7 @@ class _Stop:
 
 @contextlib.contextmanager
 def _interruptible(recorder: Recorder) -> Iterator[_Stop]:
-    """Ctrl-C and SIGTERM ask the loop to save and end; a second Ctrl-C ends at once."""
+    """Ctrl-C and SIGTERM request that the loop saves and ends; a second Ctrl-C ends at once."""
     stop = _Stop()
 
     def request(signum: int, frame: object) -> None:
@@ -212,7 +217,7 @@ def _interruptible(recorder: Recorder) -> Iterator[_Stop]:
         recorder.note("saving after this step; Ctrl-C again stops at once")
 
     kept = {}
-    with contextlib.suppress(ValueError):  # not in the main thread: no handler, no harm
+    with contextlib.suppress(ValueError):  # only the main thread can set handlers
         for signum in (signal.SIGINT, signal.SIGTERM):
             kept[signum] = signal.signal(signum, request)
     try:

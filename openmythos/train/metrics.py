@@ -1,7 +1,7 @@
-"""``metrics.jsonl``: one JSON object a line, the contract that plots and analysis read.
+"""``metrics.jsonl``: one JSON object per line, the format that plots and analysis read.
 
-Training rows have ``"kind": "train"``; held-out rows ``"kind": "validation"``, one a number of
-loops. What is not known is left out; a number that is not finite is null.
+Training rows have ``"kind": "train"``. Held-out rows have ``"kind": "validation"``, one row per
+number of loops. Unknown metrics are left out; a number that is not finite is null.
 """
 
 import contextlib
@@ -18,14 +18,14 @@ from openmythos.train.validation import Row
 
 
 class Recorder:
-    """Appends rows, shows them, and sends them to TensorBoard if it is installed."""
+    """Appends rows to ``metrics.jsonl``, shows them, and logs to TensorBoard if it is installed."""
 
     def __init__(self, folder: Path, display: TrainDisplay | None = None) -> None:
         self.folder, self.path, self.display = folder, folder / "metrics.jsonl", display
         self.board: Any = None
 
     def start(self, step: int) -> None:
-        """Go on after ``step``: rows past it are dropped, a killed run logs more than it saves."""
+        """Continue after ``step``: later rows, which a killed run logged, are dropped."""
         if self.path.exists():
             kept = [row for row in read_metrics(self.path) if row["step"] <= step]
             write_whole(self.path, "".join(json.dumps(row) + "\n" for row in kept))
@@ -35,20 +35,20 @@ class Recorder:
             self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=step + 1)
 
     def close(self) -> None:
-        """Write what TensorBoard still holds in memory."""
+        """Close TensorBoard's writer, which flushes it."""
         if self.board is not None:
             self.board.close()
             self.board = None
 
     def note(self, text: str) -> None:
-        """Say something beside the numbers."""
+        """Show a remark below the numbers."""
         if self.display is not None:
             self.display.note = text
 
     def step(
         self, step: int, seconds: float, progress: float, metrics: dict[str, float], logged: bool
     ) -> None:
-        """Record a training step; ``logged`` False only moves the display."""
+        """Show a training step, and write it if ``logged``."""
         if self.display is not None:
             self.display.step(step, seconds, progress, metrics)
         if logged:
@@ -80,7 +80,7 @@ def _finite(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
-    """Rows of a metrics file; a last line that a kill cut short is left out."""
+    """Rows of a metrics file; an incomplete last line, left by a kill, is skipped."""
     for line in path.read_text(encoding="utf-8").splitlines():
         with contextlib.suppress(json.JSONDecodeError):
             yield json.loads(line)

@@ -1,4 +1,4 @@
-"""What the loss sees: the last loop, every loop, or the loops weighted by the halting head."""
+"""Objectives: the loss of the last loop, of every loop, or weighted by the halting head."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,9 +18,10 @@ Losses = tuple[Float[Tensor, ""], Float[Tensor, ""]]
 
 
 def own_loops(num_loops: Int[Tensor, "B"]) -> Int[Tensor, "L B"]:
-    """Each row's own loop at every loop of its batch; negative while it still waits.
+    """Each row's own loop index at every loop of the batch.
 
-    Rows of unequal depth are aligned at their last loop.
+    Rows of unequal depth are aligned at their last loop; a row that has not started yet has a
+    negative index.
     """
     most = num_loops.max()
     loops = torch.arange(int(most), device=num_loops.device)
@@ -39,7 +40,7 @@ def geometric_prior(loop_idx: Int[Tensor, "L B"], rate: float) -> Float[Tensor, 
 def kl_divergence(
     exit_weights: Float[Tensor, "L *N"], prior: Float[Tensor, "L ..."]
 ) -> Float[Tensor, "*N"]:
-    """KL(p || prior) over loops, in this direction; where p is 0 it adds exactly nothing."""
+    """KL(exit_weights || prior), summed over loops; a weight of 0 contributes exactly 0."""
     tiny = torch.finfo(exit_weights.dtype).tiny
     logs = exit_weights.clamp(min=tiny).log() - prior.to(exit_weights).clamp(min=tiny).log()
     return (exit_weights * logs).sum(dim=0)
@@ -53,7 +54,7 @@ def mean_over(values: Float[Tensor, "*N"], counted: Bool[Tensor, "*N"]) -> Float
 def loop_logits(
     model: RecurrentDepthLM, output: ModelOutput, ctx: ForwardContext
 ) -> Iterator[Float[Tensor, "B T V"]]:
-    """Logits of every kept state; the forward has computed those of the last one."""
+    """Logits of every kept state; those of the last one come from the forward where possible."""
     for h in output.states[:-1]:
         yield model.decode(h, ctx)
     mixes = model.halting is not None and model.halting.mixes_states
@@ -64,7 +65,7 @@ def loop_logits(
 class FinalLoopObjective:
     """Cross-entropy of the last loop's readout, plus z-loss and, with ACT, the ponder cost.
 
-    Source: of the ponder cost, Graves 2016 (arXiv 1603.08983), equation 9.
+    Source: Graves 2016 (arXiv 1603.08983), equation 9, for the ponder cost.
     """
 
     kind: ClassVar[str] = "final_loop"
@@ -78,13 +79,13 @@ class FinalLoopObjective:
             require(value >= 0, f"objective.{name}", value, "at least 0")
 
     def check(self, halting: HaltingConfig | None) -> None:
-        """Whether the objective suits the model's halting head.
+        """Check that the objective works with the model's halting head.
 
         Raises:
-            ValueError: It needs another one.
+            ValueError: It needs a different one.
         """
         if self.ponder_weight and not isinstance(halting, ACTConfig):
-            # The loss of the last loop gives the other heads nothing to weigh the cost against.
+            # Other heads get no gradient from the last loop's loss that could balance the cost.
             raise ValueError(
                 f"objective.ponder_weight is {self.ponder_weight}, which needs "
                 f"model.halting.kind=act; it is {_kind(halting)}"
@@ -100,7 +101,7 @@ class FinalLoopObjective:
     ) -> Losses:
         """The loss to minimise, and the plain cross-entropy of the output (nats per token).
 
-        ``num_loops`` stays on the CPU, as in the forward: nothing here waits for the device.
+        ``num_loops`` stays on the CPU, as in the forward, so that nothing waits for the device.
         """
         self.check(model.config.halting)
         counted = targets != IGNORED
@@ -115,7 +116,7 @@ class FinalLoopObjective:
 
 @dataclass(frozen=True, kw_only=True)
 class PerLoopObjective:
-    """Cross-entropy of the readout of every loop, averaged over the loops that a row takes."""
+    """Cross-entropy of every loop's readout, averaged over the loops that each row runs."""
 
     kind: ClassVar[str] = "per_loop"
     needs_states: ClassVar[bool] = True
@@ -125,7 +126,7 @@ class PerLoopObjective:
         require(self.z_loss >= 0, "objective.z_loss", self.z_loss, "at least 0")
 
     def check(self, halting: HaltingConfig | None) -> None:
-        """Every head will do: the objective does not read it."""
+        """Any halting head is fine: the objective does not read it."""
 
     def loss(
         self,
@@ -150,7 +151,8 @@ class PerLoopObjective:
 class ExitWeightedObjective:
     """sum_t p_t CE_t, plus ``kl_weight`` KL(p || geometric) minus ``entropy_weight`` H(p).
 
-    PonderNet uses the KL, Ouro's first stage the entropy.
+    p_t is the halting head's probability of loop t, H(p) its entropy. PonderNet uses the KL term,
+    Ouro's first stage the entropy term.
 
     Source: PonderNet (arXiv 2107.05407), equation 3; Ouro (arXiv 2510.25741), equation 4.
     """
@@ -189,7 +191,7 @@ class ExitWeightedObjective:
         assert output.exit_weights is not None
         counted, weights = targets != IGNORED, output.exit_weights
         loss = torch.zeros((), dtype=weights.dtype, device=weights.device)
-        # A row that waits has weight 0.
+        # A row that has not started yet has weight 0.
         for weight, logits in zip(weights, loop_logits(model, output, ctx), strict=True):
             nats = cross_entropy(logits, targets, self.z_loss)
             loss = loss + mean_over(weight * nats, counted)

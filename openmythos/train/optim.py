@@ -24,14 +24,15 @@ POLAR_COEFFICIENTS = (
 
 
 def orthogonalise(matrices: Float[Tensor, "N R C"]) -> Float[Tensor, "N R C"]:
-    """The nearest (semi-)orthogonal matrices, to about 10 %.
+    """The nearest (semi-)orthogonal matrices, with singular values within about 10 % of 1.
 
-    In fp32 on a CPU, where bf16 products are some hundred times slower; in bf16 elsewhere.
+    Computed in fp32 on a CPU, where bf16 products are about a hundred times slower; else in bf16.
     """
     tall = matrices.shape[1] > matrices.shape[2]
     x = (matrices.mT if tall else matrices).float()
     tiny = torch.finfo(torch.float32).tiny
-    # By the largest entry first: the squares of a small matrix would vanish. Zeros stay zeros.
+    # Divide by the largest entry first, or the squares of a tiny matrix underflow in the norm. A
+    # matrix of zeros stays zero.
     x = x / x.abs().amax(dim=(1, 2), keepdim=True).clamp(min=tiny)
     x = x / (x.norm(dim=(1, 2), keepdim=True) * 1.02).clamp(min=tiny)
     x = x if x.device.type == "cpu" else x.bfloat16()
@@ -42,7 +43,7 @@ def orthogonalise(matrices: Float[Tensor, "N R C"]) -> Float[Tensor, "N R C"]:
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised; matrices of one shape, and stacks of experts, in one batch.
+    """Steps along the orthogonalised momentum; matrices of equal shape share one batch.
 
     Source: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon.
     """
@@ -92,9 +93,10 @@ class Muon(torch.optim.Optimizer):
 class OptimizerConfig:
     """Learning rates and the schedule.
 
-    ``muon_lr`` None trains the matrices with AdamW too; ``embedding_lr`` None gives the tables and
-    the head ``lr``. The rate warms up over ``warmup`` of the run and falls linearly to ``final_lr``
-    of its value over the last ``decay`` of it. The defaults suit short runs from scratch.
+    With ``muon_lr`` None, AdamW trains the matrices too, at ``lr``; with ``embedding_lr`` None,
+    embeddings and head use ``lr``. ``warmup`` and ``decay`` are shares of the run: rates rise over
+    the first ``warmup`` and fall linearly over the last ``decay``, to ``final_lr`` (a factor, not a
+    rate). The defaults suit short runs from scratch.
     """
 
     kind: ClassVar[str] = "muon_adamw"
@@ -123,7 +125,7 @@ class OptimizerConfig:
         require(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "at least 0")
 
     def rate(self, progress: float) -> float:
-        """The learning rate's factor when ``progress`` (0..1) of the run is done."""
+        """The factor of all learning rates when ``progress`` (0..1) of the run is done."""
         warm = min(1.0, (progress + 1e-6) / self.warmup) if self.warmup else 1.0
         left = min(1.0, (1 - progress) / self.decay) if self.decay else 1.0
         return warm * (self.final_lr + (1 - self.final_lr) * max(0.0, left))
@@ -132,7 +134,7 @@ class OptimizerConfig:
 def make_optimizers(model: nn.Module, config: OptimizerConfig) -> list[torch.optim.Optimizer]:
     """Muon for block matrices, AdamW for embeddings, vectors, the injection and the head.
 
-    Decays, norms and biases never get weight decay. Each group keeps its rate as ``base_lr``.
+    Only block matrices get weight decay. Each group keeps its unscaled rate as ``base_lr``.
     """
     matrices, embeddings, rest = [], [], []
     owners = (LoopLinear, LatentExpansion, MoE)  # of the matrices that Muon trains

@@ -12,13 +12,14 @@ from openmythos.train.optim import OptimizerConfig
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """A run ends at ``max_steps`` or after ``max_seconds``, whichever comes first.
+    """How a run trains; it ends at ``max_steps`` or ``max_seconds``, whichever comes first.
 
     The learning rate and the depth ramp follow the share of the run that is done. With
-    ``max_steps`` alone that is a pure function of the step, and a resumed run repeats exactly.
-    ``batch_size`` is the rows of one optimiser step, over all accumulation steps.
-    ``balance_rate`` moves the experts' selection bias after every step. ``init_from`` is a
-    checkpoint folder, of any family, whose weights the run starts from; None starts from new ones.
+    ``max_steps`` alone that share is a pure function of the step, so that a resumed run is equal to
+    an uninterrupted one. ``batch_size`` counts the rows of one optimiser step, over all
+    ``grad_accumulation`` micro-batches. ``balance_rate`` is the step of the experts' selection bias
+    per optimiser step. ``init_from`` is a checkpoint folder, of any family, with the initial
+    weights; None draws new ones.
     """
 
     seed: int = 0
@@ -68,7 +69,7 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TextData:
-    """Packed text: a source name, file or folder, or a folder that ``prepare`` wrote."""
+    """Packed text; ``source`` is what ``load_documents`` accepts, or a folder of prepared data."""
 
     kind: ClassVar[str] = "text"
     source: str = "python-docs"
@@ -88,7 +89,10 @@ class TextData:
 
 @dataclass(frozen=True, kw_only=True)
 class HopsData:
-    """Walks over a graph of permutations; stage k of the curriculum trains up to k hops."""
+    """Walks over a graph of permutations; stage k of the curriculum trains up to k hops.
+
+    The curriculum's accuracy is measured at ``check_loops`` loops.
+    """
 
     kind: ClassVar[str] = "hops"
     num_entities: int = 16
@@ -108,7 +112,7 @@ class HopsData:
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """All of a run: what is in its ``config.json`` and what ``--config`` reads."""
+    """The configuration of a whole run: what its ``config.json`` holds and ``--config`` reads."""
 
     model: ModelConfig
     train: TrainConfig

@@ -1,4 +1,4 @@
-"""A run: from what a user asks for to its configuration, its parts, and its training."""
+"""A training run: resolve its configuration, set up its parts, train."""
 
 import json
 from dataclasses import dataclass, replace
@@ -31,7 +31,7 @@ DEFAULT_PRESET, DEFAULT_DATA = "tiny", "python-docs"
 
 @dataclass(frozen=True)
 class Run:
-    """Everything that a training needs; ``config`` is the resolved one."""
+    """Everything that training needs; ``config`` is the resolved configuration."""
 
     config: RunConfig
     model: RecurrentDepthLM
@@ -67,7 +67,7 @@ def resolve(
     """The run's configuration: defaults, then preset, checkpoint or file, then overrides.
 
     Raises:
-        ValueError: A field is unknown or out of range, or two arguments name the model or the data.
+        ValueError: A field is unknown or out of range, or two arguments choose the same thing.
     """
     if init_from is not None and (preset is not None or config is not None):
         raise ValueError(
@@ -103,16 +103,16 @@ def resolve(
 def set_up(config: RunConfig, out: Path, device: str = "cpu") -> Run:
     """Prepare the data, fit the vocabulary, make the model and write the resolved configuration.
 
-    Weights that ``train.init_from`` names are read unless the run has a checkpoint of its own, and
-    keep their vocabulary.
+    The weights of ``train.init_from`` are loaded only if the run has no checkpoint of its own; the
+    vocabulary is then theirs.
 
     Raises:
-        ValueError: The data cannot be used, ``out`` holds another run, or the weights to start from
-            do not fit the model or the data's tokenizer.
+        ValueError: The data cannot be used, ``out`` holds another run, or the initial weights do
+            not fit the model or the data's tokenizer.
     """
     tokenizer: Tokenizer | None = None
     task: Task
-    # Before the data is prepared: that of another run must not be replaced.
+    # Checked before the data is prepared, so that another run's data is not replaced.
     RunFolder(out).check_config(to_dict(config), ignore=("model.vocab_size",))
     if isinstance(config.data, TextData):
         task = text_task(config.data, config, out)
@@ -164,7 +164,7 @@ def initial_model(
 def text_task(data: TextData, config: RunConfig, out: Path) -> TextTask:
     """Loaders over prepared data; a source that is not prepared yet goes to ``out/data``.
 
-    Either way the shards' SHA-256 are compared before the first step, at about 1 GB/s.
+    Either way the shards' SHA-256 are checked before the first step, at about 1 GB/s.
     """
     source = Path(data.source)
     is_prepared = (source / INDEX_FILE).exists()
@@ -186,7 +186,7 @@ def text_task(data: TextData, config: RunConfig, out: Path) -> TextTask:
             seq_len=data.seq_len,
             batch_size=config.train.batch_size,
             seed=config.train.seed,
-            verify=is_prepared,  # else `prepare` has just written or compared them
+            verify=is_prepared,  # otherwise `prepare` has just written or checked them
         )
         for split in SPLITS
     )

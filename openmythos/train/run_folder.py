@@ -1,6 +1,6 @@
-"""A run's folder: its configuration and its checkpoints, written so that a kill loses nothing.
+"""A run's folder: its configuration and its checkpoints, each written atomically.
 
-Training state is safetensors and JSON, never a pickle.
+Training state is stored as safetensors and JSON, never as a pickle.
 """
 
 import json
@@ -26,7 +26,10 @@ STATE_TENSORS, STATE_RECORD = "training_state.safetensors", "training_state.json
 
 @dataclass(frozen=True)
 class RunState:
-    """What a resumed loop needs besides weights, optimiser and task."""
+    """What resuming needs besides the states of model, optimisers and task.
+
+    ``first_nats`` and ``bad_steps`` are the state of the ``DivergenceGuard``.
+    """
 
     step: int
     seconds: float
@@ -43,14 +46,14 @@ class RunFolder:
         (path / "samples").mkdir(exist_ok=True)
 
     def check_config(self, resolved: dict[str, Any], ignore: tuple[str, ...] = ()) -> bool:
-        """Whether the folder has a configuration; it must be this one, the run goes on with it.
+        """Whether the folder has a configuration already; if so, it must equal this one.
 
         Args:
-            resolved: Of this run.
+            resolved: The resolved configuration of this run.
             ignore: Dotted names of fields that are not compared.
 
         Raises:
-            ValueError: The folder holds a run with another configuration, or not a run.
+            ValueError: The folder's configuration differs, or is not JSON.
         """
         target = self.path / "config.json"
         if not target.exists():
@@ -73,16 +76,16 @@ class RunFolder:
         return True
 
     def write_config(self, resolved: dict[str, Any]) -> None:
-        """Write the resolved configuration; see ``check_config``."""
+        """Write the resolved configuration, unless it is there; see ``check_config``."""
         if not self.check_config(resolved):
             write_json(self.path / "config.json", resolved)
 
     def checkpoints(self) -> list[Path]:
-        """Complete checkpoints, oldest first."""
+        """The complete checkpoints, oldest first."""
         return sorted((self.path / "checkpoints").glob("step-????????"))
 
     def last_checkpoint(self) -> Path | None:
-        """The newest complete checkpoint."""
+        """The newest complete checkpoint, if any."""
         return max((self.path / "checkpoints").glob("step-????????"), default=None)
 
     def save(
@@ -92,7 +95,7 @@ class RunFolder:
         task: Task,
         state: RunState,
     ) -> Path:
-        """Write a checkpoint, which appears whole or not at all; drop the oldest ones."""
+        """Write a checkpoint atomically, then delete all but the newest ``keep``."""
         target = self.path / "checkpoints" / f"step-{state.step:08d}"
         tensors, plain = _pack_optimizers(optimizers)
         record = {"state": asdict(state), "optimizers": plain, "task": task.state_dict()}
@@ -109,10 +112,10 @@ class RunFolder:
     ) -> RunState | None:
         """Load the newest checkpoint into model, optimisers and task; None if there is none.
 
-        What a killed writer left half done is removed.
+        Incomplete checkpoints, left by a killed process, are removed.
 
         Raises:
-            ValueError: The checkpoint is damaged, or of other data.
+            ValueError: The checkpoint is damaged, or the training data has changed since.
         """
         remove_unfinished(self.path / "checkpoints")
         folder = self.last_checkpoint()
@@ -130,7 +133,7 @@ class RunFolder:
 
 
 def _flatten(config: Any, name: str = "") -> dict[str, Any]:
-    """Leaves of nested objects by their dotted names."""
+    """The leaves of nested dictionaries by their dotted names."""
     if not isinstance(config, dict):
         return {name: config}
     leaves: dict[str, Any] = {}
@@ -146,7 +149,7 @@ def _shown(leaves: dict[str, Any], name: str) -> str:
 def _pack_optimizers(
     optimizers: list[torch.optim.Optimizer],
 ) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-    """Tensors under ``optimizer.parameter.name`` keys; everything else as JSON."""
+    """State tensors under keys ``optimizer.parameter.name``; everything else ready for JSON."""
     tensors, plain = {}, []
     for number, optimizer in enumerate(optimizers):
         packed = optimizer.state_dict()

@@ -11,33 +11,33 @@ from openmythos.model.recurrent import RecurrentDepthLM
 from openmythos.train.recipe import TrainConfig
 from openmythos.train.validation import Row, held_out_bits_per_byte, hops_accuracy
 
-Batches = Generator[Batch, None, None]  # without an end; closing it stops what reads ahead
+Batches = Generator[Batch, None, None]  # endless; closing it stops the thread that prefetches
 
 
-@runtime_checkable  # the tests check arguments
+@runtime_checkable  # the tests check argument types
 class Task(Protocol):
-    """Batches, evaluation, and state that a checkpoint keeps."""
+    """Supplies the batches, the evaluation, and the state that a checkpoint keeps of them."""
 
     def batches(self, start_step: int, batch_size: int) -> Batches:
-        """The batches from a step on.
+        """Endless batches, beginning with that of ``start_step``.
 
-        Each is a pure function of the seed, its step and ``state_dict`` when it is asked for.
+        Each is a pure function of the seed, its step, and ``state_dict`` at the time it is drawn.
         """
 
     def after_step(self, model: RecurrentDepthLM, step: int) -> dict[str, float]:
-        """Let the task move on, for example to harder examples; returns numbers to record."""
+        """Called after every step, for example to go on to harder examples; returns metrics."""
 
     def evaluate(self, model: RecurrentDepthLM, config: TrainConfig) -> list[Row]:
         """Held-out results, one row per number of loops."""
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON-able state."""
+        """The JSON-ready state that a checkpoint keeps."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Inverse of ``state_dict``.
 
         Raises:
-            ValueError: The state is of another task.
+            ValueError: The state does not belong to this task.
         """
 
 
@@ -48,7 +48,7 @@ class TextTask:
         self.train, self.validation = train, validation
 
     def batches(self, start_step: int, batch_size: int) -> Batches:
-        """See ``Task``; a thread of the loader's reads ahead, and the loader knows its batch size.
+        """See ``Task``; the loader's thread prefetches.
 
         Raises:
             ValueError: ``batch_size`` is not the loader's.
@@ -58,11 +58,11 @@ class TextTask:
         return self.train.iterate(start_step)
 
     def after_step(self, model: RecurrentDepthLM, step: int) -> dict[str, float]:
-        """Text does not get harder."""
+        """Nothing to do: text does not get harder."""
         return {}
 
     def evaluate(self, model: RecurrentDepthLM, config: TrainConfig) -> list[Row]:
-        """Bits per byte by loops."""
+        """Held-out bits per byte, by number of loops."""
         rows: list[Row] = []
         for num_loops in config.eval_loops:
             bits = held_out_bits_per_byte(model, self.validation, num_loops, config.eval_batches)
@@ -70,7 +70,7 @@ class TextTask:
         return rows
 
     def state_dict(self) -> dict[str, Any]:
-        """Batches depend on the step alone, and on the data, which is named."""
+        """The fingerprint of the data; beyond it, batches depend on the step only."""
         return {"data": self.train.fingerprint}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -83,7 +83,7 @@ class TextTask:
 
 
 class HopsTask:
-    """Walks of growing length: stage k trains up to k hops until held-out accuracy passes."""
+    """Walks of growing length: stage k trains up to k hops until held-out accuracy is reached."""
 
     check_every = 25
     check_size = 512
@@ -93,13 +93,13 @@ class HopsTask:
         self.check_loops, self.seed = check_loops, seed
 
     def batches(self, start_step: int, batch_size: int) -> Batches:
-        """Walks of one length per batch; none is read ahead, the stage may change before it."""
+        """Walks of one length per batch; not prefetched, because the stage may change."""
         for step in itertools.count(start_step):
             num_hops = self.curriculum.choose_hops(self.seed, step)
             yield self.walks.sample_batch(step, num_hops, batch_size)
 
     def after_step(self, model: RecurrentDepthLM, step: int) -> dict[str, float]:
-        """Every ``check_every`` steps: pass to the next stage if the current one is learnt."""
+        """Every ``check_every`` steps, go on to the next stage if the current one is learnt."""
         stage = self.curriculum.stage
         if step % self.check_every == 0 and stage < self.curriculum.max_stage:
             accuracy = hops_accuracy(
@@ -109,7 +109,7 @@ class HopsTask:
         return {"stage": float(self.curriculum.stage)}
 
     def evaluate(self, model: RecurrentDepthLM, config: TrainConfig) -> list[Row]:
-        """Accuracy on the longest trained walks, by loops."""
+        """Held-out accuracy on walks of ``max_train_hops`` hops, by number of loops."""
         hops = self.walks.config.max_train_hops
         rows: list[Row] = []
         for num_loops in config.eval_loops:
@@ -118,7 +118,7 @@ class HopsTask:
         return rows
 
     def leaks_in_words(self) -> str:
-        """What guessers reach on the longest trained walks without following them."""
+        """The leak baselines on walks of ``max_train_hops`` hops, as a sentence."""
         hardest = self.walks.config.max_train_hops
         guesses = self.walks.leak_baselines(hardest).items()
         shown = ", ".join(f"{name.replace('_', ' ')} {share:.3f}" for name, share in guesses)

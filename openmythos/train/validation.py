@@ -1,4 +1,4 @@
-"""What a model makes of examples that training never shows, by number of loops."""
+"""Measures a model on held-out examples at a fixed number of loops."""
 
 import math
 
@@ -11,7 +11,7 @@ from openmythos.model.inference import inference
 from openmythos.model.recurrent import RecurrentDepthLM
 from openmythos.ops.cross_entropy import cross_entropy
 
-Row = dict[str, float | int | str]  # one measurement, as metrics.jsonl has it
+Row = dict[str, float | int | str]  # one measurement, as it is written to metrics.jsonl
 
 
 def held_out_bits_per_byte(
@@ -19,7 +19,7 @@ def held_out_bits_per_byte(
 ) -> float:
     """Bits per byte of the validation text at a fixed depth.
 
-    Every token of the split counts once; ``max_batches`` bounds the work to the first batches.
+    Every token of the split counts once; ``max_batches`` limits the split to its first batches.
     """
     nats, num_bytes = 0.0, 0
     with inference(model):

@@ -1,7 +1,8 @@
 """Huginn (seal-rg/recurrent-pretraining) and the Llama models that were retrofitted to its form.
 
-Both write ``model_type: huginn_raven`` and the same names. A retrofitted block has two norms where
-Huginn's has four; from that follow rotate-half positions and no norm between loop and coda.
+Both have ``model_type: huginn_raven`` and the same tensor names. A retrofitted block has two norms,
+Huginn's has four: that tells them apart. Retrofitted models also have rotate-half rotary positions
+and no norm between loop and coda.
 
 Source: Huginn (arXiv 2502.05171), recpre/raven_modeling_minimal.py at 59e0b69; Retrofitted
     Recurrence (arXiv 2511.07384), convert_pretrained_model/raven_modeling_minimal_llama.py.
@@ -56,7 +57,7 @@ TYPES = {
 }
 FIXED = {
     "bias": False,
-    "block_class_name": "SandwichBlock",  # the retrofitted ones say so too
+    "block_class_name": "SandwichBlock",  # also in retrofitted models
     "injection_type": "linear",
     "mlp_class_name": "GatedMLP",
     "nonlin_name": "SiLU",
@@ -64,7 +65,7 @@ FIXED = {
     "state_init": "like-init",
     "test_time_noise": 0,
 }
-# Of training and of new weights; ``tie_word_embeddings`` follows ``tie_embeddings`` there.
+# Fields for training and initialisation only; ``tie_word_embeddings`` equals ``tie_embeddings``.
 TRAINING = {
     "activation_checkpoint_impl": "per-iteration",
     "architecture_class_name": "RecurrentGPT",
@@ -76,26 +77,26 @@ TRAINING = {
     "test_time_noise_type": "fixed",
 }
 DERIVED = {"effective_expected_depth", "n_layers", "num_attention_heads", "tie_word_embeddings"}
-CHECKED = {"head_dim", "num_key_value_heads", "padded_vocab_size"}  # in ``_model``
+CHECKED = {"head_dim", "num_key_value_heads", "padded_vocab_size"}  # by ``_model``
 SKIPPED = GENERIC_FIELDS | TRAINING.keys() | DERIVED | CHECKED
 STAGES = {"prelude": "prelude", "core_block": "core", "coda": "coda"}
 
 
 def recognises(data: Mapping[str, Any], names: Collection[str]) -> bool:
-    """Huginn itself, by the third norm of its blocks."""
+    """Whether this is Huginn itself: its blocks have a third norm."""
     return data.get("model_type") == MODEL_TYPE and any(".norm_3." in name for name in names)
 
 
 def recognises_retrofitted(data: Mapping[str, Any], names: Collection[str]) -> bool:
-    """A retrofitted model, by the absence of that norm."""
+    """Whether this is a retrofitted model: its blocks have no third norm."""
     return data.get("model_type") == MODEL_TYPE and not recognises(data, names)
 
 
 def read_config(data: Mapping[str, Any]) -> ModelConfig:
-    """A RavenConfig of Huginn as ours.
+    """Read Huginn's RavenConfig.
 
     Raises:
-        ValueError: Missing, unknown or impossible fields.
+        ValueError: Fields are missing, unknown or not supported.
     """
     types = TYPES | {"block_size": int, "rope_base": float}
     f = check_fields(data, types=types, fixed=FIXED, skipped=SKIPPED)
@@ -104,10 +105,10 @@ def read_config(data: Mapping[str, Any]) -> ModelConfig:
 
 
 def read_retrofitted(data: Mapping[str, Any]) -> ModelConfig:
-    """A RavenConfig of a retrofitted Llama as ours; its ``rope_base`` is stale and read nowhere.
+    """Read a retrofitted Llama's RavenConfig; its ``rope_base`` is not used by the model.
 
     Raises:
-        ValueError: Missing, unknown or impossible fields.
+        ValueError: Fields are missing, unknown or not supported.
     """
     types = TYPES | {"num_key_value_heads": int, "max_position_embeddings": int}
     stale = ROPE_FIELDS | {"block_size", "rope_base"}
@@ -126,7 +127,7 @@ def _model(
     rope: RopeConfig,
     max_seq_len: int,
 ) -> ModelConfig:
-    """What both variants share, from checked fields ``f``."""
+    """The config from what both variants share; ``f`` are the checked fields."""
     dim, heads = f["n_embd"], f["n_heads"]
     if heads < 1 or dim % heads:
         raise ValueError(f"config.json: n_heads is {heads}; it must divide n_embd={dim}")
@@ -165,28 +166,29 @@ def _model(
 
 
 def _state_init(std: float, embed_scale: float) -> StateInitConfig:
-    """Their noise is drawn, cut and then scaled; a std of 0 gives exact zeros.
+    """The state init: they draw noise, truncate it and scale it; a std of 0 gives exact zeros.
 
-    The product is rounded to 15 digits, so that ``write_config`` can take it apart again.
+    The product std * embed_scale is rounded to 15 digits, so that ``write_config`` can divide it
+    again exactly.
     """
     return NormalInitConfig(std=float(f"{std * embed_scale:.15g}")) if std else ZerosInitConfig()
 
 
 def write_config(config: ModelConfig) -> dict[str, Any]:
-    """Ours as a RavenConfig of Huginn."""
+    """Write our config as Huginn's RavenConfig."""
     fields, rope = _fields(config)
     return fields | {"block_size": config.max_seq_len, "rope_base": rope.theta}
 
 
 def write_retrofitted(config: ModelConfig) -> dict[str, Any]:
-    """Ours as a RavenConfig of a retrofitted Llama."""
+    """Write our config as a retrofitted Llama's RavenConfig."""
     fields, rope = _fields(config)
     lengths = {"block_size": config.max_seq_len, "max_position_embeddings": config.max_seq_len}
     return fields | lengths | write_rope(rope) | {"rope_base": rope.theta}
 
 
 def _fields(config: ModelConfig) -> tuple[dict[str, Any], RopeConfig]:
-    """What both variants share, and the rotary positions."""
+    """The fields that both variants share, and the rotary positions."""
     attention, ffn, rope = config.attention, config.feed_forward, config.rope
     if not (
         isinstance(attention, GQAConfig)
@@ -232,7 +234,7 @@ def _fields(config: ModelConfig) -> tuple[dict[str, Any], RopeConfig]:
 
 
 def rules(config: ModelConfig) -> list[AnyRule]:
-    """Every tensor, of either variant; the rotary table is one of Huginn's buffers."""
+    """The rules of every tensor of either variant; only Huginn stores the rotary table."""
     found: list[AnyRule] = [
         Rename("transformer.wte.weight", "embed.weight"),
         Split("transformer.adapter.weight", ("injection.h_weight", "injection.e_weight"), dim=1),

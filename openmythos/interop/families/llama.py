@@ -1,8 +1,8 @@
-"""Plain Llama-type checkpoints, a stack that is run once, and Nanbeige's, which is run twice.
+"""Llama-type checkpoints, whose stack runs once, and Nanbeige's, whose stack runs twice.
 
-Both keep transformers' names. All layers become the core: a Llama is the looped model with one
-loop, no prelude, no coda, no injection and h_0 = e. A Nanbeige has ``num_loops`` of them with the
-final norm after every loop (or after the last one only), and keys and values of their own a loop.
+Both use transformers' tensor names. All layers become the core: a Llama is a looped model with one
+loop, no prelude, no coda, no injection and h_0 = e. A Nanbeige has ``num_loops`` loops, the final
+norm after every loop (or after the last one only), and its own keys and values per loop.
 
 Source: transformers 5.23, models/llama; Nanbeige4.2-3B (arXiv 2607.22083) and the
     configuration_nanbeige.py of its checkpoint.
@@ -43,7 +43,7 @@ INTEGERS = (
 TYPES = {**dict.fromkeys(INTEGERS, int), "rms_norm_eps": float, "tie_word_embeddings": bool}
 DEFAULTS = {"max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "tie_word_embeddings": False}
 FIXED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "pretraining_tp": 1}
-NOT_INTERLEAVED = {"rope_interleaved": False}  # written beside SmolLM's configs
+NOT_INTERLEAVED = {"rope_interleaved": False}  # found in SmolLM's configs
 DEFAULT_THETA = {"rope_theta": 10_000.0}
 SKIPPED = {
     *GENERIC_FIELDS,
@@ -52,7 +52,7 @@ SKIPPED = {
 }
 LOOP_TYPES = {"num_loops": int, "skip_loop_final_norm": bool}
 LOOP_DEFAULTS = {"num_loops": 1, "skip_loop_final_norm": False}
-# What Nanbeige's class can do besides; every published checkpoint leaves it off.
+# Options of Nanbeige's class that are off in every published checkpoint.
 LOOP_SWITCHES = (
     *("qk_layernorm", "enable_double_loop_split", "loop_middle_layers", "loop_share_kv"),
     *("enable_hyper_connection", "enable_mhc", "enable_h_res_identity", "mhc_diff_for_loop"),
@@ -61,7 +61,7 @@ LOOP_SWITCHES = (
     *("ngram_embedding_hidden_size", "insert_ngram_layer_idx", "ngram_insert_all_layers"),
     *("ngram_layer_downproject_size", "loop_loss_weights"),
 )
-# Read only where one of the switches is on.
+# Fields that matter only if one of these options is on.
 LOOP_SKIPPED = (
     *("num_residual_streams", "mhc_sinkhorn_iterations", "mhc_init_gating_factor"),
     *("depth_attention_stride", "depth_attention_recent_window"),
@@ -76,10 +76,10 @@ def recognises(data: Mapping[str, Any], names: Collection[str]) -> bool:
 
 
 def read_config(data: Mapping[str, Any]) -> ModelConfig:
-    """A LlamaConfig as ours.
+    """Read a LlamaConfig.
 
     Raises:
-        ValueError: Missing, unknown or impossible fields.
+        ValueError: Fields are missing, unknown or not supported.
     """
     fields, rope = _plain_fields(data), _read_rope(data)
     f = check_fields(fields, types=TYPES, fixed=FIXED | NOT_INTERLEAVED, skipped=SKIPPED)
@@ -87,7 +87,7 @@ def read_config(data: Mapping[str, Any]) -> ModelConfig:
 
 
 def _plain_fields(data: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields but the rotary ones, those that may be absent or null filled in."""
+    """All fields but the rotary ones, with defaults for those that may be absent or null."""
     given = {name: value for name, value in data.items() if name not in ROPE_FIELDS}
     filled = {**DEFAULTS, **given}
     heads, width = filled.get("num_attention_heads"), filled.get("hidden_size")
@@ -102,7 +102,7 @@ def _plain_fields(data: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read_rope(data: Mapping[str, Any]) -> RopeConfig:
-    """The rotary positions; theta may be absent, as the class has a default."""
+    """The rotary positions; theta may be absent, because LlamaConfig has a default."""
     parameters = data.get("rope_parameters") or {}
     if (
         "rope_theta" in data
@@ -142,7 +142,7 @@ def _model_config(
 
 
 def write_config(config: ModelConfig) -> dict[str, Any]:
-    """Ours as a LlamaConfig."""
+    """Write our config as a LlamaConfig."""
     attention, feed_forward, rope = config.attention, config.feed_forward, config.rope
     if not (
         isinstance(attention, GQAConfig)
@@ -172,7 +172,7 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
 
 
 def rules(config: ModelConfig) -> list[AnyRule]:
-    """Every tensor: q, k, v are one matrix here, and so are gate and up."""
+    """The rules of every tensor; ours fuse q, k, v, and gate and up."""
     norm = "loop_norm" if config.loop_norm else "final_norm"
     head = Rename("lm_head.weight", "head.weight")
     tied = TiedCopy("lm_head.weight", of="model.embed_tokens.weight")
@@ -209,10 +209,10 @@ def recognises_nanbeige(data: Mapping[str, Any], names: Collection[str]) -> bool
 
 
 def read_nanbeige_config(data: Mapping[str, Any]) -> ModelConfig:
-    """A NanbeigeConfig as ours.
+    """Read a NanbeigeConfig.
 
     Raises:
-        ValueError: Missing, unknown or impossible fields, or a part that is not published in use.
+        ValueError: Fields are missing, unknown or not supported.
     """
     used = {name: v for name, v in data.items() if v or name not in LOOP_SWITCHES}
     fields, rope = _plain_fields({**LOOP_DEFAULTS, **used}), _read_rope(data)
@@ -229,7 +229,7 @@ def read_nanbeige_config(data: Mapping[str, Any]) -> ModelConfig:
 
 
 def write_nanbeige_config(config: ModelConfig) -> dict[str, Any]:
-    """Ours as a NanbeigeConfig."""
+    """Write our config as a NanbeigeConfig."""
     return {
         **write_config(config),
         "architectures": ["NanbeigeForCausalLM"],

@@ -1,7 +1,7 @@
 """The original OpenMythos (kyegomez/OpenMythos, package open-mythos 0.5.0).
 
-Its core is one block, called ``recurrent.block``; its halting loses the mass that is left after the
-last loop, and so does a model that is loaded from it.
+Its core is one block, called ``recurrent.block``. Its halting drops the probability that remains
+after the last loop (``keep_remainder=False``), and so does a model loaded from it.
 
 Source: https://github.com/kyegomez/OpenMythos at 8c68c1f, open_mythos/main.py.
 """
@@ -47,9 +47,9 @@ TYPES = {
     "act_threshold": float,
     "rope_theta": float,
 }
-# Dropout acts in training only; the other field is read nowhere.
+# Dropout acts in training only; the model does not use the other field.
 SKIPPED = {"dropout": 0.0, "max_output_tokens": 4096}
-# What the class assumes for the fields that its other kind of attention does not use.
+# Defaults of the fields that one of its two kinds of attention does not use.
 UNUSED = {
     "n_kv_heads": 4,
     "kv_lora_rank": 512,
@@ -61,16 +61,16 @@ UNUSED = {
 
 
 def recognises(data: Mapping[str, Any], names: Collection[str]) -> bool:
-    """By the fields that only this family has and by the name of its core."""
+    """Whether config.json has this family's own fields and the weights its core's name."""
     fields = {"max_loop_iters", "prelude_layers", "attn_type"} <= data.keys()
     return fields and any(name.startswith("recurrent.") for name in names)
 
 
 def read_config(data: Mapping[str, Any]) -> ModelConfig:
-    """A MythosConfig as ours.
+    """Read a MythosConfig.
 
     Raises:
-        ValueError: Missing, unknown or impossible fields.
+        ValueError: Fields are missing, unknown or not supported.
     """
     f = check_fields(data, types=TYPES, skipped=SKIPPED)
     dim, loops, top = f["dim"], f["max_loop_iters"], f["n_experts_per_tok"]
@@ -126,7 +126,7 @@ def _attention(f: Mapping[str, Any]) -> AttentionConfig:
 
 
 def write_config(config: ModelConfig) -> dict[str, Any]:
-    """Ours as a MythosConfig."""
+    """Write our config as a MythosConfig."""
     moe, lora, halting = config.core_ff, config.loop_adapter, config.halting
     if not (
         isinstance(moe, MoEConfig)
@@ -163,14 +163,14 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
 
 
 def _attention_fields(attention: AttentionConfig) -> dict[str, int]:
-    """The attention's fields under the original's names."""
+    """The fields of the attention under the original's names."""
     if isinstance(attention, GQAConfig):
         return {"n_kv_heads": attention.num_kv_heads}
     return {name: getattr(attention, name) for name in UNUSED if name != "n_kv_heads"}
 
 
 def rules(config: ModelConfig) -> list[AnyRule]:
-    """Every tensor of the original; its experts are separate modules, ours are stacked."""
+    """The rules of every tensor; the original's experts are separate modules, ours are stacked."""
     found: list[AnyRule] = [
         Rename("embed.weight", "embed.weight"),
         TiedCopy("head.weight", of="embed.weight"),
@@ -252,7 +252,7 @@ def _experts(theirs: str, ours: str, moe: object) -> list[AnyRule]:
         Join(down, f"{ours}.down", stack=moe.num_experts),
     ]
     if shared:
-        # Summed experts are one wider expert: rows of gate and up, columns of down.
+        # A sum of shared experts is one wider expert: more rows of gate and up, columns of down.
         wide = tuple(f"{name}.{part}.weight" for part in ("gate", "up") for name in shared)
         narrow = tuple(f"{name}.down.weight" for name in shared)
         found.append(Join(wide, f"{ours}.shared.gate_up.weight"))

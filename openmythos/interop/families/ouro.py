@@ -40,22 +40,22 @@ TYPES = {
     "total_ut_steps": int,
 }
 FIXED = {"hidden_act": "silu", "tie_word_embeddings": False, "use_sliding_window": False}
-# Of training, of new weights, or unused without a sliding window.
+# Fields for training or initialisation only, or unused without a sliding window.
 UNUSED = {"attention_dropout", "initializer_range", "max_window_layers", "sliding_window"}
-# When a token exits is an argument of the call here; ``exit_options`` makes it from these.
+# Early exit is an argument of our ``generate``; ``exit_options`` makes it from these fields.
 EXIT = {"early_exit_threshold", "early_exit_step", "chunk_size"}
 
 
 def recognises(data: Mapping[str, Any], names: Collection[str]) -> bool:
-    """By its own model type."""
+    """Whether config.json has this family's ``model_type``."""
     return data.get("model_type") == MODEL_TYPE
 
 
 def read_config(data: Mapping[str, Any]) -> ModelConfig:
-    """An OuroConfig as ours.
+    """Read an OuroConfig.
 
     Raises:
-        ValueError: Missing, unknown or impossible fields.
+        ValueError: Fields are missing, unknown or not supported.
     """
     types = TYPES | ({"head_dim": int} if data.get("head_dim") is not None else {})
     skipped = GENERIC_FIELDS | ROPE_FIELDS | UNUSED | EXIT | {"layer_types", "head_dim"}
@@ -95,7 +95,7 @@ def read_config(data: Mapping[str, Any]) -> ModelConfig:
 
 
 def write_config(config: ModelConfig) -> dict[str, Any]:
-    """Ours as an OuroConfig, which leaves every token at its last loop."""
+    """Write our config as an OuroConfig without early exit."""
     attention, ffn, rope = config.attention, config.feed_forward, config.rope
     if not (
         isinstance(attention, GQAConfig) and isinstance(ffn, SwiGLUConfig) and rope is not None
@@ -125,10 +125,10 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
 
 
 def exit_options(data: Mapping[str, Any]) -> dict[str, Any]:
-    """What config.json says of early exit, as arguments of ``generate``.
+    """The early-exit fields of config.json as arguments of ``generate``.
 
-    There, every loop is computed and the fields choose the one that is read, ``early_exit_step``
-    before ``early_exit_threshold``; here a token that stops also saves the loops that are left.
+    Ouro's code computes every loop and the fields choose which one is read; ``early_exit_step``
+    takes precedence over ``early_exit_threshold``. Here a token that exits skips the other loops.
 
     Source: Ouro (arXiv 2510.25741), section 3; the forward of its modelling file.
     """
@@ -141,7 +141,7 @@ def exit_options(data: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def rules(config: ModelConfig) -> list[AnyRule]:
-    """Every tensor; nothing is stored twice and nothing is left out."""
+    """The rules of every tensor."""
     found: list[AnyRule] = [
         Rename("model.embed_tokens.weight", "embed.weight"),
         Rename("model.norm.weight", "loop_norm.weight"),

@@ -1,6 +1,6 @@
-"""Parcae and the GPT baselines that were trained beside it (sandyresearch/parcae).
+"""Parcae and the GPT baselines that were published with it (sandyresearch/parcae).
 
-The baselines are the T = 1 case: all their layers are core, run once, and nothing is injected.
+The baselines are the case T = 1: all their layers form the core, which runs once, no injection.
 
 Source: https://github.com/sandyresearch/parcae at dee8363; Parcae (arXiv 2604.12946), section 3.
 """
@@ -34,7 +34,7 @@ from openmythos.interop.mapping import (
     check_fields,
 )
 
-QK_EPS = 2.0**-23  # of a norm without eps: the smallest step of float32 at 1, on every dtype
+QK_EPS = 2.0**-23  # float32's machine epsilon, torch's default for a norm without eps
 GATE_CHANNELS = 32
 ROPE_BASE = 50_000
 STAGES = {"prelude": "prelude", "core_block": "core", "coda": "coda"}
@@ -58,7 +58,7 @@ FIXED = {
     "norm_class_name": "RMSNorm",
     "mlp_class_name": "BaseMLP",
     "nonlin_name": "ReLU2",
-    "init_strategy": "scaled-zero",  # others scale the embedding and the logits
+    "init_strategy": "scaled-zero",  # others scale embedding and logits
     "bias": False,
     "qk_bias": False,
     "clip_qkv": None,
@@ -69,7 +69,7 @@ FIXED = {
     "debias_attention": False,
     "center_attention": False,
 }
-# Read elsewhere (the second line), or of no effect on what the model computes.
+# Fields that are read elsewhere (the second line) or do not change what the model computes.
 SKIPPED = (
     *("name", "hf_config", "_class_name", "architecture_class_name", "model_class_name"),
     *("padded_vocab_size", "rope_settings", "recurrent_num_attention_heads"),
@@ -83,22 +83,22 @@ SKIPPED = (
 
 
 def recognises(data: Mapping[str, Any], names: Collection[str]) -> bool:
-    """By a field that Huginn, whose names are like these, does not have; by the core's name."""
+    """Whether this is Parcae: a config field that the similar Huginn lacks, and the core's name."""
     fields = {"n_layers_in_recurrent_block", "recurrent_embedding_dimension"} <= data.keys()
     return fields and any("transformer.core_block." in name for name in names)
 
 
 def recognises_gpt(data: Mapping[str, Any], names: Collection[str]) -> bool:
-    """By fields that GPT-2 does not have and by the layers."""
+    """Whether this is a GPT baseline: config fields that GPT-2 lacks, and the layers' names."""
     fields = {"n_layer", "nonlin_name", "block_size"} <= data.keys()
     return fields and any("transformer.h." in name for name in names)
 
 
 def read_config(data: Mapping[str, Any]) -> ModelConfig:
-    """A ParcaeConfig as ours.
+    """Read a ParcaeConfig.
 
     Raises:
-        ValueError: Missing, unknown or impossible fields.
+        ValueError: Fields are missing, unknown or not supported.
     """
     f = check_fields(
         data,
@@ -128,10 +128,10 @@ def read_config(data: Mapping[str, Any]) -> ModelConfig:
 
 
 def read_gpt_config(data: Mapping[str, Any]) -> ModelConfig:
-    """The config of a GPT baseline as ours.
+    """Read the config of a GPT baseline.
 
     Raises:
-        ValueError: Missing, unknown or impossible fields.
+        ValueError: Fields are missing, unknown or not supported.
     """
     types = SHARED_TYPES | {"n_layer": int}
     f = check_fields(data, types=types, fixed=FIXED, skipped=SKIPPED)
@@ -148,7 +148,7 @@ def read_gpt_config(data: Mapping[str, Any]) -> ModelConfig:
 
 
 def _shared(data: Mapping[str, Any], f: Mapping[str, Any], valued: set[int]) -> dict[str, Any]:
-    """What both have; ``valued`` are the layers with value embeddings."""
+    """The fields that both share; ``valued`` are the layers with value embeddings."""
     dim, heads = f["n_embd"], f["num_attention_heads"]
     if heads < 1 or dim < 1 or dim % heads:
         raise ValueError(f"config.json: num_attention_heads={heads} must divide n_embd={dim}")
@@ -203,12 +203,12 @@ def _state_init(word: str, dim: int) -> StateInitConfig:
     if word == "zero":
         return ZerosInitConfig()
     if word == "like-init":
-        return NormalInitConfig(std=math.sqrt(2 / (5 * dim)))  # that of the weights
+        return NormalInitConfig(std=math.sqrt(2 / (5 * dim)))  # that of their weights
     raise ValueError(f"config.json: state_init is {word!r}; supported: 'like-init', 'zero'")
 
 
 def write_config(config: ModelConfig) -> dict[str, Any]:
-    """Ours as a ParcaeConfig; its training fields are those of the published models."""
+    """Write our config as a ParcaeConfig, with the training fields of the published models."""
     core_width = getattr(config.core_ff, "d_ff", None)
     zero = isinstance(config.state_init, ZerosInitConfig)
     return {
@@ -230,7 +230,7 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
 
 
 def write_gpt_config(config: ModelConfig) -> dict[str, Any]:
-    """Ours as the config of a GPT baseline."""
+    """Write our config as that of a GPT baseline."""
     return {**_written(config), "n_layer": config.num_layers}
 
 
@@ -267,8 +267,8 @@ def _written(config: ModelConfig) -> dict[str, Any]:
 
 
 # --- value embeddings -----------------------------------------------------------------------------
-# Tables and gates are made by two rules that need not agree, and a layer uses its table only if it
-# has both. What has no partner is in the checkpoint but dead.
+# In Parcae's code, two independent rules decide which layers have a table and which have a gate. A
+# layer uses value embeddings only if it has both; a table or gate alone is a dead parameter.
 
 
 def _layers(config: ModelConfig) -> tuple[int, int, int]:
@@ -276,12 +276,16 @@ def _layers(config: ModelConfig) -> tuple[int, int, int]:
 
 
 def _tables(num_layers: int) -> set[int]:
-    """Layers with a table: every second, the last included."""
+    """Layers with a table: the last one and every second before it."""
     return {layer for layer in range(num_layers) if (num_layers - 1 - layer) % 2 == 0}
 
 
 def _gates(layers: tuple[int, int, int], loops: int, backprop_depth: int) -> set[int]:
-    """Layers with a gate: coda layers are numbered behind all loops, the parity is of R * depth."""
+    """Layers with a gate, by the parity of a number that counts the core once per loop.
+
+    Coda layers are numbered after all loops; a gate's parity is that of the last layer among those
+    of the core's ``backprop_depth`` loops.
+    """
     prelude, core, coda = layers
     numbers = [
         *range(prelude + core),
@@ -292,10 +296,10 @@ def _gates(layers: tuple[int, int, int], loops: int, backprop_depth: int) -> set
 
 
 def _backprop_depth(config: ModelConfig) -> int:
-    """The published half of the loops, or one more where the tables in use say so.
+    """The backprop depth that gives these value embeddings: half of the loops, or one more.
 
     Raises:
-        ValueError: No depth gives these tables.
+        ValueError: Neither depth gives them.
     """
     layers = _layers(config)
     used = set(config.value_embedding.layers) if config.value_embedding else set()
@@ -310,7 +314,7 @@ def _backprop_depth(config: ModelConfig) -> int:
 
 
 def rules(config: ModelConfig) -> list[AnyRule]:
-    """Every tensor of a Parcae model."""
+    """The rules of every tensor of a Parcae model."""
     gates = _gates(_layers(config), config.num_loops, _backprop_depth(config))
     names = [
         (f"transformer.{theirs}.{i}", f"{ours}.{i}")
@@ -333,7 +337,7 @@ def rules(config: ModelConfig) -> list[AnyRule]:
 
 
 def gpt_rules(config: ModelConfig) -> list[AnyRule]:
-    """Every tensor of a GPT baseline."""
+    """The rules of every tensor of a GPT baseline."""
     found, gates = list(_ends(config)), _tables(config.num_layers)
     for layer in range(config.num_layers):
         theirs, ours = f"transformer.h.{layer}", f"core.{layer}"
@@ -380,7 +384,7 @@ def _value_embedding(
         yield Dead(gate, (part.num_kv_heads, GATE_CHANNELS))
 
 
-PREFIXES = ("module.", "_orig_mod.", "model.")  # the evaluation program of Parcae strips these
+PREFIXES = ("module.", "_orig_mod.", "model.")  # as Parcae's evaluation program strips
 FAMILY = Family(
     name="Parcae",
     recognises=recognises,

@@ -6,7 +6,8 @@ from typing import Any
 from openmythos.config import Llama3ScalingConfig, RopeConfig
 from openmythos.interop.mapping import check_fields
 
-# Of every config class: labels, sampling, tokens, dtypes. None changes a causal model's logits.
+# Fields that every config class may have: labels, sampling, special tokens, dtypes. None of them
+# changes a causal model's logits.
 GENERIC_FIELDS = frozenset(
     {
         *("_name_or_path", "architectures", "auto_map", "dtype", "model_type", "torch_dtype"),
@@ -36,13 +37,13 @@ LLAMA3_TYPES = {
 
 
 def read_rope(data: Mapping[str, Any]) -> RopeConfig:
-    """The rotary positions of a Llama-type config: rotate-half, as is or with llama3 scaling.
+    """The rotary positions of a Llama-type config: rotate-half, unscaled or with llama3 scaling.
 
-    Transformers 5 writes all of it in ``rope_parameters``; older versions write ``rope_theta``
-    beside ``rope_scaling``.
+    Transformers 5 writes one field ``rope_parameters``; older versions write ``rope_theta`` and
+    ``rope_scaling``.
 
     Raises:
-        ValueError: No theta, or a scaling that is neither "default" nor "llama3".
+        ValueError: There is no theta, or the scaling is neither "default" nor "llama3".
     """
     scaling = data.get("rope_parameters") or data.get("rope_scaling") or {}
     if not isinstance(scaling, Mapping):
@@ -51,7 +52,7 @@ def read_rope(data: Mapping[str, Any]) -> RopeConfig:
         )
     fields = {name: data[name] for name in ("rope_theta",) if name in data} | dict(scaling)
     kind = fields.pop("rope_type", fields.pop("type", "default"))
-    fields.pop("type", None)  # some writers keep the old name beside the new one
+    fields.pop("type", None)  # the old name, which some writers keep beside the new one
     if kind not in ("default", "llama3"):
         raise ValueError(f"config.json: rope_type is {kind!r}; allowed: 'default', 'llama3'")
     types = {"rope_theta": float} | (LLAMA3_TYPES if kind == "llama3" else {})
@@ -71,7 +72,7 @@ def read_rope(data: Mapping[str, Any]) -> RopeConfig:
 
 
 def write_rope(rope: RopeConfig) -> dict[str, Any]:
-    """``rope_theta`` and ``rope_scaling``, which every version of transformers reads."""
+    """The fields ``rope_theta`` and ``rope_scaling``, which every version of transformers reads."""
     part = rope.scaling
     if part is None:
         return {"rope_theta": rope.theta, "rope_scaling": None}

@@ -88,6 +88,7 @@ class CachedBatch:
         """Loop until the rule or its depth stops every row; return readouts and loops taken."""
         model, view = self.model, ctx.cache
         assert view is not None
+        view.check()
         e = calls.encode(model, ctx.tokens, ctx)
         noise = torch.Generator().manual_seed(self.seed)  # the same for every chunk
         state = start_loops(model, e, ctx, depths, generator=noise)

@@ -170,6 +170,10 @@ class KVCache:
             ValueError: A row has too few free columns, or ``valid`` has another number of rows.
         """
         chosen = list(range(len(self.lengths))) if rows is None else list(rows)
+        within = all(0 <= row < len(self.lengths) for row in chosen)
+        if not within or len(set(chosen)) < len(chosen):
+            allowed = f"different numbers in 0..{len(self.lengths) - 1}"
+            raise ValueError(f"rows are {chosen}; they must be {allowed}")
         given = len(chosen) if valid is None else valid.shape[0]
         if given != len(chosen):
             raise ValueError(f"{given} rows given to a cache made for {len(chosen)}")
@@ -236,8 +240,8 @@ class CacheView:
             rows=index if self.rows is None else self.rows[index],
         )
 
-    def commit(self) -> None:
-        """Add the chunk to the cache's ``lengths``, once all its keys and values are stored.
+    def check(self) -> None:
+        """Refuse to overwrite what was read since this view was made; call it before ``store``.
 
         Raises:
             RuntimeError: Another chunk was committed since this view was made.
@@ -249,6 +253,14 @@ class CacheView:
                     f"row {row} of the cache has {now} tokens and had {before} when this context "
                     "was made; make a context for each chunk"
                 )
+
+    def commit(self) -> None:
+        """Add the chunk to the cache's ``lengths``, once all its keys and values are stored.
+
+        Raises:
+            RuntimeError: Another chunk was committed since this view was made.
+        """
+        self.check()
         for row, before, count in self.lengths:
             self.cache.lengths[row] = before + count
 

@@ -257,6 +257,8 @@ def make_context(
     """
     if documents is not None and padding_mask is not None:
         raise ValueError("padding_mask given with documents; mark padding by negative documents")
+    if rows is not None and cache is None:
+        raise ValueError(f"rows are {list(rows)} without a cache; they are rows of a cache")
     if cache is not None and documents is not None:
         raise ValueError("packed documents cannot be cached; give one document a row")
     _check_tokens(config, tokens)

@@ -244,6 +244,7 @@ def advance(
     state: LoopState,
     ctx: ForwardContext,
     run: Callable[..., Any] = run_loop,
+    grad: bool = True,
 ) -> LoopState:
     """Run one loop of every row; waiting rows (negative ``loop_idx``) are not computed.
 
@@ -252,14 +253,16 @@ def advance(
         state: The state before the loop.
         ctx: The context of the same rows.
         run: ``run_loop``, or a compiled version of it.
+        grad: False runs the loop without gradients. Those of rows that only wait pass it by.
     """
     running = [row for row, loop in enumerate(state.loops) if loop >= 0]
     if len(running) < len(state.loops):
         part = ctx.at_loop(None, None).select(running)
-        return state._put(running, advance(model, state.select(running), part, run))
+        return state._put(running, advance(model, state.select(running), part, run, grad))
     together = state.loops[0] if len(set(state.loops)) == 1 else None
     here = ctx.at_loop(together, state.recent)
-    h, halted = run(model, state.h, state.e, state.loop_idx, here, state.halted)
+    with torch.set_grad_enabled(torch.is_grad_enabled() and grad):
+        h, halted = run(model, state.h, state.e, state.loop_idx, here, state.halted)
     return replace(
         state,
         h=h,
@@ -287,8 +290,7 @@ def unroll(
     num_loops = max(d - l for d, l in zip(state.depths, state.loops, strict=True))
     grad_from = 0 if grad_loops is None else num_loops - grad_loops
     for loop in range(num_loops):
-        with torch.set_grad_enabled(torch.is_grad_enabled() and loop >= grad_from):
-            state = advance(model, state, ctx)
+        state = advance(model, state, ctx, grad=loop >= grad_from)
         yield state
 
 

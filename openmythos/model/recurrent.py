@@ -160,6 +160,8 @@ class RecurrentDepthLM(LoopedModel):
         if ctx.cache is not None and max(depths) > ctx.cache.cache.max_loops:
             allowed = f"at most the cache's max_loops={ctx.cache.cache.max_loops}"
             raise ValueError(f"num_loops is {max(depths)}; it must be {allowed}")
+        if ctx.cache is not None:
+            ctx.cache.check()
         e = self.encode(tokens, ctx)
         start = start_loops(self, e, ctx, depths, wait=True, generator=generator)
         states: list[Tensor] = []

@@ -259,6 +259,30 @@ def test_a_full_cache_is_an_error_that_reserves_nothing():
     assert cache.length == 3
 
 
+def test_a_stale_context_is_refused_before_it_writes():
+    model = random_model(small_config(), dtype=torch.float64)
+    tokens = random_tokens(model.config, 1, 3)
+    cache = KVCache(model.config, batch_size=1, max_len=8, max_loops=2, dtype=torch.float64)
+    first, second = (model.context(tokens, cache=cache) for _ in range(2))
+    with torch.no_grad():
+        model(tokens, num_loops=2, ctx=first)
+        kept = [tensor.clone() for tensor in cache.tensors]
+        for stale in (first, second):
+            with pytest.raises(RuntimeError, match="make a context for each chunk"):
+                model(tokens.flip(1), num_loops=2, ctx=stale)
+    assert all(torch.equal(a, b) for a, b in zip(cache.tensors, kept, strict=True))
+
+
+@pytest.mark.parametrize("rows", [[0, 0], [1, -1], [0, 2]])
+def test_rows_are_different_rows_of_the_cache(rows):
+    model = random_model(small_config())
+    cache = KVCache(model.config, batch_size=2, max_len=4, max_loops=2)
+    with pytest.raises(ValueError, match=r"they must be different numbers in 0\.\.1"):
+        model.context(random_tokens(model.config, 2, 2), cache=cache, rows=rows)
+    with pytest.raises(ValueError, match=r"rows are .* without a cache"):
+        model.context(random_tokens(model.config, 2, 2), rows=rows)
+
+
 def test_another_batch_size_is_an_error():
     model = random_model(small_config())
     cache = KVCache(model.config, batch_size=2, max_len=4, max_loops=2)

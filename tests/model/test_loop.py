@@ -7,12 +7,15 @@ from torch import Tensor
 
 from openmythos.config import (
     ACTConfig,
+    AddInjectionConfig,
     BlockConfig,
+    CopyInitConfig,
     DepthAttentionConfig,
     GateInjectionConfig,
     LearnedLoopConfig,
     LinearInjectionConfig,
     ModelConfig,
+    NoInjectionConfig,
     OriginalLTIInjectionConfig,
     OutputLoRAConfig,
     PonderNetConfig,
@@ -120,6 +123,23 @@ def test_the_last_loops_carry_gradients():
     advance(model, first, ctx).h.square().sum().backward()
     assert keys.grad[0].abs().max() > 0
     assert not keys.grad[1].any()  # there was no loop before the first
+
+
+@pytest.mark.parametrize("injection", [NoInjectionConfig(), AddInjectionConfig()])
+def test_truncation_leaves_the_gradient_of_a_waiting_row(injection):
+    """The gradient of a shallow row is the same beside a row that runs loops without gradients."""
+    config = small_config(injection=injection, state_init=CopyInitConfig())
+    model = random_model(config, dtype=torch.float64)
+    tokens = random_tokens(config, 2, 5)
+
+    def gradient(depths: list[int]) -> Tensor:
+        model.zero_grad()
+        rows = tokens[: len(depths)]
+        out = model(rows, num_loops=torch.tensor(depths), grad_loops=2)
+        out.logits[0].square().sum().backward()
+        return model.prelude[0].attention.qkv.weight.grad.clone()
+
+    torch.testing.assert_close(gradient([2, 4]), gradient([2]))
 
 
 def owners() -> list[ModelConfig]:

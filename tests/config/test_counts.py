@@ -65,7 +65,8 @@ def test_total_and_breakdown_are_the_models(fields: Json) -> None:
     for part in counts.parts(config):
         name = part.name.split(".")[0]
         sizes[name] = sizes.get(name, 0) + part.weights.params
-    module = {"embedding": "embed", "loop_adapter": "output_lora"}
+    adapter = config.loop_adapter  # a module of the model under its kind
+    module = {"embedding": "embed", "loop_adapter": "" if adapter is None else adapter.kind}
     found = {module.get(name, name): size for name, size in sizes.items() if size}
     assert found == meta_params(config)
     assert counts.active_params(config) <= counts.total_params(config)

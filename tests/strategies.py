@@ -155,6 +155,7 @@ EXAMPLES: dict[type, dict[str, Sequence[Any]]] = {
     configs.LearnedLoopConfig: {"num_loops": [2]},
     configs.WeightLoRAConfig: {"rank": [2], "num_loops": [3]},
     configs.OutputLoRAConfig: {"rank": [2], "num_loops": [3]},
+    configs.LoopScaleConfig: {"num_loops": [3]},
     configs.DepthAttentionConfig: {"num_recent_loops": [1, 2, 3]},
     configs.ACTConfig: {
         "bias_init": [-3.0, 0.0],

@@ -105,9 +105,29 @@ class OutputLoRAConfig(LoopAdapterMember):
         return matrix(d_model, self.rank) * 2 + table(self.num_loops, self.rank)
 
 
+@dataclass(frozen=True, kw_only=True)
+class LoopScaleConfig(LoopAdapterMember):
+    """LayerScale per loop: the core's output y times a vector of loop t, which starts at 1.
+
+    Loops past ``num_loops`` use the last vector.
+
+    Source: Touvron et al. 2021 (arXiv 2103.17239), section 2, with one scale per loop.
+    """
+
+    kind: ClassVar[str] = "loop_scale"
+    num_loops: int
+
+    def __post_init__(self) -> None:
+        require_positive(self, "num_loops")
+
+    def weights(self, d_model: int) -> Weights:
+        """One vector per loop, of which a token reads one."""
+        return table(self.num_loops, d_model)
+
+
 LoopEmbeddingConfig = SinusoidalLoopConfig | LearnedLoopConfig
 
-LoopAdapterConfig = WeightLoRAConfig | OutputLoRAConfig
+LoopAdapterConfig = WeightLoRAConfig | OutputLoRAConfig | LoopScaleConfig
 
 
 def loop_linear(num_in: int, num_out: int, lora: WeightLoRAConfig | None) -> Weights:

@@ -8,6 +8,7 @@ from torch.nn import functional
 from openmythos.config import (
     LearnedLoopConfig,
     LoopAdapterConfig,
+    LoopScaleConfig,
     ModelConfig,
     OutputLoRAConfig,
     SinusoidalLoopConfig,
@@ -135,6 +136,23 @@ class OutputLoRA(LoopAdapter):
         return y + self.up(self.down(y) * scale)
 
 
+class LoopScale(LoopAdapter):
+    """``y * scale_t`` at loop t; it starts as y. Later loops use the last scale.
+
+    Source: Touvron et al. 2021 (arXiv 2103.17239), section 2, with one scale per loop.
+    """
+
+    def __init__(self, config: ModelConfig, part: LoopScaleConfig) -> None:
+        super().__init__(config, part)
+        self.scale = nn.Parameter(torch.ones(part.num_loops, config.d_model))
+
+    def forward(
+        self, y: Float[Tensor, "B T D"], loop_idx: Int[Tensor, "B"]
+    ) -> Float[Tensor, "B T D"]:
+        """y times the vector of each row's loop."""
+        return y * self.scale[loop_idx.clamp(max=len(self.scale) - 1)][:, None]
+
+
 LOOP_EMBEDDINGS: dict[type, type[nn.Module]] = {
     SinusoidalLoopConfig: SinusoidalLoop,
     LearnedLoopConfig: LearnedLoop,
@@ -142,6 +160,7 @@ LOOP_EMBEDDINGS: dict[type, type[nn.Module]] = {
 LOOP_ADAPTERS: dict[type, type[LoopAdapter]] = {
     WeightLoRAConfig: LoopAdapter,
     OutputLoRAConfig: OutputLoRA,
+    LoopScaleConfig: LoopScale,
 }
 
 

@@ -2,6 +2,7 @@ import pytest
 
 from openmythos.config import (
     LearnedLoopConfig,
+    LoopScaleConfig,
     OutputLoRAConfig,
     SinusoidalLoopConfig,
     WeightLoRAConfig,
@@ -17,6 +18,7 @@ from tests.strategies import unchecked
         (LearnedLoopConfig, {"num_loops": 0}, "num_loops is 0; it must be at least 1"),
         (WeightLoRAConfig, {"rank": 0, "num_loops": 1}, "rank is 0; it must be at least 1"),
         (OutputLoRAConfig, {"rank": 1, "num_loops": 0}, "num_loops is 0; it must be at least 1"),
+        (LoopScaleConfig, {"num_loops": 0}, "num_loops is 0; it must be at least 1"),
     ],
 )
 def test_bad_fields_are_named_in_one_line(kind, fields, message):
@@ -34,5 +36,6 @@ def test_weights_of_a_loop():
     output = OutputLoRAConfig(rank=2, num_loops=3)
     assert output.core_lora is None
     assert output.weights(16) == matrix(16, 2) + matrix(2, 16) + table(3, 2)
+    assert LoopScaleConfig(num_loops=3).weights(16) == table(3, 16)
     assert LearnedLoopConfig(num_loops=3).weights(16) == table(3, 16)
     assert SinusoidalLoopConfig(num_channels=4).weights(16) == Weights()

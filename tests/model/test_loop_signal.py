@@ -9,6 +9,7 @@ from openmythos.config import (
     LinearInjectionConfig,
     LoopAdapterConfig,
     LoopEmbeddingConfig,
+    LoopScaleConfig,
     OutputLoRAConfig,
     SinusoidalLoopConfig,
     WeightLoRAConfig,
@@ -18,6 +19,7 @@ from openmythos.model.loop_signal import (
     LOOP_EMBEDDINGS,
     LearnedLoop,
     LoopLinear,
+    LoopScale,
     OutputLoRA,
     SinusoidalLoop,
     make_loop_embedding,
@@ -187,3 +189,29 @@ def test_only_the_core_carries_adapters():
     config = small_config(loop_adapter=WeightLoRAConfig(rank=2, num_loops=2))
     names = {n.split(".")[0] for n, _ in RecurrentDepthLM(config).named_parameters() if "lora" in n}
     assert names == {"core"}
+
+
+def test_loop_scale_by_hand():
+    scale = LoopScale(small_config(d_model=4), LoopScaleConfig(num_loops=2)).double()
+    y = torch.randn(3, 5, 4, dtype=torch.float64, generator=seeded())
+    loop_idx = torch.tensor([0, 1, 7])
+    assert torch.equal(scale(y, loop_idx), y)  # at the start
+    with torch.no_grad():
+        scale.scale.copy_(torch.tensor([[1.0, 2.0, 3.0, 4.0], [5.0, 6.0, 7.0, 8.0]]))
+    wanted = torch.stack((y[0] * scale.scale[0], y[1] * scale.scale[1], y[2] * scale.scale[1]))
+    got = scale(y, loop_idx)
+    assert torch.equal(got, wanted)
+    got.sum().backward()
+    torch.testing.assert_close(scale.scale.grad[0], y[0].sum(dim=0))
+    torch.testing.assert_close(scale.scale.grad[1], y[1:].sum(dim=(0, 1)))
+
+
+def test_a_model_with_loop_scale_starts_as_the_one_without():
+    config = small_config(loop_adapter=LoopScaleConfig(num_loops=2))
+    model = RecurrentDepthLM(config, seeded())
+    plain = RecurrentDepthLM(small_config(), seeded())
+    tokens = torch.arange(6).view(2, 3)
+    assert torch.equal(model(tokens, num_loops=4).logits, plain(tokens, num_loops=4).logits)
+    assert {name for name, _ in model.named_parameters()} - {
+        name for name, _ in plain.named_parameters()
+    } == {"loop_scale.scale"}

@@ -51,7 +51,7 @@ def train(
     if config.compile:
         model.step = torch.compile(model.step, fullgraph=True)  # type: ignore[method-assign]
     if model.embed.weight.device.type == "cpu" and not config.compile:
-        native.load("fused")  # and with it the others, so that no step waits for a compiler
+        native.load("attention")  # and with it the others, so that no step waits for a compiler
     model.train()
     recorder.start(state.step)
     guard = DivergenceGuard(state.first_nats, state.bad_steps)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from openmythos.config.schema import require
 
-EAGER = ("attention", "experts", "fused")  # what any eager forward may use
+EAGER = ("attention", "experts")  # what any eager forward may use
 FLAGS = ("-O3", "-march=native", "-std=c++20", "-shared", "-fPIC")
 _LOCK = threading.RLock()
 
@@ -94,7 +94,8 @@ def _build(name: str, compiler: list[str]) -> Path:
     command += [str(source), *(f"-L{path}" for path in cpp_extension.library_paths())]
     command += ["-ltorch", "-ltorch_cpu", "-lc10", "-o"]
     made_for = f"{torch.__version__} {command} {_processor()}".encode()
-    sources = source.read_bytes() + source.with_name("tiles.h").read_bytes()
+    headers = sorted(source.parent.glob("*.h"))
+    sources = b"".join(path.read_bytes() for path in (source, *headers))
     digest = hashlib.sha256(sources + made_for).hexdigest()[:16]
     root = os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()
     target = Path(root, "openmythos", f"{name}_{digest}.so")
@@ -130,13 +131,3 @@ def eager() -> bool:
     """Whether this is plain eager code: not compiled, not under a transform of ``torch.func``."""
     transformed = torch._C._functorch.peek_interpreter_stack
     return not torch.compiler.is_compiling() and transformed() is None
-
-
-def whole(x: Tensor) -> bool:
-    """Whether rows are whole vectors of the widest processors, two halves of them too."""
-    return x.shape[-1] % 32 == 0
-
-
-def packed(tensor: Tensor | None) -> Tensor | None:
-    """A contiguous copy where it is needed."""
-    return None if tensor is None else tensor.contiguous()

@@ -15,14 +15,16 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from openmythos.command.train import run_training
 from openmythos.config.schema import apply_overrides
 from openmythos.data.loader import TokenLoader
+from openmythos.data.packing import on_device
 from openmythos.demo.text import text_config
 from openmythos.model.feedforward import MoE, max_violation
+from openmythos.model.loop import start_loops, unroll
 from openmythos.model.recurrent import RecurrentDepthLM
+from openmythos.train.display import TrainDisplay
 from openmythos.train.run import set_up
-from openmythos.train.task import TextTask, on_device
+from openmythos.train.task import TextTask
 
 NUM_LOOPS = 8
 EXPERTS = (
@@ -39,16 +41,17 @@ def held_out_load(model: RecurrentDepthLM, loader: TokenLoader, max_batches: int
     """Max load / mean load - 1 of every loop, on held-out text."""
     layers = [module for module in model.modules() if isinstance(module, MoE)]
     counts = torch.zeros(NUM_LOOPS, len(layers), layers[0].config.num_experts)
-    model.train()  # statistics are kept while training; there is no dropout
+    assert model.training, "the layers count their load in training mode only"
     for batch in loader.validation_batches(max_batches):
         batch, ctx = on_device(model, batch)
         e = model.encode(batch.tokens, ctx)
-        h = model.init_state(e, ctx=ctx)
-        for loop in range(NUM_LOOPS):
+        state = start_loops(model, e, ctx, [NUM_LOOPS] * len(e))
+        for layer in layers:
+            layer.load.zero_()
+        for loop, _ in enumerate(unroll(model, state, ctx)):
+            counts[loop] += torch.stack([layer.load.sum(dim=0) for layer in layers])
             for layer in layers:
                 layer.load.zero_()
-            h = model.step(h, e, torch.full((len(h),), loop), ctx)
-            counts[loop] += torch.stack([layer.load.sum(dim=0) for layer in layers])
     return max_violation(counts).amax(dim=1).tolist()
 
 
@@ -66,7 +69,8 @@ def main() -> None:
             changes = [*EXPERTS, f"train.balance_rate={rate}"]
             config = apply_overrides(text_config(options.seed, options.seconds), changes)
             run = set_up(config, Path(folder) / f"rate-{rate}")
-            run_training(console, run, f"balance rate {rate}")
+            with TrainDisplay(console, f"balance rate {rate}") as display:
+                run.train(display)
             assert isinstance(run.task, TextTask)
             found[rate] = held_out_load(run.model, run.task.validation, max_batches=16)
     if options.json:

@@ -26,6 +26,7 @@ from torch import Tensor
 from openmythos.checkpoint.load import empty_model
 from openmythos.checkpoint.save import save_pretrained
 from openmythos.config import GQAConfig, ModelConfig, SwiGLUConfig
+from openmythos.folder import write_json
 from openmythos.interop.families import openmythos_original
 from openmythos.interop.loading import load_pretrained
 from openmythos.interop.mapping import export_tensors
@@ -138,7 +139,7 @@ def write(folder: Path, writer: str, dtype: torch.dtype, num_bytes: int) -> int:
         save_pretrained(model, folder)
     else:
         shape = {**ORIGINAL, "n_experts": model.core[0].feed_forward.config.num_experts}
-        (folder / "config.json").write_text(json.dumps(shape), encoding="utf-8")
+        write_json(folder / "config.json", shape)
         tensors = filled(export_tensors(openmythos_original.FAMILY, model), dtype)
         if writer == "one torch file":
             torch.save({"model": tensors}, folder / "model.pt")
@@ -158,8 +159,7 @@ def write_shards(folder: Path, tensors: dict[str, Tensor], writer: str) -> None:
         part = {name: tensors[name] for name in names}
         save_file(part, folder / shard) if suffix != "bin" else torch.save(part, folder / shard)
         places |= dict.fromkeys(names, shard)
-    index = json.dumps({"weight_map": places})
-    (folder / f"{stem}.{suffix}.index.json").write_text(index, encoding="utf-8")
+    write_json(folder / f"{stem}.{suffix}.index.json", {"weight_map": places})
 
 
 def measure(case: str, num_bytes: int, folder: Path) -> dict[str, float | str]:

@@ -14,6 +14,7 @@ from torch.nn import functional
 from benchmarks.matmul import matmul_bound
 from benchmarks.original import ALL_LOOPS, make_pair
 from openmythos.engine.reference import Session
+from openmythos.engine.request import Request
 from openmythos.model.cache import KVCache
 from openmythos.model.recurrent import RecurrentDepthLM
 
@@ -126,7 +127,12 @@ def decode_session(
     session = Session(
         model, batch_size=rows, max_loops=num_loops, max_len=length, compiled=compiled
     )
-    new = session.stream(tokens, max_new_tokens=STEPS + 1, num_loops=num_loops)
+    new = session.stream(
+        [
+            Request(tokens=row, max_new_tokens=STEPS + 1, num_loops=num_loops)
+            for row in tokens.tolist()
+        ]
+    )
     for _ in range(rows):
         next(new)
     start = time.perf_counter()

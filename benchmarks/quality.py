@@ -25,6 +25,8 @@ from benchmarks.original import original_module
 from openmythos.config.schema import to_dict
 from openmythos.data.loader import TokenLoader
 from openmythos.demo.text import text_config
+from openmythos.folder import write_json
+from openmythos.model.inference import inference
 
 LOOPS = (1, 2, 4, 8, 16)
 LEARNING_RATES = (1e-3, 3e-3)
@@ -73,7 +75,6 @@ def train_original(
         optimizer.step()
         optimizer.zero_grad()
         step += 1
-    model.eval()
     validation = TokenLoader(data, "val", seq_len=seq_len, batch_size=size, seed=seed)
     return {
         "model": f"original, lr {learning_rate:g}",
@@ -84,17 +85,17 @@ def train_original(
     }
 
 
-@torch.no_grad()
 def held_out(model: torch.nn.Module, loader: TokenLoader, num_loops: int) -> float:
     """Bits per byte of the validation text; the original knows no documents, so it sees across."""
     nats, num_bytes = 0.0, 0
-    for batch in loader.validation_batches():
-        logits = model(batch.tokens, n_loops=num_loops)
-        losses = functional.cross_entropy(
-            logits.flatten(0, 1), batch.targets.flatten(), reduction="sum"
-        )
-        nats += float(losses)
-        num_bytes += batch.num_bytes
+    with inference(model):
+        for batch in loader.validation_batches():
+            logits = model(batch.tokens, n_loops=num_loops)
+            losses = functional.cross_entropy(
+                logits.flatten(0, 1), batch.targets.flatten(), reduction="sum"
+            )
+            nats += float(losses)
+            num_bytes += batch.num_bytes
     return nats / math.log(2) / num_bytes
 
 
@@ -104,7 +105,7 @@ def train_ours(folder: Path, data: Path, seconds: float, seed: int) -> dict[str,
     config["data"]["source"] = str(data)
     config["train"]["eval_loops"] = [1]
     config["train"]["eval_batches"] = 1
-    (folder / "ours.json").write_text(json.dumps(config), encoding="utf-8")
+    write_json(folder / "ours.json", config)
     run = folder / "ours"
     command = [sys.executable, "-m", "openmythos"]
     start = [*command, "train", "--config", str(folder / "ours.json"), "--out", str(run)]

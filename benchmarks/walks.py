@@ -22,10 +22,11 @@ from rich.table import Table
 
 from openmythos import load_pretrained
 from openmythos.config.schema import to_dict
-from openmythos.data.synthetic import HopsConfig, HopsTask
+from openmythos.data.synthetic import HopsConfig, Walks
 from openmythos.demo.walks import NUM_WALKS, hops_config
+from openmythos.folder import write_json
 from openmythos.train.metrics import read_metrics
-from openmythos.train.task import hops_accuracy
+from openmythos.train.validation import hops_accuracy
 
 CELLS = ((8, 2), (8, 8), (8, 16), (10, 2), (10, 5), (10, 8), (10, 16), (12, 8))  # hops, loops
 
@@ -33,7 +34,7 @@ CELLS = ((8, 2), (8, 8), (8, 16), (10, 2), (10, 5), (10, 8), (10, 16), (12, 8)) 
 def train(seed: int, seconds: float, folder: Path) -> dict[str, Any]:
     """One run in a process of its own: its steps, when it reached the last stage, its accuracy."""
     out, start = folder / str(seed), folder / f"{seed}.json"
-    start.write_text(json.dumps(to_dict(hops_config(seed, seconds))), encoding="utf-8")
+    write_json(start, to_dict(hops_config(seed, seconds)))
     command = [sys.executable, "-m", "openmythos", "train", "--config", str(start)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     ran = subprocess.run(
@@ -42,14 +43,14 @@ def train(seed: int, seconds: float, folder: Path) -> dict[str, Any]:
     if ran.returncode:
         raise SystemExit(f"error: seed {seed} failed:\n{ran.stderr}")
     rows = [row for row in read_metrics(out / "metrics.jsonl") if row["kind"] == "train"]
-    model, task = load_pretrained(out), HopsTask(HopsConfig(seed=seed))
-    last = task.config.max_train_hops
+    model, walks = load_pretrained(out), Walks(HopsConfig(seed=seed))
+    last = walks.config.max_train_hops
     return {
         "steps": rows[-1]["step"],
         "last_stage_at": next((row["step"] for row in rows if row["stage"] == last), None),
         "accuracy": {
             f"{hops} hops, {loops} loops": hops_accuracy(
-                model, task, hops, loops, NUM_WALKS, seed=1
+                model, walks, hops, loops, NUM_WALKS, seed=1
             )
             for hops, loops in CELLS
         },

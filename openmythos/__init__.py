@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from openmythos.config.matched_baseline import baseline
     from openmythos.config.presets import preset
     from openmythos.engine.reference import generate
+    from openmythos.engine.request import Request
     from openmythos.interop.loading import load_pretrained
     from openmythos.model.recurrent import RecurrentDepthLM
     from openmythos.tokenizer import Tokenizer
@@ -21,6 +22,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ModelConfig",
     "RecurrentDepthLM",
+    "Request",
     "Tokenizer",
     "baseline",
     "generate",
@@ -32,6 +34,7 @@ __all__ = [
 _HOME = {
     "ModelConfig": "openmythos.config",
     "RecurrentDepthLM": "openmythos.model.recurrent",
+    "Request": "openmythos.engine.request",
     "Tokenizer": "openmythos.tokenizer",
     "baseline": "openmythos.config.matched_baseline",
     "generate": "openmythos.engine.reference",

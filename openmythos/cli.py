@@ -4,7 +4,19 @@ import sys
 
 import typer
 
-from openmythos.command import demo, evaluate, export, model, retrofit, talk, train
+from openmythos.command import (
+    chat,
+    convert,
+    demo,
+    evaluate,
+    export,
+    generate,
+    inspect,
+    prepare,
+    presets,
+    retrofit,
+    train,
+)
 
 app = typer.Typer(
     help="Recurrent-depth (looped) language models: train, generate, inspect.",
@@ -14,15 +26,15 @@ app = typer.Typer(
 )
 app.command()(demo.demo)
 app.command()(train.train)
-app.command()(talk.generate)
-app.command()(talk.chat)
-app.command()(train.prepare)
+app.command()(generate.generate)
+app.command()(chat.chat)
+app.command()(prepare.prepare)
 app.command("eval")(evaluate.evaluate)
 app.command()(retrofit.retrofit)
-app.command()(model.presets)
-app.command()(model.inspect)
+app.command()(presets.presets)
+app.command()(inspect.inspect)
 app.command()(export.export)
-app.command()(export.convert)
+app.command()(convert.convert)
 
 
 def main() -> None:

@@ -1,41 +1,66 @@
 """Files and folders that appear whole or not at all: a kill at any instant loses nothing.
 
-Every other module that writes goes through here.
+Every other module that writes goes through here. What is being written stands beside its place as
+``.NAME.tmp`` and is renamed into it; two processes must not write the same file or folder at once.
 """
 
 import contextlib
 import ctypes
+import json
 import os
 import shutil
 import sys
 from collections.abc import Collection, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 PathLike = str | os.PathLike[str]
 MAX_LISTED = 30  # names that one error message lists of a kind
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file that appears whole or not at all; missing folders are made."""
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write bytes into; when the block ends well it takes the place of ``path``.
+
+    Missing folders are made.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.tmp")
-    aside.write_text(text, encoding="utf-8")
+    aside = _aside(path)
+    try:
+        with aside.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
     os.replace(aside, path)
+
+
+def write_whole(path: Path, content: str | bytes | memoryview) -> None:
+    """Write a file that appears whole or not at all; text becomes UTF-8."""
+    with whole_file(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
+def write_json(path: Path, data: object) -> None:
+    """Write readable JSON that appears whole or not at all."""
+    write_whole(path, json.dumps(data, indent=2) + "\n")
 
 
 @contextlib.contextmanager
 def replaced_folder(folder: PathLike, own_files: Collection[str]) -> Iterator[Path]:
     """An empty folder to write into; when the block ends well it takes the place of ``folder``.
 
-    Until then ``folder`` is untouched. What a killed writer leaves beside it, ``.NAME.tmp``, is
-    removed by the next one; two processes must not write the same folder at once.
+    Until then ``folder`` is untouched. What a killed writer leaves beside it is removed by the next
+    one.
 
     Raises:
         ValueError: ``folder`` holds other files than ``own_files``, those of a checkpoint.
     """
     target = Path(os.path.realpath(folder))
     _refuse_foreign(target, own_files)
-    fresh, old = target.with_name(f".{target.name}.tmp"), old_name(target)
+    fresh, old = _aside(target), old_name(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     if fresh.exists():
         shutil.rmtree(fresh)
@@ -76,6 +101,23 @@ def _refuse_foreign(target: Path, own_files: Collection[str]) -> None:
 def old_name(target: Path) -> Path:
     """Where a folder stands between the two renames of a replacement."""
     return target.with_name(f".{target.name}.old")
+
+
+def _aside(target: Path) -> Path:
+    """Where a file or folder stands until it is whole."""
+    return target.with_name(f".{target.name}.tmp")
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove the folders inside ``folder`` that killed writers left half done."""
+    for unfinished in folder.glob(".*.tmp"):
+        shutil.rmtree(unfinished)
+
+
+def put_in_place(source: Path, target: Path) -> None:
+    """Rename a file or folder that is whole; a file that is there is replaced."""
+    os.replace(source, target)
+    sync(target.parent)
 
 
 def sync(path: Path) -> None:

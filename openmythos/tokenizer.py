@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,8 @@ import numpy as np
 import tokenizers
 from jaxtyping import Int
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
+
+from openmythos.folder import write_json, write_whole
 
 BOS_TOKEN = "<|bos|>"
 EOS_TOKEN = "<|eos|>"
@@ -173,21 +174,9 @@ class Tokenizer:
         names than ours, `tokenizer_config.json` says which.
         """
         target = Path(folder) / FILE_NAME
-        target.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=target.parent, prefix=FILE_NAME, suffix=".tmp")
-        try:
-            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                file.write(self._backend.to_str(pretty=True))
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(temporary, 0o644)  # mkstemp makes the file private to its owner
-            os.replace(temporary, target)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        write_whole(target, self._backend.to_str(pretty=True))
         if tuple(self._names.values()) != SPECIAL_TOKENS:
-            named = json.dumps(self._names, indent=2, ensure_ascii=False) + "\n"
-            (target.parent / NAMES_FILE).write_text(named, encoding="utf-8")
+            write_json(target.parent / NAMES_FILE, self._names)
         return target
 
     @classmethod

@@ -21,6 +21,8 @@ install_import_hook("openmythos", "beartype.beartype")
 torch.set_num_threads(1)
 
 hypothesis.settings.register_profile("openmythos", deadline=None, derandomize=True)
+# Random examples, and more of them: make test ARGS="--hypothesis-profile=explore"
+hypothesis.settings.register_profile("explore", deadline=None, derandomize=False, print_blob=True)
 hypothesis.settings.load_profile("openmythos")
 
 GOLDEN_ROOT = Path(__file__).parent / "golden"

@@ -1,3 +1,4 @@
+import json
 import os
 import subprocess
 import sys
@@ -9,7 +10,14 @@ import torch
 import openmythos.folder
 from openmythos.checkpoint.load import load_checkpoint
 from openmythos.checkpoint.save import OWN_FILES, save_pretrained
-from openmythos.folder import replaced_folder
+from openmythos.folder import (
+    put_in_place,
+    remove_unfinished,
+    replaced_folder,
+    whole_file,
+    write_json,
+    write_whole,
+)
 from openmythos.model.recurrent import RecurrentDepthLM
 from tests.checkpoint.examples import TOKENS, make_model
 
@@ -22,6 +30,47 @@ def model() -> RecurrentDepthLM:
 @pytest.fixture
 def folder(model: RecurrentDepthLM, tmp_path: Path) -> Path:
     return save_pretrained(model, tmp_path / "saved")
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+
+def test_a_file_is_written_whole(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "a.txt"
+    for content in ("é\n", b"\xff", memoryview(b"ab")):
+        write_whole(path, content)
+        assert path.read_bytes() == (content.encode() if isinstance(content, str) else content)
+    write_json(path, {"a": [1, None]})
+    assert json.loads(path.read_text(encoding="utf-8")) == {"a": [1, None]}
+    assert [each.name for each in path.parent.iterdir()] == ["a.txt"]
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+
+    def write_and_fail() -> None:
+        with whole_file(path) as file:
+            file.write(b"half")
+            assert path.read_text() == "old"
+            raise OSError("no space left")
+
+    with pytest.raises(OSError, match="no space"):
+        write_and_fail()
+    assert [each.name for each in tmp_path.iterdir()] == ["a.txt"]
+    assert path.read_text() == "old"
+
+
+def test_what_is_whole_is_put_in_place(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).write_text(name)
+    put_in_place(tmp_path / "b", tmp_path / "a")
+    assert (tmp_path / "a").read_text() == "b" and not (tmp_path / "b").exists()
+    for name in (".step.tmp", "..step.tmp.tmp", "step"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "half").touch()
+    remove_unfinished(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "step"]
 
 
 # --- replacing ------------------------------------------------------------------------------------

@@ -51,15 +51,22 @@ TRANSFORMERS = "transformers only in the sources that an export carries"
         (LAYERS, {"model/block.py": "import openmythos.data.loader", "data/loader.py": ""}),
         (LAYERS, {"train/loop.py": "import openmythos.analysis.trace", "analysis/trace.py": ""}),
         (LAYERS, {"tokenizer.py": "def f():\n    import openmythos.plan", "plan.py": ""}),
+        (LAYERS, {"demo/text.py": "import openmythos.command.train", "command/train.py": ""}),
+        (LAYERS, {"demo/text.py": "import openmythos.serve.app", "serve/app.py": ""}),
         (LAYERS, {"unplaced.py": ""}),
         (
-            "The engine reaches no tokenizer, checkpoint, interop or data",
+            "The engine reaches no tokenizer, text, checkpoint, interop or data",
             {"engine/runner.py": "import openmythos.tokenizer", "tokenizer.py": ""},
+        ),
+        (
+            "The engine reaches no tokenizer, text, checkpoint, interop or data",
+            {"engine/runner.py": "import openmythos.text_stream", "text_stream.py": ""},
         ),
         (
             "matplotlib only in modules called picture",
             {"analysis/lenses.py": "import matplotlib.pyplot"},
         ),
+        ("typer only in commands", {"demo/text.py": "def f():\n    import typer"}),
         ("Web libraries only in serve", {"engine/runner.py": "from fastapi import FastAPI"}),
         (TRANSFORMERS, {"interop/export.py": "def f():\n    import transformers"}),
         (
@@ -76,7 +83,8 @@ def test_contract_can_fail(tmp_path: Path, contract: str, modules: dict[str, str
 
 def test_contracts_allow_what_they_should(tmp_path: Path) -> None:
     modules = {
-        "cli.py": "import openmythos.serve.app\nimport openmythos.train.loop",
+        "cli.py": "import typer\nimport openmythos.serve.app\nimport openmythos.command.train",
+        "command/train.py": "import typer\nimport openmythos.train.loop",
         "serve/app.py": "import fastapi\nimport openmythos.engine.runner",
         "train/loop.py": "import openmythos.model.block",
         "engine/runner.py": "import openmythos.model.block",

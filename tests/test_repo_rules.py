@@ -5,6 +5,7 @@ can show, on a small bad example, that the rule is able to fail.
 """
 
 import ast
+import graphlib
 import importlib
 import json
 import re
@@ -18,11 +19,26 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = "openmythos"
+CODE_FOLDERS = (PACKAGE, "benchmarks", "experiments")
 
 MAX_MODULE_LINES = 600
 MAX_FUNCTION_LINES = 80
 MAX_CONTRIBUTING_LINES = 150
 MAX_CLOSURE_LINES = 3600  # exclusive; of model/ and ops/
+THE_LOOP = f"{PACKAGE}/model/loop.py"
+MODE_SWITCH = f"{PACKAGE}/model/inference.py"
+FOREIGN_CODE = f"{PACKAGE}/interop/hf/"  # what an export carries
+# Writers besides openmythos/folder.py, and why what they write need not appear at once.
+OTHER_WRITERS = {
+    "openmythos/analysis/picture.py:save": "draws into a whole_file",
+    "openmythos/analysis/picture.py:to_svg": "draws into memory",
+    "openmythos/data/prepare.py:_Spool.__init__": "a scratch file, never put in place",
+    "openmythos/train/metrics.py:Recorder._write": "appends lines; a reader skips one that was cut",
+}
+WRITING_CALLS = {
+    *("write_text", "write_bytes", "savefig", "rename", "renames", "mkstemp"),
+    "NamedTemporaryFile",
+}
 VAGUE_NAMES = {"utils", "util", "helpers", "helper", "common", "misc", "base"}
 HEAVY_IMPORTS = ("torch", "transformers", "fastapi", "matplotlib")
 
@@ -155,11 +171,141 @@ def undocumented_names(root: Path) -> list[str]:
     return complaints
 
 
+def _seam_of_members(root: Path) -> dict[str, str]:
+    """The seam, by its file, of each config class that carries a ``kind``."""
+    return {
+        node.name: path.stem
+        for path in python_files(root / PACKAGE / "config")
+        for node in parsed(path).body
+        if isinstance(node, ast.ClassDef)
+        and any(
+            isinstance(line, ast.AnnAssign) and line.value and ast.unparse(line.target) == "kind"
+            for line in node.body
+        )
+    }
+
+
+def member_ladders(root: Path) -> list[str]:
+    """``isinstance`` on members of a seam: none in config/ and model/, elsewhere one per seam.
+
+    A member says what is asked of it. Only what translates a format (interop/) knows them all.
+    """
+    seam_of, complaints = _seam_of_members(root), []
+    for path in package_files(root):
+        inside = path.relative_to(root / PACKAGE)
+        asked: dict[str, set[str]] = {}
+        for node in ast.walk(parsed(path)):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "isinstance":
+                words = re.findall(r"\w+", ast.unparse(node.args[1]))
+                for member in seam_of.keys() & set(words):
+                    asked.setdefault(seam_of[member], set()).add(member)
+        most = {"config": 0, "model": 0, "interop": len(seam_of)}.get(inside.parts[0], 1)
+        complaints += [
+            f"{path.relative_to(root)} asks for {', '.join(sorted(members))}; ask the member"
+            for members in asked.values()
+            if len(members) > most
+        ]
+    return complaints
+
+
 def long_contributing(root: Path) -> list[str]:
     lines = len(text_lines(root / "CONTRIBUTING.md"))
     if lines > MAX_CONTRIBUTING_LINES:
         return [f"CONTRIBUTING.md has {lines} lines; at most {MAX_CONTRIBUTING_LINES} are allowed"]
     return []
+
+
+def _switches_mode(node: ast.AST, returned: list[ast.expr | None]) -> bool:
+    if isinstance(node, ast.Attribute):
+        return node.attr == "training" and isinstance(node.ctx, ast.Store)
+    if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
+        return False
+    has_arguments = bool(node.args or node.keywords)
+    if node.func.attr == "train":  # of a model: train(was_training), train(mode=False)
+        said = [ast.unparse(word) for word in (*node.args, *node.keywords)]
+        return len(said) == 1 and any(
+            word in said[0] for word in ("training", "mode", "True", "False")
+        )
+    is_new = isinstance(node.func.value, ast.Call) or node in returned
+    return node.func.attr == "eval" and not has_arguments and not is_new
+
+
+def mode_switches(root: Path) -> list[str]:
+    """Evaluation mode set by hand, outside the one context manager that also restores it.
+
+    Not a switch: ``model.train()`` where training begins, and the initial mode of a new model,
+    which is set on the call that makes it or by ``return model.eval()``.
+    """
+    complaints = []
+    for path in (file for folder in CODE_FOLDERS for file in python_files(root / folder)):
+        inside = path.relative_to(root).as_posix()
+        if inside == MODE_SWITCH or inside.startswith(FOREIGN_CODE):
+            continue
+        nodes = list(ast.walk(parsed(path)))
+        returned = [node.value for node in nodes if isinstance(node, ast.Return)]
+        complaints += [
+            f"{inside}:{node.lineno} sets the mode of a model: {ast.unparse(node)}; use inference()"
+            for node in nodes
+            if _switches_mode(node, returned)
+        ]
+    return complaints
+
+
+def other_loops(root: Path) -> list[str]:
+    """Calls of a model's ``step`` outside the one loop, openmythos/model/loop.py."""
+    complaints = []
+    for path in (file for folder in CODE_FOLDERS for file in python_files(root / folder)):
+        inside = path.relative_to(root).as_posix()
+        if inside == THE_LOOP or inside.startswith(FOREIGN_CODE):
+            continue
+        for node in ast.walk(parsed(path)):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+                owner = ast.unparse(node.func.value)
+                if node.func.attr == "step" and re.search(r"\bmodel$", owner):
+                    call = ast.unparse(node)[:60]
+                    complaints.append(f"{inside}:{node.lineno} {call}: only model/loop.py loops")
+    return complaints
+
+
+def other_writers(root: Path) -> list[str]:
+    """Files written, or renamed, elsewhere than in openmythos/folder.py."""
+    complaints = []
+    for folder in (PACKAGE, "benchmarks", "experiments"):
+        for path in python_files(root / folder):
+            inside = str(path.relative_to(root))
+            if inside == f"{PACKAGE}/folder.py":
+                continue
+            complaints += [
+                f"{inside}:{call.lineno} {ast.unparse(call)[:60]}: only openmythos/folder.py writes"
+                for owner, call in _calls(parsed(path))
+                if _writes(call) and f"{inside}:{owner}" not in OTHER_WRITERS
+            ]
+    return complaints
+
+
+def _calls(node: ast.AST, owner: str = "") -> Iterator[tuple[str, ast.Call]]:
+    """Every call, with the dotted name of the function or class that it stands in."""
+    for child in ast.iter_child_nodes(node):
+        inside = owner
+        if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            inside = f"{owner}.{child.name}".removeprefix(".")
+        if isinstance(child, ast.Call):
+            yield owner, child
+        yield from _calls(child, inside)
+
+
+def _writes(call: ast.Call) -> bool:
+    """Whether a call writes or renames a file, by its name and its arguments."""
+    whole = ast.unparse(call.func)
+    name = whole.rpartition(".")[2]
+    if name == "open":  # open(path, mode), path.open(mode)
+        words = call.args[1:2] if whole == "open" else call.args[:1]
+        words += [keyword.value for keyword in call.keywords if keyword.arg == "mode"]
+        modes = [str(word.value) for word in words if isinstance(word, ast.Constant)]
+        return any(set(mode) & set("wax+") for mode in modes)
+    if name == "replace":  # of a string and of a dataclass take more than one argument
+        return whole == "os.replace" or (len(call.args) == 1 and not call.keywords)
+    return name in WRITING_CALLS
 
 
 # --- words ---------------------------------------------------------------------------------------
@@ -270,6 +416,19 @@ def large_closure(root: Path) -> list[str]:
     ]
 
 
+def import_circles(root: Path) -> list[str]:
+    """The first circle of modules that import each other, in functions and for types too."""
+    graph = {
+        path: {_project_file(name, root) for name in _imported_names(path, root)} - {None, path}
+        for path in package_files(root)
+    }
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        return [" -> ".join(str(path.relative_to(root)) for path in error.args[1])]
+    return []
+
+
 # --- the rules on this repository ----------------------------------------------------------------
 
 
@@ -282,6 +441,11 @@ def large_closure(root: Path) -> list[str]:
         folders_without_init,
         unmirrored_modules,
         undocumented_names,
+        mode_switches,
+        import_circles,
+        other_writers,
+        other_loops,
+        member_ladders,
         long_contributing,
         unfinished_code,
         machine_paths,
@@ -298,6 +462,7 @@ def test_repository_has_no(rule: Rule) -> None:
 def test_rules_see_the_repository() -> None:
     assert package_files(ROOT), "no package to check"
     assert ROOT / "pyproject.toml" in committed_files(ROOT)
+    assert len(_seam_of_members(ROOT)) > 20
 
 
 def test_shapes_are_checked_in_tests() -> None:
@@ -305,6 +470,12 @@ def test_shapes_are_checked_in_tests() -> None:
     assert type(loader).__module__.startswith("jaxtyping"), (
         "openmythos was imported before the hook"
     )
+
+
+@pytest.mark.parametrize("place", OTHER_WRITERS)
+def test_other_writers_still_write(place: str) -> None:
+    file, owner = place.split(":")
+    assert any(name == owner and _writes(call) for name, call in _calls(parsed(ROOT / file)))
 
 
 def test_golden_folders_are_complete(golden_dir: Callable[[str], Path]) -> None:
@@ -371,6 +542,18 @@ GOOD_AND_BAD = [
     (long_functions, "openmythos/a.py", "async " + function_of(80), "async " + function_of(81)),
     (undocumented_names, "openmythos/a.py", 'def f():\n    """Say."""\n', "def f():\n    pass\n"),
     (undocumented_names, "openmythos/a.py", "class _A:\n    pass\n", "class A:\n    pass\n"),
+    (mode_switches, "openmythos/a.py", "with inference(m):\n    m(x)\n", "m.eval()\nm(x)\n"),
+    (mode_switches, "benchmarks/a.py", "m.train()\n", "m.train(was_training)\n"),
+    (mode_switches, "benchmarks/a.py", "run.train(display)\n", "m.train(False)\n"),
+    (mode_switches, "experiments/a.py", "m = Foreign(c).eval()\n", "y = m.eval()(x)\n"),
+    (mode_switches, "openmythos/a.py", "def f():\n    return m.eval()\n", "m.training = False\n"),
+    (other_loops, "openmythos/a.py", "optimizer.step()\n", "h = model.step(h, e, i, ctx)\n"),
+    (other_loops, "benchmarks/a.py", "advance(model, state, ctx)\n", "run.model.step(h)\n"),
+    (other_writers, "openmythos/a.py", "a.replace('b', 'c'); open('a')\n", "a.replace(b)\n"),
+    (other_writers, "openmythos/a.py", "replace(config, seed=1)\n", "os.replace(a, b)\n"),
+    (other_writers, "benchmarks/a.py", "file.open('rb')\n", "file.open('wb')\n"),
+    (other_writers, "experiments/a.py", "write_whole(a, b)\n", "a.write_text(b)\n"),
+    (other_writers, "openmythos/a.py", "to_svg(figure)\n", "figure.savefig(path)\n"),
     (long_contributing, "CONTRIBUTING.md", "x\n" * 150, "x\n" * 151),
     (unfinished_code, "openmythos/a.py", "x = 1  # done\n", "x = 1  # TO" + "DO: more\n"),
     (unfinished_code, "Makefile", "all:\n", "all: # FIX" + "ME\n"),
@@ -401,6 +584,17 @@ def test_vague_modules_are_named(tmp_path: Path, name: str) -> None:
     assert len(vague_modules(tmp_path)) == 1
 
 
+def test_ladders_over_the_members_of_a_seam_are_named(tmp_path: Path) -> None:
+    kinds = "".join(f"class {name}:\n    kind: ClassVar[str] = '{name}'\n" for name in ("A", "B"))
+    write(tmp_path, "openmythos/config/injection.py", kinds + "class Member:\n    kind: str\n")
+    one, two = "isinstance(x, config.A)\n", "isinstance(x, config.A | B)\n"
+    for name, allowed in (("model/a.py", 0), ("train/a.py", 1), ("interop/a.py", 2)):
+        for number, text in enumerate(("isinstance(x, Member)\n", one, two)):
+            path = write(tmp_path, f"openmythos/{name}", text)
+            assert len(member_ladders(tmp_path)) == (number > allowed)
+        path.unlink()
+
+
 def test_folder_without_init_is_named(tmp_path: Path) -> None:
     write(tmp_path, "openmythos/__init__.py", "")
     write(tmp_path, "openmythos/model/block.py", "")
@@ -419,6 +613,18 @@ def test_unmirrored_module_is_named(tmp_path: Path) -> None:
     assert unmirrored_modules(tmp_path) == ["tests/model/test_block.py holds no test"]
     write(tmp_path, "tests/model/test_block.py", "def test_x():\n    pass\n")
     assert unmirrored_modules(tmp_path) == []
+
+
+def test_circle_is_named(tmp_path: Path) -> None:
+    write(tmp_path, "openmythos/__init__.py", "")
+    write(tmp_path, "openmythos/eval/__init__.py", "")
+    write(tmp_path, "openmythos/eval/score.py", "import openmythos.eval.task\n")
+    write(tmp_path, "openmythos/eval/task.py", "x = 1\n")
+    assert import_circles(tmp_path) == []
+    types = "if TYPE_CHECKING:\n    from openmythos.eval.score import Score\n"
+    write(tmp_path, "openmythos/eval/task.py", types)
+    (complaint,) = import_circles(tmp_path)
+    assert "openmythos/eval/score.py -> openmythos/eval/task.py" in complaint
 
 
 def test_version_is_written_once(tmp_path: Path) -> None:

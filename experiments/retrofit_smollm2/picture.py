@@ -3,17 +3,16 @@
 from pathlib import Path
 from typing import Any
 
-from openmythos.analysis.picture import BLUE, DPI, INK, MUTED, ORANGE, STYLE
+from openmythos.analysis.picture import BLUE, DPI, INK, MUTED, ORANGE, save, styled
 
 
 def draw(found: dict[str, Any], path: Path) -> None:
     """Write the picture of ``results.json``."""
-    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     before, after = (found[stage]["bits_per_byte"] for stage in ("before", "after"))
     loops, run = [int(n) for n in before], found["training"]
-    with rc_context(STYLE):
+    with styled():
         figure = Figure(figsize=(8.4, 3.4), dpi=DPI, layout="constrained")
         left, right = figure.subplots(1, 2, width_ratios=(2, 3))
         places = range(len(loops))
@@ -53,4 +52,4 @@ def draw(found: dict[str, Any], path: Path) -> None:
         )
         low, high = min(run["nats_per_token"]), max(run["nats_per_token"])
         right.set_ylim(low - 0.1, high + 0.25 * (high - low))
-        figure.savefig(path)
+    save(figure, path)

@@ -22,17 +22,17 @@ from openmythos import load_pretrained, save_pretrained
 from openmythos.data.index import read_index
 from openmythos.data.loader import TokenLoader
 from openmythos.data.prepare import prepare
+from openmythos.folder import write_json
 from openmythos.interop.gguf import convert_gguf
 from openmythos.interop.loading import load_config
 from openmythos.retrofit.split import Layers, retrofit
 from openmythos.tokenizer import Tokenizer
 from openmythos.train.depth_schedule import DepthSchedule, PoissonDepth
-from openmythos.train.loop import train
-from openmythos.train.metrics import Recorder, read_metrics
+from openmythos.train.metrics import read_metrics
 from openmythos.train.optim import OptimizerConfig
 from openmythos.train.recipe import RunConfig, TextData, TrainConfig
 from openmythos.train.run import set_up
-from openmythos.train.task import held_out_bits_per_byte
+from openmythos.train.validation import held_out_bits_per_byte
 
 HERE = Path(__file__).parent
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -157,7 +157,7 @@ def training(work: Path, tutorial: Path) -> dict[str, Any]:
         ),
         work / "run",
     )
-    result = train(run.model, run.task, run.config.train, run.folder, Recorder(run.folder.path))
+    result = run.train()
     if result.interrupted:
         raise SystemExit("interrupted and saved; run the stage again")
     rows = [row for row in read_metrics(work / "run" / "metrics.jsonl") if row["kind"] == "train"]
@@ -193,8 +193,7 @@ def report(work: Path) -> bool:
     one, other = (found[f"score_{n}"]["perplexity"] for n in ("original", "retrofitted"))
     found["relative_difference"] = abs(one - other) / one
     results = HERE / "results"
-    text = json.dumps(found, indent=2) + "\n"
-    (results / "results.json").write_text(text, encoding="utf-8")
+    write_json(results / "results.json", found)
     draw(found, results / "loss_by_loops.png")
     return check(found)
 
@@ -232,7 +231,7 @@ def main() -> None:
             found = STAGES[name](given.work, given.tutorial)
         else:
             parser.error(f"no stage {name!r}; allowed: convert, {', '.join(STAGES)}, report")
-        (given.work / f"{name}.json").write_text(json.dumps(found, indent=2), encoding="utf-8")
+        write_json(given.work / f"{name}.json", found)
         print(name, json.dumps(found)[:300], flush=True)
 
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from openmythos.analysis.placement import roomiest_end
 from openmythos.analysis.trace import LoopTrace
+from openmythos.folder import whole_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -85,8 +85,8 @@ def figure_of(width: float, height: float) -> Figure:
 
 def save(figure: Figure, path: Path) -> None:
     """Write a picture; the suffix chooses the format."""
-    with styled():
-        figure.savefig(path, dpi=DPI, facecolor=PAPER)
+    with styled(), whole_file(path) as file:
+        figure.savefig(file, format=path.suffix[1:], dpi=DPI, facecolor=PAPER)
 
 
 def to_svg(figure: Figure) -> str:
@@ -95,6 +95,51 @@ def to_svg(figure: Figure) -> str:
     with styled():
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     return buffer.getvalue()
+
+
+# --- where labels go, so that they hide no data and no line --------------------------------------
+
+ENDS = (("left", 1), ("right", 1), ("left", -1), ("right", -1))
+
+
+def label_place(curve: Mapping[int, float], loops: int, flat: float) -> tuple[int, int]:
+    """Beside which side of its point a value is written.
+
+    Args:
+        curve: Values by loops.
+        loops: The point.
+        flat: Changes up to this do not get in the way.
+
+    Returns:
+        -1, 0, 1 for left, centred, right; and 1 or -1 for above or under.
+    """
+    keys, value = sorted(curve), curve[loops]
+    i = keys.index(loops)
+    falls = curve[keys[max(i - 1, 0)]] - value > flat
+    rises = curve[keys[min(i + 1, len(keys) - 1)]] - value > flat
+    if falls and rises:
+        return 0, -1
+    return int(falls) - int(rises), 1
+
+
+def roomiest_end(values: Sequence[float], height: float, lift: float) -> tuple[str, int]:
+    """The end of a level line that leaves its name most room.
+
+    Args:
+        values: The data in the same picture, from left to right.
+        height: Of the line.
+        lift: Distance of the name from the line, in the data's unit.
+
+    Returns:
+        "left" or "right", and 1 or -1 for above or under the line.
+    """
+    half = len(values) // 2
+
+    def room(end: tuple[str, int]) -> float:
+        part = values[:half] if end[0] == "left" else values[half:]
+        return min((abs(value - height - end[1] * lift) for value in part), default=1.0)
+
+    return max(ENDS, key=room)
 
 
 # --- the state -----------------------------------------------------------------------------------

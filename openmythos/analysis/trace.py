@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from openmythos.model.context import ForwardContext
+from openmythos.model.loop import start_loops, unroll
 from openmythos.model.recurrent import RecurrentDepthLM
 
 _TINY = 1e-30
@@ -64,7 +65,7 @@ def trace_loops(
     """Run ``num_loops`` loops and record the state after each.
 
     Args:
-        model: Any recurrent-depth model; only encode, init_state and step are called.
+        model: Any recurrent-depth model.
         tokens: Token ids.
         num_loops: Loops to run; more than the model was trained with is fine.
         ctx: Of ``model.context``; default: one document a row, ``valid`` being its padding mask.
@@ -86,12 +87,12 @@ def trace_loops(
         ctx = model.context(tokens, padding_mask=valid)
     chosen = torch.ones_like(tokens, dtype=torch.bool) if valid is None else valid
     e = model.encode(tokens, ctx)
-    h = model.init_state(e, generator, ctx)
+    start = start_loops(model, e, ctx, [num_loops] * len(tokens), generator=generator)
+    h = start.h
     initial_norm = _mean(h.float().norm(dim=-1), chosen)
     records: list[tuple[float, ...]] = []
-    for loop in range(num_loops):
-        loop_idx = torch.full((len(tokens),), loop, device=tokens.device)
-        before, h = h, model.step(h, e, loop_idx, ctx)
+    for state in unroll(model, start, ctx):
+        before, h = h, state.h
         norm, moved = h.float().norm(dim=-1), (h.float() - before.float()).norm(dim=-1)
         relative = moved / norm.clamp(min=_TINY)
         means = (_mean(values, chosen) for values in (norm, moved, relative))

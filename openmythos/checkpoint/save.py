@@ -1,6 +1,5 @@
 """Write a checkpoint folder: model.safetensors, config.json and, optionally, tokenizer.json."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -9,7 +8,7 @@ from torch import Tensor
 
 from openmythos.checkpoint.weights import CONFIG_FILE, WEIGHTS_FILE
 from openmythos.config.schema import to_dict
-from openmythos.folder import PathLike, replaced_folder
+from openmythos.folder import PathLike, replaced_folder, write_json
 from openmythos.model.recurrent import RecurrentDepthLM
 from openmythos.tokenizer import Tokenizer
 
@@ -28,15 +27,24 @@ def save_pretrained(
     Raises:
         ValueError: The folder holds something else than a checkpoint, or the model has no weights.
     """
+    with replaced_folder(folder, OWN_FILES) as fresh:
+        write_checkpoint(model, fresh, tokenizer)
+    return Path(folder)
+
+
+def write_checkpoint(model: RecurrentDepthLM, fresh: Path, tokenizer: Tokenizer | None) -> None:
+    """Write a checkpoint's files into a folder that is not in its place yet.
+
+    Raises:
+        ValueError: The model has no weights.
+    """
     if any(tensor.is_meta for tensor in model.state_dict().values()):
         raise ValueError("the model is on the meta device: it has shapes but no weights to save")
-    with replaced_folder(folder, OWN_FILES) as fresh:
-        save_weights(model.state_dict(), fresh)
-        config = {"format": FORMAT, "format_version": FORMAT_VERSION, **to_dict(model.config)}
-        (fresh / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        if tokenizer is not None:
-            tokenizer.save(fresh)
-    return Path(folder)
+    save_weights(model.state_dict(), fresh)
+    config = {"format": FORMAT, "format_version": FORMAT_VERSION, **to_dict(model.config)}
+    write_json(fresh / CONFIG_FILE, config)
+    if tokenizer is not None:
+        tokenizer.save(fresh)
 
 
 def save_weights(tensors: Mapping[str, Tensor], folder: Path) -> None:

@@ -11,12 +11,12 @@ from rich.console import Console
 from rich.table import Table
 
 from openmythos.command.option import AsJson, Device, Loops, Seed, check_device, parse_loops
+from openmythos.folder import write_json
 
 if TYPE_CHECKING:
     from openmythos.config import ModelConfig
-    from openmythos.data.synthetic import HopsConfig
-    from openmythos.eval.depth_sweep import Results
-    from openmythos.eval.score import Score, ScoreCurve
+    from openmythos.data.synthetic import Walks
+    from openmythos.eval.score import Results, Score, ScoreCurve
     from openmythos.eval.scoring import Codec
 
 RESULTS_FILE, PICTURE_FILE = "results.json", "scores.png"
@@ -123,10 +123,9 @@ def held_out(
     """Bits per byte of the validation split, every token once."""
     from openmythos import load_pretrained
     from openmythos.data.loader import TokenLoader
-    from openmythos.eval.depth_sweep import Measured, sweep
-    from openmythos.eval.score import Score
+    from openmythos.eval.score import Measured, Score, sweep
     from openmythos.tokenizer import Tokenizer
-    from openmythos.train.task import held_out_bits_per_byte
+    from openmythos.train.validation import held_out_bits_per_byte
 
     expected = Tokenizer.load(folder).fingerprint
     source = run_data(folder) if data is None else data
@@ -177,9 +176,9 @@ def on_tasks(
 ) -> "tuple[list[ScoreCurve], ModelConfig]":
     """Every task at every depth; all tasks are found before the first is asked."""
     from openmythos import load_pretrained
-    from openmythos.eval.depth_sweep import require_harness, sweep_tasks
+    from openmythos.eval.score import sweep
     from openmythos.eval.scoring import Scorer
-    from openmythos.eval.task import shipped_task
+    from openmythos.eval.task import measure_tasks, require_harness, shipped_task
 
     codec, walks = codec_of(folder)
     names = [name for part in tasks.split(",") if (name := part.strip())]
@@ -197,13 +196,18 @@ def on_tasks(
         raise ValueError("--num-fewshot is for tasks of the harness; those that ship have none")
     model = load_pretrained(folder, device=device)
     scorer = Scorer(model=model, codec=codec, num_loops=1, batch_size=batch_size, seed=seed)
-
-    def report(n: int, results: "Results") -> None:
-        said = [f"{task} {found.score.value:.3f}" for (task, _), found in results.items()]
-        typer.echo(f"{n} loops: {', '.join(said)}", err=True)
-
     shipped = [task for task in found.values() if task is not None]
-    curves = sweep_tasks(scorer, loops, shipped, others, limit=limit, report=report)
+
+    def measure_at(n: int) -> "Results":
+        scorer.num_loops = n
+        results = measure_tasks(scorer, shipped, limit)
+        if others is not None:
+            results |= others.measure(scorer, limit)
+        said = [f"{task} {result.score.value:.3f}" for (task, _), result in results.items()]
+        typer.echo(f"{n} loops: {', '.join(said)}", err=True)
+        return results
+
+    curves = sweep(loops, measure_at)
     if scorer.num_truncated:
         typer.echo(
             f"note: {scorer.num_truncated} contexts were longer than the model's "
@@ -213,7 +217,7 @@ def on_tasks(
     return curves, model.config
 
 
-def codec_of(folder: Path) -> "tuple[Codec, HopsConfig | None]":
+def codec_of(folder: Path) -> "tuple[Codec, Walks | None]":
     """A checkpoint's tokenizer; or the words and walks of the run on walks that it belongs to.
 
     Raises:
@@ -223,7 +227,7 @@ def codec_of(folder: Path) -> "tuple[Codec, HopsConfig | None]":
     from openmythos.eval.walk import WalkCodec
     from openmythos.tokenizer import Tokenizer
     from openmythos.train.recipe import HopsData, RunConfig
-    from openmythos.train.run import hops_training
+    from openmythos.train.run import hops_task
 
     if (folder / "tokenizer.json").is_file():
         return Tokenizer.load(folder), None
@@ -232,7 +236,7 @@ def codec_of(folder: Path) -> "tuple[Codec, HopsConfig | None]":
         stored = json.loads((run / "config.json").read_text(encoding="utf-8"))
         config = from_dict(RunConfig, stored)
         if isinstance(config.data, HopsData):
-            walks = hops_training(config.data, config.train.seed).task.config
+            walks = hops_task(config.data, config.train.seed).walks
             return WalkCodec(walks), walks
     raise ValueError(f"{folder} has no tokenizer.json and is of no run on walks: nothing to ask it")
 
@@ -269,9 +273,7 @@ def write_results(report: dict[str, Any], curves: "Sequence[ScoreCurve]", out: P
     """The numbers and their picture."""
     from openmythos.eval.picture import plot_score_curves
 
-    out.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(report, indent=2, allow_nan=False)
-    (out / RESULTS_FILE).write_text(text + "\n", encoding="utf-8")
+    write_json(out / RESULTS_FILE, report)
     plot_score_curves(curves, out / PICTURE_FILE)
 
 

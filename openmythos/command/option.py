@@ -1,9 +1,12 @@
 """Options that several commands share, written once. No torch."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    import torch
 
 Overrides = Annotated[
     list[str] | None,
@@ -11,9 +14,15 @@ Overrides = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
 Out = Annotated[Path, typer.Option(help="Folder to write into.")]
+Source = Annotated[Path, typer.Argument(help="A checkpoint or run folder of any known family.")]
+Dtype = Annotated[
+    str | None, typer.Option(help="float32, float16 or bfloat16; default: as stored.")
+]
 Seed = Annotated[int, typer.Option(help="Seed of everything that is random.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Loops = Annotated[str, typer.Option(help="Numbers of loops, separated by commas.")]
+
+DTYPES = ("float32", "float16", "bfloat16")
 
 
 def parse_loops(text: str) -> tuple[int, ...]:
@@ -52,3 +61,16 @@ def check_device(device: str) -> str:
             "use another or cpu"
         )
     return device
+
+
+def parse_dtype(name: str | None) -> "torch.dtype | None":
+    """The dtype of ``--dtype``.
+
+    Raises:
+        ValueError: It is none of ``DTYPES``.
+    """
+    if name is not None and name not in DTYPES:
+        raise ValueError(f"--dtype is {name!r}; allowed: {', '.join(DTYPES)}")
+    import torch
+
+    return None if name is None else getattr(torch, name)

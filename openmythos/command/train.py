@@ -1,77 +1,12 @@
-"""Commands that make models: prepare and train."""
+"""``openmythos train``: a run from its configuration to its last checkpoint."""
 
-import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
-from openmythos.command.option import AsJson, Device, Out, Overrides, Seed, check_device
-
-if TYPE_CHECKING:
-    from openmythos.model.recurrent import RecurrentDepthLM
-    from openmythos.train.loop import TrainResult
-    from openmythos.train.recipe import HopsData, RunConfig, TextData
-    from openmythos.train.run import Run
-
-DEFAULT_PRESET, DEFAULT_DATA = "tiny", "python-docs"
-
-
-def prepare(
-    source: Annotated[
-        str,
-        typer.Argument(
-            help="python-docs, python-source, a text, JSONL or Parquet file, a folder, or hf:NAME."
-        ),
-    ],
-    out: Out = Path("data"),
-    vocab_size: Annotated[int, typer.Option(help="Of the BPE tokenizer.")] = 2048,
-    byte_level: Annotated[bool, typer.Option("--bytes", help="Bytes instead of BPE.")] = False,
-    tokenizer_of: Annotated[
-        Path | None,
-        typer.Option("--tokenizer", help="Checkpoint or tokenizer.json to use, instead of BPE."),
-    ] = None,
-    val_fraction: Annotated[float, typer.Option(help="Share of documents held out.")] = 0.1,
-    column: Annotated[str, typer.Option(help="Text column of JSONL and Parquet.")] = "text",
-    seed: Seed = 0,
-    as_json: AsJson = False,
-) -> None:
-    """Tokenise a source into memory-mapped shards."""
-    from openmythos.data.prepare import prepare as write
-    from openmythos.interop.hub import local_folder
-    from openmythos.tokenizer import Tokenizer, byte_tokenizer
-
-    tokenizer = byte_tokenizer() if byte_level else None
-    if tokenizer_of is not None:
-        if byte_level:
-            raise ValueError("--bytes and --tokenizer both name a tokenizer; give one of them")
-        is_file = tokenizer_of.is_file()
-        tokenizer = Tokenizer.load(tokenizer_of if is_file else local_folder(tokenizer_of))
-    data = write(
-        source,
-        out,
-        tokenizer=tokenizer,
-        vocab_size=vocab_size,
-        val_fraction=val_fraction,
-        column=column,
-        seed=seed,
-    )
-    splits = {
-        name: {"documents": s.num_documents, "tokens": s.num_tokens, "bytes": s.num_bytes}
-        for name, s in data.splits.items()
-    }
-    if as_json:
-        typer.echo(json.dumps({"folder": str(out), "vocab_size": data.vocab_size, **splits}))
-        return
-    table = Table(title=f"{source} in {out}, vocabulary {data.vocab_size:,}")
-    for heading in ("split", "documents", "tokens", "bytes", "bytes/token"):
-        table.add_column(heading, justify="left" if heading == "split" else "right")
-    for name, s in splits.items():
-        per_token = f"{s['bytes'] / max(1, s['tokens']):.2f}"
-        table.add_row(name, f"{s['documents']:,}", f"{s['tokens']:,}", f"{s['bytes']:,}", per_token)
-    Console().print(table)
+from openmythos.command.option import Device, Out, Overrides, check_device
 
 
 def train(
@@ -100,115 +35,27 @@ def train(
     ] = None,
 ) -> None:
     """Train a model; run the same command again to continue an interrupted run."""
+    from openmythos.train.display import TrainDisplay
+    from openmythos.train.loop import TrainingStopped
+    from openmythos.train.run import DEFAULT_DATA, resolve, set_up
+    from openmythos.train.task import HopsTask
+
     resolved = resolve(preset, data, config, overrides or [], seed, init_from)
     check_device(device)
-    from openmythos.train.run import set_up
-
     console = Console(highlight=False)
     run = set_up(resolved, out, device)
-    describe(console, run.model, (data or DEFAULT_DATA) if config is None else str(config))
-    print_leak_baselines(console, run)
-    result = run_training(console, run, "training")
+    console.print(run.in_words((data or DEFAULT_DATA) if config is None else str(config)))
+    if isinstance(run.task, HopsTask):
+        console.print(run.task.leaks_in_words(), soft_wrap=True)
+    try:
+        with TrainDisplay(console, "training") as display:
+            result = run.train(display)
+    except TrainingStopped as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from None
     state = "interrupted and saved" if result.interrupted else "done"
     kept = run.folder.last_checkpoint()
     said = f"{state}: step {result.step}, {result.seconds:.0f} s, checkpoint {kept}"
     console.print(said, soft_wrap=True)
     if result.interrupted:
         raise typer.Exit(130)
-
-
-def data_in_words(data: "TextData | HopsData") -> str:
-    """What a run trains on."""
-    from openmythos.train.recipe import TextData
-
-    if isinstance(data, TextData):
-        return data.source
-    return f"walks over {data.num_entities} entities and {data.num_relations} permutations"
-
-
-def describe(console: Console, model: "RecurrentDepthLM", data: str) -> None:
-    """One line about a model and what it is trained on."""
-    config = model.config
-    count = sum(p.numel() for p in model.parameters())
-    p, c, d = config.num_prelude_layers, config.num_core_layers, config.num_coda_layers
-    layers = f"{p} prelude + {c} core (looped) + {d} coda layers"
-    console.print(f"{count:,} parameters, {layers}, on {data}")
-
-
-def print_leak_baselines(console: Console, run: "Run") -> None:
-    """What guessers reach on walks that they do not follow; nothing for text."""
-    from openmythos.train.task import HopsTraining
-
-    if not isinstance(run.task, HopsTraining):
-        return
-    task = run.task.task
-    hardest = task.config.max_train_hops
-    guesses = task.leak_baselines(hardest)
-    shown = ", ".join(f"{name.replace('_', ' ')} {share:.3f}" for name, share in guesses.items())
-    console.print(f"leak baselines at {hardest} hops: {shown}", soft_wrap=True)
-
-
-def run_training(console: Console, run: "Run", title: str) -> "TrainResult":
-    """Train with the live display; a run that is lost ends the program with status 1."""
-    from openmythos.train.display import TrainDisplay
-    from openmythos.train.loop import TrainingStopped
-    from openmythos.train.loop import train as run_loop
-    from openmythos.train.metrics import Recorder
-
-    try:
-        with TrainDisplay(console, title) as display:
-            recorder = Recorder(run.folder.path, display)
-            return run_loop(run.model, run.task, run.config.train, run.folder, recorder)
-    except TrainingStopped as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from None
-
-
-def resolve(
-    preset: str | None,
-    data: str | None,
-    config: Path | None,
-    overrides: list[str],
-    seed: int | None,
-    init_from: Path | None = None,
-) -> "RunConfig":
-    """The run's configuration: defaults, then preset, checkpoint or file, then overrides.
-
-    Raises:
-        ValueError: A field is unknown or out of range, or two arguments name the model or the data.
-    """
-    from openmythos.config import presets
-    from openmythos.config.schema import apply_overrides, from_dict
-    from openmythos.train.recipe import HopsData, RunConfig, TextData, TrainConfig
-
-    if init_from is not None and (preset is not None or config is not None):
-        raise ValueError(
-            f"--from {init_from} already names the model; leave the preset and --config out, and "
-            "change fields with --set"
-        )
-    if config is not None:
-        if preset is not None or data is not None:
-            raise ValueError(
-                f"--config {config} already names model and data; leave the preset and --data out, "
-                "and change fields with --set"
-            )
-        try:
-            stored = json.loads(config.read_text(encoding="utf-8"))
-            base = from_dict(RunConfig, stored)
-        except (OSError, ValueError) as error:  # of JSON, of UTF-8 or of a field
-            raise ValueError(f"--config {config} cannot be used: {error}") from None
-    else:
-        start = None if init_from is None else str(init_from)
-        settings = TrainConfig(max_steps=1000, save_every=200, eval_every=200, init_from=start)
-        if init_from is None:
-            model = presets.preset(preset or DEFAULT_PRESET)
-        else:
-            from openmythos.interop.loading import load_config
-
-            model = load_config(init_from)
-        seq_len = min(TextData.seq_len, model.max_seq_len)
-        text = TextData(source=data or DEFAULT_DATA, seq_len=seq_len)
-        source = HopsData() if data == "hops" else text
-        base = RunConfig(model=model, train=settings, data=source)
-    seeds = [] if seed is None else [f"train.seed={seed}"]
-    return apply_overrides(base, [*seeds, *overrides])

@@ -3,11 +3,13 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from openmythos.config.member import Member
 from openmythos.config.schema import require, require_literals
+from openmythos.config.weights import Weights, vector
 
 
 @dataclass(frozen=True, kw_only=True)
-class BlockConfig:
+class BlockConfig(Member):
     """Where the norms stand.
 
     ``pre``: x + f(n(x)). ``peri``: x + n'(f(n(x))) (Ouro). ``sandwich``: n'(x + f(n(x))) (Huginn).
@@ -21,3 +23,8 @@ class BlockConfig:
     def __post_init__(self) -> None:
         require_literals(self)
         require(self.norm_eps > 0, "block.norm_eps", self.norm_eps, "above 0")
+
+    def weights(self, d_model: int) -> Weights:
+        """Those of one block's norms and scales."""
+        num_norms = 2 if self.norm == "pre" else 4
+        return vector(d_model) * (num_norms + (0 if self.layer_scale is None else 2))

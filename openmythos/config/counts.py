@@ -19,47 +19,10 @@ Conventions:
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from openmythos.config import (
-    AddInjectionConfig,
-    FeedForwardConfig,
-    GateInjectionConfig,
-    GQAConfig,
-    LearnedLoopConfig,
-    LinearInjectionConfig,
-    LTIInjectionConfig,
-    ModelConfig,
-    MoEConfig,
-    NoInjectionConfig,
-    OriginalLTIInjectionConfig,
-    OutputLoRAConfig,
-    SwiGLUConfig,
-    WeightLoRAConfig,
-)
+from openmythos.config import ModelConfig
+from openmythos.config.weights import Weights, matrix, table, vector
 
 FORWARD_AND_BACKWARD = 3  # backward is two products a product: by the input and by the weight
-
-
-@dataclass(frozen=True)
-class Weights:
-    """A sum of weights.
-
-    Args:
-        params: All of them.
-        active: Those that one token reads.
-        macs: Multiply-adds with them, for one token and one application.
-    """
-
-    params: int = 0
-    active: int = 0
-    macs: int = 0
-
-    def __add__(self, other: "Weights") -> "Weights":
-        return Weights(
-            self.params + other.params, self.active + other.active, self.macs + other.macs
-        )
-
-    def __mul__(self, times: int) -> "Weights":
-        return Weights(self.params * times, self.active * times, self.macs * times)
 
 
 @dataclass(frozen=True)
@@ -84,143 +47,51 @@ class Counts:
     kv_bytes_per_token: int
 
 
-# --- the pieces -----------------------------------------------------------------------------------
+# --- the walk -------------------------------------------------------------------------------------
 
 
-def _matrix(num_in: int, num_out: int) -> Weights:
-    return Weights(num_in * num_out, num_in * num_out, num_in * num_out)
-
-
-def _vector(size: int) -> Weights:
-    return Weights(size, size)
-
-
-def _table(rows: int, width: int) -> Weights:
-    return Weights(rows * width, width)
-
-
-def _linear(num_in: int, num_out: int, lora: WeightLoRAConfig | None) -> Weights:
-    plain = _matrix(num_in, num_out)
-    if lora is None:
-        return plain
-    row = lora.rank * (num_in + num_out)
-    return plain + Weights(lora.num_loops * row, row, row)
-
-
-def _swiglu(d_model: int, width: int, lora: WeightLoRAConfig | None) -> Weights:
-    return _linear(d_model, 2 * width, lora) + _linear(width, d_model, lora)
-
-
-def _gqa(config: ModelConfig, part: GQAConfig, lora: WeightLoRAConfig | None) -> Weights:
-    dim, heads, kv_heads = config.d_model, part.num_heads, part.num_kv_heads
-    result = _linear(dim, (heads + 2 * kv_heads) * part.head_dim, lora)
-    result += _linear(heads * part.head_dim, dim, lora)
-    if part.qk_bias:
-        result += _vector((heads + kv_heads) * part.head_dim)
-    if part.qk_norm == "weighted":
-        result += _vector(2 * part.head_dim)
-    return result
-
-
-def _attention(config: ModelConfig, lora: WeightLoRAConfig | None) -> Weights:
-    part, dim = config.attention, config.d_model
-    if isinstance(part, GQAConfig):
-        return _gqa(config, part, lora)
-    key_width = part.qk_nope_head_dim + part.qk_rope_head_dim
-    return (
-        _linear(dim, part.q_lora_rank + part.kv_lora_rank + part.qk_rope_head_dim, lora)
-        + _vector(part.q_lora_rank + part.kv_lora_rank)
-        + _linear(part.q_lora_rank, part.num_heads * key_width, lora)
-        # Whether it expands the latents or is absorbed, it costs the same a token.
-        + _matrix(part.kv_lora_rank, part.num_heads * (part.qk_nope_head_dim + part.v_head_dim))
-        + _linear(part.num_heads * part.v_head_dim, dim, lora)
-    )
-
-
-def _value_embedding(config: ModelConfig, layers: range) -> Weights:
-    table, part = config.value_embedding, config.attention
-    if table is None or not isinstance(part, GQAConfig):
-        return Weights()
-    one = _table(config.vocab_size, part.num_kv_heads * part.head_dim)
-    one += _matrix(table.gate_channels, part.num_kv_heads)
-    return one * len(set(table.layers) & set(layers))
-
-
-def _feed_forward(
-    d_model: int, part: FeedForwardConfig, lora: WeightLoRAConfig | None
-) -> dict[str, Weights]:
-    if isinstance(part, MoEConfig):
-        expert = _swiglu(d_model, part.d_expert, None)
-        active = expert * part.num_experts_per_token
-        shared = part.num_shared_experts * part.shared_width
-        return {
-            "router": _matrix(d_model, part.num_experts),
-            "routed_experts": Weights(expert.params * part.num_experts, active.active, active.macs),
-            "shared_experts": _swiglu(d_model, shared, lora) if shared else Weights(),
-        }
-    if isinstance(part, SwiGLUConfig):
-        return {"feed_forward": _swiglu(d_model, part.d_ff, lora)}
-    up, down = _linear(d_model, part.d_ff, lora), _linear(part.d_ff, d_model, lora)
-    return {"feed_forward": up + down}
+def _walk(config: ModelConfig) -> Iterator[Part]:
+    dim, tied = config.d_model, config.tie_embeddings
+    core_start = config.num_prelude_layers
+    coda_start = core_start + config.num_core_layers
+    embedding, head = table(config.vocab_size, dim), matrix(dim, config.vocab_size)
+    # Tied: the weights belong to the embedding, all of them are read, the head multiplies by them.
+    yield Part("embedding", Weights(embedding.params, embedding.params) if tied else embedding)
+    yield from _blocks(config, "prelude", range(core_start))
+    yield Part("prelude_norm", vector(dim if config.prelude_norm else 0))
+    yield Part("injection.drive", config.injection.drive_weights(dim))
+    yield Part("injection.mix", config.injection.weights(dim), looped=True)
+    if config.loop_embedding is not None:
+        yield Part("loop_embedding", config.loop_embedding.weights(dim), looped=True)
+    yield from _blocks(config, "core", range(core_start, coda_start))
+    if config.loop_adapter is not None:
+        yield Part("loop_adapter", config.loop_adapter.weights(dim), looped=True)
+    yield Part("loop_norm", vector(dim if config.loop_norm else 0), looped=True)
+    if config.halting is not None:
+        yield Part("halting", config.halting.weights(dim), looped=True)
+    yield Part("readout", matrix(dim, dim) if config.readout == "linear" else Weights())
+    yield from _blocks(config, "coda", range(coda_start, config.num_layers))
+    yield Part("final_norm", vector(dim if config.final_norm else 0))
+    yield Part("head", Weights(macs=head.macs) if tied else head)
 
 
 def _blocks(config: ModelConfig, stage: str, layers: range) -> Iterator[Part]:
     """The layers of one stage; ``layers`` are their global numbers."""
-    looped, dim, block = stage == "core", config.d_model, config.block
-    adapter = config.loop_adapter
-    lora = adapter if looped and isinstance(adapter, WeightLoRAConfig) else None
-    num_vectors = (2 if block.norm == "pre" else 4) + (0 if block.layer_scale is None else 2)
+    looped, dim, lora = stage == "core", config.d_model, config.lora(stage)
+    feed_forward = config.core_ff if looped else config.feed_forward
     each = {
-        "attention": _attention(config, lora),
-        **_feed_forward(dim, config.core_ff if looped else config.feed_forward, lora),
-        "norms": _vector(num_vectors * dim),
+        "attention": config.attention.weights(dim, lora),
+        **feed_forward.weights(dim, lora),
+        "norms": config.block.weights(dim),
     }
     for name, weights in each.items():
         yield Part(f"{stage}.{name}", weights * len(layers), looped)
-    yield Part(f"{stage}.value_embedding", _value_embedding(config, layers), looped)
-
-
-def _injection(config: ModelConfig) -> tuple[Weights, Weights]:
-    """What runs once a forward (``drive``) and what runs every loop (``mix`` and ``update``)."""
-    part, dim = config.injection, config.d_model
-    if isinstance(part, LTIInjectionConfig):
-        return _matrix(dim, dim), _vector(2 * dim)
-    if isinstance(part, OriginalLTIInjectionConfig):
-        return Weights(), _vector(3 * dim + 1)
-    if isinstance(part, LinearInjectionConfig):
-        return _matrix(dim, dim), _matrix(dim, dim)
-    if isinstance(part, GateInjectionConfig):
-        return Weights(), _matrix(2 * dim, dim) + _vector(dim)
-    assert isinstance(part, AddInjectionConfig | NoInjectionConfig)
-    return Weights(), Weights()
-
-
-def _walk(config: ModelConfig) -> Iterator[Part]:
-    dim, loop, adapter = config.d_model, config.loop_embedding, config.loop_adapter
-    core_start = config.num_prelude_layers
-    coda_start = core_start + config.num_core_layers
-    table, head = _table(config.vocab_size, dim), _matrix(dim, config.vocab_size)
-    # Tied: the weights belong to the embedding, all of them are read, the head multiplies by them.
-    tied = config.tie_embeddings
-    yield Part("embedding", Weights(table.params, table.params) if tied else table)
-    yield from _blocks(config, "prelude", range(core_start))
-    yield Part("prelude_norm", _vector(dim if config.prelude_norm else 0))
-    drive, mix = _injection(config)
-    yield Part("injection.drive", drive)
-    yield Part("injection.mix", mix, looped=True)
-    if isinstance(loop, LearnedLoopConfig):
-        yield Part("loop_embedding", _table(loop.num_loops, dim), looped=True)
-    yield from _blocks(config, "core", range(core_start, coda_start))
-    if isinstance(adapter, OutputLoRAConfig):
-        pair = _matrix(dim, adapter.rank) * 2
-        yield Part("loop_adapter", pair + _table(adapter.num_loops, adapter.rank), looped=True)
-    yield Part("loop_norm", _vector(dim if config.loop_norm else 0), looped=True)
-    if config.halting is not None:
-        yield Part("halting", _matrix(dim, 1) + _vector(1), looped=True)
-    yield Part("readout", _matrix(dim, dim) if config.readout == "linear" else Weights())
-    yield from _blocks(config, "coda", range(coda_start, config.num_layers))
-    yield Part("final_norm", _vector(dim if config.final_norm else 0))
-    yield Part("head", Weights(macs=head.macs) if tied else head)
+    values = config.value_embedding
+    if values is not None:
+        _, value_shape = config.attention.cache_shapes
+        num_tables = len(set(values.layers) & set(layers))
+        weights = values.weights(config.vocab_size, *value_shape) * num_tables
+        yield Part(f"{stage}.value_embedding", weights, looped)
 
 
 # --- the sums -------------------------------------------------------------------------------------
@@ -262,7 +133,7 @@ def forward_flops(
     macs = sum(part.weights.macs * (loops if part.looped else 1) for part in parts(config))
     keys = context_length * config.effective_depth(loops)
     keys += config.num_recent_loops * config.num_core_layers * loops  # hidden ones as well
-    return 2 * (macs + _attention_macs_per_key(config, cached) * keys)
+    return 2 * (macs + config.attention.macs_per_key(cached=cached) * keys)
 
 
 def training_flops(
@@ -378,20 +249,10 @@ def count(config: ModelConfig, *, num_loops: int | None = None, context_length: 
     )
 
 
-def _attention_macs_per_key(config: ModelConfig, cached: bool) -> int:
-    part = config.attention
-    if isinstance(part, GQAConfig):
-        return part.num_heads * 2 * part.head_dim
-    if cached:
-        # The cached rows serve as keys and, whole, as values: a slice would have to be copied.
-        return 2 * part.num_heads * (part.kv_lora_rank + part.qk_rope_head_dim)
-    return part.num_heads * (part.qk_nope_head_dim + part.qk_rope_head_dim + part.v_head_dim)
-
-
 def _encode_flops(config: ModelConfig, context_length: int) -> int:
     """What of a forward comes before the first loop."""
     before = [
         part for part in parts(config) if part.name.startswith(("prelude.", "injection.drive"))
     ]
-    per_key = _attention_macs_per_key(config, cached=False) * config.num_prelude_layers
+    per_key = config.attention.macs_per_key(cached=False) * config.num_prelude_layers
     return 2 * (sum(part.weights.macs for part in before) + per_key * context_length)

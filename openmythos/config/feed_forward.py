@@ -1,13 +1,16 @@
 """Feed-forward layers: dense, or a mixture of experts. No torch."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
+from openmythos.config.loop_signal import WeightLoRAConfig, loop_linear
+from openmythos.config.member import Member
 from openmythos.config.schema import require, require_literals, require_positive
+from openmythos.config.weights import Weights, matrix
 
 
 @dataclass(frozen=True, kw_only=True)
-class SwiGLUConfig:
+class SwiGLUConfig(Member):
     """down(SiLU(gate x) * up x) with inner width ``d_ff``."""
 
     kind: ClassVar[str] = "swiglu"
@@ -16,9 +19,26 @@ class SwiGLUConfig:
     def __post_init__(self) -> None:
         require_positive(self, "d_ff")
 
+    @property
+    def width(self) -> int:
+        """The inner width."""
+        return self.d_ff
+
+    def with_width(self, width: int) -> "SwiGLUConfig":
+        """The same with another inner width."""
+        return replace(self, d_ff=width)
+
+    def weights(self, d_model: int, lora: WeightLoRAConfig | None) -> dict[str, Weights]:
+        """Those of one layer, by part."""
+        return {"feed_forward": _swiglu(d_model, self.d_ff, lora)}
+
+    def unlooped(self) -> "SwiGLUConfig":
+        """Without what only a loop needs, which is nothing."""
+        return self
+
 
 @dataclass(frozen=True, kw_only=True)
-class ReLUSquaredConfig:
+class ReLUSquaredConfig(Member):
     """down(scale * relu(up x)^2); Parcae's scale is 0.5."""
 
     kind: ClassVar[str] = "relu_squared"
@@ -28,9 +48,27 @@ class ReLUSquaredConfig:
     def __post_init__(self) -> None:
         require_positive(self, "d_ff")
 
+    @property
+    def width(self) -> int:
+        """The inner width."""
+        return self.d_ff
+
+    def with_width(self, width: int) -> "ReLUSquaredConfig":
+        """The same with another inner width."""
+        return replace(self, d_ff=width)
+
+    def weights(self, d_model: int, lora: WeightLoRAConfig | None) -> dict[str, Weights]:
+        """Those of one layer, by part."""
+        up, down = loop_linear(d_model, self.d_ff, lora), loop_linear(self.d_ff, d_model, lora)
+        return {"feed_forward": up + down}
+
+    def unlooped(self) -> "ReLUSquaredConfig":
+        """Without what only a loop needs, which is nothing."""
+        return self
+
 
 @dataclass(frozen=True, kw_only=True)
-class MoEConfig:
+class MoEConfig(Member):
     """Routed and shared SwiGLU experts with DeepSeek-V3's bias balancing.
 
     ``bias_loops`` is the number of loops with a balancing bias of their own; deeper ones use the
@@ -63,8 +101,35 @@ class MoEConfig:
         """Inner width of one shared expert."""
         return self.d_expert if self.d_shared is None else self.d_shared
 
+    @property
+    def width(self) -> int:
+        """Inner width of one routed expert."""
+        return self.d_expert
+
+    def with_width(self, width: int) -> "MoEConfig":
+        """The same with another width of its routed experts."""
+        return replace(self, d_expert=width)
+
+    def weights(self, d_model: int, lora: WeightLoRAConfig | None) -> dict[str, Weights]:
+        """Those of one layer, by part; a token reads the experts that it is routed to."""
+        expert = _swiglu(d_model, self.d_expert, None)
+        read = expert * self.num_experts_per_token
+        shared = self.num_shared_experts * self.shared_width
+        return {
+            "router": matrix(d_model, self.num_experts),
+            "routed_experts": Weights(expert.params * self.num_experts, read.active, read.macs),
+            "shared_experts": _swiglu(d_model, shared, lora) if shared else Weights(),
+        }
+
+    def unlooped(self) -> "MoEConfig":
+        """Without what only a loop needs: with one balancing bias."""
+        return replace(self, bias_loops=1)
+
 
 DenseConfig = SwiGLUConfig | ReLUSquaredConfig
 
-
 FeedForwardConfig = SwiGLUConfig | ReLUSquaredConfig | MoEConfig
+
+
+def _swiglu(d_model: int, width: int, lora: WeightLoRAConfig | None) -> Weights:
+    return loop_linear(d_model, 2 * width, lora) + loop_linear(width, d_model, lora)

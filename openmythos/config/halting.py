@@ -3,11 +3,21 @@
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from openmythos.config.member import Member
 from openmythos.config.schema import require, require_literals
+from openmythos.config.weights import Weights, matrix, vector
+
+
+class HaltingMember(Member):
+    """What a halting head says of itself."""
+
+    def weights(self, d_model: int) -> Weights:
+        """Those of the head, by default one logit of the state."""
+        return matrix(d_model, 1) + vector(1)
 
 
 @dataclass(frozen=True, kw_only=True)
-class ACTConfig:
+class ACTConfig(HaltingMember):
     """Adaptive computation time: the readout is a weighted sum of states (Graves 2016).
 
     ``keep_remainder`` False loses the mass that is left when the loops end, as the original
@@ -44,7 +54,7 @@ class UniversalACTConfig(ACTConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PonderNetConfig:
+class PonderNetConfig(HaltingMember):
     """Exit probabilities lambda_n prod(1 - lambda_j); the loss is weighted, not the state."""
 
     kind: ClassVar[str] = "pondernet"
@@ -52,7 +62,7 @@ class PonderNetConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExitGateConfig:
+class ExitGateConfig(HaltingMember):
     """Ouro's gate: PonderNet's distribution, trained with an entropy term."""
 
     kind: ClassVar[str] = "exit_gate"

@@ -3,11 +3,37 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+from openmythos.config.member import Member, Whole
 from openmythos.config.schema import require
+from openmythos.config.weights import Weights, matrix, vector
+
+
+class InjectionMember(Member):
+    """What an injection says of itself."""
+
+    kind: ClassVar[str]
+
+    @property
+    def adds_e(self) -> bool:
+        """Whether e re-enters at every loop; otherwise it reaches the state in h_0 alone."""
+        return True
+
+    def drive_weights(self, d_model: int) -> Weights:
+        """What is applied to e, once per forward."""
+        return Weights()
+
+    def weights(self, d_model: int) -> Weights:
+        """What is applied at every loop."""
+        return Weights()
+
+    def check(self, model: Whole) -> None:
+        """See ``Member.check``."""
+        if not self.adds_e:
+            _require_copy(model, f"injection {self.kind!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
-class LTIInjectionConfig:
+class LTIInjectionConfig(InjectionMember):
     """x = A h + Delta B e, h' = core(x); diagonal A with rho(A) < 1 by construction (Parcae)."""
 
     kind: ClassVar[str] = "lti"
@@ -16,37 +42,62 @@ class LTIInjectionConfig:
     def __post_init__(self) -> None:
         require(0 < self.decay_init < 1, "injection.decay_init", self.decay_init, "in (0, 1)")
 
+    def drive_weights(self, d_model: int) -> Weights:
+        """B."""
+        return matrix(d_model, d_model)
+
+    def weights(self, d_model: int) -> Weights:
+        """A and Delta."""
+        return vector(2 * d_model)
+
 
 @dataclass(frozen=True, kw_only=True)
-class OriginalLTIInjectionConfig:
+class OriginalLTIInjectionConfig(InjectionMember):
     """x = norm(h + e), h' = A h + B e + core(x): the original OpenMythos, B not discretised."""
 
     kind: ClassVar[str] = "original_lti"
 
+    def weights(self, d_model: int) -> Weights:
+        """A, B, the norm and one step size."""
+        return vector(3 * d_model + 1)
+
 
 @dataclass(frozen=True, kw_only=True)
-class LinearInjectionConfig:
+class LinearInjectionConfig(InjectionMember):
     """x = W [h; e], h' = core(x) (Huginn); starts as the identity on h plus e."""
 
     kind: ClassVar[str] = "linear"
 
+    def drive_weights(self, d_model: int) -> Weights:
+        """W_e."""
+        return matrix(d_model, d_model)
+
+    def weights(self, d_model: int) -> Weights:
+        """W_h."""
+        return matrix(d_model, d_model)
+
 
 @dataclass(frozen=True, kw_only=True)
-class AddInjectionConfig:
+class AddInjectionConfig(InjectionMember):
     """x = h + e, h' = core(x)."""
 
     kind: ClassVar[str] = "add"
 
 
 @dataclass(frozen=True, kw_only=True)
-class NoInjectionConfig:
+class NoInjectionConfig(InjectionMember):
     """x = h, h' = core(x): e enters only through the initial state (Ouro)."""
 
     kind: ClassVar[str] = "none"
 
+    @property
+    def adds_e(self) -> bool:
+        """See ``InjectionMember.adds_e``."""
+        return False
+
 
 @dataclass(frozen=True, kw_only=True)
-class GateInjectionConfig:
+class GateInjectionConfig(InjectionMember):
     """y = core(h + e), z = sigmoid(W [y; h] + bias), h' = z y + (1 - z) h.
 
     Without ``add_e``, y = core(h): in Chen's model a loop adds a signal of its own (a ``learned``
@@ -58,6 +109,25 @@ class GateInjectionConfig:
     kind: ClassVar[str] = "gate"
     bias_init: float = -2.0
     add_e: bool = True
+
+    @property
+    def adds_e(self) -> bool:
+        """See ``InjectionMember.adds_e``."""
+        return self.add_e
+
+    def weights(self, d_model: int) -> Weights:
+        """W and its bias."""
+        return matrix(2 * d_model, d_model) + vector(d_model)
+
+    def check(self, model: Whole) -> None:
+        """See ``Member.check``."""
+        if not self.add_e:
+            _require_copy(model, f"injection {self.kind!r} and add_e=false")
+
+
+def _require_copy(model: Whole, injection: str) -> None:
+    allowed = f"'copy' with {injection}, or the tokens would never reach the state"
+    require(model.state_init.copies_e, "state_init.kind", model.state_init.kind, allowed)
 
 
 InjectionConfig = (

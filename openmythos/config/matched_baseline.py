@@ -10,14 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from openmythos.config import (
-    CopyInitConfig,
-    ModelConfig,
-    MoEConfig,
-    NoInjectionConfig,
-    ValueEmbeddingConfig,
-    counts,
-)
+from openmythos.config import ModelConfig, ValueEmbeddingConfig, counts
 from openmythos.config.schema import require
 
 Match = Literal["parameters", "flops", "memory"]
@@ -57,10 +50,10 @@ def baseline(config: ModelConfig, *, match: Match, context_length: int | None = 
     layers of prelude and coda, tied or untied head, and which of the core's layers have value
     embeddings (the core's pattern is repeated over the new layers, as if the loop were unrolled).
 
-    Changed: one pass instead of loops, and what only a loop needs is gone: injection, initial
-    state, prelude norm, loop norm, readout, loop embedding, loop adapter, halting. Then, to match,
-    first the number of core layers and, for what a whole layer cannot meet, the width of the
-    feed-forward (of the core, where it has one of its own; of an expert) in steps of 8.
+    Changed: one pass instead of loops, and what only a loop needs is gone
+    (``ModelConfig.unlooped``). Then, to match, first the number of core layers and, for what a
+    whole layer cannot meet, the width of the feed-forward (of the core, where it has one of its
+    own; of an expert) in steps of 8.
 
     Args:
         config: The looped model's.
@@ -100,22 +93,10 @@ def _size(config: ModelConfig, match: Match, context_length: int) -> int:
 
 def _plain(config: ModelConfig, num_core_layers: int) -> ModelConfig:
     """The model run once, with another number of core layers."""
-    core = config.core_feed_forward
     return replace(
-        config,
+        config.unlooped(),
         num_core_layers=num_core_layers,
-        num_loops=1,
-        core_feed_forward=replace(core, bias_loops=1) if isinstance(core, MoEConfig) else core,
-        injection=NoInjectionConfig(),
-        state_init=CopyInitConfig(),
-        loop_embedding=None,
-        loop_adapter=None,
-        halting=None,
         value_embedding=_unrolled(config, num_core_layers),
-        prelude_norm=False,
-        loop_norm=False,
-        readout="none",
-        final_norm=config.final_norm or config.loop_norm,  # a loop's last norm is the final one
     )
 
 
@@ -135,12 +116,10 @@ def _unrolled(config: ModelConfig, num_core_layers: int) -> ValueEmbeddingConfig
 
 def _with_width(config: ModelConfig, width: int) -> ModelConfig:
     """Another width of the core's feed-forward, or of all where they are one."""
-    core, dense = config.core_feed_forward, config.feed_forward
+    core = config.core_feed_forward
     if core is None:
-        return replace(config, feed_forward=replace(dense, d_ff=width))
-    if isinstance(core, MoEConfig):
-        return replace(config, core_feed_forward=replace(core, d_expert=width))
-    return replace(config, core_feed_forward=replace(core, d_ff=width))
+        return replace(config, feed_forward=config.feed_forward.with_width(width))
+    return replace(config, core_feed_forward=core.with_width(width))
 
 
 def _nearest(size: Callable[[int], int], target: int) -> int:

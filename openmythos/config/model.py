@@ -3,27 +3,39 @@
 Training and serving have their own configurations beside their code.
 """
 
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 from openmythos.config.attention import AttentionConfig, DepthAttentionConfig, ValueEmbeddingConfig
 from openmythos.config.block import BlockConfig
 from openmythos.config.feed_forward import DenseConfig, FeedForwardConfig
 from openmythos.config.halting import HaltingConfig
-from openmythos.config.injection import (
-    GateInjectionConfig,
-    InjectionConfig,
-    LTIInjectionConfig,
-    NoInjectionConfig,
-)
-from openmythos.config.loop_signal import (
-    LoopAdapterConfig,
-    LoopEmbeddingConfig,
-    SinusoidalLoopConfig,
-)
+from openmythos.config.injection import InjectionConfig, LTIInjectionConfig, NoInjectionConfig
+from openmythos.config.loop_signal import LoopAdapterConfig, LoopEmbeddingConfig, WeightLoRAConfig
+from openmythos.config.member import Member
 from openmythos.config.rope import RopeConfig
 from openmythos.config.schema import require, require_literals, require_positive
 from openmythos.config.state_init import CopyInitConfig, StateInitConfig, ZerosInitConfig
+
+# What becomes of each field in a model that runs once (``ModelConfig.unlooped``): it is kept, or
+# only a loop needs it, and this is its value without one.
+KEPT_UNLOOPED = (
+    *("vocab_size", "d_model", "num_prelude_layers", "num_core_layers", "num_coda_layers"),
+    *("attention", "feed_forward", "core_feed_forward", "max_seq_len", "rope", "block"),
+    *("value_embedding", "final_norm", "embed_scale", "tie_embeddings"),
+)
+LOOP_ONLY: dict[str, Any] = {
+    "num_loops": 1,
+    "injection": NoInjectionConfig(),
+    "state_init": CopyInitConfig(),
+    "loop_embedding": None,
+    "loop_adapter": None,
+    "depth_attention": None,
+    "halting": None,
+    "prelude_norm": False,
+    "loop_norm": False,
+    "readout": "none",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,33 +79,11 @@ class ModelConfig:
         require_literals(self)
         for name in ("num_prelude_layers", "num_coda_layers"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
-        if self.rope is not None:
-            dim = self.attention.rope_dim
-            require(dim % 2 == 0, "the attention's rotary dimension", dim, "even")
         if self.readout == "final_norm":
             require(self.final_norm, "final_norm", False, "true when readout is 'final_norm'")
-        if not self.adds_e:
-            copies = isinstance(self.state_init, CopyInitConfig)
-            which = f"injection {self.injection.kind!r}"
-            which += " and add_e=false" if isinstance(self.injection, GateInjectionConfig) else ""
-            allowed = f"'copy' with {which}, or the tokens would never reach the state"
-            require(copies, "state_init.kind", self.state_init.kind, allowed)
-        if self.depth_attention is not None:
-            kind, allowed = self.attention.kind, "'gqa' with depth_attention"
-            require(kind == "gqa", "attention.kind", kind, allowed)
-        if isinstance(self.loop_embedding, SinusoidalLoopConfig):
-            channels, name = self.loop_embedding.num_channels, "loop_embedding.num_channels"
-            require(1 <= channels <= self.d_model, name, channels, f"in 1..{self.d_model}")
-        if self.value_embedding is not None:
-            require(
-                self.attention.kind == "gqa", "attention.kind", self.attention.kind, "'gqa' here"
-            )
-            for layer in self.value_embedding.layers:
-                inside = 0 <= layer < self.num_layers
-                require(inside, "value_embedding.layers", layer, f"in 0..{self.num_layers - 1}")
-            channels = self.value_embedding.gate_channels
-            fits = 1 <= channels <= self.d_model
-            require(fits, "value_embedding.gate_channels", channels, f"in 1..{self.d_model}")
+        for part in vars(self).values():
+            if isinstance(part, Member):
+                part.check(self)
 
     @property
     def num_layers(self) -> int:
@@ -108,14 +98,30 @@ class ModelConfig:
     @property
     def adds_e(self) -> bool:
         """Whether e re-enters at every loop; otherwise it reaches the state in h_0 alone."""
-        if isinstance(self.injection, GateInjectionConfig):
-            return self.injection.add_e
-        return not isinstance(self.injection, NoInjectionConfig)
+        return self.injection.adds_e
 
     @property
     def num_recent_loops(self) -> int:
         """Earlier loops of its own that a token attends to in the core."""
         return 0 if self.depth_attention is None else self.depth_attention.num_recent_loops
+
+    def lora(self, stage: str) -> WeightLoRAConfig | None:
+        """The low-rank change that each loop makes of a stage's linear layers."""
+        adapter = self.loop_adapter
+        return None if adapter is None or stage != "core" else adapter.core_lora
+
+    def unlooped(self) -> "ModelConfig":
+        """The model that runs once: without what only a loop needs.
+
+        A norm after each loop becomes the final norm where there is none: the last of them is one.
+        """
+        core = self.core_feed_forward
+        return replace(
+            self,
+            core_feed_forward=None if core is None else core.unlooped(),
+            final_norm=self.final_norm or self.loop_norm,
+            **LOOP_ONLY,
+        )
 
     def effective_depth(self, num_loops: int | None = None) -> int:
         """Layers that a token passes at ``num_loops`` loops (default: the config's)."""

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+from openmythos.config.member import Member, Whole
 from openmythos.config.schema import require, require_positive
 
 
@@ -27,7 +28,7 @@ class Llama3ScalingConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RopeConfig:
+class RopeConfig(Member):
     """Rotary positions. ``interleaved`` pairs channels (2j, 2j+1), otherwise (j, j + half)."""
 
     theta: float = 10_000.0
@@ -36,3 +37,8 @@ class RopeConfig:
 
     def __post_init__(self) -> None:
         require(self.theta > 1, "rope.theta", self.theta, "above 1")
+
+    def check(self, model: Whole) -> None:
+        """See ``Member.check``."""
+        dim = model.attention.rope_dim
+        require(dim % 2 == 0, "the attention's rotary dimension", dim, "even")

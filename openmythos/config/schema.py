@@ -177,6 +177,24 @@ def require_positive(owner: object, *names: str) -> None:
         require(getattr(owner, name) >= 1, name, getattr(owner, name), "at least 1")
 
 
+def plain(value: Any) -> Any:
+    """Python's own numbers and lists in place of those of arrays and tensors."""
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def as_integer(name: str, value: Any, least: int | None = None) -> int:
+    """A whole number of any library as Python's own.
+
+    Raises:
+        ValueError: It is something else, or below ``least``.
+    """
+    number = plain(value)
+    whole = isinstance(number, int) and not isinstance(number, bool)
+    allowed = "an integer" if least is None else f"an integer of at least {least}"
+    require(whole and (least is None or number >= least), name, number, allowed)
+    return int(number)
+
+
 def require_literals(owner: object) -> None:
     """Check the ``Literal`` fields of ``owner``: a misspelt word must not choose a branch."""
     for name, hint in typing.get_type_hints(type(owner)).items():

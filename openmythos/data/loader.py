@@ -7,9 +7,10 @@ s goes on with `batch(s)`, on any number of ranks, and sees exactly what it woul
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
@@ -117,16 +118,22 @@ class TokenLoader:
         ]
         return self._pack(np.array(windows, dtype=np.int64))
 
-    def iterate(self, start_step: int = 0, *, num_prefetch: int = 2) -> Iterator[Batch]:
-        """`batch(start_step)`, `batch(start_step + 1)` ..., read ahead by one thread."""
-        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="token-loader") as executor:
-            pending: deque[Future[Batch]] = deque()
-            step = start_step
-            while True:
-                while len(pending) <= num_prefetch:
-                    pending.append(executor.submit(self.batch, step))
-                    step += 1
-                yield pending.popleft().result()
+    def iterate(
+        self, start_step: int = 0, *, num_prefetch: int = 2
+    ) -> Generator[Batch, None, None]:
+        """`batch(start_step)`, `batch(start_step + 1)` ..., read ahead by one thread.
+
+        Closing the generator ends the thread.
+        """
+        executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="token-loader")
+        pending: deque[Future[Batch]] = deque()
+        try:
+            for step in itertools.count(start_step):
+                pending.append(executor.submit(self.batch, step))
+                if len(pending) > num_prefetch:
+                    yield pending.popleft().result()
+        finally:
+            executor.shutdown(cancel_futures=True)
 
     def validation_batches(self, max_batches: int | None = None) -> Iterator[Batch]:
         """This rank's rows of all windows in their order, once.

@@ -15,6 +15,9 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from openmythos.model.context import ForwardContext
+from openmythos.model.recurrent import RecurrentDepthLM
+
 IGNORED_TARGET = -100
 PADDING_DOCUMENT = -1
 
@@ -108,3 +111,13 @@ def pack_windows(
         positions=torch.from_numpy(positions),
         num_bytes=int(token_num_bytes[targets[counted]].sum()),
     )
+
+
+def on_device(model: RecurrentDepthLM, batch: Batch) -> tuple[Batch, ForwardContext]:
+    """A batch where the model is, and its context; rows of one whole document need no mask."""
+    documents = batch.documents
+    # Asked before the batch moves: the answer must not wait for the device.
+    single = bool((documents == documents[:, :1]).all()) and bool((documents >= 0).all())
+    batch = batch.to(model.embed.weight.device)
+    masked = None if single else batch.documents
+    return batch, model.context(batch.tokens, documents=masked, positions=batch.positions)

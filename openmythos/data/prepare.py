@@ -41,6 +41,7 @@ from openmythos.data.index import (
     token_dtype,
 )
 from openmythos.data.source import load_documents, source_version
+from openmythos.folder import put_in_place, write_json, write_whole
 from openmythos.tokenizer import MIN_BPE_VOCAB, Tokenizer, train_bpe
 
 MAX_BPE_TRAINING_BYTES = 128 * 2**20
@@ -341,10 +342,7 @@ def _write_split(
 
 def _write_array(folder: Path, name: str, values: Integer[np.ndarray, " N"]) -> DataFile:
     data = np.ascontiguousarray(values).data.cast("B") if len(values) else memoryview(b"")
-    with (folder / name).open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    write_whole(folder / name, data)
     return DataFile(file=name, num_items=len(values), sha256=hashlib.sha256(data).hexdigest())
 
 
@@ -375,13 +373,9 @@ def _publish(
         "num_duplicates": num_duplicates,
         "splits": {split: _split_to_json(content, name) for split, content in splits.items()},
     }
-    with (building / INDEX_FILE).open("w", encoding="utf-8") as file:
-        json.dump(index, file, indent=2)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.rename(building, folder / name)
-    os.replace(folder / name / INDEX_FILE, folder / INDEX_FILE)
+    write_json(building / INDEX_FILE, index)
+    put_in_place(building, folder / name)
+    put_in_place(folder / name / INDEX_FILE, folder / INDEX_FILE)
     _remove_unused(folder, keep=name)
     return read_index(folder)
 

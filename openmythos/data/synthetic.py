@@ -39,9 +39,7 @@ class HopsConfig:
     Attributes:
         num_entities: Entities E; chance is 1 / E.
         num_relations: Relations R.
-        min_hops: Fewest hops in training.
         max_train_hops: Most hops in training.
-        test_hops: Hop counts past training, on which depth extrapolation is measured.
         held_out_fraction: Fraction of walks of each hop count that training never sees.
         permutations: Relations are permutations; False makes them random functions, which leak.
         seed: Decides relations, held-out walks and samples.
@@ -49,9 +47,7 @@ class HopsConfig:
 
     num_entities: int = 16
     num_relations: int = 4
-    min_hops: int = 1
     max_train_hops: int = 8
-    test_hops: tuple[int, ...] = (10, 12, 16)
     held_out_fraction: float = 0.1
     permutations: bool = True
     seed: int = 0
@@ -63,13 +59,8 @@ class HopsConfig:
                 f"num_entities={self.num_entities}, num_relations={self.num_relations}: give at "
                 f"least 2 entities and 1 relation"
             )
-        if not 1 <= self.min_hops <= self.max_train_hops:
-            raise ValueError(
-                f"min_hops={self.min_hops}, max_train_hops={self.max_train_hops}: give "
-                f"1 <= min_hops <= max_train_hops"
-            )
-        if any(hops < 1 for hops in self.test_hops):
-            raise ValueError(f"test_hops={self.test_hops}: give hop counts of at least 1")
+        if self.max_train_hops < 1:
+            raise ValueError(f"max_train_hops={self.max_train_hops}: give at least 1 hop")
         if not 0.0 <= self.held_out_fraction <= 0.5:
             raise ValueError(
                 f"held_out_fraction={self.held_out_fraction} is out of range: give 0 to 0.5, "
@@ -77,7 +68,7 @@ class HopsConfig:
             )
 
 
-class HopsTask:
+class Walks:
     """Batches, held-out walks and leak baselines of one `HopsConfig`.
 
     Whether a walk is held out is decided by a hash of the whole walk: the same in every process
@@ -247,32 +238,28 @@ class Curriculum:
 
     Attributes:
         max_stage: Last stage; `HopsConfig.max_train_hops`.
-        min_stage: Fewest hops to train; `HopsConfig.min_hops`.
         stage: Hops of the current stage.
         threshold: Held-out accuracy at the current stage that passes it.
     """
 
     max_stage: int
-    min_stage: int = 1
     stage: int = 1
     threshold: float = 0.95
 
     def __post_init__(self) -> None:
-        """Start at the first stage, refuse an order that cannot be."""
-        self.stage = max(self.stage, self.min_stage)
-        if not 1 <= self.min_stage <= self.stage <= self.max_stage:
+        """Refuse an order that cannot be."""
+        if not 1 <= self.stage <= self.max_stage:
             raise ValueError(
-                f"min_stage={self.min_stage}, stage={self.stage}, max_stage={self.max_stage}: give "
-                f"1 <= min_stage <= stage <= max_stage"
+                f"stage={self.stage}, max_stage={self.max_stage}: give 1 <= stage <= max_stage"
             )
 
     def choose_hops(self, seed: int, step: int) -> int:
         """Hops to train at `step`: 2/3 the current stage, 1/3 an earlier one, all alike."""
         choice, earlier = _draw(np.arange(2), seed, _CHOICE, step).tolist()
-        num_earlier = self.stage - self.min_stage
+        num_earlier = self.stage - 1
         if num_earlier == 0 or choice % 3 < 2:
             return self.stage
-        return self.min_stage + int(earlier % num_earlier)
+        return 1 + int(earlier % num_earlier)
 
     def observe(self, accuracy: float) -> bool:
         """Report the held-out accuracy at `stage`; returns whether the next one begins."""
@@ -291,10 +278,9 @@ class Curriculum:
             ValueError: The stage is outside this curriculum.
         """
         stage = state.get("stage")
-        if not isinstance(stage, int) or not self.min_stage <= stage <= self.max_stage:
+        if not isinstance(stage, int) or not 1 <= stage <= self.max_stage:
             raise ValueError(
-                f"stage={stage} is not in this curriculum: stages go from {self.min_stage} to "
-                f"{self.max_stage}"
+                f"stage={stage} is not in this curriculum: stages go from 1 to {self.max_stage}"
             )
         self.stage = stage
 

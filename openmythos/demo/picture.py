@@ -24,10 +24,10 @@ from openmythos.analysis.picture import (
     ORANGE,
     PAPER,
     figure_of,
+    label_place,
     save,
     styled,
 )
-from openmythos.analysis.placement import label_place
 from openmythos.demo.result import HopsResult, TextResult
 
 if TYPE_CHECKING:
@@ -52,11 +52,9 @@ def depth_curve(result: TextResult) -> Figure:
     """Bits per byte over loops, with the trained depths marked."""
     with styled():
         figure, axes = _canvas(5.8, 3.7)
-        curves = [(result.validation, BLUE, "this model")]
-        if result.comparison is not None:
-            curves.append((result.comparison.validation, MUTED, result.comparison.label))
-        ticks = sorted({loops for curve, _, _ in curves for loops in curve})
-        values = [*result.marks.values(), *(v for curve, _, _ in curves for v in curve.values())]
+        curve = result.validation
+        ticks = sorted(curve)
+        values = [*result.marks.values(), *curve.values()]
         low, high = min(values), max(values)
         span = max(high - low, 0.1)  # a finer axis would make noise look like an effect
         axes.set_ylim(low - 0.16 * span, high + 0.30 * span)
@@ -65,24 +63,18 @@ def depth_curve(result: TextResult) -> Figure:
         _mark_training(axes, result)
         for label, mark in result.marks.items():
             axes.axhline(mark, color=MUTED, linestyle=(0, (1, 2.5)), linewidth=1.2)
-            gaps = [abs(result.validation[end(result.validation)] - mark) for end in (min, max)]
+            gaps = [abs(curve[end] - mark) for end in (ticks[0], ticks[-1])]
             x, ha = (ticks[0] / 1.22, "left") if gaps[0] > gaps[1] else (ticks[-1] * 1.28, "right")
             axes.annotate(f"{label}  {mark:.2f}", (x, mark), (0, 3), color=MUTED, ha=ha, **OFF)
-        for number, (curve, colour, label) in enumerate(curves):
-            loops = sorted(curve)
-            heights = [curve[n] for n in loops]
-            axes.plot(loops, heights, color=colour, marker="o", markersize=5.5, zorder=3)
-            others = [other for i, (other, _, _) in enumerate(curves) if i != number]
-            for n in loops:
-                side, up = label_place(curve, n, others, flat=0.03 * span)
-                if n == result.mean_recurrence:
-                    side = side or up  # clear of its dashed line
-                ha = ("center", "left", "right")[side]
-                offset, text = (5 * side, 7 if up > 0 else -15), f"{curve[n]:.3f}"
-                axes.annotate(text, (n, curve[n]), offset, color=colour, ha=ha, **OFF)
-            if len(curves) > 1:  # the name stands beyond the last value, as seen from the line
-                place, offset = (loops[-1], heights[-1]), (15, 20 if up > 0 else -28)
-                axes.annotate(label, place, offset, color=colour, weight="bold", ha="right", **OFF)
+        heights = [curve[n] for n in ticks]
+        axes.plot(ticks, heights, color=BLUE, marker="o", markersize=5.5, zorder=3)
+        for n in ticks:
+            side, up = label_place(curve, n, flat=0.03 * span)
+            if n == result.mean_recurrence:
+                side = side or up  # clear of its dashed line
+            ha = ("center", "left", "right")[side]
+            offset, text = (5 * side, 7 if up > 0 else -15), f"{curve[n]:.3f}"
+            axes.annotate(text, (n, curve[n]), offset, color=BLUE, ha=ha, **OFF)
         axes.set_xticks(ticks, [str(n) for n in ticks])
         axes.minorticks_off()
         axes.set_xlabel("loops (same weights, run this many times)")

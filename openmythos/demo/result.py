@@ -7,30 +7,7 @@ from typing import Any
 
 from openmythos.analysis.trace import LoopTrace
 from openmythos.config.schema import json_ready
-
-
-@dataclass(frozen=True)
-class Piece:
-    """One generated token as text, and the loops that it took."""
-
-    text: str
-    loops: int
-
-
-@dataclass(frozen=True)
-class Sample:
-    """A prompt and its continuation."""
-
-    prompt: str
-    pieces: Sequence[Piece]
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Another model's held-out bits per byte by loops, drawn as a second line."""
-
-    label: str
-    validation: Mapping[int, float]
+from openmythos.report.page import Sample
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +40,6 @@ class TextResult:
     trace: LoopTrace
     held_out_curve: Sequence[tuple[float, float]] = ()
     marks: Mapping[str, float] = field(default_factory=dict)
-    comparison: Comparison | None = None
 
     def __post_init__(self) -> None:
         """Refuse a result without a held-out number."""

@@ -69,16 +69,6 @@ def text_takeaways(text: TextResult) -> list[Takeaway]:
                 f"{mark:.3f}: the model is {abs(gap):.3f} {side} it."
             )
         )
-    if text.comparison is not None and text.comparison.validation:
-        other = min(text.comparison.validation.values())
-        gap = other - values[best]
-        found.append(
-            Takeaway(
-                f"{_capital(text.comparison.label)} reaches {other:.3f} bits per byte at its best, "
-                f"{abs(gap):.3f} {'more' if gap > 0 else 'less'} than this model.",
-                gap > 0,
-            )
-        )
     return found + _spent(text)
 
 
@@ -264,10 +254,6 @@ def trace_takeaway(trace: LoopTrace) -> Takeaway:
     text = "; ".join(parts)
     rho = "" if trace.rho is None else f" rho(A) is {trace.rho:.3f}, which bounds A alone."
     return Takeaway(f"Measured: {text}.{rho}", alike <= COLLAPSED)
-
-
-def _capital(text: str) -> str:
-    return text[:1].upper() + text[1:]
 
 
 def _loops(count: int) -> str:

@@ -1,21 +1,29 @@
 """Act 1 of the demo: the preset tiny on real text."""
 
-import json
 import lzma
 import math
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
-from openmythos.command.train import data_in_words, describe, run_training
-
-if TYPE_CHECKING:
-    from openmythos.demo.result import Sample, TextResult
-    from openmythos.train.recipe import HopsData, RunConfig, TextData
-    from openmythos.train.run import Run
+from openmythos.analysis.trace import trace_loops
+from openmythos.config import presets
+from openmythos.data.packing import on_device
+from openmythos.data.source import load_documents
+from openmythos.demo.result import TextResult
+from openmythos.engine.reference import generate
+from openmythos.folder import write_json
+from openmythos.model.exit import KLExit
+from openmythos.report.page import Piece, Sample, render_sample, render_scale
+from openmythos.train.depth_schedule import DepthSchedule, PoissonDepth
+from openmythos.train.display import TrainDisplay
+from openmythos.train.metrics import read_metrics
+from openmythos.train.recipe import HopsData, RunConfig, TextData, TrainConfig
+from openmythos.train.run import Run, set_up
+from openmythos.train.task import TextTask
+from openmythos.train.validation import held_out_bits_per_byte
 
 PROMPTS = ("The function returns", "Raise an exception if", "A class that")
 TEXT_LOOPS = (1, 2, 4, 8, 16)
@@ -23,12 +31,8 @@ NEW_TOKENS = 64
 EXIT_KL = 1e-3
 
 
-def text_config(seed: int, seconds: float) -> "RunConfig":
+def text_config(seed: int, seconds: float) -> RunConfig:
     """Preset ``tiny`` on python-docs, for so many seconds."""
-    from openmythos.config import presets
-    from openmythos.train.depth_schedule import DepthSchedule, PoissonDepth
-    from openmythos.train.recipe import RunConfig, TextData, TrainConfig
-
     model = presets.preset("tiny")
     sampling = PoissonDepth(mean_recurrence=model.num_loops)
     # Shallow first and gradients through one loop only: twice the text in the same time.
@@ -39,19 +43,13 @@ def text_config(seed: int, seconds: float) -> "RunConfig":
     return RunConfig(model=model, train=settings, data=TextData(source="python-docs"))
 
 
-def act_text(console: Console, out: Path, config: "RunConfig", device: str) -> "TextResult":
+def act_text(console: Console, out: Path, config: RunConfig, device: str) -> TextResult:
     """Train on text, measure held-out bits per byte by loops, generate."""
-    from openmythos.analysis.trace import trace_loops
-    from openmythos.demo.page import render_sample, render_scale
-    from openmythos.demo.result import TextResult
-    from openmythos.train.metrics import read_metrics
-    from openmythos.train.run import set_up
-    from openmythos.train.task import TextTask, held_out_bits_per_byte, on_device
-
     run = set_up(config, out, device)
     train_config, model = run.config.train, run.model
-    describe(console, model, data_in_words(config.data))
-    result = run_training(console, run, "text")
+    console.print(run.in_words(config.data.in_words))
+    with TrainDisplay(console, "text") as display:
+        result = run.train(display)
     if result.interrupted:
         raise KeyboardInterrupt
     if not isinstance(run.task, TextTask):
@@ -67,8 +65,8 @@ def act_text(console: Console, out: Path, config: "RunConfig", device: str) -> "
     table.add_row(*(f"{bits:.3f}" for bits in curve.values()))
     console.print(table)
     samples = continuations(run)
-    written = json.dumps([asdict(sample) for sample in samples], indent=2)
-    (out / "samples" / f"step-{result.step:08d}.json").write_text(written, encoding="utf-8")
+    written = out / "samples" / f"step-{result.step:08d}.json"
+    write_json(written, [asdict(sample) for sample in samples])
     most = 4 * model.config.num_loops
     console.print(render_scale(most))
     for sample in samples:
@@ -96,23 +94,16 @@ def act_text(console: Console, out: Path, config: "RunConfig", device: str) -> "
     )
 
 
-def marks(data: "TextData | HopsData") -> dict[str, float]:
+def marks(data: TextData | HopsData) -> dict[str, float]:
     """What xz at its strongest needs for a built-in source, in bits per byte: a mark to beat."""
-    from openmythos.data.source import load_documents
-    from openmythos.train.recipe import TextData
-
     if not isinstance(data, TextData) or data.source not in ("python-docs", "python-source"):
         return {}
     text = "\n\n".join(document.text for document in load_documents(data.source)).encode()
     return {"xz -9": 8 * len(lzma.compress(text, preset=9)) / len(text)}
 
 
-def continuations(run: "Run") -> "list[Sample]":
+def continuations(run: Run) -> list[Sample]:
     """Three continuations with a per-token exit rule."""
-    from openmythos import generate
-    from openmythos.demo.result import Piece, Sample
-    from openmythos.model.exit import KLExit
-
     tokenizer = run.folder.tokenizer
     if tokenizer is None:
         raise TypeError("act 1 has a tokenizer")

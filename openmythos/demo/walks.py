@@ -1,26 +1,35 @@
 """Act 2 of the demo: walks of known length, trained with sampled depth and a curriculum."""
 
-import json
 import os
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-import typer
+import numpy as np
+import torch
 from rich.console import Console
 from rich.table import Table
 
-from openmythos.command.train import data_in_words, describe, run_training
+from openmythos.analysis.trace import trace_loops
+from openmythos.config import ACTConfig, GQAConfig, ModelConfig, ReLUSquaredConfig
 from openmythos.config.schema import to_dict
-
-if TYPE_CHECKING:
-    from openmythos.data.synthetic import HopsTask
-    from openmythos.demo.result import HopsResult
-    from openmythos.model.exit import Rule
-    from openmythos.model.recurrent import RecurrentDepthLM
-    from openmythos.train.recipe import RunConfig
+from openmythos.data.synthetic import Walks
+from openmythos.demo.result import HopsResult
+from openmythos.engine.reference import generate
+from openmythos.folder import write_json
+from openmythos.interop.loading import load_pretrained
+from openmythos.model.exit import CumulativeThreshold, EntropyKLExit, Rule
+from openmythos.model.recurrent import RecurrentDepthLM
+from openmythos.train.depth_schedule import ClippedPoissonDepth, DepthSchedule
+from openmythos.train.display import TrainDisplay
+from openmythos.train.loop import TrainingStopped
+from openmythos.train.metrics import read_metrics
+from openmythos.train.optim import OptimizerConfig
+from openmythos.train.recipe import HopsData, RunConfig, TrainConfig
+from openmythos.train.run import set_up
+from openmythos.train.task import HopsTask
+from openmythos.train.validation import hops_accuracy
 
 TRAINED_LOOPS = (2, 8)
 LOOPS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16)
@@ -28,13 +37,8 @@ HOPS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12)
 NUM_WALKS = 512  # held-out walks a cell of the grid
 
 
-def hops_config(seed: int, seconds: float) -> "RunConfig":
+def hops_config(seed: int, seconds: float) -> RunConfig:
     """A two-layer core on walks, for so many seconds."""
-    from openmythos.config import GQAConfig, ModelConfig, ReLUSquaredConfig
-    from openmythos.train.depth_schedule import ClippedPoissonDepth, DepthSchedule
-    from openmythos.train.optim import OptimizerConfig
-    from openmythos.train.recipe import HopsData, RunConfig, TrainConfig
-
     # At a higher rate, without QK-norm or with one depth for all of a batch, a run in several is
     # lost, late and at once: rows of too few loops for their walks are noise, but move the weights.
     low, high = TRAINED_LOOPS
@@ -71,22 +75,14 @@ def hops_config(seed: int, seconds: float) -> "RunConfig":
 
 
 def act_hops(
-    console: Console, out: Path, config: "RunConfig", device: str
-) -> "tuple[HopsResult, HopsResult]":
+    console: Console, out: Path, config: RunConfig, device: str
+) -> tuple[HopsResult, HopsResult]:
     """Train on walks; the same model with the original's halting trains beside it."""
-    import torch
-
-    from openmythos import load_pretrained
-    from openmythos.config import ACTConfig
-    from openmythos.model.exit import CumulativeThreshold, EntropyKLExit
-    from openmythos.train.run import set_up
-    from openmythos.train.task import HopsTraining
-
     other = out / "hops_original_halting"
     other.mkdir(parents=True)
     halting = ACTConfig(bias_init=0.0, keep_remainder=False)
     halted = replace(config, model=replace(config.model, halting=halting))
-    (other / "start.json").write_text(json.dumps(to_dict(halted), indent=2), encoding="utf-8")
+    write_json(other / "start.json", to_dict(halted))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # so small a model gains nothing from a second thread
     command = [sys.executable, "-m", "openmythos", "train", "--config", str(other / "start.json")]
@@ -99,10 +95,12 @@ def act_hops(
     )
     try:
         run = set_up(config, out / "hops", device)
-        describe(console, run.model, data_in_words(config.data))
-        if not isinstance(run.task, HopsTraining):
+        console.print(run.in_words(config.data.in_words))
+        if not isinstance(run.task, HopsTask):
             raise TypeError("act 2 trains on walks")
-        if run_training(console, run, "hops").interrupted:
+        with TrainDisplay(console, "hops") as display:
+            result = run.train(display)
+        if result.interrupted:
             raise KeyboardInterrupt
         with console.status("waiting for the comparison run"):
             _, errors = beside.communicate()
@@ -112,10 +110,9 @@ def act_hops(
         torch.set_num_threads(threads)
     if beside.returncode:
         lines = errors.strip().splitlines() or [f"exit status {beside.returncode}"]
-        typer.echo(f"error: the comparison run failed: {lines[-1]}", err=True)
-        raise typer.Exit(1)
+        raise TrainingStopped(f"the comparison run failed: {lines[-1]}")
     rule = EntropyKLExit(kl=0.01, entropy=1.0)
-    walks = run.task.task
+    walks = run.task.walks
     with console.status("accuracy over hops and loops"):
         ours = measure_hops(run.model, walks, out / "hops", rule)
         act = CumulativeThreshold(threshold=0.99)
@@ -130,59 +127,50 @@ def act_hops(
     return ours, theirs
 
 
-def measure_hops(
-    model: "RecurrentDepthLM", task: "HopsTask", out: Path, rule: "Rule"
-) -> "HopsResult":
+def measure_hops(model: RecurrentDepthLM, walks: Walks, out: Path, rule: Rule) -> HopsResult:
     """Accuracy over hops x loops, and the loops that the exit rule takes, on held-out walks."""
-    from openmythos.analysis.trace import trace_loops
-    from openmythos.demo.result import HopsResult
-    from openmythos.train.metrics import read_metrics
-    from openmythos.train.task import hops_accuracy
-
     grid = [
-        [hops_accuracy(model, task, hops, loops, NUM_WALKS, seed=1) for loops in LOOPS]
+        [hops_accuracy(model, walks, hops, loops, NUM_WALKS, seed=1) for loops in LOOPS]
         for hops in HOPS
     ]
-    exits = [exit_loops(model, task, hops, rule) for hops in HOPS]
+    exits = [exit_loops(model, walks, hops, rule) for hops in HOPS]
     pairs = [
         (hops, count) for hops, (counts, _) in zip(HOPS, exits, strict=True) for count in counts
     ]
     metrics = read_metrics(out / "metrics.jsonl")
     rows = [row for row in metrics if row["kind"] == "train"]
-    walks = task.held_out_batch(max(HOPS), NUM_WALKS, seed=2).tokens
-    walks = walks.to(model.embed.weight.device)
+    longest = walks.held_out_batch(max(HOPS), NUM_WALKS, seed=2).tokens
+    longest = longest.to(model.embed.weight.device)
     return HopsResult(
         exit_rule=describe_rule(rule),
         hops=list(HOPS),
         loops=list(LOOPS),
         accuracy=grid,
-        max_train_hops=task.config.max_train_hops,
+        max_train_hops=walks.config.max_train_hops,
         trained_loops=TRAINED_LOOPS,
         exit_loops=[sum(counts) / len(counts) for counts, _ in exits],
         exit_accuracy=[accuracy for _, accuracy in exits],
         rank_correlation=rank_correlation(pairs),
-        leak_baselines={hops: task.leak_baselines(hops) for hops in HOPS},
-        chance=1 / task.config.num_entities,
-        trace=trace_loops(model, walks, 2 * max(LOOPS)),
+        leak_baselines={hops: walks.leak_baselines(hops) for hops in HOPS},
+        chance=1 / walks.config.num_entities,
+        trace=trace_loops(model, longest, 2 * max(LOOPS)),
         stage_curve=[(row["step"], int(row["stage"])) for row in rows],
         seconds=rows[-1]["seconds"],
         steps=rows[-1]["step"],
     )
 
 
-def describe_rule(rule: "Rule") -> str:
+def describe_rule(rule: Rule) -> str:
     """A rule and its fields in words."""
     fields = ", ".join(f"{key} {value}" for key, value in to_dict(rule).items() if key != "kind")
     return f"{rule.kind.replace('_', ' + ')} ({fields})"
 
 
 def exit_loops(
-    model: "RecurrentDepthLM", task: "HopsTask", num_hops: int, rule: "Rule"
+    model: RecurrentDepthLM, walks: Walks, num_hops: int, rule: Rule
 ) -> tuple[list[int], float]:
     """Loops that each held-out walk takes under the rule, and the share answered right."""
-    from openmythos import generate
-
-    batch = task.held_out_batch(num_hops, NUM_WALKS, seed=1)
+    batch = walks.held_out_batch(num_hops, NUM_WALKS, seed=1)
     result = generate(model, batch.tokens, max_new_tokens=1, num_loops=max(LOOPS), exit_rule=rule)
     targets = batch.targets[:, -1].tolist()
     right = sum(new[0] == target for new, target in zip(result.tokens, targets, strict=True))
@@ -191,8 +179,6 @@ def exit_loops(
 
 def rank_correlation(pairs: list[tuple[int, int]]) -> float | None:
     """Spearman's rank correlation, ties at their mean rank; None if one side never changes."""
-    import numpy as np
-
     ranks = []
     for column in np.asarray(pairs, dtype=np.float64).T:
         _, inverse, counts = np.unique(column, return_inverse=True, return_counts=True)
@@ -203,7 +189,7 @@ def rank_correlation(pairs: list[tuple[int, int]]) -> float | None:
     return float(np.asarray(np.corrcoef(ranks))[0, 1])
 
 
-def show_hops(console: Console, result: "HopsResult") -> None:
+def show_hops(console: Console, result: HopsResult) -> None:
     """The grid as a table: trained and never-trained hops apart."""
     table = Table(title="accuracy in % on held-out walks: hops (rows) x loops (columns)")
     table.add_column("hops", justify="right")

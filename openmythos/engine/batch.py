@@ -4,7 +4,7 @@ Both kinds have the same calls: ``prefill`` reads tokens that predict nothing, `
 token of some rows and returns the logits of the next one and the loops that it took.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -16,8 +16,8 @@ from torch import Tensor
 from openmythos.engine.compile import compile_call
 from openmythos.model.cache import KVCache
 from openmythos.model.context import ForwardContext
-from openmythos.model.exit import ExitState, Fixed, Rule
-from openmythos.model.halting import Tracker
+from openmythos.model.exit import Fixed, Rule
+from openmythos.model.loop import advance, readout, run_loop, start_loops
 from openmythos.model.recurrent import RecurrentDepthLM
 
 
@@ -31,97 +31,96 @@ class CachedBatch:
         self, model: RecurrentDepthLM, cache: KVCache, seed: int, *, compiled: bool = False
     ) -> None:
         self.model, self.cache, self.seed, self.core_applications = model, cache, seed, 0
-        self.eager = _Calls(RecurrentDepthLM.encode, _advance, RecurrentDepthLM.decode)
+        self.eager = _Calls(RecurrentDepthLM.encode, run_loop, RecurrentDepthLM.decode)
         self.fast = _compiled_calls(model) if compiled else self.eager
 
     @property
     def length(self) -> int:
-        """Columns in use."""
+        """Tokens of the longest row."""
         return self.cache.length
 
     def prefill(self, rows: list[list[int]], depths: list[int], chunk: int | None) -> None:
         """Read tokens that predict nothing, at full depth; rows may be empty."""
-        tokens, valid = _left_padded(rows, self.cache.valid.device)
-        for part in range(0, tokens.shape[1], chunk or max(tokens.shape[1], 1)):
-            stop = None if chunk is None else part + chunk
-            ctx = self._append(tokens[:, part:stop], valid[:, part:stop])
-            readout, _ = self._loop(self.eager, ctx, valid[:, part:stop], depths, Fixed())
+        longest = max(map(len, rows))
+        for start in range(0, longest, chunk or max(longest, 1)):
+            stop = longest if chunk is None else start + chunk
+            parts = {row: tokens[start:stop] for row, tokens in enumerate(rows) if tokens[start:]}
+            chosen = [depths[row] for row in parts]
+            ctx = self._context(parts)
+            state, _ = self._loop(self.eager, ctx, chosen, Fixed())
             if self.model.config.num_coda_layers:
-                self.model.decode(readout, ctx)  # for the coda's keys and values
+                self.model.decode(state, ctx)  # for the coda's keys and values
+            assert ctx.cache is not None
+            ctx.cache.commit()
 
     def decode(
         self, tokens: dict[int, int], depths: list[int], rule: Rule
     ) -> tuple[Float[Tensor, "N V"], list[int]]:
         """Read one token of some rows: logits of the next, and the loops each row took."""
-        fed = [[tokens[row]] if row in tokens else [] for row in range(len(depths))]
-        ids, valid = _left_padded(fed, self.cache.valid.device)
-        ctx = self._append(ids, valid)
-        readout, loops = self._loop(self.fast, ctx, valid, depths, rule)
-        return self.fast.decode(self.model, readout, ctx)[:, -1], loops.tolist()
+        ctx = self._context({row: [token] for row, token in tokens.items()})
+        state, loops = self._loop(self.fast, ctx, [depths[row] for row in tokens], rule)
+        logits = self.fast.decode(self.model, state, ctx)[:, -1]
+        assert ctx.cache is not None
+        ctx.cache.commit()
+        return logits, loops
 
-    def _append(self, tokens: Int[Tensor, "B T"], valid: Bool[Tensor, "B T"]) -> ForwardContext:
-        """The context of the rows that have a real token among ``tokens``."""
-        if bool(valid.all()):
-            return self.model.context(tokens, cache=self.cache)
-        ctx = self.model.context(tokens, padding_mask=valid, cache=self.cache)
-        return ctx.select(valid.any(dim=1).nonzero()[:, 0])
+    def _context(self, parts: dict[int, list[int]]) -> ForwardContext:
+        """The context of these rows' next tokens."""
+        every = list(parts) == list(range(len(self.cache.lengths)))
+        tokens, valid = _padded(list(parts.values()), self.cache.tensors[0].device)
+        return self.model.context(
+            tokens,
+            cache=self.cache,
+            padding_mask=valid,
+            rows=None if every else list(parts),
+        )
 
     def _loop(
-        self,
-        calls: "_Calls",
-        ctx: ForwardContext,
-        valid: Bool[Tensor, "B T"],
-        depths: list[int],
-        rule: Rule,
-    ) -> tuple[Float[Tensor, "N T D"], Int[Tensor, "N"]]:
+        self, calls: "_Calls", ctx: ForwardContext, depths: list[int], rule: Rule
+    ) -> tuple[Float[Tensor, "N T D"], list[int]]:
         """Loop the context's rows until the rule or their depth stops them: readouts, loops."""
-        halting = self.model.halting
-        rows = torch.arange(len(valid), device=valid.device) if ctx.rows is None else ctx.rows
-        e = calls.encode(self.model, ctx.tokens, ctx)
+        model, view = self.model, ctx.cache
+        assert view is not None
+        e = calls.encode(model, ctx.tokens, ctx)
         noise = torch.Generator().manual_seed(self.seed)  # the same for every chunk
-        h = self.model.init_state(e, noise, ctx).clone()  # may be e: one more graph to compile
-        live = _Live(
-            index=torch.arange(len(h), device=h.device),
-            depths=torch.tensor(depths, device=h.device)[rows],
-            num_tokens=valid.sum(dim=1)[rows],
-            h=h,
-            e=e,
-            ctx=ctx,
-            state=rule.start(h[:, -1]),
-            mixed=torch.zeros_like(h),
-            tracker=None if halting is None else halting.start(h),
-        )
-        readouts, loops = torch.zeros_like(h), torch.zeros_like(live.depths)
-        loop, shallowest, work = 0, int(live.depths.min()), int(live.num_tokens.sum())
-        while True:
-            loop_idx = torch.full_like(live.index, loop)
-            h, readout, mixed, tracker = calls.advance(
-                self.model, live.h, live.e, loop_idx, live.ctx, live.mixed, live.tracker
-            )
-            live = replace(live, h=h, mixed=mixed, tracker=tracker)
-            self.core_applications += work
-            loop += 1
-            if loop < shallowest and isinstance(rule, Fixed):
+        state = start_loops(model, e, ctx, depths, generator=noise)
+        # h_0 may be e itself, which would be one more graph to compile.
+        state = replace(state, h=state.h.clone(), exits=rule.start(state.h[:, -1]))
+        readouts, loops = torch.zeros_like(state.h), [0] * len(depths)
+        going, counts = list(range(len(depths))), [count for _, _, count in view.lengths]
+        live = ctx
+        while going:
+            state = advance(model, state, live, calls.run)
+            self.core_applications += sum(counts[row] for row in going)
+            ended = [loop >= depth for loop, depth in zip(state.loops, state.depths, strict=True)]
+            if not all(ended) and not isinstance(rule, Fixed):
+                stop, state = self._ask(calls, state, live, rule)
+                ended = [end or said for end, said in zip(ended, stop, strict=True)]
+            if not any(ended):
                 continue
-            out = live.depths <= loop
-            if not bool(out.all()):
-                logits = None
-                if rule.needs_logits:
-                    logits = calls.decode(self.model, readout, live.ctx)[:, -1]
-                mass = None if tracker is None else tracker.mass[:, -1]
-                stop, state = rule.check(live.state, h[:, -1], logits, mass)
-                out, live = out | stop, replace(live, state=state)
-            if not bool(out.any()):
-                continue
-            readouts[live.index[out]], loops[live.index[out]] = readout[out], loop
-            if loop < self.cache.max_loops:
-                stopped = rows[live.index[out]]
-                taken = torch.full_like(stopped, loop)
-                self.cache.fill_forward(stopped, taken, ctx.start, ctx.start + h.shape[1])
-            if bool(out.all()):
-                return readouts, loops
-            live = live.select((~out).nonzero()[:, 0])
-            shallowest, work = int(live.depths.min()), int(live.num_tokens.sum())
+            out = [place for place, end in enumerate(ended) if end]
+            rest = [place for place, end in enumerate(ended) if not end]
+            readouts[[going[place] for place in out]] = readout(model, state)[out]
+            for place in out:
+                loops[going[place]] = state.loops[place]
+            going = [going[place] for place in rest]
+            if rest:
+                state, live = state.select(rest), live.select(rest)
+        if min(loops) < self.cache.max_loops:
+            view.fill_forward(torch.tensor(loops, device=e.device))
+        return readouts, loops
+
+    def _ask(
+        self, calls: "_Calls", state: Any, live: ForwardContext, rule: Rule
+    ) -> tuple[list[bool], Any]:
+        """Which rows the rule stops after this loop, and what it remembers of the others."""
+        logits = None
+        if rule.needs_logits:
+            logits = calls.decode(self.model, readout(self.model, state), live)[:, -1]
+        mass = None if state.halted is None else state.halted.tracker.mass[:, -1]
+        assert state.exits is not None
+        stop, exits = rule.check(state.exits, state.h[:, -1], logits, mass)
+        return stop.tolist(), replace(state, exits=exits)
 
 
 class UncachedBatch:
@@ -147,52 +146,25 @@ class UncachedBatch:
         for row, token in tokens.items():
             self.rows[row].append(token)
         device = self.model.embed.weight.device
-        ids, valid = _left_padded([self.rows[row] for row in tokens], device)
+        ids, valid = _padded([self.rows[row] for row in tokens], device)
         taken = [depths[row] for row in tokens]
         out = self.model(
             ids,
             num_loops=torch.tensor(taken, device=device),
-            ctx=self.model.context(ids, padding_mask=None if bool(valid.all()) else valid),
+            ctx=self.model.context(ids, padding_mask=valid),
             generator=torch.Generator().manual_seed(self.seed),
         )
         self.core_applications += sum(len(self.rows[row]) * depths[row] for row in tokens)
-        return out.logits[:, -1], taken
-
-
-@dataclass(frozen=True)
-class _Live:
-    """The rows that still run, without gaps; ``index`` is their place in the call's batch."""
-
-    index: Int[Tensor, "N"]
-    depths: Int[Tensor, "N"]
-    num_tokens: Int[Tensor, "N"]
-    h: Float[Tensor, "N T D"]
-    e: Float[Tensor, "N T D"]
-    ctx: ForwardContext
-    state: ExitState
-    mixed: Float[Tensor, "N T D"]
-    tracker: Tracker | None
-
-    def select(self, keep: Int[Tensor, "M"]) -> "_Live":
-        return _Live(
-            index=self.index[keep],
-            depths=self.depths[keep],
-            num_tokens=self.num_tokens[keep],
-            h=self.h[keep],
-            e=self.e[keep],
-            ctx=self.ctx.select(keep),
-            state=self.state.select(keep),
-            mixed=self.mixed[keep],
-            tracker=None if self.tracker is None else self.tracker.select(keep),
-        )
+        last = torch.tensor([len(self.rows[row]) - 1 for row in tokens], device=device)
+        return out.logits[torch.arange(len(last), device=device), last], taken
 
 
 @dataclass(frozen=True)
 class _Calls:
-    """What is computed of a token: the waist's calls, and ``_advance`` around its step."""
+    """What is computed of a token: the waist's calls, and ``run_loop`` around its step."""
 
     encode: Callable[..., Tensor]
-    advance: Callable[..., tuple[Any, ...]]
+    run: Callable[..., tuple[Any, ...]]
     decode: Callable[..., Tensor]
 
 
@@ -204,43 +176,19 @@ def _compiled_calls(model: RecurrentDepthLM) -> _Calls:
     if model not in _COMPILED:
         _COMPILED[model] = _Calls(
             compile_call(RecurrentDepthLM.encode),
-            compile_call(_advance),
+            compile_call(run_loop),
             compile_call(RecurrentDepthLM.decode),
         )
     return _COMPILED[model]
 
 
-def _advance(
-    model: RecurrentDepthLM,
-    h: Float[Tensor, "N T D"],
-    e: Float[Tensor, "N T D"],
-    loop_idx: Int[Tensor, "N"],
-    ctx: ForwardContext,
-    mixed: Float[Tensor, "N T D"],
-    tracker: Tracker | None,
-) -> tuple[Tensor, Tensor, Tensor, Tracker | None]:
-    """One loop: the state, the readout if the rows stopped here, what they carry on if not."""
-    before, halting = h, model.halting
-    h = model.step(h, e, loop_idx, ctx)
-    if halting is None or tracker is None:
-        return h, h, mixed, None
-    prob = model.exit_prob(before, h, loop_idx, ctx)
-    weight, after = halting.step(tracker, prob, last=False)
-    if not halting.mixes_states:
-        return h, h, mixed, after
-    last, _ = halting.step(tracker, prob, last=True)
-    readout, mixed = (halting.mix(mixed, h, w) for w in (last, weight))
-    return h, readout, mixed, after
-
-
-def _left_padded(
-    rows: list[list[int]], device: torch.device
-) -> tuple[Int[Tensor, "B T"], Bool[Tensor, "B T"]]:
+def _padded(
+    rows: Sequence[list[int]], device: torch.device
+) -> tuple[Int[Tensor, "B T"], Bool[Tensor, "B T"] | None]:
+    """The rows as one tensor, padded at their ends, and where it has real tokens (None: all)."""
     width = max(map(len, rows))
-    tokens = [[0] * (width - len(row)) + row for row in rows]
-    valid = [[False] * (width - len(row)) + [True] * len(row) for row in rows]
-    shape = (len(rows), width)
-    return (
-        torch.tensor(tokens, dtype=torch.int64, device=device).view(shape),
-        torch.tensor(valid, dtype=torch.bool, device=device).view(shape),
-    )
+    tokens = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)
+    if all(len(row) == width for row in rows):
+        return tokens, None
+    lengths = torch.tensor([len(row) for row in rows], device=device)
+    return tokens, torch.arange(width, device=device) < lengths[:, None]

@@ -3,42 +3,54 @@
 Faster engines must give the same tokens.
 """
 
-import operator
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from openmythos.config.schema import require
+from openmythos.config.schema import plain, require
 from openmythos.engine.batch import CachedBatch, UncachedBatch
-from openmythos.engine.sampling import SamplingConfig, row_generator, sample
+from openmythos.engine.request import Request, token_ids
+from openmythos.engine.sampling import (
+    Logprobs,
+    SamplingConfig,
+    row_generator,
+    sample,
+    token_logprobs,
+)
 from openmythos.model.cache import CacheLayout, KVCache
 from openmythos.model.exit import Fixed, Rule
+from openmythos.model.inference import inference
 from openmythos.model.recurrent import RecurrentDepthLM
 from openmythos.ops.cpu import build as native
 
 FinishReason = Literal["stop", "length"]
 Prompts = Sequence[Any] | Tensor  # of token ids; text is refused with an explanation
-# One value for all rows, or one a row:
+# One value for all prompts, or one per prompt:
 Counts = int | Sequence[int] | Int[Tensor, "B"]
 Numbers = float | Sequence[float]
 OptionalCounts = int | None | Sequence[int | None]
 OptionalNumbers = float | None | Sequence[float | None]
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
 class NewToken:
-    """One sampled token. The position that predicted it took ``num_loops`` and gave ``logits``."""
+    """One sampled token. The position that predicted it took ``num_loops`` and gave ``logits``.
+
+    ``logprobs`` are reported where the request asks for them.
+    """
 
     row: int
     token: int
     num_loops: int
     finish_reason: FinishReason | None
     logits: Float[Tensor, "V"]
+    logprobs: Logprobs | None = None
 
 
 @dataclass(frozen=True)
@@ -78,13 +90,14 @@ def generate(
     compiled: bool = False,
     return_logits: bool = False,
 ) -> GenerationResult:
-    """Continue each prompt; arguments that are not listed are those of ``Session.stream``.
+    """Continue each prompt; arguments not listed are fields of ``Request`` and ``SamplingConfig``.
 
     Args:
         model: Left in the mode, training or evaluation, in which it came.
-        prompts: Token ids, at least one a prompt; lengths may differ.
+        prompts: Token ids, at least one per prompt; lengths may differ.
         seed: Of the initial states and, with the prompt's index, of what is sampled.
         cache_layout: Default ``PerLoop``, which equals no cache; the others approximate.
+        prefill_chunk: Read prompts in pieces of so many tokens; None: in one.
         use_cache: False computes everything again for each token; without an exit rule only.
         max_loops: Depth of the cache; default: the largest of ``num_loops``.
         compiled: As ``Session`` takes it.
@@ -93,33 +106,39 @@ def generate(
     Raises:
         ValueError: A bad prompt, number or combination, before any work is done.
     """
-    rows = _token_rows(prompts, model.config.vocab_size)
-    depths = _depths(model, num_loops, len(rows))
-    budget = _counts("max_new_tokens", max_new_tokens, len(rows))
-    _check_lengths([0] * len(rows), rows, budget, model.config.max_seq_len)
-    session = Session(
+    rows = _token_rows(prompts)
+    columns = (
+        _per_row("max_new_tokens", max_new_tokens, len(rows)),
+        _per_row("num_loops", num_loops, len(rows)),
+        _per_row("temperature", temperature, len(rows)),
+        _per_row("top_k", top_k, len(rows)),
+        _per_row("top_p", top_p, len(rows)),
+    )
+    stops = frozenset(token_ids("stop_tokens", stop_tokens))
+    requests = [
+        Request(
+            tokens=tokens,
+            max_new_tokens=count,
+            num_loops=depth,
+            exit_rule=exit_rule,
+            sampling=SamplingConfig(temperature=t, top_k=k, top_p=p),
+            stop_tokens=stops,
+            seed=seed,
+            sample_idx=row,
+        )
+        for row, (tokens, count, depth, t, k, p) in enumerate(zip(rows, *columns, strict=True))
+    ]
+    session = Session.fitting(
         model,
-        batch_size=len(rows),
-        max_loops=max(depths) if max_loops is None else max_loops,
-        max_len=max(map(len, rows)) - 1 + max(budget),
+        requests,
+        max_loops=max_loops,
         cache_layout=cache_layout,
         use_cache=use_cache,
         compiled=compiled,
-        seed=seed,
     )
     result = GenerationResult([[] for _ in rows], [[] for _ in rows], [None for _ in rows])
     logits: list[list[Tensor]] = [[] for _ in rows]
-    for new in session.stream(
-        rows,
-        max_new_tokens=budget,
-        num_loops=depths,
-        exit_rule=exit_rule,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        stop_tokens=stop_tokens,
-        prefill_chunk=prefill_chunk,
-    ):
+    for new in session.stream(requests, prefill_chunk=prefill_chunk):
         result.tokens[new.row].append(new.token)
         result.loops[new.row].append(new.num_loops)
         result.finish_reasons[new.row] = new.finish_reason
@@ -136,14 +155,17 @@ def generate(
 class Session:
     """Rows that go on from call to call: what was read stays in the cache.
 
-    Between calls each row holds one token that is sampled but not yet read; the next prompt follows
-    it. Depth, exit rule and sampling may change with every call. Tokens stand in columns that all
-    rows share; there are ``max_len`` of them (default: ``max_seq_len``).
+    Between calls each row holds one token that is sampled but not yet read; the tokens of its next
+    request follow it. Depth, exit rule and sampling may change with every call; the seed stays.
+    Each row has ``max_len`` columns for what it reads (default: ``max_seq_len``).
 
     ``compiled`` sends new tokens through ``torch.compile``: a model's first ones, and the first of
     a new batch size, wait for the compiler; the others come several times as fast. Prompts are
     read eagerly. It needs the cache, a model whose settings stay as they are, and, on a CPU, a C++
     compiler.
+
+    Attributes:
+        lengths: Tokens of each row, read or not.
     """
 
     def __init__(
@@ -156,7 +178,6 @@ class Session:
         cache_layout: CacheLayout | None = None,
         use_cache: bool = True,
         compiled: bool = False,
-        seed: int = 0,
     ) -> None:
         require(use_cache or not compiled, "compiled", compiled, "False without a cache")
         native.require_compiler("compiled", compiled)
@@ -166,10 +187,11 @@ class Session:
         require(batch_size >= 1, "batch_size", batch_size, "at least 1")
         require(self.max_loops >= 1, "max_loops", max_loops, "at least 1")
         require(self.max_len >= 1, "max_len", max_len, "at least 1")
-        self.generators = [row_generator(seed, row) for row in range(batch_size)]
-        self.pending: list[list[int]] = [[] for _ in range(batch_size)]
         self.lengths = [0] * batch_size
-        self.batch: CachedBatch | UncachedBatch = UncachedBatch(model, batch_size, seed)
+        self._pending: list[list[int]] = [[] for _ in range(batch_size)]
+        self._generators: dict[tuple[int, int], torch.Generator] = {}  # by row and sample_idx
+        self._seed: int | None = None  # of the first requests
+        self.batch: CachedBatch | UncachedBatch = UncachedBatch(model, batch_size, seed=0)
         if use_cache:
             cache = KVCache(
                 model.config,
@@ -180,183 +202,172 @@ class Session:
                 dtype=model.embed.weight.dtype,
                 device=model.embed.weight.device,
             )
-            self.batch = CachedBatch(model, cache, seed, compiled=compiled)
+            self.batch = CachedBatch(model, cache, seed=0, compiled=compiled)
+
+    @classmethod
+    def fitting(
+        cls,
+        model: RecurrentDepthLM,
+        requests: Sequence[Request],
+        *,
+        max_loops: int | None = None,
+        cache_layout: CacheLayout | None = None,
+        use_cache: bool = True,
+        compiled: bool = False,
+    ) -> "Session":
+        """A session just large enough for one call of ``stream`` with these requests.
+
+        Raises:
+            ValueError: A request that the model cannot do, or a bad argument.
+        """
+        config = model.config
+        require(len(requests) > 0, "requests", requests, "at least one")
+        for row, request in enumerate(requests):
+            request.check(config, row=row)
+        budgets = [request.budget(config.max_seq_len - len(request.tokens)) for request in requests]
+        deepest = max(request.depth(config) for request in requests)
+        return cls(
+            model,
+            batch_size=len(requests),
+            max_loops=deepest if max_loops is None else max_loops,
+            max_len=max(
+                len(request.tokens) - 1 + budget
+                for request, budget in zip(requests, budgets, strict=True)
+            ),
+            cache_layout=cache_layout,
+            use_cache=use_cache,
+            compiled=compiled,
+        )
 
     @property
     def core_applications(self) -> int:
         """Passes of one token through the core in one loop, since the session began."""
         return self.batch.core_applications
 
+    def room(self, row: int = 0) -> int:
+        """Tokens, given and new ones together, that a row can still take if it goes on alone."""
+        positions = self.model.config.max_seq_len - self.lengths[row]
+        if not self.use_cache:
+            return positions
+        # The last new token takes no column: it is not read.
+        return min(positions, self.max_len - self.lengths[row] + 1)
+
     def stream(
-        self,
-        prompts: Prompts,
-        *,
-        max_new_tokens: Counts,
-        num_loops: Counts | None = None,
-        exit_rule: Rule | None = None,
-        temperature: Numbers = 0.0,
-        top_k: OptionalCounts = None,
-        top_p: OptionalNumbers = None,
-        stop_tokens: Iterable[int] = (),
-        prefill_chunk: int | None = None,
+        self, requests: Sequence[Request], *, prefill_chunk: int | None = None
     ) -> Iterator[NewToken]:
-        """Read one prompt a row, then yield new tokens as they come, rows in order at each step.
+        """Read the tokens of one request per row, then yield new ones as they come.
+
+        Rows are in order at each step. Tokens that are given are read at full depth; none need be
+        given where a row has some to go on from.
 
         Args:
-            prompts: May be empty where a row has something to go on from.
-            max_new_tokens: At most so many tokens a row.
-            num_loops: The most loops a position takes; default: the config's.
-            exit_rule: Stops single positions earlier; prompts are read at full depth.
-            temperature: 0 is greedy. This, ``top_k`` and ``top_p`` may be one value a row.
-            top_k: Keep the most likely tokens; None: all.
-            top_p: Keep the fewest tokens that reach this probability; None: all.
-            stop_tokens: A row is finished when it produces one of them.
-            prefill_chunk: Read prompts in pieces of so many tokens; None: in one.
+            requests: One per row, of one ``exit_rule``, and of one ``seed`` in all calls. A row's
+                draws go on where those of its last request with the same ``sample_idx`` ended.
+            prefill_chunk: Read the tokens in pieces of so many; None: in one.
 
         Raises:
-            ValueError: A bad prompt, number or combination, before any work is done.
+            ValueError: A bad number or combination, before any work is done.
         """
-        config, num_rows = self.model.config, len(self.lengths)
-        rows = _token_rows(prompts, config.vocab_size, self.pending)
-        require(len(rows) == num_rows, "the number of prompts", len(rows), f"{num_rows} here")
-        depths = _depths(self.model, num_loops, num_rows)
-        deep = f"at most {self.max_loops}, the session's max_loops; raise that"
-        require(max(depths) <= self.max_loops, "num_loops", max(depths), deep)
-        budget = _counts("max_new_tokens", max_new_tokens, num_rows)
-        _check_lengths(self.lengths, rows, budget, config.max_seq_len)
-        self._check_columns(rows, budget)
-        rule = Fixed() if exit_rule is None else exit_rule
-        made = "None or a rule of openmythos.model.exit, for example KLExit()"
-        require(isinstance(rule, Rule), "exit_rule", exit_rule, made)
-        if rule.needs_halting and self.model.halting is None:
-            raise ValueError(
-                f"exit rule {rule.kind!r} needs a halting head and the model has none; use a rule "
-                "that reads states or logits, or a model with config.halting"
-            )
+        num_rows, config = len(self.lengths), self.model.config
+        given = len(requests)
+        require(given == num_rows, "the number of requests", given, f"{num_rows} here")
+        for row, (request, length) in enumerate(zip(requests, self.lengths, strict=True)):
+            request.check(config, max_loops=self.max_loops, num_before=length, row=row)
+        rules = (Fixed() if r.exit_rule is None else r.exit_rule for r in requests)
+        rule = _shared("exit_rule", rules, "give all rows of a call the same")
         if not self.use_cache and not isinstance(rule, Fixed):
             raise ValueError(f"exit rule {rule.kind!r} needs use_cache=True")
-        stops = frozenset(stop_tokens)
-        for stop in stops:
-            inside = f"in 0..{config.vocab_size - 1}"
-            require(0 <= stop < config.vocab_size, "a stop token", stop, inside)
+        begun = [] if self._seed is None else [self._seed]
+        draws = "give all rows of a session the same, and sample_idx to make them draw differently"
+        seed = _shared("seed", [*begun, *(request.seed for request in requests)], draws)
         if prefill_chunk is not None:
             require(prefill_chunk >= 1, "prefill_chunk", prefill_chunk, "at least 1, or None")
-        settings = zip(
-            _per_row("temperature", temperature, num_rows),
-            _per_row("top_k", top_k, num_rows),
-            _per_row("top_p", top_p, num_rows),
-            strict=True,
-        )
-        configs = [SamplingConfig(temperature=t, top_k=k, top_p=p) for t, k, p in settings]
-        return self._stream(rows, budget, depths, rule, configs, stops, prefill_chunk)
+        return self._stream(requests, self._budgets(requests), rule, seed, prefill_chunk)
 
-    def _check_columns(self, rows: list[list[int]], budget: list[int]) -> None:
-        new = max(len(old) + len(row) for old, row in zip(self.pending, rows, strict=True)) - 1
-        columns = self.batch.length + new + max(budget)
-        if self.use_cache and columns > self.max_len:
-            raise ValueError(
-                f"the batch needs {columns} columns and has max_len={self.max_len}; rows share "
-                "them, so one row's prompt and another's new tokens add up: raise max_len"
-            )
+    def _budgets(self, requests: Sequence[Request]) -> list[int]:
+        """The most new tokens of each row."""
+        limit, budgets = self.model.config.max_seq_len, []
+        for row, (request, length) in enumerate(zip(requests, self.lengths, strict=True)):
+            given = length + len(request.tokens)
+            left = self.max_len + 1 - given if self.use_cache else limit
+            budget = request.budget(max(1, min(left, limit - given)))
+            if budget > left:
+                raise ValueError(
+                    f"row {row} needs {given - 1 + budget} columns and has "
+                    f"max_len={self.max_len}; raise max_len, or ask for fewer new tokens"
+                )
+            budgets.append(budget)
+        return budgets
+
+    def _unread(self, requests: Sequence[Request]) -> list[list[int]]:
+        """The tokens of each row that the model has not read."""
+        return [
+            [*pending, *request.tokens]
+            for pending, request in zip(self._pending, requests, strict=True)
+        ]
 
     def _stream(
         self,
-        rows: list[list[int]],
-        budget: list[int],
-        depths: list[int],
+        requests: Sequence[Request],
+        budgets: list[int],
         rule: Rule,
-        configs: list[SamplingConfig],
-        stops: frozenset[int],
+        seed: int,
         chunk: int | None,
     ) -> Iterator[NewToken]:
-        unread = [pending + row for pending, row in zip(self.pending, rows, strict=True)]
-        self.pending = [row[-1:] for row in unread]
-        self.lengths = [old + len(row) for old, row in zip(self.lengths, rows, strict=True)]
-        with _inference(self.model):
+        unread = self._unread(requests)
+        depths = [request.depth(self.model.config) for request in requests]
+        self._pending = [row[-1:] for row in unread]
+        self.lengths = [old + len(r.tokens) for old, r in zip(self.lengths, requests, strict=True)]
+        self._seed = self.batch.seed = seed  # of initial states; unknown when the batch was made
+        generators = [
+            self._generators.setdefault((row, r.sample_idx), row_generator(seed, r.sample_idx))
+            for row, r in enumerate(requests)
+        ]
+        with inference(self.model):
             self.batch.prefill([row[:-1] for row in unread], depths, chunk)
-        running, left = list(range(len(rows))), list(budget)
+        running, left = list(range(len(requests))), list(budgets)
         while running:
-            with _inference(self.model):
-                tokens = {row: self.pending[row][0] for row in running}
+            with inference(self.model):
+                tokens = {row: self._pending[row][0] for row in running}
                 logits, loops = self.batch.decode(tokens, depths, rule)
-                settings = [configs[row] for row in running]
-                sampled = sample(logits, settings, [self.generators[row] for row in running])
+                settings = [requests[row].sampling for row in running]
+                sampled = sample(logits, settings, [generators[row] for row in running])
             new = []
             for i, (row, token) in enumerate(zip(running, sampled.tolist(), strict=True)):
-                self.pending[row] = [token]
+                request = requests[row]
+                self._pending[row] = [token]
                 self.lengths[row] += 1
                 left[row] -= 1
                 reason: FinishReason | None = "length" if left[row] == 0 else None
-                reason = "stop" if token in stops else reason
-                new.append(NewToken(row, token, loops[i], reason, logits[i]))
+                reason = "stop" if token in request.stop_tokens else reason
+                report = None
+                if request.logprobs is not None:
+                    report = token_logprobs(logits[i], token, request.logprobs)
+                new.append(NewToken(row, token, loops[i], reason, logits[i], report))
             yield from new
             running = [item.row for item in new if item.finish_reason is None]
 
 
-@contextmanager
-def _inference(model: RecurrentDepthLM) -> Iterator[None]:
-    """Evaluation mode without gradients; every module's own mode comes back afterwards."""
-    training = [module for module in model.modules() if module.training]
-    if training:
-        model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-def _token_rows(
-    prompts: Prompts, vocab_size: int, pending: Sequence[list[int]] | None = None
-) -> list[list[int]]:
-    """The prompts as lists of integers; only a row with a pending token may be empty."""
+def _token_rows(prompts: Prompts) -> list[tuple[int, ...]]:
     if isinstance(prompts, str) or any(isinstance(prompt, str) for prompt in prompts):
         raise ValueError("prompts hold text; give token ids: encode it with a tokenizer first")
     require(len(prompts) > 0, "prompts", prompts, "at least one list of token ids")
-    rows = []
-    for index, prompt in enumerate(prompts):
-        try:
-            row = [operator.index(token) for token in prompt]
-        except TypeError:
-            raise ValueError(
-                f"prompt {index} is {prompt!r}; it must be a list of token ids, and prompts a list "
-                "of such lists or a 2-D tensor"
-            ) from None
-        inside = all(0 <= token < vocab_size for token in row)
-        require(inside, f"prompt {index}", row, f"of token ids in 0..{vocab_size - 1}")
-        goes_on = pending is not None and index < len(pending) and pending[index]
-        require(bool(row or goes_on), f"prompt {index}", row, "at least one token long")
-        rows.append(row)
-    return rows
-
-
-def _check_lengths(
-    lengths: Sequence[int], rows: list[list[int]], budget: list[int], limit: int
-) -> None:
-    for index, (old, row, count) in enumerate(zip(lengths, rows, budget, strict=True)):
-        if old + len(row) + count > limit:
-            raise ValueError(
-                f"row {index} has {old + len(row)} tokens and max_new_tokens={count}, which "
-                f"together exceed max_seq_len={limit}; shorten one of them"
-            )
+    allowed = "a list of token ids, and prompts a list of such lists or a 2-D tensor"
+    return [token_ids(f"prompt {row}", prompt, allowed) for row, prompt in enumerate(prompts)]
 
 
 def _per_row(name: str, value: Any, num_rows: int) -> list[Any]:
-    values = value.tolist() if isinstance(value, Tensor) else value
+    values = plain(value)
     if not isinstance(values, Sequence):
         return [values] * num_rows
     require(len(values) == num_rows, name, value, f"one value, or one for each of {num_rows} rows")
     return list(values)
 
 
-def _counts(name: str, value: Any, num_rows: int) -> list[int]:
-    counts = _per_row(name, value, num_rows)
-    for count in counts:
-        require(isinstance(count, int) and count >= 1, name, count, "an integer of at least 1")
-    return counts
-
-
-def _depths(model: RecurrentDepthLM, num_loops: Any, num_rows: int) -> list[int]:
-    given = model.config.num_loops if num_loops is None else num_loops
-    return _counts("num_loops", given, num_rows)
+def _shared(name: str, values: Iterable[T], advice: str) -> T:
+    """The value that all requests have."""
+    found = set(values)
+    if len(found) > 1:
+        different = ", ".join(sorted(map(str, found)))
+        raise ValueError(f"{name} differs between requests: {different}; {advice}")
+    return found.pop()

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from openmythos.config.schema import require
+from openmythos.config.schema import as_integer, plain, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,12 +30,41 @@ class SamplingConfig:
     top_p: float | None = None
 
     def __post_init__(self) -> None:
-        finite = math.isfinite(self.temperature) and self.temperature >= 0
-        require(finite, "temperature", self.temperature, "a number of at least 0 (0 is greedy)")
+        temperature, top_p = plain(self.temperature), plain(self.top_p)
+        finite = isinstance(temperature, int | float) and 0 <= temperature < math.inf
+        require(finite, "temperature", temperature, "a number of at least 0 (0 is greedy)")
+        object.__setattr__(self, "temperature", float(temperature))
         if self.top_k is not None:
-            require(self.top_k >= 1, "top_k", self.top_k, "at least 1, or None for all tokens")
-        if self.top_p is not None:
-            require(0 < self.top_p <= 1, "top_p", self.top_p, "in (0, 1], or None for all tokens")
+            top_k = as_integer("top_k", self.top_k)
+            require(top_k >= 1, "top_k", top_k, "at least 1, or None for all tokens")
+            object.__setattr__(self, "top_k", top_k)
+        if top_p is not None:
+            inside = isinstance(top_p, int | float) and 0 < top_p <= 1
+            require(inside, "top_p", top_p, "in (0, 1], or None for all tokens")
+            object.__setattr__(self, "top_p", float(top_p))
+
+
+@dataclass(frozen=True)
+class Logprobs:
+    """Natural logarithms of probabilities at one position, as the model gives them.
+
+    Temperature, top-k and top-p do not change them.
+
+    Attributes:
+        chosen: Of the token that was sampled.
+        top: The most likely tokens and theirs, the likeliest first.
+    """
+
+    chosen: float
+    top: tuple[tuple[int, float], ...]
+
+
+def token_logprobs(logits: Float[Tensor, "V"], token: int, count: int) -> Logprobs:
+    """Those of ``token`` and of the ``count`` most likely tokens (past the vocabulary: of all)."""
+    logprobs = logits.double().log_softmax(dim=-1)
+    ranked, tokens = logprobs.sort(descending=True, stable=True)
+    top = zip(tokens[:count].tolist(), ranked[:count].tolist(), strict=True)
+    return Logprobs(float(logprobs[token]), tuple(top))
 
 
 def row_generator(seed: int, row: int) -> torch.Generator:

@@ -25,10 +25,9 @@ from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 
 from openmythos.checkpoint.load import checkpoint_folder
-from openmythos.eval.depth_sweep import Measured
-from openmythos.eval.score import Score
+from openmythos.eval.score import Measured, Outcomes, Score, summarise
 from openmythos.eval.scoring import GenerationRequest, Scorer
-from openmythos.eval.task import SHIPPED, Outcomes, choice_baselines, summarise
+from openmythos.eval.task import SHIPPED, choice_baselines
 from openmythos.interop.loading import load_pretrained
 from openmythos.tokenizer import Tokenizer
 

@@ -13,16 +13,19 @@ from torch import Tensor
 
 from openmythos.config.schema import require, require_positive
 from openmythos.engine.reference import Session
-from openmythos.engine.sampling import row_generator
+from openmythos.engine.request import Request
+from openmythos.engine.sampling import SamplingConfig
 from openmythos.model.cache import CacheLayout
 from openmythos.model.exit import Rule
+from openmythos.model.inference import inference
 from openmythos.model.recurrent import RecurrentDepthLM
+from openmythos.text_stream import ByteDecoder, TextStream
 
 Pair = tuple[list[int], list[int]]  # token ids of a context and its continuation
 
 
 @runtime_checkable  # the tests check arguments
-class Codec(Protocol):
+class Codec(ByteDecoder, Protocol):
     """Text to token ids and back; ``Tokenizer`` is one. An id is None where there is no such."""
 
     @property
@@ -35,9 +38,6 @@ class Codec(Protocol):
 
     def encode(self, text: str) -> list[int]:
         """Ids without special tokens."""
-
-    def decode(self, ids: list[int]) -> str:
-        """Text without special tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,7 +179,6 @@ class Scorer:
             )
         self.num_truncated += len(context) + len(continuation) > self.max_len + 1
 
-    @torch.no_grad()
     def _logits(self, rows: Sequence[tuple[int, ...]]) -> Tensor:
         """Logits of rows that begin at the left; what stands past a row's end is padding."""
         device, width = self.model.embed.weight.device, max(map(len, rows))
@@ -188,12 +187,8 @@ class Scorer:
         valid = torch.arange(width, device=device) < lengths[:, None]
         ctx = self.model.context(tokens, padding_mask=None if bool(valid.all()) else valid)
         generator = torch.Generator().manual_seed(self.seed)
-        was_training = self.model.training
-        self.model.eval()
-        try:
+        with inference(self.model):
             output = self.model(tokens, num_loops=self.num_loops, ctx=ctx, generator=generator)
-        finally:
-            self.model.train(was_training)
         return output.logits
 
     # --- generation ------------------------------------------------------------------------------
@@ -204,16 +199,20 @@ class Scorer:
         Raises:
             ValueError: A request that asks for as many new tokens as the model reads, or more.
         """
-        prompts = [self._prompt(request) for request in requests]
-        order = sorted(range(len(prompts)), key=lambda index: (-len(prompts[index]), index))
+        rows = [self._row(index, request) for index, request in enumerate(requests)]
+        order = sorted(range(len(rows)), key=lambda index: (-len(rows[index].tokens), index))
         texts = [""] * len(requests)
         for start in range(0, len(order), self.batch_size):
             chosen = order[start : start + self.batch_size]
-            for index, text in self._generate_batch(chosen, prompts, requests):
+            found = self._generate_batch(
+                [rows[index] for index in chosen], [requests[index].stops for index in chosen]
+            )
+            for index, text in zip(chosen, found, strict=True):
                 texts[index] = text
         return texts
 
-    def _prompt(self, request: GenerationRequest) -> list[int]:
+    def _row(self, index: int, request: GenerationRequest) -> Request:
+        """What the engine is asked for; ``index`` among the requests decides what is drawn."""
         room = self.max_len - request.max_new_tokens
         if room < 1:
             raise ValueError(
@@ -222,54 +221,34 @@ class Scorer:
             )
         prompt = self.encode_context(request.context) or [self.prefix_id]
         self.num_truncated += len(prompt) > room
-        return prompt[-room:]
-
-    def _generate_batch(
-        self,
-        chosen: Sequence[int],
-        prompts: Sequence[list[int]],
-        requests: Sequence[GenerationRequest],
-    ) -> Iterator[tuple[int, str]]:
-        asked = [requests[index] for index in chosen]
-        budget = [request.max_new_tokens for request in asked]
-        session = Session(
-            self.model,
-            batch_size=len(chosen),
-            max_loops=self.num_loops,
-            max_len=max(len(prompts[index]) for index in chosen) - 1 + max(budget),
-            cache_layout=self.cache_layout,
-            seed=self.seed,
-        )
-        # By request and not by row, so that the batch size does not change what is sampled.
-        session.generators = [row_generator(self.seed, index) for index in chosen]
-        stream = session.stream(
-            [prompts[index] for index in chosen],
-            max_new_tokens=budget,
+        return Request(
+            tokens=prompt[-room:],
+            max_new_tokens=request.max_new_tokens,
             num_loops=self.num_loops,
             exit_rule=self.exit_rule,
-            temperature=[request.temperature for request in asked],
-            top_k=[request.top_k for request in asked],
-            top_p=[request.top_p for request in asked],
+            sampling=SamplingConfig(
+                temperature=request.temperature, top_k=request.top_k, top_p=request.top_p
+            ),
             stop_tokens=[] if self.codec.eos_id is None else [self.codec.eos_id],
+            seed=self.seed,
+            sample_idx=index,
         )
-        tokens: list[list[int]] = [[] for _ in chosen]
-        waiting = set(range(len(chosen)))
-        for new in stream:
-            if new.row in waiting:
-                tokens[new.row].append(new.token)
-                text = self.codec.decode(tokens[new.row])
-                stopped = any(stop in text for stop in asked[new.row].stops)
-                if stopped or new.finish_reason is not None:
-                    waiting.remove(new.row)
+
+    def _generate_batch(
+        self, rows: Sequence[Request], stops: Sequence[tuple[str, ...]]
+    ) -> list[str]:
+        session = Session.fitting(self.model, rows, cache_layout=self.cache_layout)
+        streams = [TextStream(self.codec, texts) for texts in stops]
+        waiting = set(range(len(rows)))
+        for new in session.stream(rows):
+            stream = streams[new.row]
+            stream.push(new.token)
+            if stream.stopped or new.finish_reason is not None:
+                stream.finish()
+                waiting.discard(new.row)
             if not waiting:
                 break
-        for row, index in enumerate(chosen):
-            yield index, cut_at(self.codec.decode(tokens[row]), asked[row].stops)
-
-
-def cut_at(text: str, stops: Sequence[str]) -> str:
-    """The text before the first of the stop texts."""
-    return text[: min((at for stop in stops if (at := text.find(stop)) >= 0), default=len(text))]
+        return [stream.text for stream in streams]
 
 
 def rolling_windows(tokens: list[int], prefix: int, length: int) -> Iterator[Pair]:

@@ -5,6 +5,7 @@ The same documents are task files in ``eval/tasks``, for the harness; both give 
 Every task states what guessers reach that use no model: a score near one of them shows nothing.
 """
 
+import importlib.util
 import math
 import re
 from collections import Counter
@@ -12,14 +13,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from openmythos.data.synthetic import HopsConfig, HopsTask
+from openmythos.data.synthetic import Walks
 from openmythos.eval import python_docs
-from openmythos.eval.score import Score
+from openmythos.eval.score import Measured, Outcomes, summarise
 from openmythos.eval.scoring import GenerationRequest, Scorer
 from openmythos.eval.walk import hops_documents
 
 Kind = Literal["choice", "next", "generate", "text"]
-Outcomes = list[tuple[float, float]]  # of every question: what counts, and its weight
 METRICS: dict[Kind, str] = {
     "choice": "acc",
     "next": "acc",
@@ -89,7 +89,7 @@ TEXT_TASKS: dict[str, Callable[[], EvalTask]] = {
 SHIPPED = (*TEXT_TASKS, "hops_1, hops_2 ...")
 
 
-def shipped_task(name: str, walks: HopsConfig | None) -> EvalTask | None:
+def shipped_task(name: str, walks: Walks | None) -> EvalTask | None:
     """The task of this name; None if no such task ships.
 
     Args:
@@ -103,7 +103,7 @@ def shipped_task(name: str, walks: HopsConfig | None) -> EvalTask | None:
     if hops is not None and walks is not None:
         num_hops = int(hops[1])
         documents = hops_documents(walks, num_hops)
-        leaks = HopsTask(walks).leak_baselines(num_hops)
+        leaks = walks.leak_baselines(num_hops)
         return EvalTask(name=name, kind="next", documents=documents, baselines=leaks)
     if hops is not None:
         raise ValueError(f"task {name} needs a run on walks (train --data hops); this is of text")
@@ -114,7 +114,20 @@ def shipped_task(name: str, walks: HopsConfig | None) -> EvalTask | None:
     return TEXT_TASKS[name]()
 
 
-# --- scores ---------------------------------------------------------------------------------------
+def require_harness() -> None:
+    """Fail with advice where lm-evaluation-harness is not installed.
+
+    Raises:
+        ValueError: It is not.
+    """
+    if importlib.util.find_spec("lm_eval") is None:
+        raise ValueError(
+            "only the tasks that ship run without lm-evaluation-harness; run: "
+            'pip install "openmythos[eval]"'
+        )
+
+
+# --- what a model answers ------------------------------------------------------------------------
 
 
 def measure(scorer: Scorer, task: EvalTask, limit: int | None = None) -> Outcomes:
@@ -142,6 +155,22 @@ def measure(scorer: Scorer, task: EvalTask, limit: int | None = None) -> Outcome
     ]
 
 
+def measure_tasks(
+    scorer: Scorer, tasks: Sequence[EvalTask], limit: int | None = None
+) -> dict[tuple[str, str], Measured]:
+    """The tasks that ship, at the scorer's depth."""
+    results = {}
+    for task in tasks:
+        outcomes = measure(scorer, task, limit)
+        results[task.name, task.metric] = Measured(
+            score=summarise(outcomes),
+            outcomes=outcomes,
+            higher_is_better=task.metric not in LOWER_IS_BETTER,
+            baselines=task.baselines,
+        )
+    return results
+
+
 def _measure_choice(scorer: Scorer, rows: Sequence[Mapping[str, Any]]) -> Outcomes:
     asked = [(row["context"], choice) for row in rows for choice in row["choices"]]
     nats = iter([total for total, _ in scorer.loglikelihood(asked)])
@@ -150,28 +179,6 @@ def _measure_choice(scorer: Scorer, rows: Sequence[Mapping[str, Any]]) -> Outcom
         scores = [next(nats) for _ in row["choices"]]
         outcomes.append((float(scores.index(max(scores)) == row["answer"]), 1.0))
     return outcomes
-
-
-def summarise(outcomes: Outcomes) -> Score:
-    """The weighted mean and its standard error.
-
-    With weights of 1 that is the sample's deviation over sqrt(n). Otherwise (bits over bytes) it is
-    the error of a ratio of two sums.
-
-    Source: Cochran, Sampling Techniques (3rd edition, 1977), equation 6.13, no correction for a
-    finite population.
-    """
-    count, weight = len(outcomes), sum(part for _, part in outcomes)
-    value = sum(amount for amount, _ in outcomes) / weight
-    if count < 2:
-        return Score(value, None, count)
-    squares = sum((amount - value * part) ** 2 for amount, part in outcomes)
-    return Score(value, math.sqrt(squares * count / (count - 1)) / weight, count)
-
-
-def differences(deep: Outcomes, shallow: Outcomes) -> Outcomes:
-    """Question by question; both have the same weights."""
-    return [(a - b, weight) for (a, weight), (b, _) in zip(deep, shallow, strict=True)]
 
 
 # --- what no model is needed for ------------------------------------------------------------------

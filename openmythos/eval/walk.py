@@ -7,7 +7,7 @@ special tokens.
 from collections.abc import Iterable
 from typing import Any
 
-from openmythos.data.synthetic import HopsConfig, HopsTask
+from openmythos.data.synthetic import HopsConfig, Walks
 
 NUM_WALKS, WALK_SEED = 512, 1  # those of the demo's grid
 
@@ -18,9 +18,9 @@ class WalkCodec:
     bos_id: int | None = None
     eos_id: int | None = None
 
-    def __init__(self, config: HopsConfig) -> None:
-        entities = [f"e{number}" for number in range(config.num_entities)]
-        self.words = [*entities, *(f"r{number}" for number in range(config.num_relations))]
+    def __init__(self, walks: Walks) -> None:
+        entities = [f"e{number}" for number in range(walks.config.num_entities)]
+        self.words = [*entities, *(f"r{number}" for number in range(walks.config.num_relations))]
         self._ids = {word: index for index, word in enumerate(self.words)}
 
     def encode(self, text: str) -> list[int]:
@@ -42,12 +42,16 @@ class WalkCodec:
         """Words with a space between."""
         return " ".join(self.words[index] for index in ids)
 
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """Words as they go on a text: each with the space before it."""
+        return "".join(f" {self.words[index]}" for index in ids).encode()
+
 
 def hops_documents(
-    config: HopsConfig, num_hops: int, size: int = NUM_WALKS, seed: int = WALK_SEED
+    walks: Walks, num_hops: int, size: int = NUM_WALKS, seed: int = WALK_SEED
 ) -> list[dict[str, str]]:
     """Held-out walks of exactly ``num_hops`` hops: ``context`` and ``target``."""
-    batch, codec = HopsTask(config).held_out_batch(num_hops, size, seed), WalkCodec(config)
+    batch, codec = walks.held_out_batch(num_hops, size, seed), WalkCodec(walks)
     return [
         {"context": codec.decode(walk), "target": " " + codec.decode([answer])}
         for walk, answer in zip(batch.tokens.tolist(), batch.targets[:, -1].tolist(), strict=True)
@@ -63,4 +67,4 @@ def hops_dataset(num_hops: int, walks: dict[str, Any], **_: Any) -> dict[str, An
     """
     from datasets import Dataset
 
-    return {"test": Dataset.from_list(hops_documents(HopsConfig(**walks), num_hops))}
+    return {"test": Dataset.from_list(hops_documents(Walks(HopsConfig(**walks)), num_hops))}

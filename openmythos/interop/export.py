@@ -23,13 +23,12 @@ from openmythos.checkpoint.save import OWN_FILES
 from openmythos.checkpoint.weights import CONFIG_FILE
 from openmythos.config import GQAConfig, ModelConfig, counts
 from openmythos.config.schema import from_dict, to_dict
-from openmythos.folder import PathLike, replaced_folder
+from openmythos.folder import PathLike, replaced_folder, write_json, write_whole
 from openmythos.interop.mapping import AnyRule, Family, Join, Rename, export_config
 from openmythos.interop.writing import (
     MAX_SHARD_BYTES,
     check_writable,
     shard_names,
-    write_json,
     write_weights,
 )
 from openmythos.model.recurrent import RecurrentDepthLM
@@ -274,7 +273,7 @@ def export_hf(
         write_json(fresh / GENERATION_FILE, {**ids, "do_sample": False})
         for name in CODE_FILES:
             shutil.copyfile(SOURCES / name, fresh / name)
-        (fresh / CARD_FILE).write_text(_card(config), encoding="utf-8")
+        write_whole(fresh / CARD_FILE, _card(config))
     return Path(folder)
 
 
@@ -309,7 +308,7 @@ def _write_tokenizer(
             pair=f"{bos}:0 $A:0 {bos}:1 $B:1",
             special_tokens=[(bos, tokenizer.bos_id)],
         )
-        backend.save(str(path))
+        write_whole(path, backend.to_str(pretty=True))
         settings = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             **dict(zip(SPECIAL_TOKENS, (bos, eos, pad), strict=True)),

@@ -7,7 +7,6 @@ Source: ggml-org/llama.cpp, gguf-py and convert_hf_to_gguf.py (LlamaModel.permut
 """
 
 import importlib.util
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from openmythos.checkpoint.save import OWN_FILES, save_weights
 from openmythos.checkpoint.weights import CONFIG_FILE
-from openmythos.folder import PathLike, replaced_folder
+from openmythos.folder import PathLike, replaced_folder, write_json
 from openmythos.tokenizer import Tokenizer
 
 TENSORS = {
@@ -83,7 +82,7 @@ def convert_gguf(path: PathLike, folder: PathLike) -> Path:
     config["tie_word_embeddings"] = "lm_head.weight" not in weights
     with replaced_folder(folder, OWN_FILES) as fresh:
         save_weights(weights, fresh)
-        (fresh / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        write_json(fresh / CONFIG_FILE, config)
         tokenizer.save(fresh)
     return Path(folder)
 

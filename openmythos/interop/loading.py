@@ -22,6 +22,7 @@ from openmythos.interop.families import huginn, llama, openmythos_original, ouro
 from openmythos.interop.hub import local_folder
 from openmythos.interop.mapping import read_tensors
 from openmythos.model.recurrent import RecurrentDepthLM
+from openmythos.tokenizer import FILE_NAME, Tokenizer
 
 FAMILIES = (
     openmythos_original.FAMILY,
@@ -70,6 +71,13 @@ def load_config(path: PathLike) -> ModelConfig:
     if "format" in read_config(folder):
         return open_checkpoint(folder)[0].config
     return _open_foreign(folder, None)[0].config
+
+
+def own_tokenizer(folder: Path) -> Tokenizer | None:
+    """The tokenizer of one of our folders or exports; another project's is not ours to read."""
+    data = read_config(folder)
+    ours = "format" in data or data.get("model_type") == export.MODEL_TYPE
+    return Tokenizer.load(folder) if ours and (folder / FILE_NAME).is_file() else None
 
 
 def _open_foreign(

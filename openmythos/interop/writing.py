@@ -12,7 +12,7 @@ from torch import Tensor
 from openmythos.checkpoint.load import empty_model
 from openmythos.checkpoint.save import OWN_FILES
 from openmythos.checkpoint.weights import CONFIG_FILE, INDEX_FILES, WEIGHTS_FILE
-from openmythos.folder import PathLike, replaced_folder
+from openmythos.folder import PathLike, replaced_folder, whole_file, write_json
 from openmythos.interop.mapping import (
     Dead,
     Family,
@@ -85,11 +85,6 @@ def check_writable(model: RecurrentDepthLM, dtype: torch.dtype | None) -> None:
         if found not in DTYPE_NAMES:
             allowed = ", ".join(str(known) for known in DTYPE_NAMES)
             raise ValueError(f"dtype is {found}; a checkpoint may have {allowed}")
-
-
-def write_json(path: Path, data: object) -> None:
-    """Write readable JSON."""
-    path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
 
 
 @dataclass(frozen=True)
@@ -213,7 +208,7 @@ def _write_file(
         }
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
+    with whole_file(path) as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for planned, (name, tensor) in zip(shard, tensors, strict=False):
             assert (planned.name, planned.shape) == (name, tuple(tensor.shape))

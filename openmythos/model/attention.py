@@ -1,30 +1,45 @@
 """Grouped-query and multi-head latent attention over the loop-aware cache."""
 
+from typing import Any
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from openmythos.config import GQAConfig, MLAConfig, ModelConfig, WeightLoRAConfig
-from openmythos.model.cache import Stage
+from openmythos.config import AttentionConfig, GQAConfig, MLAConfig, ModelConfig
+from openmythos.model.cache import Place, Stage
 from openmythos.model.context import ForwardContext
 from openmythos.model.loop_signal import LoopLinear
 from openmythos.model.norm import RMSNorm
 from openmythos.model.rope import apply_rope
-from openmythos.ops.attention import attention, depth_attention
 from openmythos.ops.norm import rms_norm
 
 
 class Attention(nn.Module):
-    """What both kinds share: their place in the model, rotary positions, the cache."""
+    """What both kinds share: their place in the model and rotary positions.
 
-    def __init__(self, config: ModelConfig, stage: Stage, layer: int) -> None:
+    ``global_layer`` counts prelude, core, coda through.
+    """
+
+    out: LoopLinear
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        part: AttentionConfig,
+        stage: Stage,
+        layer: int,
+        global_layer: int,
+    ) -> None:
         super().__init__()
         self.stage: Stage = stage
         self.layer = layer
         self.interleaved = config.rope is not None and config.rope.interleaved
-        adapter = config.loop_adapter
-        in_core = stage == "core" and isinstance(adapter, WeightLoRAConfig)
-        self.lora = adapter if in_core and isinstance(adapter, WeightLoRAConfig) else None
+        self.lora = config.lora(stage)
+
+    def zero_output(self) -> None:
+        """Start as a branch that adds nothing."""
+        self.out.weight.zero_()
 
     def rotate(self, x: Float[Tensor, "B T N K"], ctx: ForwardContext) -> Tensor:
         """Apply the context's rotary angles to heads."""
@@ -32,20 +47,9 @@ class Attention(nn.Module):
             return x
         return apply_rope(x, ctx.rope, interleaved=self.interleaved)
 
-    def cached(
-        self, new: tuple[Tensor, ...], ctx: ForwardContext, loop_idx: Int[Tensor, "B"] | None
-    ) -> tuple[Tensor, ...]:
-        """Store ``[B heads T dim]`` tensors if there is a cache; return them after older ones."""
-        if ctx.cache is None:
-            return new
-        return ctx.cache.update(
-            new,
-            stage=self.stage,
-            layer=self.layer,
-            loop_idx=loop_idx,
-            rows=ctx.rows,
-            start=ctx.start,
-        )
+    def place(self, loop_idx: Int[Tensor, "B"] | None) -> Place:
+        """Where this layer's keys and values are kept."""
+        return Place(self.stage, self.layer, loop_idx)
 
 
 class GQA(Attention):
@@ -54,10 +58,10 @@ class GQA(Attention):
     Source: Ainslie et al. 2023 (arXiv 2305.13245).
     """
 
-    def __init__(self, config: ModelConfig, stage: Stage, layer: int, global_layer: int) -> None:
-        super().__init__(config, stage, layer)
-        part = config.attention
-        assert isinstance(part, GQAConfig)
+    def __init__(
+        self, config: ModelConfig, part: GQAConfig, stage: Stage, layer: int, global_layer: int
+    ) -> None:
+        super().__init__(config, part, stage, layer, global_layer)
         self.config = part
         self.num_recent_loops = config.num_recent_loops if stage == "core" else 0
         eps = part.qk_norm_eps
@@ -94,29 +98,11 @@ class GQA(Attention):
             .split((part.num_heads, part.num_kv_heads), dim=1)
         )
         v = self._add_value_embedding(v, x, ctx).transpose(1, 2)
-        scale, fresh = part.head_dim**-0.5, (k, v)
-        k, v = self.cached(fresh, ctx, loop_idx)
-        if self.num_recent_loops:
-            assert loop_idx is not None
-            own_k, own_v, visible = self._earlier_loops(fresh, ctx, loop_idx)
-            y = depth_attention(q, k, v, ctx.mask, scale, own_k, own_v, visible)
-        else:
-            y = attention(q, k, v, ctx.mask, scale)
+        place = self.place(loop_idx)
+        kv = ctx.store((k, v), place)
+        own = ctx.earlier(place, self.num_recent_loops) if self.num_recent_loops else None
+        y = kv.attend(q, part.head_dim**-0.5, own=own)
         return self.out(y.transpose(1, 2).reshape(num_rows, num_tokens, -1), loop_idx)
-
-    def _earlier_loops(
-        self, fresh: tuple[Tensor, Tensor], ctx: ForwardContext, loop_idx: Int[Tensor, "B"]
-    ) -> tuple[Tensor, ...]:
-        """The tokens' own keys and values at their last loops, and which of those were run."""
-        num, rows = self.num_recent_loops, ctx.rows
-        if ctx.cache is not None:
-            place = {"start": ctx.start, "stop": ctx.start + fresh[0].shape[2]}
-            own = ctx.cache.earlier(num, layer=self.layer, loop_idx=loop_idx, rows=rows, **place)
-        else:
-            assert ctx.recent is not None
-            own = ctx.recent.exchange(fresh, layer=self.layer, rows=rows)
-        back = torch.arange(1, num + 1, device=loop_idx.device)
-        return *(tensor.to(fresh[0].dtype) for tensor in own), loop_idx[:, None] >= back
 
     def _position(self, qk: Float[Tensor, "B T N K"], ctx: ForwardContext) -> Tensor:
         part = self.config
@@ -148,10 +134,10 @@ class MLA(Attention):
     Source: DeepSeek-V2 (arXiv 2405.04434), section 2.1 and appendix C.
     """
 
-    def __init__(self, config: ModelConfig, stage: Stage, layer: int) -> None:
-        super().__init__(config, stage, layer)
-        part = config.attention
-        assert isinstance(part, MLAConfig)
+    def __init__(
+        self, config: ModelConfig, part: MLAConfig, stage: Stage, layer: int, global_layer: int
+    ) -> None:
+        super().__init__(config, part, stage, layer, global_layer)
         self.config = part
         eps, rope_dim, latent = config.block.norm_eps, part.qk_rope_head_dim, part.kv_lora_rank
         self.scale = (part.qk_nope_head_dim + rope_dim) ** -0.5
@@ -160,8 +146,7 @@ class MLA(Attention):
         self.kv_norm = RMSNorm(latent, eps)
         q_width = part.num_heads * (part.qk_nope_head_dim + rope_dim)
         self.q_up = LoopLinear(part.q_lora_rank, q_width, self.lora)
-        # Never with LoRA: cached latents are expanded with the weights that all loops share.
-        self.kv_up = LoopLinear(latent, part.num_heads * (part.qk_nope_head_dim + part.v_head_dim))
+        self.kv_up = LatentExpansion(part)
         self.out = LoopLinear(part.num_heads * part.v_head_dim, config.d_model, self.lora)
 
     def forward(
@@ -181,48 +166,75 @@ class MLA(Attention):
         q_nope, q_rope = q.split((part.qk_nope_head_dim, part.qk_rope_head_dim), dim=-1)
         rotated = self.rotate(torch.cat((q_rope, k_rope[:, :, None]), dim=2), ctx)
         q_rope, k_rope = rotated.split((part.num_heads, 1), dim=2)
-        keys = torch.cat((self.kv_norm(latent)[:, :, None], k_rope), dim=-1).transpose(1, 2)
-        (keys,) = self.cached((keys,), ctx, loop_idx)
-        absorb = num_tokens == 1 and ctx.cache is not None
-        attend = self.attend_latents if absorb else self.attend_expanded
-        y = attend(q_nope, q_rope, keys, ctx)
-        return self.out(y.transpose(1, 2).reshape(num_rows, num_tokens, -1), loop_idx)
+        latents = torch.cat((self.kv_norm(latent)[:, :, None], k_rope), dim=-1).transpose(1, 2)
+        kv = ctx.store((latents,), self.place(loop_idx))
+        if self.absorbs(num_tokens, ctx):
+            q_latent = self.kv_up(queries=q_nope)
+            q = torch.cat((q_latent, q_rope), dim=-1).transpose(1, 2)
+            mixed = kv.attend(q, self.scale, v_dim=part.kv_lora_rank)
+            y = self.kv_up(mixed=mixed.transpose(1, 2))
+        else:
+            q = torch.cat((q_nope, q_rope), dim=-1).transpose(1, 2)
+            y = ctx.attend(q, *self._expand(*kv.read()), self.scale).transpose(1, 2)
+        return self.out(y.reshape(num_rows, num_tokens, -1), loop_idx)
 
-    def attend_expanded(
-        self,
-        q_nope: Float[Tensor, "B T H N"],
-        q_rope: Float[Tensor, "B T H R"],
-        keys: Float[Tensor, "B 1 S _"],
-        ctx: ForwardContext,
-    ) -> Float[Tensor, "B H T W"]:
+    def absorbs(self, num_tokens: int, ctx: ForwardContext) -> bool:
+        """Whether to attend on the latents: for one token after a cache it costs less."""
+        return num_tokens == 1 and ctx.cache is not None
+
+    def _expand(
+        self, latents: Float[Tensor, "B 1 S _"]
+    ) -> tuple[Float[Tensor, "B H S K"], Float[Tensor, "B H S W"]]:
         """Keys and values of every head rebuilt from the latents."""
         part = self.config
-        latent, k_rope = keys.split((part.kv_lora_rank, part.qk_rope_head_dim), dim=-1)
-        expanded = self.kv_up(latent[:, 0]).unflatten(-1, (part.num_heads, -1)).transpose(1, 2)
-        k_nope, v = expanded.split((part.qk_nope_head_dim, part.v_head_dim), dim=-1)
-        k = torch.cat((k_nope, k_rope.expand(-1, part.num_heads, -1, -1)), dim=-1)
-        q = torch.cat((q_nope, q_rope), dim=-1).transpose(1, 2)
-        return attention(q, k, v, ctx.mask, self.scale)
+        latent, k_rope = latents.split((part.kv_lora_rank, part.qk_rope_head_dim), dim=-1)
+        k_nope, v = self.kv_up(latent[:, 0])
+        return torch.cat((k_nope, k_rope.expand(-1, part.num_heads, -1, -1)), dim=-1), v
 
-    def attend_latents(
+
+class LatentExpansion(nn.Linear):
+    """MLA's up-projection of the latents: to keys and values, or absorbed into query and output.
+
+    Never with LoRA: cached latents are expanded with the weights that all loops share.
+
+    Source: DeepSeek-V2 (arXiv 2405.04434), appendix C.
+    """
+
+    def __init__(self, part: MLAConfig) -> None:
+        widths = (part.qk_nope_head_dim, part.v_head_dim)
+        super().__init__(part.kv_lora_rank, part.num_heads * sum(widths), bias=False)
+        self.num_heads, self.widths = part.num_heads, widths
+
+    def forward(
         self,
-        q_nope: Float[Tensor, "B 1 H N"],
-        q_rope: Float[Tensor, "B 1 H R"],
-        keys: Float[Tensor, "B 1 S _"],
-        ctx: ForwardContext,
-    ) -> Float[Tensor, "B H 1 W"]:
-        """Multi-query attention on the latents: q W_uk stands for q, W_uv is applied afterwards."""
-        part = self.config
-        heads = self.kv_up.weight.view(part.num_heads, -1, part.kv_lora_rank)
-        w_key, w_value = heads.split((part.qk_nope_head_dim, part.v_head_dim), dim=1)
-        q_latent = torch.bmm(q_nope[:, 0].transpose(0, 1), w_key).transpose(0, 1)
-        q = torch.cat((q_latent, q_rope[:, 0]), dim=-1)[:, :, None]
-        y = attention(q, keys, keys, ctx.mask, self.scale)[..., : part.kv_lora_rank]
-        return torch.bmm(y[:, :, 0].transpose(0, 1), w_value.mT).transpose(0, 1)[:, :, None]
+        latent: Float[Tensor, "B S C"] | None = None,
+        *,
+        queries: Float[Tensor, "B 1 H N"] | None = None,
+        mixed: Float[Tensor, "B 1 H C"] | None = None,
+    ) -> Any:
+        """Of one argument: latents, queries, or latents mixed by attention.
+
+        Args:
+            latent: Gives keys ``[B H S N]`` and values ``[B H S W]`` of every head.
+            queries: Gives ``[B 1 H C]``, queries of the latents themselves: q W_key.
+            mixed: Gives ``[B 1 H W]``, the heads' outputs: W_value applied after attention.
+        """
+        if latent is not None:
+            heads = super().forward(latent).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            return heads.split(self.widths, dim=-1)
+        w_key, w_value = self.weight.view(self.num_heads, -1, self.in_features).split(
+            self.widths, dim=1
+        )
+        if queries is not None:
+            return torch.bmm(queries[:, 0].transpose(0, 1), w_key).transpose(0, 1)[:, None]
+        assert mixed is not None
+        return torch.bmm(mixed[:, 0].transpose(0, 1), w_value.mT).transpose(0, 1)[:, None]
+
+
+ATTENTIONS: dict[type, type[Attention]] = {GQAConfig: GQA, MLAConfig: MLA}
 
 
 def make_attention(config: ModelConfig, stage: Stage, layer: int, global_layer: int) -> Attention:
     """The attention of one layer; ``global_layer`` counts prelude, core, coda through."""
-    if isinstance(config.attention, GQAConfig):
-        return GQA(config, stage, layer, global_layer)
-    return MLA(config, stage, layer)
+    part = config.attention
+    return ATTENTIONS[type(part)](config, part, stage, layer, global_layer)

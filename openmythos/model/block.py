@@ -4,29 +4,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from openmythos.config import (
-    FeedForwardConfig,
-    ModelConfig,
-    MoEConfig,
-    SwiGLUConfig,
-    WeightLoRAConfig,
-)
+from openmythos.config import ModelConfig
 from openmythos.model.attention import make_attention
 from openmythos.model.cache import Stage
 from openmythos.model.context import ForwardContext
-from openmythos.model.feedforward import MoE, ReLUSquared, SwiGLU
+from openmythos.model.feedforward import make_feed_forward
 from openmythos.model.norm import RMSNorm
-
-
-def make_feed_forward(
-    d_model: int, config: FeedForwardConfig, lora: WeightLoRAConfig | None
-) -> nn.Module:
-    """The feed-forward that ``config`` names."""
-    if isinstance(config, MoEConfig):
-        return MoE(d_model, config, lora)
-    if isinstance(config, SwiGLUConfig):
-        return SwiGLU(d_model, config.d_ff, lora)
-    return ReLUSquared(d_model, config, lora)
 
 
 class Block(nn.Module):
@@ -38,7 +21,7 @@ class Block(nn.Module):
         self.norm = part.norm
         self.attention = make_attention(config, stage, layer, global_layer)
         feed_forward = config.core_ff if stage == "core" else config.feed_forward
-        self.feed_forward = make_feed_forward(dim, feed_forward, self.attention.lora)
+        self.feed_forward = make_feed_forward(config, feed_forward, self.attention.lora)
         self.attention_norm = RMSNorm(dim, eps)
         self.feed_forward_norm = RMSNorm(dim, eps)
         if part.norm != "pre":
@@ -48,6 +31,15 @@ class Block(nn.Module):
         if part.layer_scale is not None:
             self.attention_scale = nn.Parameter(torch.full((dim,), part.layer_scale))
             self.feed_forward_scale = nn.Parameter(torch.full((dim,), part.layer_scale))
+
+    def init_weights(self) -> None:
+        """Start as the identity, through the outputs or, where a norm ends the branch, there."""
+        if self.norm == "peri":
+            self.attention_out_norm.weight.zero_()
+            self.feed_forward_out_norm.weight.zero_()
+        else:
+            self.attention.zero_output()
+            self.feed_forward.zero_output()
 
     def forward(
         self,

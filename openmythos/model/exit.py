@@ -10,28 +10,12 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, get_args
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from openmythos.config import schema
 from openmythos.config.schema import require, require_positive
-
-Memory = tuple[Tensor, ...]
-
-
-@dataclass(frozen=True)
-class ExitState:
-    """What a rule remembers of each row: the loops taken so far, and tensors of its own.
-
-    A tensor of logits is one column wide before the first loop; it stands for a uniform prediction.
-    """
-
-    loops: Int[Tensor, "B"]
-    memory: Memory = ()
-
-    def select(self, index: Int[Tensor, "N"]) -> "ExitState":
-        """Some of the rows."""
-        return ExitState(self.loops[index], tuple(tensor[index] for tensor in self.memory))
+from openmythos.model.loop import ExitState, Memory
 
 
 def join_states(states: Sequence[ExitState]) -> ExitState:

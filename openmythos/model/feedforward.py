@@ -1,5 +1,6 @@
 """Feed-forward layers: dense, and a mixture of experts."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import partial
 
@@ -8,23 +9,49 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
-from openmythos.config import MoEConfig, ReLUSquaredConfig, WeightLoRAConfig
+from openmythos.config import (
+    FeedForwardConfig,
+    ModelConfig,
+    MoEConfig,
+    ReLUSquaredConfig,
+    SwiGLUConfig,
+    WeightLoRAConfig,
+)
 from openmythos.model.context import ForwardContext
 from openmythos.model.loop_signal import LoopLinear
 from openmythos.ops.moe import LoopedExperts, moe_experts
 from openmythos.ops.swiglu import swiglu
 
 
-class SwiGLU(nn.Module):
+class FeedForward(nn.Module, ABC):
+    """Called as ``(x, loop_idx, ctx)``; ``lora`` is what each loop adds to its linear layers."""
+
+    def __init__(
+        self, config: ModelConfig, part: FeedForwardConfig, lora: WeightLoRAConfig | None = None
+    ) -> None:
+        super().__init__()
+
+    @abstractmethod
+    def zero_output(self) -> None:
+        """Start as a branch that adds nothing."""
+
+
+class SwiGLU(FeedForward):
     """``down(SiLU(gate x) * up x)``; gate and up are one matrix.
 
     Source: Shazeer 2020 (arXiv 2002.05202), equation 6.
     """
 
-    def __init__(self, d_model: int, d_ff: int, lora: WeightLoRAConfig | None = None) -> None:
-        super().__init__()
-        self.gate_up = LoopLinear(d_model, 2 * d_ff, lora)
-        self.down = LoopLinear(d_ff, d_model, lora)
+    def __init__(
+        self, config: ModelConfig, part: SwiGLUConfig, lora: WeightLoRAConfig | None = None
+    ) -> None:
+        super().__init__(config, part, lora)
+        self.gate_up = LoopLinear(config.d_model, 2 * part.d_ff, lora)
+        self.down = LoopLinear(part.d_ff, config.d_model, lora)
+
+    def zero_output(self) -> None:
+        """See ``FeedForward.zero_output``."""
+        self.down.weight.zero_()
 
     def forward(
         self,
@@ -36,19 +63,23 @@ class SwiGLU(nn.Module):
         return self.down(swiglu(self.gate_up(x, loop_idx)), loop_idx)
 
 
-class ReLUSquared(nn.Module):
+class ReLUSquared(FeedForward):
     """``down(scale * relu(up x)^2)``.
 
     Source: So et al. 2021, Primer (arXiv 2109.08668), section 3.
     """
 
     def __init__(
-        self, d_model: int, config: ReLUSquaredConfig, lora: WeightLoRAConfig | None = None
+        self, config: ModelConfig, part: ReLUSquaredConfig, lora: WeightLoRAConfig | None = None
     ) -> None:
-        super().__init__()
-        self.scale = config.scale
-        self.up = LoopLinear(d_model, config.d_ff, lora)
-        self.down = LoopLinear(config.d_ff, d_model, lora)
+        super().__init__(config, part, lora)
+        self.scale = part.scale
+        self.up = LoopLinear(config.d_model, part.d_ff, lora)
+        self.down = LoopLinear(part.d_ff, config.d_model, lora)
+
+    def zero_output(self) -> None:
+        """See ``FeedForward.zero_output``."""
+        self.down.weight.zero_()
 
     def forward(
         self,
@@ -63,7 +94,17 @@ class ReLUSquared(nn.Module):
         return self.down(hidden, loop_idx)
 
 
-class MoE(nn.Module):
+class Router(nn.Linear):
+    """Scores of the experts, in at least fp32: in bf16, rounding would choose experts."""
+
+    def forward(self, x: Float[Tensor, "N D"]) -> Float[Tensor, "N E"]:
+        """Logits of every token."""
+        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        with torch.autocast(x.device.type, enabled=False):
+            return functional.linear(x.to(wide), self.weight.to(wide))
+
+
+class MoE(FeedForward):
     """Routed experts, chosen per token and loop, plus shared experts that always run.
 
     Experts are selected by score + bias and weighted by the score alone; no token is dropped. While
@@ -73,23 +114,33 @@ class MoE(nn.Module):
     Source: DeepSeek-V3 (arXiv 2412.19437), equations 12 to 16; Wang et al. 2024 (arXiv 2408.15664).
     """
 
+    drawn = ("gate_up", "down")  # see ``init_weights``
+
     def __init__(
-        self, d_model: int, config: MoEConfig, lora: WeightLoRAConfig | None = None
+        self, config: ModelConfig, part: MoEConfig, lora: WeightLoRAConfig | None = None
     ) -> None:
-        super().__init__()
-        self.config = config
-        num_experts, width = config.num_experts, config.d_expert
-        self.router = nn.Linear(d_model, num_experts, bias=False)
+        super().__init__(config, part, lora)
+        self.config = part
+        d_model, num_experts, width = config.d_model, part.num_experts, part.d_expert
+        self.router = Router(d_model, num_experts, bias=False)
         self.gate_up = nn.Parameter(torch.empty(num_experts, 2 * width, d_model))
         self.down = nn.Parameter(torch.empty(num_experts, d_model, width))
         # The shared experts' sum is one wider expert.
-        shared_width = config.num_shared_experts * config.shared_width
-        self.shared = SwiGLU(d_model, shared_width, lora) if shared_width else None
+        shared_width = part.num_shared_experts * part.shared_width
+        self.shared: SwiGLU | None = None
+        if shared_width:
+            self.shared = SwiGLU(config, SwiGLUConfig(d_ff=shared_width), lora)
         self.bias: Tensor
         self.load: Tensor
-        self.register_buffer("bias", torch.zeros(config.bias_loops, num_experts))
-        load = torch.zeros(config.bias_loops, num_experts, dtype=torch.int64)
+        self.register_buffer("bias", torch.zeros(part.bias_loops, num_experts))
+        load = torch.zeros(part.bias_loops, num_experts, dtype=torch.int64)
         self.register_buffer("load", load, persistent=False)
+
+    def zero_output(self) -> None:
+        """See ``FeedForward.zero_output``."""
+        self.down.zero_()
+        if self.shared is not None:
+            self.shared.zero_output()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "MoE":
         """Keep the bias as it is in a cast of the model: bf16 would swallow its small steps."""
@@ -128,15 +179,13 @@ class MoE(nn.Module):
     ) -> tuple[Int[Tensor, "N K"], Float[Tensor, "N K"], Int[Tensor, "E"]]:
         """Experts, their weights, and each expert's count of tokens; ``row`` chooses the bias."""
         part = self.config
-        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-        with torch.autocast(x.device.type, enabled=False):  # in bf16, rounding would choose experts
-            logits = functional.linear(x.to(wide), self.router.weight.to(wide))
+        logits = self.router(x)
         scores = logits.sigmoid() if part.scoring == "sigmoid" else logits.softmax(dim=-1)
         # The original selects by logits + bias; with a bias of zero the order is the same.
         selection = scores if part.scoring == "sigmoid" else logits
         expert = (selection.detach() + self.bias[row]).topk(part.num_experts_per_token).indices
         weight = scores.gather(1, expert)
-        total = weight.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(wide).tiny)
+        total = weight.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(logits.dtype).tiny)
         weight = part.routed_scale * weight / total
         pair = (row[:, None] * part.num_experts + expert).flatten()
         load = torch.zeros(self.load.numel(), dtype=torch.int64, device=x.device)
@@ -155,6 +204,20 @@ class MoE(nn.Module):
         seen = load.sum(dim=1, keepdim=True) > 0
         self.bias += rate * torch.sign(load.mean(dim=1, keepdim=True) - load) * seen
         self.load.zero_()
+
+
+FEED_FORWARDS: dict[type, type[FeedForward]] = {
+    SwiGLUConfig: SwiGLU,
+    ReLUSquaredConfig: ReLUSquared,
+    MoEConfig: MoE,
+}
+
+
+def make_feed_forward(
+    config: ModelConfig, part: FeedForwardConfig, lora: WeightLoRAConfig | None
+) -> FeedForward:
+    """The feed-forward that ``part`` names."""
+    return FEED_FORWARDS[type(part)](config, part, lora)
 
 
 def max_violation(load: Int[Tensor, "L E"]) -> Float[Tensor, "L"]:

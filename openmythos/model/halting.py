@@ -11,7 +11,14 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from openmythos.config import ACTConfig, HaltingConfig, UniversalACTConfig
+from openmythos.config import (
+    ACTConfig,
+    ExitGateConfig,
+    HaltingConfig,
+    ModelConfig,
+    PonderNetConfig,
+    UniversalACTConfig,
+)
 
 
 @dataclass(frozen=True)
@@ -29,6 +36,14 @@ class Tracker:
         """Some of the tokens."""
         return Tracker(self.mass[index], self.running[index], self.ponder[index])
 
+    def put(self, index: Int[Tensor, "M"], rows: "Tracker") -> "Tracker":
+        """These rows in place of those at ``index``."""
+        return Tracker(
+            self.mass.index_copy(0, index, rows.mass),
+            self.running.index_copy(0, index, rows.running),
+            self.ponder.index_copy(0, index, rows.ponder),
+        )
+
 
 class Halting(nn.Module):
     """The head: one exit probability a token and loop.
@@ -40,10 +55,15 @@ class Halting(nn.Module):
     mixes_states = False
     reads_before = False
 
-    def __init__(self, d_model: int, config: HaltingConfig) -> None:
+    def __init__(self, config: ModelConfig, part: HaltingConfig) -> None:
         super().__init__()
-        self.bias_init = config.bias_init
-        self.proj = nn.Linear(d_model, 1)
+        self.bias_init = part.bias_init
+        self.proj = nn.Linear(config.d_model, 1)
+
+    def init_weights(self) -> None:
+        """Start at one probability for all states."""
+        self.proj.weight.zero_()
+        self.proj.bias.fill_(self.bias_init)
 
     def forward(self, h: Float[Tensor, "... D"]) -> Float[Tensor, "..."]:
         """Exit probabilities, at least in fp32."""
@@ -90,9 +110,9 @@ class ACT(Halting):
 
     mixes_states = True
 
-    def __init__(self, d_model: int, config: ACTConfig) -> None:
-        super().__init__(d_model, config)
-        self.threshold, self.keep_remainder = config.threshold, config.keep_remainder
+    def __init__(self, config: ModelConfig, part: ACTConfig) -> None:
+        super().__init__(config, part)
+        self.threshold, self.keep_remainder = part.threshold, part.keep_remainder
 
     def reached(self, mass: Float[Tensor, "..."]) -> Bool[Tensor, "..."]:
         """Whether the exit probabilities are enough to halt."""
@@ -124,9 +144,9 @@ class UniversalACT(ACT):
 
     reads_before = True
 
-    def __init__(self, d_model: int, config: UniversalACTConfig) -> None:
-        super().__init__(d_model, config)
-        self.accumulates = config.readout == "accumulated"
+    def __init__(self, config: ModelConfig, part: UniversalACTConfig) -> None:
+        super().__init__(config, part)
+        self.accumulates = part.readout == "accumulated"
 
     def reached(self, mass: Float[Tensor, "..."]) -> Bool[Tensor, "..."]:
         """See ``ACT.reached``."""
@@ -162,10 +182,15 @@ class Geometric(Halting):
         return weight, replace(tracker, mass=tracker.mass + weight, ponder=tracker.ponder + left)
 
 
-def make_halting(d_model: int, config: HaltingConfig | None) -> Halting | None:
+HALTING_HEADS: dict[type, type[Halting]] = {
+    ACTConfig: ACT,
+    UniversalACTConfig: UniversalACT,
+    PonderNetConfig: Geometric,
+    ExitGateConfig: Geometric,
+}
+
+
+def make_halting(config: ModelConfig) -> Halting | None:
     """The halting head that the config names."""
-    if isinstance(config, UniversalACTConfig):
-        return UniversalACT(d_model, config)
-    if isinstance(config, ACTConfig):
-        return ACT(d_model, config)
-    return None if config is None else Geometric(d_model, config)
+    part = config.halting
+    return None if part is None else HALTING_HEADS[type(part)](config, part)

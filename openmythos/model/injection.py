@@ -1,7 +1,8 @@
 """How the prelude's output re-enters at every loop.
 
-Each injection has three calls: ``drive(e)`` once a forward (everything about e that no loop
-changes), ``mix(h, e)`` for the core's input and ``update(h, e, y)`` for the next state.
+An injection is called with what is known: with e alone once a forward (``drive``: everything about
+e that no loop changes), with e and h for the core's input (``mix``), with e, h and the core's
+output y for the next state (``update``). Its parameters are read in ``forward`` only.
 """
 
 import math
@@ -14,9 +15,11 @@ from torch.nn import functional
 from openmythos.config import (
     AddInjectionConfig,
     GateInjectionConfig,
+    InjectionConfig,
     LinearInjectionConfig,
     LTIInjectionConfig,
     ModelConfig,
+    NoInjectionConfig,
     OriginalLTIInjectionConfig,
 )
 from openmythos.model.norm import RMSNorm
@@ -26,6 +29,15 @@ State = Float[Tensor, "B T D"]
 
 class Injection(nn.Module):
     """``x = h``, ``h' = y``: e enters only through the initial state. The others override this."""
+
+    def __init__(self, config: ModelConfig, part: InjectionConfig) -> None:
+        super().__init__()
+
+    def forward(self, e: State, h: State | None = None, y: State | None = None) -> State:
+        """``drive(e)``, ``mix(h, e)`` or ``update(h, e, y)``, by what is given."""
+        if h is None:
+            return self.drive(e)
+        return self.mix(h, e) if y is None else self.update(h, e, y)
 
     def drive(self, e: State) -> State:
         """What of e is computed once a forward."""
@@ -68,7 +80,7 @@ class LTIInjection(Injection):
     """
 
     def __init__(self, config: ModelConfig, part: LTIInjectionConfig) -> None:
-        super().__init__()
+        super().__init__(config, part)
         dim = config.d_model
         delta = -math.log(part.decay_init)  # a_log starts at 0, so A = exp(-delta)
         self.a_log = nn.Parameter(torch.zeros(dim))
@@ -106,8 +118,8 @@ class OriginalLTIInjection(Injection):
     Source: kyegomez/OpenMythos, open_mythos/main.py, LTIInjection and RecurrentBlock.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
+    def __init__(self, config: ModelConfig, part: OriginalLTIInjectionConfig) -> None:
+        super().__init__(config, part)
         self.log_a = nn.Parameter(torch.zeros(config.d_model))
         self.log_dt = nn.Parameter(torch.zeros(1))
         self.weight = nn.Parameter(torch.full((config.d_model,), 0.1))
@@ -133,8 +145,8 @@ class LinearInjection(Injection):
     Source: Huginn (arXiv 2502.05171), section 3.2.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
+    def __init__(self, config: ModelConfig, part: LinearInjectionConfig) -> None:
+        super().__init__(config, part)
         self.h_weight = nn.Parameter(_identity(config.d_model))
         self.e_weight = nn.Parameter(_identity(config.d_model))
 
@@ -165,9 +177,13 @@ class GateInjection(Injection):
     """
 
     def __init__(self, config: ModelConfig, part: GateInjectionConfig) -> None:
-        super().__init__()
+        super().__init__(config, part)
         self.gate = nn.Linear(2 * config.d_model, config.d_model)
         self.bias_init, self.add_e = part.bias_init, part.add_e
+
+    def init_weights(self) -> None:
+        """Start near the identity."""
+        self.gate.bias.fill_(self.bias_init)
 
     def mix(self, h: State, e: State) -> State:
         """h + e, or h."""
@@ -179,15 +195,16 @@ class GateInjection(Injection):
         return torch.lerp(h, y.to(h.dtype), gate.to(h.dtype))
 
 
+INJECTIONS: dict[type, type[Injection]] = {
+    LTIInjectionConfig: LTIInjection,
+    OriginalLTIInjectionConfig: OriginalLTIInjection,
+    LinearInjectionConfig: LinearInjection,
+    AddInjectionConfig: AddInjection,
+    NoInjectionConfig: Injection,
+    GateInjectionConfig: GateInjection,
+}
+
+
 def make_injection(config: ModelConfig) -> Injection:
     """The injection that the config names."""
-    part = config.injection
-    if isinstance(part, LTIInjectionConfig):
-        return LTIInjection(config, part)
-    if isinstance(part, OriginalLTIInjectionConfig):
-        return OriginalLTIInjection(config)
-    if isinstance(part, LinearInjectionConfig):
-        return LinearInjection(config)
-    if isinstance(part, GateInjectionConfig):
-        return GateInjection(config, part)
-    return AddInjection() if isinstance(part, AddInjectionConfig) else Injection()
+    return INJECTIONS[type(config.injection)](config, config.injection)

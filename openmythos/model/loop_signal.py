@@ -7,7 +7,8 @@ from torch.nn import functional
 
 from openmythos.config import (
     LearnedLoopConfig,
-    LoopEmbeddingConfig,
+    LoopAdapterConfig,
+    ModelConfig,
     OutputLoRAConfig,
     SinusoidalLoopConfig,
     WeightLoRAConfig,
@@ -29,6 +30,7 @@ class LoopLinear(nn.Linear):
         if lora is not None:
             self.lora_down = nn.Parameter(torch.empty(lora.num_loops, lora.rank, num_in))
             self.lora_up = nn.Parameter(torch.zeros(lora.num_loops, num_out, lora.rank))
+            self.drawn = ("lora_down",)  # see ``init_weights``
 
     def forward(
         self, x: Float[Tensor, "B T I"], loop_idx: Int[Tensor, "B"] | None = None
@@ -51,9 +53,9 @@ class SinusoidalLoop(nn.Module):
         Universal Transformers (arXiv 1807.03819), equations 6 and 7, its channels in this order.
     """
 
-    def __init__(self, config: SinusoidalLoopConfig) -> None:
+    def __init__(self, config: ModelConfig, part: SinusoidalLoopConfig) -> None:
         super().__init__()
-        self.config = config
+        self.config = part
 
     def forward(
         self,
@@ -79,9 +81,9 @@ class SinusoidalLoop(nn.Module):
 class LearnedLoop(nn.Module):
     """Adds a learned vector a loop; zero at the start; the last row past the table."""
 
-    def __init__(self, d_model: int, config: LearnedLoopConfig) -> None:
+    def __init__(self, config: ModelConfig, part: LearnedLoopConfig) -> None:
         super().__init__()
-        self.table = nn.Parameter(torch.zeros(config.num_loops, d_model))
+        self.table = nn.Parameter(torch.zeros(part.num_loops, config.d_model))
 
     def forward(
         self,
@@ -93,17 +95,37 @@ class LearnedLoop(nn.Module):
         return h + self.table[loop_idx.clamp(max=len(self.table) - 1)][:, None]
 
 
-class OutputLoRA(nn.Module):
+class LoopAdapter(nn.Module):
+    """Leaves the core's output as it is; the others override this.
+
+    It stands for no adapter and for ``weight_lora``, which is inside the core's ``LoopLinear``s.
+    """
+
+    def __init__(self, config: ModelConfig, part: LoopAdapterConfig | None) -> None:
+        super().__init__()
+
+    def forward(
+        self, y: Float[Tensor, "B T D"], loop_idx: Int[Tensor, "B"]
+    ) -> Float[Tensor, "B T D"]:
+        """The core's output y as each row's loop changes it."""
+        return y
+
+
+class OutputLoRA(LoopAdapter):
     """``y + ((y down) * scale_t) up``; zero at the start; the last scale past the table.
 
     Source: kyegomez/OpenMythos, open_mythos/main.py, LoRAAdapter.
     """
 
-    def __init__(self, d_model: int, config: OutputLoRAConfig) -> None:
-        super().__init__()
-        self.down = nn.Linear(d_model, config.rank, bias=False)
-        self.up = nn.Linear(config.rank, d_model, bias=False)
-        self.scale = nn.Parameter(torch.ones(config.num_loops, config.rank))
+    def __init__(self, config: ModelConfig, part: OutputLoRAConfig) -> None:
+        super().__init__(config, part)
+        self.down = nn.Linear(config.d_model, part.rank, bias=False)
+        self.up = nn.Linear(part.rank, config.d_model, bias=False)
+        self.scale = nn.Parameter(torch.ones(part.num_loops, part.rank))
+
+    def init_weights(self) -> None:
+        """Start as no change."""
+        self.up.weight.zero_()
 
     def forward(
         self, y: Float[Tensor, "B T D"], loop_idx: Int[Tensor, "B"]
@@ -113,8 +135,23 @@ class OutputLoRA(nn.Module):
         return y + self.up(self.down(y) * scale)
 
 
-def make_loop_embedding(d_model: int, config: LoopEmbeddingConfig | None) -> nn.Module | None:
+LOOP_EMBEDDINGS: dict[type, type[nn.Module]] = {
+    SinusoidalLoopConfig: SinusoidalLoop,
+    LearnedLoopConfig: LearnedLoop,
+}
+LOOP_ADAPTERS: dict[type, type[LoopAdapter]] = {
+    WeightLoRAConfig: LoopAdapter,
+    OutputLoRAConfig: OutputLoRA,
+}
+
+
+def make_loop_embedding(config: ModelConfig) -> nn.Module | None:
     """The loop embedding that the config names."""
-    if isinstance(config, SinusoidalLoopConfig):
-        return SinusoidalLoop(config)
-    return None if config is None else LearnedLoop(d_model, config)
+    part = config.loop_embedding
+    return None if part is None else LOOP_EMBEDDINGS[type(part)](config, part)
+
+
+def make_loop_adapter(config: ModelConfig) -> LoopAdapter:
+    """The loop adapter that the config names."""
+    part = config.loop_adapter
+    return LoopAdapter(config, part) if part is None else LOOP_ADAPTERS[type(part)](config, part)

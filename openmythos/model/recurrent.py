@@ -9,14 +9,15 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 from torch.nn import functional
 
-from openmythos.config import ModelConfig, OutputLoRAConfig
+from openmythos.config import ModelConfig
 from openmythos.config.schema import require
 from openmythos.model.block import Block
 from openmythos.model.context import ForwardContext, make_context
 from openmythos.model.halting import make_halting
 from openmythos.model.init import init_weights, initial_state
 from openmythos.model.injection import make_injection
-from openmythos.model.loop_signal import OutputLoRA, make_loop_embedding
+from openmythos.model.loop import LoopedModel, readout, start_loops, unroll
+from openmythos.model.loop_signal import LoopAdapter, make_loop_adapter, make_loop_embedding
 from openmythos.model.norm import RMSNorm
 
 
@@ -35,7 +36,7 @@ class ModelOutput:
     states: tuple[Float[Tensor, "B T D"], ...] = ()
 
 
-class RecurrentDepthLM(nn.Module):
+class RecurrentDepthLM(LoopedModel):
     """A looped language model; the depth is an argument of the call, not of the weights."""
 
     def __init__(self, config: ModelConfig, generator: torch.Generator | None = None) -> None:
@@ -43,18 +44,18 @@ class RecurrentDepthLM(nn.Module):
         self.config = config
         dim, eps = config.d_model, config.block.norm_eps
         p, c = config.num_prelude_layers, config.num_core_layers
-        self.embed = nn.Embedding(config.vocab_size, dim)
+        self.embed = Embedding(config.vocab_size, dim)
         self.prelude = nn.ModuleList(Block(config, "prelude", i, i) for i in range(p))
         self.prelude_norm = RMSNorm(dim, eps) if config.prelude_norm else nn.Identity()
         self.injection = make_injection(config)
-        self.loop_embedding = make_loop_embedding(dim, config.loop_embedding)
+        self.loop_embedding = make_loop_embedding(config)
         self.core = nn.ModuleList(Block(config, "core", i, p + i) for i in range(c))
+        # In a state dict the adapter's weights stand under its kind.
         adapter = config.loop_adapter
-        self.output_lora = (
-            OutputLoRA(dim, adapter) if isinstance(adapter, OutputLoRAConfig) else None
-        )
+        self._adapter_name = "no_adapter" if adapter is None else adapter.kind
+        self.add_module(self._adapter_name, make_loop_adapter(config))
         self.loop_norm = RMSNorm(dim, eps) if config.loop_norm else nn.Identity()
-        self.halting = make_halting(dim, config.halting)
+        self.halting = make_halting(config)
         self.final_norm = RMSNorm(dim, eps) if config.final_norm else nn.Identity()
         self.readout: nn.Module = nn.Identity()
         if config.readout == "linear":
@@ -66,6 +67,12 @@ class RecurrentDepthLM(nn.Module):
             self.head = nn.Linear(dim, config.vocab_size, bias=False)
         if not self.embed.weight.is_meta:
             init_weights(self, dim, generator)
+
+    @property
+    def loop_adapter(self) -> LoopAdapter:
+        """What each loop changes of the core's output."""
+        adapter: LoopAdapter = getattr(self, self._adapter_name)
+        return adapter
 
     def context(self, tokens: Int[Tensor, "B T"], **options: Any) -> ForwardContext:
         """The context of a batch; the options are those of ``make_context``."""
@@ -80,7 +87,7 @@ class RecurrentDepthLM(nn.Module):
             x = x * self.config.embed_scale
         for block in self.prelude:
             x = block(x, ctx)
-        return self.injection.drive(self.prelude_norm(x))
+        return self.injection(self.prelude_norm(x))
 
     def init_state(
         self,
@@ -103,12 +110,11 @@ class RecurrentDepthLM(nn.Module):
         ctx: ForwardContext,
     ) -> Float[Tensor, "B T D"]:
         """One loop. Rows may be at different loops; loops count from 0."""
-        y = self.injection.mix(self.signal(h, loop_idx, ctx), e)
+        y = self.injection(e, self.signal(h, loop_idx, ctx))
         for block in self.core:
             y = block(y, ctx, loop_idx)
-        if self.output_lora is not None:
-            y = self.output_lora(y, loop_idx)
-        return self.loop_norm(self.injection.update(h, e, y))
+        y = self.loop_adapter(y, loop_idx)
+        return self.loop_norm(self.injection(e, h, y))
 
     def decode(self, h: Float[Tensor, "B T D"], ctx: ForwardContext) -> Float[Tensor, "B T V"]:
         """Logits of a state, whatever its loop."""
@@ -120,12 +126,7 @@ class RecurrentDepthLM(nn.Module):
         for block in self.coda:
             x = block(x, ctx)
         x = self.final_norm(x)
-        if self.head is not None:
-            return self.head(x)
-        if torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
-            return functional.linear(x, self.embed.weight)
-        logits: Tensor = _TiedHead.apply(x, self.embed.weight)
-        return logits
+        return self.embed(states=x) if self.head is None else self.head(x)
 
     def forward(
         self,
@@ -155,41 +156,33 @@ class RecurrentDepthLM(nn.Module):
         if grad_loops is not None:
             require(grad_loops >= 1, "grad_loops", grad_loops, "at least 1, or None for all")
         ctx = self.context(tokens) if ctx is None else ctx
-        most = max(depths)
-        if ctx.cache is not None and most > ctx.cache.max_loops:
-            allowed = f"at most the cache's max_loops={ctx.cache.max_loops}"
-            raise ValueError(f"num_loops is {most}; it must be {allowed}")
-        waits = torch.tensor([most - depth for depth in depths], device=tokens.device)
+        if ctx.cache is not None and max(depths) > ctx.cache.cache.max_loops:
+            allowed = f"at most the cache's max_loops={ctx.cache.cache.max_loops}"
+            raise ValueError(f"num_loops is {max(depths)}; it must be {allowed}")
         e = self.encode(tokens, ctx)
-        h = self.init_state(e, generator, ctx)
-        states, weights, mixed = [], [], torch.zeros_like(h)
-        tracker = None if self.halting is None else self.halting.start(h)
-        grad_from = 0 if grad_loops is None else most - grad_loops
-        for loop in range(most):
-            loop_idx = loop - waits
-            started = [row for row, depth in enumerate(depths) if most - depth <= loop]
-            with torch.set_grad_enabled(torch.is_grad_enabled() and loop >= grad_from):
-                before, h = h, self._step_rows(h, e, loop_idx, ctx, started)
-                if self.halting is not None and tracker is not None:
-                    prob = self.exit_prob(before, h, loop_idx.clamp(min=0), ctx)
-                    prob = prob * (loop_idx >= 0)[:, None]
-                    weight, tracker = self.halting.step(tracker, prob, last=loop == most - 1)
-                    weights.append(weight)
-                    if self.halting.mixes_states:
-                        mixed = self.halting.mix(mixed, h, weight)
+        start = start_loops(self, e, ctx, depths, wait=True, generator=generator)
+        states: list[Tensor] = []
+        weights: list[Tensor] = []
+        state = start
+        for state in unroll(self, start, ctx, grad_loops):
+            if state.halted is not None:
+                weights.append(state.halted.weight)
             if keep_states:
-                states.append(h)
-        if ctx.cache is not None and min(depths) < ctx.cache.max_loops:
-            stop = ctx.start + tokens.shape[1]
-            rows = torch.arange(len(tokens), device=tokens.device) if ctx.rows is None else ctx.rows
-            ctx.cache.fill_forward(rows, most - waits, ctx.start, stop)
-        readout = mixed if self.halting is not None and self.halting.mixes_states else h
+                states.append(state.h)
+        ponder = None
+        if state.halted is not None and self.halting is not None:
+            weights[-1], last = state.halted.ended(self.halting)
+            ponder = last.ponder
+        logits = self.decode(readout(self, state), ctx)
+        if ctx.cache is not None:
+            if min(depths) < ctx.cache.cache.max_loops:
+                ctx.cache.fill_forward(torch.tensor(depths, device=tokens.device))
+            ctx.cache.commit()
         return ModelOutput(
-            logits=self.decode(readout, ctx),
-            h=h,
+            logits=logits,
+            h=state.h,
             exit_weights=torch.stack(weights) if weights else None,
-            # A loop that a row waits gives out no mass and would count as one loop.
-            ponder_cost=None if tracker is None else tracker.ponder - waits[:, None],
+            ponder_cost=ponder,
             states=tuple(states),
         )
 
@@ -211,21 +204,6 @@ class RecurrentDepthLM(nn.Module):
         early = self.halting.reads_before
         return self.halting(self.signal(before, loop_idx, ctx) if early else after)
 
-    def _step_rows(
-        self,
-        h: Float[Tensor, "B T D"],
-        e: Float[Tensor, "B T D"],
-        loop_idx: Int[Tensor, "B"],
-        ctx: ForwardContext,
-        started: list[int],
-    ) -> Float[Tensor, "B T D"]:
-        """``step`` on the rows whose first loop has come; the others wait."""
-        if len(started) == len(h):
-            return self.step(h, e, loop_idx, ctx)
-        rows = torch.tensor(started, device=h.device)
-        stepped = self.step(h[rows], e[rows], loop_idx[rows], ctx.select(rows))
-        return h.index_copy(0, rows, stepped)
-
     def _depths(self, num_rows: int, num_loops: int | Int[Tensor, "B"] | None) -> list[int]:
         """Every row's depth, on the host: the loop over depths must not wait for the device."""
         given = self.config.num_loops if num_loops is None else num_loops
@@ -234,6 +212,25 @@ class RecurrentDepthLM(nn.Module):
             allowed = f"an integer of at least 1, or a tensor of one for each of {num_rows} rows"
             raise ValueError(f"num_loops is {given}; it must be {allowed}")
         return depths
+
+
+class Embedding(nn.Embedding):
+    """The table of tokens, which is the head too where the two are tied."""
+
+    def forward(
+        self,
+        tokens: Int[Tensor, "B T"] | None = None,
+        *,
+        states: Float[Tensor, "B T D"] | None = None,
+    ) -> Float[Tensor, "B T _"]:
+        """Of one argument: vectors of tokens, or logits of states."""
+        if tokens is not None:
+            return super().forward(tokens)
+        assert states is not None
+        if torch.compiler.is_compiling() or torch.is_autocast_enabled(states.device.type):
+            return functional.linear(states, self.weight)
+        logits: Tensor = _TiedHead.apply(states, self.weight)
+        return logits
 
 
 class _TiedHead(torch.autograd.Function):

@@ -3,9 +3,10 @@
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional
+from torch.nn.attention import varlen
 
 from openmythos.ops.cpu import build as native
 from openmythos.ops.double_backward import differentiable_gradients
@@ -66,6 +67,50 @@ def attention(
         enable_gqa=not single and q.shape[1] != k.shape[1],
     )
     return y.reshape(*q.shape[:3], -1)[..., :width]
+
+
+def packed_attention(
+    q: Float[Tensor, "B H T K"],
+    k: Float[Tensor, "B G T K"],
+    v: Float[Tensor, "B G T W"],
+    spans: Int[Tensor, "N"],
+    longest: int,
+    scale: float,
+) -> Float[Tensor, "B H T W"]:
+    """Causal attention within documents, by the flash kernel of GPUs, in bf16 or fp16.
+
+    It is torch's own kernel for sequences of unequal length: nothing is computed between documents
+    and no mask is made. flex attention can do the same, but has to be compiled, and its block mask
+    is made anew for every batch.
+
+    Args:
+        q: Queries of packed rows without padding.
+        k: Keys.
+        v: Values; narrow ones are padded, because the kernel wants equal widths.
+        spans: Where each document begins, and where the last one ends, in tokens of all rows.
+        longest: Tokens of the longest document.
+        scale: Of the scores.
+
+    Source: torch.nn.attention.varlen (torch 2.13).
+    """
+    width = v.shape[-1]
+    if width < k.shape[-1]:
+        v = functional.pad(v, (0, k.shape[-1] - width))
+    q_flat, k_flat, v_flat = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))
+    y = varlen.varlen_attn(
+        q_flat,
+        k_flat,
+        v_flat,
+        spans,
+        spans,
+        longest,
+        longest,
+        scale=scale,
+        window_size=(-1, 0),
+        enable_gqa=True,
+    )
+    assert isinstance(y, Tensor)  # and not its log-sum-exp as well
+    return y.unflatten(0, (q.shape[0], -1)).transpose(1, 2)[..., :width]
 
 
 def depth_attention(

@@ -15,10 +15,8 @@ from torch import Tensor
 
 from openmythos.checkpoint.load import empty_model, fill_model
 from openmythos.config import (
-    CopyInitConfig,
     LinearInjectionConfig,
     ModelConfig,
-    NoInjectionConfig,
     StateInitConfig,
     ZerosInitConfig,
 )
@@ -63,20 +61,11 @@ def check_stack(config: ModelConfig, layers: Layers) -> None:
         ValueError: It is not; names the fields that differ.
     """
     plain = replace(
-        config,
+        config.unlooped(),
         num_prelude_layers=0,
         num_coda_layers=0,
-        num_loops=1,
         core_feed_forward=None,
-        injection=NoInjectionConfig(),
-        state_init=CopyInitConfig(),
-        loop_embedding=None,
-        loop_adapter=None,
-        halting=None,
         value_embedding=None,
-        prelude_norm=False,
-        loop_norm=False,
-        readout="none",
     )
     found, expected = to_dict(config), to_dict(plain)
     different = [f"{name} is {found[name]!r}" for name in found if found[name] != expected[name]]

@@ -9,7 +9,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from openmythos.train.task import Row
+from openmythos.train.validation import Row
 
 SHOWN = (  # metric, label, format
     ("loss", "loss", "{:.3f}"),

@@ -5,11 +5,12 @@ import math
 import signal
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 
 import torch
 
-from openmythos.data.packing import IGNORED_TARGET, Batch
+from openmythos.data.packing import IGNORED_TARGET, Batch, on_device
 from openmythos.model.feedforward import MoE, max_violation
 from openmythos.model.recurrent import RecurrentDepthLM
 from openmythos.ops.cpu import build as native
@@ -17,7 +18,7 @@ from openmythos.train.metrics import Recorder
 from openmythos.train.optim import make_optimizers
 from openmythos.train.recipe import TrainConfig
 from openmythos.train.run_folder import RunFolder, RunState
-from openmythos.train.task import Task, on_device
+from openmythos.train.task import Task
 
 
 class TrainingStopped(RuntimeError):
@@ -53,14 +54,15 @@ def train(
     if model.embed.weight.device.type == "cpu" and not config.compile:
         native.load("attention")  # and with it the others, so that no step waits for a compiler
     model.train()
+    batches = task.batches(state.step, config.batch_size)
     recorder.start(state.step)
     guard = DivergenceGuard(state.first_nats, state.bad_steps)
     before, started, saved = state.seconds, time.perf_counter(), state.step
     done = config.progress(state.step, state.seconds)
-    with contextlib.closing(recorder), _interruptible(recorder) as stop:
+    with closing(recorder), closing(batches), _interruptible(recorder) as stop:
         while done < 1 and not stop.requested:
             step_started = time.perf_counter()
-            batch = task.batch(state.step, config.batch_size)
+            batch = next(batches)
             metrics = _gradients(model, batch, config, state.step, done)
             reason = guard.check(metrics)
             if reason:

@@ -8,13 +8,13 @@ import contextlib
 import importlib.util
 import json
 import math
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from openmythos.folder import write_whole
 from openmythos.train.display import TrainDisplay
-from openmythos.train.task import Row
+from openmythos.train.validation import Row
 
 
 class Recorder:
@@ -28,9 +28,7 @@ class Recorder:
         """Go on after ``step``: rows past it are dropped, a killed run logs more than it saves."""
         if self.path.exists():
             kept = [row for row in read_metrics(self.path) if row["step"] <= step]
-            temporary = self.path.with_suffix(".tmp")
-            temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-            os.replace(temporary, self.path)
+            write_whole(self.path, "".join(json.dumps(row) + "\n" for row in kept))
         if importlib.util.find_spec("tensorboard") is not None:
             from torch.utils.tensorboard import SummaryWriter
 

@@ -76,6 +76,11 @@ class TextData:
     val_fraction: float = 0.1
     column: str = "text"
 
+    @property
+    def in_words(self) -> str:
+        """What a run trains on."""
+        return self.source
+
     def __post_init__(self) -> None:
         require_positive(self, "seq_len")
         require(0 < self.val_fraction < 1, "data.val_fraction", self.val_fraction, "in (0, 1)")
@@ -90,6 +95,11 @@ class HopsData:
     num_relations: int = 4
     max_train_hops: int = 8
     check_loops: int = 8
+
+    @property
+    def in_words(self) -> str:
+        """What a run trains on."""
+        return f"walks over {self.num_entities} entities and {self.num_relations} permutations"
 
     def __post_init__(self) -> None:
         names = ("num_entities", "num_relations", "max_train_hops", "check_loops")

@@ -1,5 +1,6 @@
-"""From a run's configuration to its parts: data on disk, model, task, run folder."""
+"""A run: from what a user asks for to its configuration, its parts, and its training."""
 
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -7,29 +8,96 @@ import torch
 
 from openmythos.checkpoint.load import empty_model, fill_model
 from openmythos.checkpoint.weights import check_shapes, tensor_shapes
-from openmythos.config import ModelConfig
-from openmythos.config.schema import to_dict
-from openmythos.data.index import INDEX_FILE
+from openmythos.config import ModelConfig, presets
+from openmythos.config.schema import apply_overrides, from_dict, to_dict
+from openmythos.data.index import INDEX_FILE, SPLITS
 from openmythos.data.loader import TokenLoader
 from openmythos.data.prepare import prepare
-from openmythos.data.synthetic import Curriculum, HopsConfig, HopsTask
+from openmythos.data.synthetic import Curriculum, HopsConfig, Walks
 from openmythos.interop.hub import local_folder
-from openmythos.interop.loading import load_pretrained
+from openmythos.interop.loading import load_config, load_pretrained
 from openmythos.model.recurrent import RecurrentDepthLM
 from openmythos.tokenizer import Tokenizer
-from openmythos.train.recipe import HopsData, RunConfig, TextData
+from openmythos.train import loop
+from openmythos.train.display import TrainDisplay
+from openmythos.train.loop import TrainResult
+from openmythos.train.metrics import Recorder
+from openmythos.train.recipe import HopsData, RunConfig, TextData, TrainConfig
 from openmythos.train.run_folder import RunFolder
-from openmythos.train.task import HopsTraining, Task, TextTask
+from openmythos.train.task import HopsTask, Task, TextTask
+
+DEFAULT_PRESET, DEFAULT_DATA = "tiny", "python-docs"
 
 
 @dataclass(frozen=True)
 class Run:
-    """Everything that ``train`` needs; ``config`` is the resolved one."""
+    """Everything that a training needs; ``config`` is the resolved one."""
 
     config: RunConfig
     model: RecurrentDepthLM
     task: Task
     folder: RunFolder
+
+    def in_words(self, data: str) -> str:
+        """One line about the model and what it is trained on."""
+        config = self.model.config
+        count = sum(p.numel() for p in self.model.parameters())
+        p, c, d = config.num_prelude_layers, config.num_core_layers, config.num_coda_layers
+        layers = f"{p} prelude + {c} core (looped) + {d} coda layers"
+        return f"{count:,} parameters, {layers}, on {data}"
+
+    def train(self, display: TrainDisplay | None = None) -> TrainResult:
+        """Train to the configured end, from the last checkpoint if there is one.
+
+        Raises:
+            TrainingStopped: The loss or a gradient is not finite, or the loss diverged.
+        """
+        recorder = Recorder(self.folder.path, display)
+        return loop.train(self.model, self.task, self.config.train, self.folder, recorder)
+
+
+def resolve(
+    preset: str | None,
+    data: str | None,
+    config: Path | None,
+    overrides: list[str],
+    seed: int | None,
+    init_from: Path | None = None,
+) -> RunConfig:
+    """The run's configuration: defaults, then preset, checkpoint or file, then overrides.
+
+    Raises:
+        ValueError: A field is unknown or out of range, or two arguments name the model or the data.
+    """
+    if init_from is not None and (preset is not None or config is not None):
+        raise ValueError(
+            f"--from {init_from} already names the model; leave the preset and --config out, and "
+            "change fields with --set"
+        )
+    if config is not None:
+        if preset is not None or data is not None:
+            raise ValueError(
+                f"--config {config} already names model and data; leave the preset and --data out, "
+                "and change fields with --set"
+            )
+        try:
+            stored = json.loads(config.read_text(encoding="utf-8"))
+            base = from_dict(RunConfig, stored)
+        except (OSError, ValueError) as error:  # of JSON, of UTF-8 or of a field
+            raise ValueError(f"--config {config} cannot be used: {error}") from None
+    else:
+        start = None if init_from is None else str(init_from)
+        settings = TrainConfig(max_steps=1000, save_every=200, eval_every=200, init_from=start)
+        if init_from is None:
+            model = presets.preset(preset or DEFAULT_PRESET)
+        else:
+            model = load_config(init_from)
+        seq_len = min(TextData.seq_len, model.max_seq_len)
+        text = TextData(source=data or DEFAULT_DATA, seq_len=seq_len)
+        source = HopsData() if data == "hops" else text
+        base = RunConfig(model=model, train=settings, data=source)
+    seeds = [] if seed is None else [f"train.seed={seed}"]
+    return apply_overrides(base, [*seeds, *overrides])
 
 
 def set_up(config: RunConfig, out: Path, device: str = "cpu") -> Run:
@@ -51,8 +119,8 @@ def set_up(config: RunConfig, out: Path, device: str = "cpu") -> Run:
         tokenizer = task.train.tokenizer
         vocab_size = tokenizer.vocab_size
     else:
-        task = hops_training(config.data, config.train.seed)
-        vocab_size = task.task.vocab_size
+        task = hops_task(config.data, config.train.seed)
+        vocab_size = task.walks.vocab_size
     source = config.train.init_from
     if source is None:
         config = replace(config, model=replace(config.model, vocab_size=vocab_size))
@@ -94,34 +162,44 @@ def initial_model(
 
 
 def text_task(data: TextData, config: RunConfig, out: Path) -> TextTask:
-    """Loaders over prepared data; a source that is not prepared yet goes to ``out/data``."""
+    """Loaders over prepared data; a source that is not prepared yet goes to ``out/data``.
+
+    Either way the shards' SHA-256 are compared before the first step, at about 1 GB/s.
+    """
     source = Path(data.source)
-    if (source / INDEX_FILE).exists():
-        prepared = source
-    else:
-        prepared = out / "data"
+    is_prepared = (source / INDEX_FILE).exists()
+    folder = source if is_prepared else out / "data"
+    if not is_prepared:
         start = config.train.init_from
         prepare(
             data.source,
-            prepared,
+            folder,
             tokenizer=None if start is None else Tokenizer.load(local_folder(start)),
             vocab_size=config.model.vocab_size,
             val_fraction=data.val_fraction,
             column=data.column,
         )
-    size, seed = config.train.batch_size, config.train.seed
-    train = TokenLoader(prepared, "train", seq_len=data.seq_len, batch_size=size, seed=seed)
-    validation = TokenLoader(prepared, "val", seq_len=data.seq_len, batch_size=size, seed=seed)
+    train, validation = (
+        TokenLoader(
+            folder,
+            split,
+            seq_len=data.seq_len,
+            batch_size=config.train.batch_size,
+            seed=config.train.seed,
+            verify=is_prepared,  # else `prepare` has just written or compared them
+        )
+        for split in SPLITS
+    )
     return TextTask(train, validation)
 
 
-def hops_training(data: HopsData, seed: int) -> HopsTraining:
-    """The hops task with its curriculum."""
-    walks = HopsConfig(
+def hops_task(data: HopsData, seed: int) -> HopsTask:
+    """The walks with their curriculum."""
+    config = HopsConfig(
         num_entities=data.num_entities,
         num_relations=data.num_relations,
         max_train_hops=data.max_train_hops,
         seed=seed,
     )
     curriculum = Curriculum(max_stage=data.max_train_hops)
-    return HopsTraining(HopsTask(walks), curriculum, data.check_loops, seed)
+    return HopsTask(Walks(config), curriculum, data.check_loops, seed)

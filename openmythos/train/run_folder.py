@@ -4,7 +4,6 @@ Training state is safetensors and JSON, never a pickle.
 """
 
 import json
-import os
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,10 +15,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from openmythos.checkpoint.load import load_weights
-from openmythos.checkpoint.save import save_pretrained
+from openmythos.checkpoint.save import OWN_FILES, write_checkpoint
+from openmythos.folder import remove_unfinished, replaced_folder, write_json
 from openmythos.model.recurrent import RecurrentDepthLM
 from openmythos.tokenizer import Tokenizer
 from openmythos.train.task import Task
+
+STATE_TENSORS, STATE_RECORD = "training_state.safetensors", "training_state.json"
 
 
 @dataclass(frozen=True)
@@ -72,12 +74,8 @@ class RunFolder:
 
     def write_config(self, resolved: dict[str, Any]) -> None:
         """Write the resolved configuration; see ``check_config``."""
-        if self.check_config(resolved):
-            return
-        target = self.path / "config.json"
-        temporary = target.with_suffix(".tmp")
-        temporary.write_text(json.dumps(resolved, indent=2) + "\n", encoding="utf-8")
-        os.replace(temporary, target)
+        if not self.check_config(resolved):
+            write_json(self.path / "config.json", resolved)
 
     def checkpoints(self) -> list[Path]:
         """Complete checkpoints, oldest first."""
@@ -94,18 +92,14 @@ class RunFolder:
         task: Task,
         state: RunState,
     ) -> Path:
-        """Write a checkpoint aside, then rename it into place; drop the oldest ones."""
+        """Write a checkpoint, which appears whole or not at all; drop the oldest ones."""
         target = self.path / "checkpoints" / f"step-{state.step:08d}"
-        aside = target.with_name(f".{target.name}.tmp")
-        save_pretrained(model, aside, self.tokenizer)
         tensors, plain = _pack_optimizers(optimizers)
-        save_file(tensors, aside / "training_state.safetensors")
         record = {"state": asdict(state), "optimizers": plain, "task": task.state_dict()}
-        (aside / "training_state.json").write_text(json.dumps(record), encoding="utf-8")
-        for path in (*aside.iterdir(), aside):
-            _sync(path)
-        os.replace(aside, target)
-        _sync(target.parent)
+        with replaced_folder(target, {*OWN_FILES, STATE_TENSORS, STATE_RECORD}) as fresh:
+            write_checkpoint(model, fresh, self.tokenizer)
+            save_file(tensors, fresh / STATE_TENSORS)
+            write_json(fresh / STATE_RECORD, record)
         for old in self.checkpoints()[: -self.keep]:
             shutil.rmtree(old)
         return target
@@ -120,15 +114,14 @@ class RunFolder:
         Raises:
             ValueError: The checkpoint is damaged, or of other data.
         """
-        for unfinished in (self.path / "checkpoints").glob(".*.tmp"):
-            shutil.rmtree(unfinished)
+        remove_unfinished(self.path / "checkpoints")
         folder = self.last_checkpoint()
         if folder is None:
             return None
         load_weights(model, folder)
         try:
-            record = json.loads((folder / "training_state.json").read_text(encoding="utf-8"))
-            tensors = load_file(folder / "training_state.safetensors")
+            record = json.loads((folder / STATE_RECORD).read_text(encoding="utf-8"))
+            tensors = load_file(folder / STATE_TENSORS)
         except (OSError, ValueError, SafetensorError) as error:
             raise ValueError(f"{folder} cannot be resumed: {error}; delete it or the run") from None
         task.load_state_dict(record["task"])
@@ -148,16 +141,6 @@ def _flatten(config: Any, name: str = "") -> dict[str, Any]:
 
 def _shown(leaves: dict[str, Any], name: str) -> str:
     return json.dumps(leaves[name]) if name in leaves else "absent"
-
-
-def _sync(path: Path) -> None:
-    if os.name == "nt":  # Windows opens no folders; NTFS journals renames
-        return
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _pack_optimizers(

@@ -1,18 +1,11 @@
-import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from openmythos.command import export as command
 from openmythos.interop.loading import load_pretrained
 from openmythos.tokenizer import Tokenizer
-from tests.command.conftest import Invoke, refused
-
-
-def stored(folder: Path) -> dict:
-    return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+from tests.command.conftest import Invoke, refused, stored
 
 
 def test_a_run_is_exported_with_its_tokenizer(
@@ -39,29 +32,12 @@ def test_a_checkpoint_without_a_tokenizer_says_so(
     assert not (tmp_path / "export" / "tokenizer_config.json").exists()
 
 
-def test_a_published_checkpoint_is_converted_there_and_back(
-    invoke: Invoke, golden_dir: Callable[[str], Path], tmp_path: Path
-) -> None:
-    source, ours, theirs = golden_dir("openmythos-mla"), tmp_path / "ours", tmp_path / "theirs"
-    invoke("convert", source, "--out", ours)
-    assert stored(ours)["format"] == "openmythos"
-    invoke("convert", ours, "--to", "original-openmythos", "--out", theirs)
-    assert stored(theirs)["attn_type"] == "mla"
-    tokens = torch.arange(12).view(2, 6)
-    logits = load_pretrained(source)(tokens).logits
-    assert torch.equal(load_pretrained(theirs)(tokens).logits, logits)
-    invoke("convert", source, "--out", ours, "--dtype", "float16")
-    assert load_pretrained(ours).embed.weight.dtype == torch.float16
-
-
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (("export", "RUN", "--to", "gguf"), "--to is 'gguf'; allowed: 'hf'"),
         (("export", "RUN", "--dtype", "int4"), "--dtype is 'int4'; allowed: float32, float16"),
         (("export", "absent"), "absent does not exist"),
-        (("convert", "RUN", "--to", "huggin"), "--to is 'huggin'; allowed: openmythos, original"),
-        (("convert", "RUN", "--to", "original-openmythos"), "the original OpenMythos has experts"),
     ],
 )
 def test_refusals(
@@ -70,8 +46,3 @@ def test_refusals(
     words = [hops_run if word == "RUN" else word for word in arguments]
     assert said in refused(invoke, *words, "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()
-
-
-def test_dtypes_are_torchs() -> None:
-    assert command.parse_dtype(None) is None
-    assert command.parse_dtype("bfloat16") is torch.bfloat16

@@ -1,10 +1,7 @@
-from pathlib import Path
-
 import pytest
 import torch
 
-from openmythos.command.option import check_device, parse_loops
-from openmythos.folder import write_whole
+from openmythos.command.option import check_device, parse_dtype, parse_loops
 
 
 def test_parse_loops() -> None:
@@ -30,9 +27,6 @@ def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
         check_device("cuda:2")
 
 
-def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
-    path = tmp_path / "new" / "file.json"
-    for text in ("one", "two"):
-        write_whole(path, text)
-        assert path.read_text() == text
-    assert [found.name for found in path.parent.iterdir()] == ["file.json"]
+def test_dtypes_are_torchs() -> None:
+    assert parse_dtype(None) is None
+    assert parse_dtype("bfloat16") is torch.bfloat16

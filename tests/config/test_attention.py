@@ -1,6 +1,7 @@
 import pytest
 
-from openmythos.config import GQAConfig, MLAConfig
+from openmythos.config import GQAConfig, MLAConfig, ValueEmbeddingConfig, WeightLoRAConfig
+from openmythos.config.weights import matrix, table, vector
 from tests.strategies import unchecked
 
 GQA = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 4}
@@ -42,3 +43,19 @@ def test_what_is_cached():
     assert GQAConfig(**GQA).cache_shapes == ((2, 4), (2, 4))
     assert MLAConfig(**MLA).cache_shapes == ((1, 7),)
     assert (GQAConfig(**GQA).rope_dim, MLAConfig(**MLA).rope_dim) == (4, 2)
+
+
+def test_weights_and_products_per_key():
+    gqa = GQAConfig(**GQA, qk_bias=True, qk_norm="weighted")
+    lora = WeightLoRAConfig(rank=3, num_loops=5)
+    assert gqa.weights(16, None) == matrix(16, 8 * 4) + matrix(16, 16) + vector(6 * 4 + 2 * 4)
+    more = gqa.weights(16, lora).params - gqa.weights(16, None).params
+    assert more == 5 * 3 * (16 + 32 + 16 + 16)
+    assert {gqa.macs_per_key(cached=cached) for cached in (False, True)} == {4 * 2 * 4}
+    mla = MLAConfig(**MLA)
+    assert (mla.macs_per_key(cached=False), mla.macs_per_key(cached=True)) == (2 * 9, 2 * 2 * 7)
+
+
+def test_value_embeddings_have_a_table_and_a_gate_per_layer():
+    part = ValueEmbeddingConfig(layers=(0, 1), gate_channels=8)
+    assert part.weights(32, 2, 4) == table(32, 2 * 4) + matrix(8, 2)

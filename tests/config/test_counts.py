@@ -108,7 +108,7 @@ def test_no_part_is_empty_and_names_are_unique() -> None:
 
 def measured(run: Callable[[], object]) -> int:
     """FLOPs that torch counts; the reference shows attention's products to the counter."""
-    plain = patch("openmythos.model.attention.attention", attention_reference)
+    plain = patch("openmythos.model.context.attention", attention_reference)
     with plain, FlopCounterMode(display=False) as counter:
         run()
     return counter.get_total_flops()

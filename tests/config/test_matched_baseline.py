@@ -8,6 +8,7 @@ from hypothesis import given, settings
 import openmythos
 from openmythos.config import (
     ACTConfig,
+    DepthAttentionConfig,
     LearnedLoopConfig,
     LinearInjectionConfig,
     ModelConfig,
@@ -19,6 +20,7 @@ from openmythos.config import (
     counts,
 )
 from openmythos.config.matched_baseline import MATCHES, _plain, baseline
+from openmythos.config.model import LOOP_ONLY
 from openmythos.config.presets import PRESETS, preset
 from openmythos.config.schema import from_dict, to_dict
 from openmythos.model.recurrent import RecurrentDepthLM
@@ -32,10 +34,7 @@ from tests.strategies import (
     unchecked,
 )
 
-LOOP_FIELDS = (
-    *("num_core_layers", "num_loops", "injection", "state_init", "loop_embedding", "halting"),
-    *("loop_adapter", "value_embedding", "prelude_norm", "loop_norm", "readout", "final_norm"),
-)
+LOOP_FIELDS = (*LOOP_ONLY, "num_core_layers", "value_embedding", "final_norm")
 
 
 def size(config: ModelConfig, match: str, context: int) -> int:
@@ -106,6 +105,7 @@ def test_all_that_only_a_loop_needs_is_gone() -> None:
         state_init=NormalInitConfig(),
         loop_embedding=LearnedLoopConfig(num_loops=4),
         loop_adapter=WeightLoRAConfig(rank=2, num_loops=4),
+        depth_attention=DepthAttentionConfig(num_recent_loops=3),
         halting=ACTConfig(),
         readout="linear",
         loop_norm=True,
@@ -114,6 +114,7 @@ def test_all_that_only_a_loop_needs_is_gone() -> None:
     plain = baseline(config, match="parameters").config
     assert plain.injection.kind == "none" and plain.state_init.kind == "copy"
     assert plain.loop_embedding is plain.loop_adapter is plain.halting is None
+    assert plain.depth_attention is None
     assert (plain.readout, plain.loop_norm, plain.prelude_norm) == ("none", False, False)
     assert plain.final_norm  # the loop's norm stood before the head
 

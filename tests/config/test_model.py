@@ -10,21 +10,26 @@ from openmythos.config import (
     BlockConfig,
     CopyInitConfig,
     DepthAttentionConfig,
+    ExitGateConfig,
     FeedForwardConfig,
     GateInjectionConfig,
     HaltingConfig,
     InjectionConfig,
+    LearnedLoopConfig,
+    LinearInjectionConfig,
     LoopAdapterConfig,
     LoopEmbeddingConfig,
     ModelConfig,
     MoEConfig,
     NoInjectionConfig,
+    OutputLoRAConfig,
     RopeConfig,
     SinusoidalLoopConfig,
     StateInitConfig,
     ValueEmbeddingConfig,
     ZerosInitConfig,
 )
+from openmythos.config.model import KEPT_UNLOOPED, LOOP_ONLY
 from openmythos.config.schema import apply_overrides, from_dict, to_dict
 from tests.strategies import GQA, MLA, MOE, model_fields, small_config, unchecked
 
@@ -138,6 +143,36 @@ def test_derived_numbers():
     assert isinstance(small_config(core_feed_forward=MOE).core_ff, MoEConfig)
     depth = DepthAttentionConfig(num_recent_loops=3)
     assert (config.num_recent_loops, small_config(depth_attention=depth).num_recent_loops) == (0, 3)
+
+
+def test_every_field_is_kept_or_dropped_without_a_loop():
+    """A new field of the model's config fails here until ``unlooped`` says what becomes of it."""
+    names = [field.name for field in dataclasses.fields(ModelConfig)]
+    assert sorted([*KEPT_UNLOOPED, *LOOP_ONLY]) == sorted(names)
+
+
+def test_unlooped_is_without_what_only_a_loop_needs():
+    looped = small_config(
+        core_feed_forward=dataclasses.replace(MOE, bias_loops=3),
+        injection=LinearInjectionConfig(),
+        loop_embedding=LearnedLoopConfig(num_loops=4),
+        loop_adapter=OutputLoRAConfig(rank=2, num_loops=4),
+        depth_attention=DepthAttentionConfig(num_recent_loops=3),
+        halting=ExitGateConfig(),
+        value_embedding=ValueEmbeddingConfig(layers=(0, 2), gate_channels=8),
+        loop_norm=True,
+        readout="linear",
+        final_norm=False,
+    )
+    plain = looped.unlooped()
+    before, after = to_dict(looped), to_dict(plain)
+    assert [name for name in LOOP_ONLY if before[name] == after[name]] == []
+    changed = {name for name in KEPT_UNLOOPED if before[name] != after[name]}
+    assert changed == {"core_feed_forward", "final_norm"}
+    assert plain.core_ff == MOE
+    assert plain.final_norm  # the loop's norm stood before the head
+    assert plain.unlooped() == plain
+    assert not small_config(final_norm=False).unlooped().final_norm
 
 
 def test_how_the_tokens_reach_the_state():

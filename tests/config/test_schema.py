@@ -1,7 +1,10 @@
+import re
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
+import numpy as np
 import pytest
+import torch
 
 from openmythos.config import schema
 from tests.strategies import unchecked
@@ -154,3 +157,26 @@ def test_bad_overrides(override, message):
         schema.apply_overrides(PICTURE, [override])
     assert str(caught.value).startswith(message)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [3, np.int64(3), np.array(3), torch.tensor(3)])
+def test_whole_numbers_of_any_library(value):
+    number = schema.as_integer("size", value, least=3)
+    assert number == 3
+    assert type(number) is int
+
+
+@pytest.mark.parametrize(
+    ("value", "least", "said"),
+    [
+        (2.0, None, "size is 2.0; it must be an integer"),
+        ("3", 1, "size is '3'; it must be an integer of at least 1"),
+        (True, None, "size is True; it must be an integer"),
+        (None, None, "size is None; it must be an integer"),
+        (torch.tensor([3]), None, "size is [3]; it must be an integer"),
+        (np.int32(0), 1, "size is 0; it must be an integer of at least 1"),
+    ],
+)
+def test_what_is_no_whole_number_is_refused(value, least, said):
+    with pytest.raises(ValueError, match=f"^{re.escape(said)}$"):
+        schema.as_integer("size", value, least)

@@ -3,7 +3,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from openmythos.data.packing import num_windows, pack_windows
+from openmythos.data.packing import num_windows, on_device, pack_windows
+from tests.strategies import random_model, small_config
 
 BOS, EOS, PAD = 0, 1, 2
 SIZES = np.array([0, 0, 0, 1, 2, 3, 4], dtype=np.int64)
@@ -85,3 +86,11 @@ def test_to_moves_every_tensor():
 
 def test_num_windows():
     assert [num_windows(n, 4) for n in (0, 1, 2, 5, 6, 9)] == [0, 0, 1, 1, 2, 2]
+
+
+def test_rows_of_one_whole_document_need_no_mask():
+    model = random_model(small_config())
+    batch = pack(stream_of([[3, 4], [5]]), 4)  # 0 3 4 1 | 0 5 and padding
+    two = pack(stream_of([[3], [4]]), 5)  # 0 3 1 0 4
+    masks = [on_device(model, rows)[1].mask for rows in (batch.rows(0, 1), batch, two)]
+    assert [mask is None for mask in masks] == [True, False, False]

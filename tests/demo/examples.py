@@ -4,14 +4,8 @@ from dataclasses import replace
 from typing import Any
 
 from openmythos.analysis.trace import LoopTrace
-from openmythos.demo.result import (
-    Comparison,
-    DemoResults,
-    HopsResult,
-    Piece,
-    Sample,
-    TextResult,
-)
+from openmythos.demo.result import DemoResults, HopsResult, TextResult
+from openmythos.report.page import Piece, Sample
 
 
 def loop_trace(num_loops: int = 4, **changes: Any) -> LoopTrace:
@@ -46,7 +40,6 @@ def text_result(**changes: Any) -> TextResult:
         "exit_rule": "latent difference < 0.03",
         "trace": loop_trace(),
         "marks": {"xz -9": 1.81},
-        "comparison": Comparison("the original", {1: 2.4, 4: 2.3, 16: 2.3}),
     }
     return TextResult(**{**fields, **changes})
 

@@ -1,65 +1,14 @@
 import json
 import re
 import sys
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
-from openmythos.demo.page import (
-    loop_strength,
-    printable,
-    render_page,
-    render_sample,
-    render_scale,
-    write_report,
-)
-from openmythos.demo.result import Piece, Sample
+from openmythos.demo.page import render_page, write_report
+from openmythos.report.page import Sample
 from tests.demo.examples import demo_results, hops_result, text_result
-
-VOID = {"meta", "br", "path", "use", "rect", "img", "link", "hr"}
-
-
-class Page(HTMLParser):
-    """Checks nesting and collects what the page refers to."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: list[str] = []
-        self.ids: list[str] = []
-        self.references: list[str] = []
-        self.labels: list[str] = []
-        self.words: list[str] = []
-        self.feed(text)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        values = dict(attrs)
-        if "id" in values:
-            self.ids.append(values["id"] or "")
-        for name in ("href", "src", "xlink:href", "data", "action"):
-            if name in values:
-                self.references.append(values[name] or "")
-        if tag == "svg":
-            self.labels.append(values.get("aria-label") or "")
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.handle_starttag(tag, attrs)
-        if tag not in VOID:
-            self.open.pop()
-
-    def handle_endtag(self, tag: str) -> None:
-        if tag not in VOID:
-            assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if "style" not in self.open:
-            self.words.append(data)
+from tests.report.parser import Page
 
 
 @pytest.fixture(scope="module")
@@ -134,25 +83,3 @@ def test_numbers_survive_a_missing_matplotlib(
     with pytest.raises(ValueError, match="pictures need matplotlib"):
         write_report(demo_results(), tmp_path)
     assert (tmp_path / "results.json").exists()
-
-
-def test_colour_scale_goes_by_doublings() -> None:
-    assert [loop_strength(n, 16) for n in (1, 2, 4, 8, 16, 99)] == [0, 0.25, 0.5, 0.75, 1, 1]
-    assert loop_strength(3, 1) == 0
-
-
-def test_sample_for_the_terminal() -> None:
-    text = render_sample(Sample("go", [Piece(" on", 1), Piece(" \x1b[2J", 16)]), 16)
-    assert text.plain == "go on \N{SYMBOL FOR ESCAPE}[2J"
-    styles = {text.plain[span.start : span.end]: str(span.style) for span in text.spans}
-    assert styles["go"] == "bold"
-    assert styles[" on"].endswith("on #2d323c")
-    assert styles[" \N{SYMBOL FOR ESCAPE}[2J"].endswith("on #ec8c30")
-    assert render_scale(12).plain.split() == ["loops", "1", "2", "4", "8", "12"]
-
-
-def test_control_and_direction_characters_are_made_visible() -> None:
-    assert printable("a\n\tb") == "a\n\tb"
-    assert (
-        printable("\x00\x7f\u202e\ud800") == "\N{SYMBOL FOR NULL}" + "\N{REPLACEMENT CHARACTER}" * 3
-    )

@@ -5,7 +5,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from openmythos.data.synthetic import HopsConfig, HopsTask
+from openmythos.data.synthetic import HopsConfig, Walks
 from openmythos.demo import walks as demo_hops
 from openmythos.demo.walks import exit_loops, hops_config, measure_hops, rank_correlation
 from openmythos.model.exit import ArgmaxStableExit, Fixed
@@ -31,12 +31,12 @@ def test_rank_correlation() -> None:
 
 
 def test_exit_loops_of_every_walk() -> None:
-    task = HopsTask(HopsConfig(num_entities=4, num_relations=2, max_train_hops=2))
+    walks = Walks(HopsConfig(num_entities=4, num_relations=2, max_train_hops=2))
     model = random_model(tiny_model())
-    loops, accuracy = exit_loops(model, task, 3, Fixed())
+    loops, accuracy = exit_loops(model, walks, 3, Fixed())
     assert loops == [max(demo_hops.LOOPS)] * demo_hops.NUM_WALKS
     assert 0 <= accuracy < 0.5
-    stable, _ = exit_loops(model, task, 3, ArgmaxStableExit(patience=1))
+    stable, _ = exit_loops(model, walks, 3, ArgmaxStableExit(patience=1))
     assert min(stable) >= 2 and sum(stable) < sum(loops)
 
 
@@ -47,7 +47,7 @@ def test_measuring_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     examples.run(changed(examples.hops_config(), max_steps=4), tmp_path)
     made = examples.set_up(changed(examples.hops_config(), max_steps=4), tmp_path)
     before = torch.get_rng_state()
-    result = measure_hops(made.model, made.task.task, tmp_path, Fixed())
+    result = measure_hops(made.model, made.task.walks, tmp_path, Fixed())
     assert torch.equal(before, torch.get_rng_state())
     assert [len(row) for row in result.accuracy] == [2, 2, 2]
     assert result.exit_loops == [4.0, 4.0, 4.0] and result.rank_correlation is None

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -26,7 +26,7 @@ from openmythos.config import (
     WeightLoRAConfig,
 )
 from openmythos.engine.batch import CachedBatch, UncachedBatch
-from openmythos.model.cache import EveryK, FirstLoop, KVCache, LastLoop, PerLoop
+from openmythos.model.cache import CacheView, EveryK, FirstLoop, KVCache, LastLoop, PerLoop, Place
 from openmythos.model.exit import (
     AccelerationExit,
     ArgmaxStableExit,
@@ -79,32 +79,43 @@ def make_model(seed: int = 2, **changes: Any) -> RecurrentDepthLM:
 # --- the oracle ----------------------------------------------------------------------------------
 
 
-class Dictionaries(KVCache):
-    """One row; ``store[stage, layer, loop, column]``. A token shows loop ``shown(loop, taken)``."""
+class Dictionaries:
+    """One row; ``kept[stage, layer, loop, column]``. A token shows loop ``shown(loop, taken)``."""
 
     def __init__(self, shown: Callable[[int, int | None], int]) -> None:
         self.shown = shown
-        self.store: dict[tuple[str, int, int | None, int], tuple[Tensor, ...]] = {}
+        self.kept: dict[tuple[str, int, int | None, int], tuple[Tensor, ...]] = {}
         self.taken: dict[int, int] = {}
-        self.valid = torch.ones(1, 64, dtype=torch.bool)
-        self.length, self.padded, self.max_len = 0, False, 64
 
-    def update(self, new: tuple[Tensor, ...], **where: Any) -> tuple[Tensor, ...]:
-        stage, layer, column = where["stage"], where["layer"], where["start"]
-        assert new[0].shape[2] == 1
-        loop = None if where["loop_idx"] is None else int(where["loop_idx"][0])
-        self.store[stage, layer, loop, column] = new
+    def view(self, model: RecurrentDepthLM, column: int) -> "DictionaryView":
+        """Of one token."""
+        cache = KVCache(model.config, batch_size=1, max_len=64, max_loops=1)
+        cache.lengths = [column]
+        view = DictionaryView(**vars(cache.view(1)))
+        object.__setattr__(view, "dictionaries", self)
+        return view
+
+
+class DictionaryView(CacheView):
+    """Keeps a token's keys and values in dictionaries instead."""
+
+    def store(self, new: tuple[Tensor, ...], place: Place) -> tuple[Tensor, ...]:
+        assert new[0].shape[2] == 1 and self.start is not None
+        loop = None if place.loop_idx is None else int(place.loop_idx[0])
+        where = self.dictionaries
+        where.kept[place.stage, place.layer, loop, self.start] = new
         read = []
-        for past in range(column + 1):
-            shown = None if loop is None else self.shown(loop, self.taken.get(past))
-            read.append(self.store[stage, layer, shown, past])
+        for past in range(self.start + 1):
+            shown = None if loop is None else where.shown(loop, where.taken.get(past))
+            read.append(where.kept[place.stage, place.layer, shown, past])
         return tuple(torch.cat(parts, dim=2) for parts in zip(*read, strict=True))
 
-    def earlier(self, num_recent: int, **where: Any) -> tuple[Tensor, ...]:
+    def earlier(self, place: Place, num_recent: int) -> tuple[Tensor, ...]:
         """The token's own loops before this one; loop 0 again where there are none."""
-        loop, layer, column = int(where["loop_idx"][0]), where["layer"], where["start"]
+        loop = int(place.loop_idx[0])
         loops = [max(0, loop - back) for back in range(1, num_recent + 1)]
-        read = [self.store["core", layer, past, column] for past in loops]
+        kept = self.dictionaries.kept
+        read = [kept["core", place.layer, past, self.start] for past in loops]
         return tuple(torch.stack(parts) for parts in zip(*read, strict=True))
 
 
@@ -143,7 +154,8 @@ def oracle(
     cache, logits, taken = Dictionaries(SHOWN[layout]), [], []
     for position, token in enumerate(tokens):
         ids = torch.tensor([[token]])
-        ctx = model.context(ids, cache=cache)
+        view = cache.view(model, position)
+        ctx = replace(model.context(ids, positions=view.columns), cache=view, masks={})
         e = model.encode(ids, ctx)
         h = model.init_state(e, torch.Generator().manual_seed(seed), ctx)
         seen, asked = Seen([h[0, 0]], [], []), decide is not None and position >= exit_from
@@ -424,7 +436,7 @@ def test_padding_is_neither_counted_nor_looped_alone(monkeypatch: pytest.MonkeyP
     calls = counted(model, monkeypatch)
     batch = new_batch(model, 2)
     batch.prefill([[1, 2, 3, 4, 5, 6], [7]], [2, 2], 3)
-    assert calls == [3, 3, 6, 6]  # the first chunk holds no token of row 1
+    assert calls == [6, 6, 3, 3]  # the second chunk holds no token of row 1
     assert batch.core_applications == 7 * 2
     calls.clear()
     batch.prefill([[], []], [2, 2], None)

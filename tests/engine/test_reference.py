@@ -20,7 +20,9 @@ from openmythos.config import (
     PonderNetConfig,
     SwiGLUConfig,
 )
-from openmythos.engine.reference import GenerationResult, Session, generate
+from openmythos.engine.reference import GenerationResult, NewToken, Session, generate
+from openmythos.engine.request import Request
+from openmythos.engine.sampling import SamplingConfig
 from openmythos.model.cache import EveryK, LastLoop
 from openmythos.model.exit import CumulativeThreshold, KLExit, LatentDifferenceExit
 from openmythos.model.recurrent import RecurrentDepthLM
@@ -309,7 +311,7 @@ def test_mode_and_gradients_come_back() -> None:
 
 def test_mode_comes_back_after_an_error_and_between_tokens() -> None:
     model = make_model().train()
-    stream = Session(model).stream([[1, 2]], max_new_tokens=3)
+    stream = Session(model).stream([Request(tokens=[1, 2], max_new_tokens=3)])
     next(stream)
     assert model.training
     assert torch.is_grad_enabled()
@@ -344,9 +346,20 @@ def test_other_dtypes(kind: str, dtype: torch.dtype) -> None:
 # --- sessions ------------------------------------------------------------------------------------
 
 
+def asked(
+    prompts: list[list[int]], max_new_tokens: int | list[int], **settings: Any
+) -> list[Request]:
+    """One request per prompt, of one seed."""
+    counts = max_new_tokens if isinstance(max_new_tokens, list) else [max_new_tokens] * len(prompts)
+    return [
+        Request(tokens=prompt, max_new_tokens=count, sample_idx=row, **settings)
+        for row, (prompt, count) in enumerate(zip(prompts, counts, strict=True))
+    ]
+
+
 def turn(session: Session, prompts: list[list[int]], **settings: Any) -> list[list[int]]:
     tokens: list[list[int]] = [[] for _ in prompts]
-    for new in session.stream(prompts, **settings):
+    for new in session.stream(asked(prompts, **settings)):
         tokens[new.row].append(new.token)
     return tokens
 
@@ -388,21 +401,143 @@ def test_an_abandoned_stream_can_be_continued() -> None:
     model = make_model()
     whole = generate(model, [[1, 2, 3]], max_new_tokens=6).tokens[0]
     session = Session(model)
-    stream = session.stream([[1, 2, 3]], max_new_tokens=6)
+    stream = session.stream(asked([[1, 2, 3]], max_new_tokens=6))
     heard = [next(stream).token, next(stream).token]
     stream.close()
     assert heard + turn(session, [[]], max_new_tokens=4)[0] == whole
 
 
-def test_rows_share_columns_not_positions() -> None:
-    """18 tokens of one row and 18 of another pass max_seq_len=20 as columns, not as positions."""
+def test_rows_have_columns_of_their_own() -> None:
+    """17 tokens of one row and 19 new ones of another fit where each row fits."""
     model = make_model(max_seq_len=20)
     long, short = [1] * 17, [2]
     result = generate(model, [long, short], max_new_tokens=[3, 19])
     assert result.tokens[1] == generate(model, [short], max_new_tokens=19).tokens[0]
-    session = Session(model, batch_size=2)
-    with pytest.raises(ValueError, match=r"needs 35 columns and has max_len=20.*raise max_len"):
-        session.stream([long, short], max_new_tokens=[3, 19])
+    rows = collected(
+        Session(model, batch_size=2).stream(asked([long, short], max_new_tokens=[3, 19])), 2
+    )
+    assert [[new.token for new in row] for row in rows] == result.tokens
+    session = Session(model, batch_size=2, max_len=18)
+    with pytest.raises(ValueError, match=r"row 1 needs 19 columns and has max_len=18; raise"):
+        session.stream(asked([long, short], max_new_tokens=[2, 19]))
+
+
+def collected(stream: Iterator[NewToken], num_rows: int) -> list[list[NewToken]]:
+    rows: list[list[NewToken]] = [[] for _ in range(num_rows)]
+    for new in stream:
+        rows[new.row].append(new)
+    return rows
+
+
+def test_each_row_has_its_own_request() -> None:
+    """Depth, sampling, stop tokens and reports side by side: each row as if it were alone."""
+    model = make_model()
+    hot = SamplingConfig(temperature=1.5, top_k=7)
+    stop = generate(model, [PROMPTS[0]], max_new_tokens=6, num_loops=4).tokens[0][2]
+    requests = [
+        Request(tokens=PROMPTS[0], max_new_tokens=6, num_loops=4, stop_tokens=[stop]),
+        Request(tokens=PROMPTS[1], max_new_tokens=5, num_loops=2, sampling=hot, sample_idx=9),
+        Request(tokens=PROMPTS[2], max_new_tokens=4, sampling=hot, logprobs=2),
+    ]
+    together = collected(Session(model, batch_size=3, max_loops=4).stream(requests), 3)
+    for request, row in zip(requests, together, strict=True):
+        (alone,) = collected(Session(model, max_loops=4).stream([request]), 1)
+        assert [new.token for new in row] == [new.token for new in alone]
+        assert [new.num_loops for new in row] == [request.num_loops or 3] * len(row)
+        assert [new.finish_reason for new in row] == [new.finish_reason for new in alone]
+        assert all((new.logprobs is None) == (request.logprobs is None) for new in row)
+    assert [row[-1].finish_reason for row in together] == ["stop", "length", "length"]
+
+
+def test_logprobs_are_reported_for_what_was_sampled() -> None:
+    model = make_model()
+    hot = SamplingConfig(temperature=3.0)
+    request = Request(tokens=[1, 2], max_new_tokens=6, sampling=hot, logprobs=3)
+    for new in Session(model).stream([request]):
+        expected = new.logits.log_softmax(-1)
+        assert new.logprobs is not None
+        assert new.logprobs.chosen == pytest.approx(float(expected[new.token]))
+        values, tokens = expected.topk(3)
+        assert [token for token, _ in new.logprobs.top] == tokens.tolist()
+        assert [value for _, value in new.logprobs.top] == pytest.approx(values.tolist())
+
+
+def test_samples_of_one_seed_are_told_apart_by_their_number() -> None:
+    model = make_model()
+    hot = SamplingConfig(temperature=1.5)
+
+    def drawn(samples: list[int], seed: int = 3) -> list[list[int]]:
+        requests = [
+            Request(tokens=[5], max_new_tokens=8, sampling=hot, seed=seed, sample_idx=index)
+            for index in samples
+        ]
+        rows = collected(Session(model, batch_size=len(samples)).stream(requests), len(samples))
+        return [[new.token for new in row] for row in rows]
+
+    three = drawn([0, 1, 2])
+    assert len({tuple(row) for row in three}) == 3
+    assert drawn([2, 0]) == [three[2], three[0]]  # the place in the batch does not matter
+    assert three == generate(model, [[5]] * 3, max_new_tokens=8, temperature=1.5, seed=3).tokens
+    assert drawn([0], seed=4) != three[:1]
+
+
+def test_a_row_draws_on_and_a_new_sample_begins_again() -> None:
+    model = make_model()
+    hot = SamplingConfig(temperature=1.5)
+    (whole,) = generate(model, [[5]], max_new_tokens=6, temperature=1.5).tokens
+    session = Session(model)
+    first = turn(session, [[5]], max_new_tokens=3, sampling=hot)[0]
+    assert first + turn(session, [[]], max_new_tokens=3, sampling=hot)[0] == whole
+    session = Session(model)
+    turn(session, [[5]], max_new_tokens=3, sampling=hot)
+    requests = [
+        Request(tokens=tokens, max_new_tokens=5, sampling=hot, sample_idx=1)
+        for tokens in ([], [5, *first])
+    ]
+    streams = session.stream(requests[:1]), Session(model).stream(requests[1:])
+    went_on, fresh = ([new.token for new in stream] for stream in streams)
+    assert went_on == fresh
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_room_is_what_fits(use_cache: bool) -> None:
+    """To the last token, by position and by column."""
+    model = make_model(max_seq_len=20)
+    for max_len, first in ((20, 20), (12, 13 if use_cache else 20)):
+        session = Session(model, max_len=max_len, use_cache=use_cache)
+        assert session.room() == first
+        turn(session, [[1, 2, 3]], max_new_tokens=4)
+        assert session.room() == first - 7
+        over = Request(tokens=[4, 5], max_new_tokens=session.room() - 1)
+        with pytest.raises(ValueError, match=r"exceed max_seq_len=20|and has max_len=12"):
+            session.stream([over])
+        turn(session, [[4, 5]], max_new_tokens=session.room() - 2)
+        assert session.room() == 0
+
+
+def test_without_a_number_a_row_takes_all_the_room() -> None:
+    model = make_model(max_seq_len=12)
+    (row,) = collected(Session(model).stream([Request(tokens=[1, 2])]), 1)
+    assert len(row) == 10 and row[-1].finish_reason == "length"
+    (row,) = collected(Session(model, max_len=6).stream([Request(tokens=[1, 2])]), 1)
+    assert len(row) == 5
+    both = [Request(tokens=[1] * 8), Request(tokens=[2], max_new_tokens=2)]
+    rows = collected(Session(model, batch_size=2).stream(both), 2)
+    assert [len(row) for row in rows] == [4, 2]  # what its own max_seq_len leaves the first row
+    with pytest.raises(ValueError, match="needs 7 columns and has max_len=6"):
+        Session(model, max_len=6).stream([Request(tokens=[1] * 7)])
+
+
+def test_rows_of_a_call_share_rule_and_seed() -> None:
+    session = Session(make_model(), batch_size=2)
+    ruled = [Request(tokens=[1], exit_rule=rule) for rule in (KLExit(), None)]
+    with pytest.raises(ValueError, match=r"^exit_rule differs between requests: Fixed\(.*KLExit"):
+        session.stream(ruled)
+    with pytest.raises(ValueError, match=r"^seed differs between requests: 0, 1; .* sample_idx"):
+        session.stream([Request(tokens=[1]), Request(tokens=[1], seed=1)])
+    assert len(turn(session, [[1], [2]], max_new_tokens=1, exit_rule=KLExit(), seed=2)) == 2
+    with pytest.raises(ValueError, match=r"^seed differs between requests: 2, 3;"):
+        session.stream(asked([[1], [2]], max_new_tokens=1, seed=3))
 
 
 # --- refusals ------------------------------------------------------------------------------------
@@ -456,12 +591,14 @@ def test_bad_settings_are_refused_before_any_work(
 
 def test_a_session_refuses_what_it_cannot_hold() -> None:
     session = Session(make_model(), batch_size=2, max_len=8)
-    with pytest.raises(ValueError, match="the number of prompts is 1; it must be 2"):
-        session.stream([[1]], max_new_tokens=1)
+    with pytest.raises(ValueError, match="the number of requests is 1; it must be 2"):
+        session.stream(asked([[1]], max_new_tokens=1))
     with pytest.raises(ValueError, match="num_loops is 4; it must be at most 3"):
-        session.stream([[1], [2]], max_new_tokens=1, num_loops=4)
+        session.stream(asked([[1], [2]], max_new_tokens=1, num_loops=4))
     with pytest.raises(ValueError, match="needs 9 columns and has max_len=8"):
-        session.stream([[1], [2]], max_new_tokens=9)
+        session.stream(asked([[1], [2]], max_new_tokens=9))
+    with pytest.raises(ValueError, match=r"requests is \[\]; it must be at least one"):
+        Session.fitting(make_model(), [])
     with pytest.raises(ValueError, match="batch_size is 0"):
         Session(make_model(), batch_size=0)
 

@@ -1,7 +1,16 @@
+import math
+
 import pytest
 import torch
 
-from openmythos.engine.sampling import SamplingConfig, row_generator, sample, token_probs
+from openmythos.engine.sampling import (
+    SamplingConfig,
+    row_generator,
+    sample,
+    token_logprobs,
+    token_probs,
+)
+from tests.strategies import unchecked
 
 PROBS = [0.4, 0.3, 0.15, 0.1, 0.05]
 LOGITS = torch.tensor([PROBS], dtype=torch.float64).log()
@@ -120,13 +129,16 @@ def test_half_precision_logits() -> None:
         ({"temperature": -1.0}, "temperature is -1.0; it must be a number of at least 0"),
         ({"temperature": float("nan")}, "temperature is nan"),
         ({"temperature": float("inf")}, "temperature is inf"),
+        ({"temperature": "hot"}, "temperature is 'hot'"),
         ({"top_k": 0}, "top_k is 0; it must be at least 1"),
+        ({"top_k": 2.5}, "top_k is 2.5; it must be an integer"),
+        ({"top_p": None, "top_k": "3"}, "top_k is '3'"),
         ({"top_p": 0.0}, r"top_p is 0.0; it must be in \(0, 1\]"),
         ({"top_p": 1.1}, "top_p is 1.1"),
     ],
 )
 def test_bad_settings_are_refused(settings: dict[str, float], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with unchecked(), pytest.raises(ValueError, match=message):
         SamplingConfig(**settings)
 
 
@@ -141,3 +153,20 @@ def test_diverged_logits_are_named(bad: float) -> None:
 def test_one_config_and_generator_a_row() -> None:
     with pytest.raises(ValueError, match="2 rows of logits came with 1 configs"):
         sample(torch.zeros(2, 3), [SamplingConfig()], [row_generator(0, 0)])
+
+
+def test_logprobs_are_those_of_the_model() -> None:
+    expected = torch.tensor(PROBS, dtype=torch.float64).log()
+    found = token_logprobs(LOGITS[0] + 3, 3, 2)  # whatever the logits' level
+    assert found.chosen == pytest.approx(float(expected[3]))
+    assert [token for token, _ in found.top] == [0, 1]
+    assert [value for _, value in found.top] == pytest.approx(expected[:2].tolist())
+
+
+def test_logprobs_of_none_and_of_more_than_there_are() -> None:
+    assert token_logprobs(LOGITS[0], 1, 0).top == ()
+    assert token_logprobs(LOGITS[0], 1, 0).chosen == pytest.approx(math.log(0.3))
+    assert [token for token, _ in token_logprobs(LOGITS[0], 1, 99).top] == [0, 1, 2, 3, 4]
+    ties = token_logprobs(torch.zeros(4, dtype=torch.bfloat16), 0, 2)
+    assert [token for token, _ in ties.top] == [0, 1]
+    assert ties.chosen == pytest.approx(-math.log(4))

@@ -11,9 +11,8 @@ from lm_eval.api.registry import get_model
 from lm_eval.tasks import TaskManager
 
 from openmythos import save_pretrained
-from openmythos.data.synthetic import HopsConfig
+from openmythos.data.synthetic import HopsConfig, Walks
 from openmythos.eval import python_docs
-from openmythos.eval.depth_sweep import measure_tasks, sweep_tasks
 from openmythos.eval.harness import (
     SHIPPED_FOLDER,
     HarnessModel,
@@ -23,7 +22,8 @@ from openmythos.eval.harness import (
     read_task,
     task_files,
 )
-from openmythos.eval.task import TEXT_TASKS, shipped_task
+from openmythos.eval.score import sweep
+from openmythos.eval.task import TEXT_TASKS, measure_tasks, shipped_task
 from openmythos.eval.walk import WalkCodec
 from openmythos.interop.export import export_hf
 from openmythos.tokenizer import byte_tokenizer
@@ -31,7 +31,7 @@ from tests.eval.backends import assert_equal_scores, through_hf, through_ours
 from tests.eval.examples import bpe, documents, scorer, text_model, write_tasks
 from tests.strategies import random_model, small_config
 
-WALKS = HopsConfig(num_entities=12, num_relations=4, seed=2)
+WALKS = Walks(HopsConfig(num_entities=12, num_relations=4, seed=2))
 
 
 @pytest.fixture(autouse=True)
@@ -163,7 +163,7 @@ def test_walks_in_the_harness_are_our_own() -> None:
 
 def test_a_folder_of_tasks_at_several_depths(tasks: Path) -> None:
     others = load_tasks([str(tasks)], num_fewshot=1)
-    curves = sweep_tasks(scorer(), (1, 3), [], others)
+    curves = sweep((1, 3), lambda n: others.measure(scorer(num_loops=n), None))
     named = {(curve.task, curve.metric): curve for curve in curves}
     assert named.keys() == {
         ("some_choice", "acc"),
@@ -181,10 +181,8 @@ def test_a_folder_of_tasks_at_several_depths(tasks: Path) -> None:
     assert named["some_text", "byte_perplexity"].scores[1].stderr is None
     choice = named["some_choice", "acc"]
     assert choice.scores[1].num_questions == 3 and choice.gain is not None
-    (limited,) = sweep_tasks(
-        scorer(), (1,), [], load_tasks([str(tasks / "some_text.yaml")]), limit=1
-    )[:1]
-    assert limited.scores[1].num_questions == 1
+    limited = load_tasks([str(tasks / "some_text.yaml")]).measure(scorer(), 1)
+    assert next(iter(limited.values())).score.num_questions == 1
 
 
 def test_task_files(tasks: Path, tmp_path: Path) -> None:

@@ -7,12 +7,14 @@ from hypothesis import strategies as st
 
 from openmythos import generate
 from openmythos.config import NormalInitConfig, PonderNetConfig
-from openmythos.eval.scoring import GenerationRequest, Scorer, cut_at, rolling_windows
+from openmythos.data.synthetic import HopsConfig, Walks
+from openmythos.eval.scoring import GenerationRequest, Scorer, rolling_windows
+from openmythos.eval.walk import WalkCodec
 from openmythos.model.cache import LastLoop
 from openmythos.model.exit import ArgmaxStableExit
 from openmythos.tokenizer import byte_tokenizer
 from tests.eval.examples import bpe, scorer, text_model
-from tests.strategies import MLA, MOE
+from tests.strategies import MLA, MOE, random_model, small_config
 
 PAIRS = [
     ("The sky is", " blue"),
@@ -205,9 +207,19 @@ def test_exit_rule_and_cache_layout_reach_the_engine() -> None:
     assert asked.generate([request]) == [asked.codec.decode(row)]
 
 
-def test_cut_at() -> None:
-    assert cut_at("one two three", ("three", "two")) == "one "
-    assert cut_at("one", ("two",)) == "one" == cut_at("one", ())
+def test_walks_are_continued_in_their_words() -> None:
+    codec = WalkCodec(Walks(HopsConfig(num_entities=12, num_relations=4, seed=2)))
+    asked = scorer(random_model(small_config(vocab_size=16)), codec=codec)
+    prompt = codec.encode("e3 r1")
+    (row,) = generate(asked.model, [prompt], max_new_tokens=5, num_loops=3).tokens
+    whole, cut = asked.generate(
+        [
+            GenerationRequest(context="e3 r1", max_new_tokens=5, stops=stops)
+            for stops in ((), (codec.words[row[2]],))
+        ]
+    )
+    assert whole == codec.decode_bytes(row).decode()
+    assert cut == whole[: whole.index(codec.words[row[2]])]
 
 
 def test_refusals() -> None:

@@ -1,51 +1,27 @@
+import importlib.util
 import math
-import statistics
 
 import pytest
 
-from openmythos.data.synthetic import HopsConfig, HopsTask
+from openmythos.data.synthetic import HopsConfig, Walks
 from openmythos.eval import python_docs
+from openmythos.eval.score import summarise, sweep
 from openmythos.eval.task import (
     EvalTask,
     choice_baselines,
-    differences,
     majority,
     measure,
+    measure_tasks,
+    require_harness,
     shipped_task,
-    summarise,
 )
 from openmythos.eval.walk import NUM_WALKS, WALK_SEED, WalkCodec
-from openmythos.train.task import hops_accuracy
+from openmythos.train.validation import hops_accuracy
 from tests.eval.examples import documents, scorer
 from tests.strategies import random_model, small_config
 
-WALKS = HopsConfig(num_entities=12, num_relations=4, seed=2)
-
-
-def test_the_mean_of_plain_questions() -> None:
-    values = [1.0, 0.0, 0.0, 1.0, 1.0]
-    score = summarise([(value, 1.0) for value in values])
-    assert score.value == pytest.approx(0.6) and score.num_questions == 5
-    assert score.stderr == pytest.approx(statistics.stdev(values) / math.sqrt(5))
-    assert summarise([(1.0, 1.0)]).stderr is None
-
-
-def test_the_ratio_of_bits_and_bytes() -> None:
-    score = summarise([(20.0, 10.0), (90.0, 30.0)])
-    assert score.value == pytest.approx(110 / 40)
-    residuals = (20 - 2.75 * 10) ** 2 + (90 - 2.75 * 30) ** 2
-    assert score.stderr == pytest.approx(math.sqrt(residuals * 2) / 40)
-    exact = summarise([(2.5 * size, size) for size in (10.0, 20.0, 70.0)])
-    assert exact.value == pytest.approx(2.5) and exact.stderr == pytest.approx(0, abs=1e-12)
-
-
-def test_differences_know_that_the_questions_are_the_same() -> None:
-    shallow = [(float(n % 2), 1.0) for n in range(100)]
-    deep = [(1.0, 1.0), *shallow[1:]]  # one more is right
-    gain = summarise(differences(deep, shallow))
-    assert gain.value == pytest.approx(0.01)
-    apart = summarise(deep).stderr
-    assert gain.stderr is not None and apart is not None and gain.stderr < apart / 4
+WALKS = Walks(HopsConfig(num_entities=12, num_relations=4, seed=2))
+TEXTS = [{"text": f"text number {n}, of {n * n} things"} for n in range(5)]
 
 
 def test_choices_texts_and_words_are_counted_as_the_scorer_says() -> None:
@@ -80,14 +56,25 @@ def test_generated_words_are_compared_without_what_stands_around(
     assert [right for right, _ in measure(asked, task)] == [1.0, 1.0, 0.0, 0.0]
 
 
+def test_tasks_at_every_depth_with_the_error_of_the_gain() -> None:
+    task = EvalTask(name="t", kind="text", documents=TEXTS, baselines={})
+    (curve,) = sweep((1, 3), lambda n: measure_tasks(scorer(num_loops=n), [task], 4))
+    assert (curve.task, curve.metric) == ("t", "bits_per_byte")
+    for loops, score in curve.scores.items():
+        assert score == summarise(measure(scorer(num_loops=loops), task, 4))
+    assert curve.gain is not None and curve.gain.stderr is not None
+    assert curve.gain.value == pytest.approx(curve.scores[3].value - curve.scores[1].value)
+    assert not curve.higher_is_better
+
+
 def test_hops_is_the_accuracy_of_training() -> None:
     model = random_model(small_config(vocab_size=16))
     asked = scorer(model, codec=WalkCodec(WALKS), num_loops=2, batch_size=64)
     for num_hops in (1, 3):
         task = shipped_task(f"hops_{num_hops}", WALKS)
         assert task is not None and task.metric == "acc"
-        assert task.baselines == HopsTask(WALKS).leak_baselines(num_hops)
-        expected = hops_accuracy(model, HopsTask(WALKS), num_hops, 2, NUM_WALKS, WALK_SEED)
+        assert task.baselines == WALKS.leak_baselines(num_hops)
+        expected = hops_accuracy(model, WALKS, num_hops, 2, NUM_WALKS, WALK_SEED)
         assert summarise(measure(asked, task)).value == pytest.approx(expected, abs=1e-6)
 
 
@@ -121,3 +108,11 @@ def test_guessers() -> None:
     assert found["shortest"] == pytest.approx(1 / 3)
     assert found["overlap"] == pytest.approx(1.0)
     assert majority(["a", "b", "a"]) == pytest.approx(2 / 3)
+
+
+def test_a_missing_harness_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    require_harness()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r'pip install "openmythos\[eval\]"') as caught:
+        require_harness()
+    assert "\n" not in str(caught.value)

@@ -1,29 +1,30 @@
 import pytest
 
-from openmythos.data.synthetic import HopsConfig, HopsTask
+from openmythos.data.synthetic import HopsConfig, Walks
 from openmythos.eval.walk import WalkCodec, hops_documents
 
-CONFIG = HopsConfig(num_entities=5, num_relations=3, seed=4)
+WALKS = Walks(HopsConfig(num_entities=5, num_relations=3, seed=4))
 
 
 def test_words_are_token_ids() -> None:
-    codec = WalkCodec(CONFIG)
+    codec = WalkCodec(WALKS)
     assert codec.encode("e0 r2  e4\nr0") == [0, 7, 4, 5]
     assert codec.decode([0, 7, 4, 5]) == "e0 r2 e4 r0"
+    assert codec.decode_bytes([4, 5]) == b" e4 r0" == codec.decode_bytes([4]) + b" r0"
     assert codec.bos_id is None and codec.eos_id is None
     with pytest.raises(ValueError, match=r"'hello' is no word of a walk; .* e0 to r2"):
         codec.encode("e0 hello")
 
 
 def test_documents_are_walks_that_end_where_they_say() -> None:
-    codec, task = WalkCodec(CONFIG), HopsTask(CONFIG)
-    documents = hops_documents(CONFIG, 6, size=40)
+    codec = WalkCodec(WALKS)
+    documents = hops_documents(WALKS, 6, size=40)
     assert len(documents) == 40
     for document in documents:
         entity, *relations = codec.encode(document["context"])
         assert len(relations) == 6
         for relation in relations:
-            entity = task.relations[relation - 5, entity]
+            entity = WALKS.relations[relation - 5, entity]
         assert document["target"] == f" e{entity}"
-    assert hops_documents(CONFIG, 6, size=40) == documents
-    assert hops_documents(CONFIG, 6, size=40, seed=2) != documents
+    assert hops_documents(WALKS, 6, size=40) == documents
+    assert hops_documents(WALKS, 6, size=40, seed=2) != documents

@@ -17,12 +17,14 @@ from openmythos.config import GQAConfig, ModelConfig, SwiGLUConfig
 from openmythos.config.presets import preset
 from openmythos.config.schema import apply_overrides
 from openmythos.interop.families import parcae
-from openmythos.interop.loading import FAMILIES, load_config, load_pretrained
+from openmythos.interop.loading import FAMILIES, load_config, load_pretrained, own_tokenizer
 from openmythos.interop.mapping import export_config, export_tensors
 from openmythos.model.recurrent import RecurrentDepthLM
 from openmythos.tokenizer import byte_tokenizer
 from tests.checkpoint.test_weights import Harmful
-from tests.strategies import random_model
+from tests.strategies import random_model, small_config
+
+GoldenDir = Callable[[str], Path]
 
 CONFIG = ModelConfig(
     vocab_size=8,
@@ -42,6 +44,18 @@ def test_our_own_folder_is_loaded_with_its_options(tmp_path: Path) -> None:
     loaded = load_pretrained(str(folder), dtype=torch.float64)
     assert loaded.config == CONFIG
     assert torch.equal(loaded.embed.weight, model.embed.weight.double())
+
+
+def test_another_projects_tokenizer_is_not_ours(tmp_path: Path, golden_dir: GoldenDir) -> None:
+    model = random_model(small_config())
+    save_pretrained(model, tmp_path / "ours", byte_tokenizer())
+    found = own_tokenizer(tmp_path / "ours")
+    assert found is not None and found.fingerprint == byte_tokenizer().fingerprint
+    save_pretrained(model, tmp_path / "without")
+    assert own_tokenizer(tmp_path / "without") is None
+    shutil.copytree(golden_dir("openmythos-gqa"), tmp_path / "theirs")
+    byte_tokenizer().save(tmp_path / "theirs")
+    assert own_tokenizer(tmp_path / "theirs") is None
 
 
 def test_the_package_names_the_loader() -> None:

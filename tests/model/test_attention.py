@@ -1,9 +1,11 @@
 import itertools
+import typing
 
 import pytest
 import torch
 
 from openmythos.config import (
+    AttentionConfig,
     DepthAttentionConfig,
     MLAConfig,
     RopeConfig,
@@ -11,6 +13,7 @@ from openmythos.config import (
     WeightLoRAConfig,
 )
 from openmythos.config.schema import apply_overrides
+from openmythos.model.attention import ATTENTIONS
 from openmythos.model.attention import GQA as GQALayer
 from openmythos.model.attention import MLA as MLALayer
 from openmythos.model.cache import KVCache
@@ -22,6 +25,10 @@ from tests.strategies import GQA, MLA, random_model, random_tokens, seeded, smal
 def layer_of(config, dtype=torch.float64):
     model = random_model(config, dtype=dtype)
     return model, model.core[0].attention
+
+
+def test_every_member_has_a_class():
+    assert set(ATTENTIONS) == set(typing.get_args(AttentionConfig))
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
@@ -38,15 +45,15 @@ def test_absorbed_mla_equals_expanded(dtype, tolerance, adapter, monkeypatch):
                 out = model(part, num_loops=3, ctx=model.context(part, cache=cache))
         return out.logits
 
+    expanded = MLALayer._expand
     calls = []
-    absorbed = MLALayer.attend_latents
-    monkeypatch.setattr(
-        MLALayer, "attend_latents", lambda *args: calls.append(1) or absorbed(*args)
-    )
+    monkeypatch.setattr(MLALayer, "_expand", lambda *args: calls.append(1) or expanded(*args))
     fast = decode()
-    assert len(calls) == 1 + 2 * 3 + 1  # prelude, two core layers at three loops, coda
-    monkeypatch.setattr(MLALayer, "attend_latents", MLALayer.attend_expanded)
+    per_chunk = 1 + 2 * 3 + 1  # prelude, two core layers at three loops, coda
+    assert len(calls) == per_chunk  # of the five tokens; the one after them is absorbed
+    monkeypatch.setattr(MLALayer, "absorbs", lambda *args: False)
     slow = decode()
+    assert len(calls) == 3 * per_chunk
     assert (fast - slow).abs().max() / slow.abs().max() < tolerance
 
 
@@ -140,10 +147,14 @@ def test_depth_attention_by_hand(cached):
         cache = KVCache(config, batch_size=2, max_len=5, max_loops=4, dtype=torch.float64)
     ctx = model.context(tokens, cache=cache)
     inputs = torch.randn(4, 2, 5, 16, dtype=torch.float64, generator=seeded())
-    keys, values, groups = [], [], (0, 0, 1, 1)
+    keys, values, groups, recent = [], [], (0, 0, 1, 1), ctx.recent
     with torch.no_grad():
         for loop, x in enumerate(inputs):
-            got = layer(x, ctx, torch.full((2,), loop))
+            here = ctx.at_loop(loop, recent)
+            got = layer(x, here, torch.full((2,), loop))
+            if not cached:
+                here.made[1] = here.made[0]  # of the second layer, which does not run here
+                recent = here.newest_loops()
             q, k, v = (x @ layer.qkv.weight.T).view(2, 5, 8, 4).split((4, 2, 2), dim=2)
             q, k = layer.rotate(q, ctx), layer.rotate(k, ctx)
             keys.append(k)

@@ -1,9 +1,8 @@
 import pytest
 import torch
 
-from openmythos.config import BlockConfig, MoEConfig, ReLUSquaredConfig, SwiGLUConfig
-from openmythos.model.block import make_feed_forward
-from openmythos.model.feedforward import MoE, ReLUSquared, SwiGLU
+from openmythos.config import BlockConfig
+from openmythos.model.feedforward import MoE, SwiGLU
 from tests.strategies import MOE, random_model, random_tokens, seeded, small_config
 
 
@@ -40,10 +39,3 @@ def test_only_the_core_is_sparse():
     model = random_model(small_config(core_feed_forward=MOE))
     kinds = [type(b.feed_forward) for b in (*model.prelude, *model.core, *model.coda)]
     assert kinds == [SwiGLU, MoE, MoE, SwiGLU]
-
-
-def test_the_config_chooses_the_feed_forward():
-    moe = MoEConfig(num_experts=2, num_experts_per_token=1, d_expert=4)
-    assert isinstance(make_feed_forward(8, moe, None), MoE)
-    assert isinstance(make_feed_forward(8, SwiGLUConfig(d_ff=4), None), SwiGLU)
-    assert isinstance(make_feed_forward(8, ReLUSquaredConfig(d_ff=4), None), ReLUSquared)

@@ -1,9 +1,19 @@
+from dataclasses import fields, replace
+
 import pytest
 import torch
 from torch import Tensor
 
 from openmythos.config import DepthAttentionConfig
-from openmythos.model.cache import EveryK, FirstLoop, KVCache, LastLoop, PerLoop, RecentLoops
+from openmythos.model.cache import (
+    CacheView,
+    EveryK,
+    FirstLoop,
+    KVCache,
+    LastLoop,
+    PerLoop,
+    Place,
+)
 from openmythos.model.recurrent import RecurrentDepthLM
 from tests.strategies import GQA, MLA, random_model, random_tokens, small_config
 
@@ -71,40 +81,22 @@ def emulated(model: RecurrentDepthLM, tokens: Tensor, loops: int, keep: list[int
             e = model.encode(token, ctx)
             h = model.init_state(e, None, ctx)
             for loop in range(loops):
-                first = full.core_start + keep[loop] * config.num_core_layers
-                where = slice(first, first + config.num_core_layers)
-                h = Frozen(model, full, where, fresh=keep[loop] == loop).step(h, e, ctx, keep[loop])
+                frozen = ReadOnly(**fields_of(ctx.cache)) if keep[loop] != loop else ctx.cache
+                h = model.step(h, e, torch.full((len(h),), keep[loop]), replace(ctx, cache=frozen))
             logits.append(model.decode(h, ctx))
+            ctx.cache.commit()
     return torch.cat(logits, dim=1)
 
 
-class Frozen:
-    """One step whose attention reads the slots ``where`` and may not change them unless fresh."""
+def fields_of(view: CacheView) -> dict[str, object]:
+    return {field.name: getattr(view, field.name) for field in fields(view)}
 
-    def __init__(
-        self, model: RecurrentDepthLM, cache: KVCache, where: slice, *, fresh: bool
-    ) -> None:
-        self.model, self.cache, self.where, self.fresh = model, cache, where, fresh
 
-    def step(self, h: Tensor, e: Tensor, ctx, slot: int) -> Tensor:
-        if self.fresh:
-            return self.model.step(h, e, torch.full((len(h),), slot), ctx)
-        kept = [tensor[self.where].clone() for tensor in self.cache.tensors]
-        update = self.cache.update
+class ReadOnly(CacheView):
+    """Shows what stands in the cache and keeps nothing."""
 
-        def read_only(new, **place):
-            update(new, **place)
-            for tensor, old in zip(self.cache.tensors, kept, strict=True):
-                tensor[self.where] = old
-            stop = place["start"] + new[0].shape[2]
-            index = self.where.start + place["layer"]
-            return tuple(tensor[index, :, :, :stop] for tensor in self.cache.tensors)
-
-        self.cache.update = read_only
-        try:
-            return self.model.step(h, e, torch.full((len(h),), slot), ctx)
-        finally:
-            self.cache.update = update
+    def _write(self, tensor: Tensor, slot: int | Tensor, stored: Tensor) -> None:
+        pass
 
 
 @pytest.mark.parametrize("attention", [GQA, MLA])
@@ -173,11 +165,66 @@ def test_fill_forward_touches_only_its_rows_and_columns():
     cache = KVCache(config, batch_size=3, max_len=4, max_loops=3)
     for tensor in cache.tensors:
         tensor.copy_(torch.randn(tensor.shape))
+    cache.lengths = [0, 2, 1]
     before = [tensor.clone() for tensor in cache.tensors]
-    cache.fill_forward(torch.tensor([2]), torch.tensor([2]), 1, 3)
+    cache.view(2, rows=[2]).fill_forward(torch.tensor([2]))
     for tensor, old in zip(cache.tensors, before, strict=True):
         old[cache.core_start + 2, 2, :, 1:3] = old[cache.core_start + 1, 2, :, 1:3]
         assert torch.equal(tensor, old)
+
+
+@pytest.mark.parametrize("same_loop", [True, False])
+@pytest.mark.parametrize(
+    ("lengths", "valid", "rows"),
+    [
+        ([2, 2, 2], None, None),
+        ([1, 3, 0], None, None),
+        ([1, 3, 0], [[1, 0, 1], [0, 0, 0], [1, 1, 1]], None),
+        ([2, 0, 1], None, [2, 1]),
+        ([2, 1, 1], [[0, 1, 0], [1, 1, 0]], [2, 0]),
+    ],
+)
+def test_every_way_to_write_fills_the_same_columns(lengths, valid, rows, same_loop):
+    """Against plain loops: rows with prefixes of their own, padding anywhere, some of the rows."""
+    config, loop = small_config(), 1
+    cache = KVCache(config, batch_size=3, max_len=7, max_loops=3)
+    for tensor in cache.tensors:
+        tensor.copy_(torch.randn(tensor.shape))
+    cache.lengths = list(lengths)
+    wanted = [tensor.clone() for tensor in cache.tensors]
+    chosen = [0, 1, 2] if rows is None else rows
+    mask = None if valid is None else torch.tensor(valid).bool()
+    view = cache.view(3, mask, rows)
+    view = replace(view, loop=loop if same_loop else None)
+    new = tuple(torch.randn(len(chosen), 2, 3, 4) for _ in cache.tensors)
+    where = torch.full((len(chosen),), loop)
+    read = view.store(new, Place("core", 1, where))
+    slot = cache.core_start + loop * 2 + 1
+    for tensor, fresh, old, seen in zip(cache.tensors, new, wanted, read, strict=True):
+        for i, row in enumerate(chosen):
+            column = lengths[row]
+            for t in range(3):
+                if valid is None or valid[i][t]:
+                    assert int(view.columns[i, t]) == column
+                    old[slot, row, :, column] = fresh[i, :, t]
+                    column += 1
+        assert torch.equal(tensor, old)
+        assert torch.equal(seen, old[slot, chosen, :, : view.stop])
+    view.commit()
+    counts = [3] * len(chosen) if valid is None else [sum(row) for row in valid]
+    for row, count in zip(chosen, counts, strict=True):
+        assert cache.lengths[row] == lengths[row] + count
+
+
+def test_the_keys_of_one_loop_are_read_where_they_lie():
+    cache = KVCache(small_config(), batch_size=2, max_len=4, max_loops=3)
+    new = tuple(torch.randn(2, 2, 1, 4) for _ in cache.tensors)
+    place = Place("core", 0, torch.tensor([1, 1]))
+    for loop, copied in ((1, False), (None, True)):
+        read = replace(cache.view(1), loop=loop).store(new, place)
+        for tensor, seen in zip(cache.tensors, read, strict=True):
+            theirs, ours = (each.untyped_storage().data_ptr() for each in (seen, tensor))
+            assert (theirs != ours) == copied
 
 
 def test_rows_of_a_larger_cache():
@@ -206,8 +253,8 @@ def test_a_cache_of_another_dtype_converts():
 def test_a_full_cache_is_an_error_that_reserves_nothing():
     model = random_model(small_config())
     cache = KVCache(model.config, batch_size=1, max_len=4, max_loops=2)
-    model.context(random_tokens(model.config, 1, 3), cache=cache)
-    with pytest.raises(ValueError, match=r"3 \+ 2 tokens do not fit a cache of max_len=4"):
+    model.context(random_tokens(model.config, 1, 3), cache=cache).cache.commit()
+    with pytest.raises(ValueError, match=r"3 \+ 2 tokens of row 0 do not fit a cache of max_len=4"):
         model.context(random_tokens(model.config, 1, 2), cache=cache)
     assert cache.length == 3
 
@@ -251,41 +298,16 @@ def named(tensor: Tensor) -> list[list[float]]:
 
 def test_the_cache_shows_each_row_its_own_earlier_loops():
     cache = KVCache(DEPTH, batch_size=3, max_len=5, max_loops=4)
-    place = {"layer": 1, "rows": None, "start": 2}
+    cache.lengths = [2, 0, 1]
+    view = cache.view(2)
     for loop in range(4):
-        where = torch.full((3,), loop)
-        cache.update(loop_keys(loop), stage="core", loop_idx=where, **place)
-    keys, values = cache.earlier(2, loop_idx=torch.tensor([3, 1, 2]), stop=4, **place)
+        view.store(loop_keys(loop), Place("core", 1, torch.full((3,), loop)))
+    keys, values = view.earlier(Place("core", 1, torch.tensor([3, 1, 2])), 2)
     assert keys.shape == (2, 3, 2, 2, 4)
     assert named(keys) == [[30, 11, 22], [20, 11, 12]]  # row 1 has run one loop: it stands in
     assert torch.equal(values, -keys)
-    place["rows"] = torch.tensor([2, 0])
-    keys, _ = cache.earlier(1, loop_idx=torch.tensor([1, 3]), stop=4, **place)
+    part = view.select(torch.tensor([2, 0]))
+    keys, _ = part.earlier(Place("core", 1, torch.tensor([1, 3])), 1)
     assert named(keys) == [[12, 30]]
-    other, _ = cache.earlier(1, loop_idx=torch.tensor([1, 3]), layer=0, rows=None, start=2, stop=4)
+    other, _ = part.earlier(Place("core", 0, torch.tensor([1, 3])), 1)
     assert not other.any()
-
-
-def test_recent_loops_come_newest_first_and_rows_may_wait():
-    recent = RecentLoops(DEPTH, torch.zeros(3, 2, dtype=torch.int64), torch.float32)
-    keys, _ = recent.exchange(loop_keys(0), layer=0, rows=None)
-    assert keys.shape == (2, 3, 2, 2, 4)
-    assert not keys.any()
-    some = torch.tensor([2, 0])
-    keys, values = recent.exchange(loop_keys(1, rows=2), layer=0, rows=some)
-    assert named(keys) == [[12, 10], [0, 0]]
-    assert torch.equal(values, -keys)
-    keys, _ = recent.exchange(loop_keys(2), layer=0, rows=None)
-    assert named(keys) == [[21, 11, 20], [10, 0, 12]]
-    assert not recent.exchange(loop_keys(0), layer=1, rows=None)[0].any()
-
-
-def test_recent_loops_are_replaced_and_carry_gradients():
-    recent = RecentLoops(DEPTH, torch.zeros(1, 2, dtype=torch.int64), torch.float32)
-    fresh = tuple(tensor.clone().requires_grad_() for tensor in loop_keys(0, rows=1))
-    before = recent.exchange(fresh, layer=0, rows=None)
-    keys, values = recent.exchange(loop_keys(1, rows=1), layer=0, rows=None)
-    assert not any(tensor.any() for tensor in before)
-    (keys.sum() + 2 * values.sum()).backward()
-    assert fresh[0].grad.unique().tolist() == [1]
-    assert fresh[1].grad.unique().tolist() == [2]

@@ -1,10 +1,12 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
 from openmythos.config import DepthAttentionConfig
 from openmythos.model.cache import KVCache
-from openmythos.model.context import make_context
-from tests.strategies import random_tokens, small_config
+from openmythos.model.context import document_lengths, make_context
+from tests.strategies import random_model, random_tokens, small_config
 
 CONFIG = small_config(max_seq_len=8)
 
@@ -46,16 +48,26 @@ def test_a_cache_goes_on_counting():
     cache = KVCache(CONFIG, batch_size=2, max_len=8, max_loops=1)
     tokens = random_tokens(CONFIG, 2, 2)
     first = context(tokens, cache=cache, padding_mask=torch.tensor([[0, 1], [1, 1]]).bool())
+    assert cache.lengths == [0, 0]  # nothing has been read yet
+    first.cache.commit()
+    assert cache.lengths == [1, 2]
     second = context(tokens, cache=cache)
-    assert (first.start, second.start) == (0, 2)
     assert second.positions.tolist() == [[1, 2], [2, 3]]
-    assert visible(second) == [[[0, 1, 1, 0], [0, 1, 1, 1]], [[1, 1, 1, 0], [1, 1, 1, 1]]]
+    assert visible(second) == [[[1, 1, 0, 0], [1, 1, 1, 0]], [[1, 1, 1, 0], [1, 1, 1, 1]]]
+    one = context(tokens[:1], cache=cache, rows=[1])
+    assert one.positions.tolist() == [[2, 3]]
+    second.cache.commit()
+    with pytest.raises(RuntimeError, match="row 1 of the cache has 4 tokens and had 2 when this"):
+        one.cache.commit()
+    assert cache.lengths == [3, 4]
 
 
 def test_an_unpadded_cache_needs_a_mask_only_for_a_chunk_after_a_prefix():
     cache = KVCache(CONFIG, batch_size=1, max_len=8, max_loops=1)
-    assert context(random_tokens(CONFIG, 1, 3), cache=cache).mask is None
-    assert context(random_tokens(CONFIG, 1, 1), cache=cache).mask is None
+    for num_tokens in (3, 1):
+        ctx = context(random_tokens(CONFIG, 1, num_tokens), cache=cache)
+        assert ctx.mask is None
+        ctx.cache.commit()
     chunk = context(random_tokens(CONFIG, 1, 2), cache=cache)
     assert visible(chunk)[0] == [[1, 1, 1, 1, 1, 0], [1, 1, 1, 1, 1, 1]]
 
@@ -73,12 +85,12 @@ def test_selecting_rows():
     assert torch.equal(part.tokens, ctx.tokens[[2, 0]])
     assert torch.equal(part.mask, ctx.mask[[2, 0]])
     assert torch.equal(part.rope[0], ctx.rope[0][[2, 0]])
-    assert part.rows is None
+    assert part.cache is None
     cache = KVCache(CONFIG, batch_size=3, max_len=3, max_loops=1)
     ctx = context(random_tokens(CONFIG, 3, 3), cache=cache)
-    part = ctx.select(torch.tensor([2, 0]))
-    assert part.rows.tolist() == [2, 0]
-    assert part.select(torch.tensor([1])).rows.tolist() == [0]
+    part = ctx.select([2, 0])
+    assert part.cache.rows.tolist() == [2, 0]
+    assert part.select(torch.tensor([1])).cache.rows.tolist() == [0]
 
 
 @pytest.mark.parametrize(
@@ -111,7 +123,7 @@ def test_documents_and_a_cache_exclude_each_other():
 
 def test_a_cache_longer_than_the_model_is_refused_in_time():
     cache = KVCache(CONFIG, batch_size=1, max_len=20, max_loops=1)
-    context(random_tokens(CONFIG, 1, 7), cache=cache)
+    context(random_tokens(CONFIG, 1, 7), cache=cache).cache.commit()
     with pytest.raises(ValueError, match="9 tokens exceed max_seq_len=8"):
         context(random_tokens(CONFIG, 1, 2), cache=cache)
     assert cache.length == 7
@@ -129,11 +141,39 @@ def test_recent_loops_only_without_a_cache_and_rows_of_them():
     config = small_config(depth_attention=DepthAttentionConfig(num_recent_loops=2))
     tokens = random_tokens(config, 3, 2)
     ctx = make_context(config, tokens, dtype=torch.float32)
-    assert ctx.rows is None
+    assert [len(layer) for layer in ctx.recent] == [2, 2]
     some = ctx.select(torch.tensor([2, 0])).select(torch.tensor([1]))
-    assert some.rows.tolist() == [0]
-    assert some.recent is ctx.recent is not None
+    assert some.recent[0][0].shape == (2, 1, 2, 2, 4)
     cache = KVCache(config, batch_size=3, max_len=2, max_loops=1)
     assert make_context(config, tokens, dtype=torch.float32, cache=cache).recent is None
     plain = context(tokens)
-    assert plain.recent is plain.select(torch.tensor([0])).rows is None
+    assert plain.recent is plain.select(torch.tensor([0])).recent is None
+
+
+def test_a_cache_may_be_gone_on_with_after_a_failed_call():
+    """Columns are counted when they are filled: what a failed call wrote is not seen."""
+    model = random_model(CONFIG, dtype=torch.float64)
+    tokens = random_tokens(CONFIG, 2, 6)
+    cache = KVCache(CONFIG, batch_size=2, max_len=8, max_loops=2, dtype=torch.float64)
+    with torch.no_grad():
+        model(tokens[:, :3], num_loops=2, ctx=model.context(tokens[:, :3], cache=cache))
+        with pytest.raises(ValueError, match="num_loops is 3; it must be at most the cache's"):
+            model(tokens[:, 3:], num_loops=3, ctx=model.context(tokens[:, 3:], cache=cache))
+        ctx = model.context(tokens[:, :2], cache=cache)
+        model.encode(tokens[:, :2], ctx)  # and then the power goes
+        ctx = model.context(tokens[:, 3:], cache=cache)
+        got = model(tokens[:, 3:], num_loops=2, ctx=ctx).logits
+        torch.testing.assert_close(got, model(tokens, num_loops=2).logits[:, 3:])
+
+
+def test_packed_rows_are_told_to_gpus_as_lengths():
+    documents = torch.tensor([[4, 4, 7, 7, 9], [1, 1, 1, 1, 1]])
+    lengths = document_lengths(documents)
+    assert lengths == ((2, 2, 1), (5,))
+    assert document_lengths(torch.tensor([[4, 4, -1]])) is None
+    tokens = random_tokens(CONFIG, 2, 5)
+    ctx = replace(context(tokens, documents=documents), lengths=lengths, masks={})
+    spans, longest = ctx._spans()
+    assert (spans.tolist(), spans.dtype, longest) == ([0, 2, 4, 5, 10], torch.int32, 5)
+    spans, longest = ctx.select([0])._spans()
+    assert (spans.tolist(), longest) == ([0, 2, 4, 5], 2)

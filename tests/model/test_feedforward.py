@@ -1,5 +1,6 @@
 import contextlib
 import copy
+import typing
 from functools import partial
 from unittest import mock
 
@@ -7,8 +8,15 @@ import pytest
 import torch
 from torch.nn import functional
 
-from openmythos.config import MoEConfig, ReLUSquaredConfig
-from openmythos.model.feedforward import MoE, ReLUSquared, SwiGLU, max_violation
+from openmythos.config import FeedForwardConfig, MoEConfig, ReLUSquaredConfig, SwiGLUConfig
+from openmythos.model.feedforward import (
+    FEED_FORWARDS,
+    MoE,
+    ReLUSquared,
+    SwiGLU,
+    make_feed_forward,
+    max_violation,
+)
 from openmythos.model.recurrent import RecurrentDepthLM
 from openmythos.ops.moe import moe_experts
 from tests.strategies import MOE, randomise, seeded, small_config
@@ -16,7 +24,10 @@ from tests.strategies import MOE, randomise, seeded, small_config
 
 @pytest.mark.parametrize("width", [6, 32])  # the second is one pass of our kernel
 def test_swiglu_by_its_formula(width):
-    layer, x = SwiGLU(4, width), torch.randn(2, 3, 4, requires_grad=True)
+    layer, x = (
+        SwiGLU(small_config(d_model=4), SwiGLUConfig(d_ff=width)),
+        torch.randn(2, 3, 4, requires_grad=True),
+    )
     gate, up = layer.gate_up.weight.split(width)
     wanted = (functional.silu(x @ gate.T) * (x @ up.T)) @ layer.down.weight.T
     torch.testing.assert_close(layer(x), wanted)
@@ -29,9 +40,19 @@ def test_swiglu_by_its_formula(width):
 def test_relu_squared_by_its_formula():
     x = torch.randn(2, 3, 4)
     for scale in (1.0, 0.5):
-        layer = ReLUSquared(4, ReLUSquaredConfig(d_ff=6, scale=scale))
+        layer = ReLUSquared(small_config(d_model=4), ReLUSquaredConfig(d_ff=6, scale=scale))
         hidden = scale * (x @ layer.up.weight.T).clamp(min=0) ** 2
         torch.testing.assert_close(layer(x), hidden @ layer.down.weight.T)
+
+
+def test_the_config_chooses_the_feed_forward():
+    assert set(FEED_FORWARDS) == set(typing.get_args(FeedForwardConfig))
+    for part, made_class in (
+        (MoEConfig(num_experts=2, num_experts_per_token=1, d_expert=4), MoE),
+        (SwiGLUConfig(d_ff=4), SwiGLU),
+        (ReLUSquaredConfig(d_ff=4), ReLUSquared),
+    ):
+        assert type(make_feed_forward(small_config(), part, None)) is made_class
 
 
 # --- mixture of experts --------------------------------------------------------------------------
@@ -41,7 +62,7 @@ DIM = 16
 
 def made(dtype: torch.dtype = torch.float64, seed: int = 0, **changes) -> MoE:
     fields = {"num_experts": 6, "num_experts_per_token": 2, "d_expert": 8}
-    moe = MoE(DIM, MoEConfig(**{**fields, **changes}))
+    moe = MoE(small_config(d_model=DIM), MoEConfig(**{**fields, **changes}))
     randomise(moe, seed)
     return moe.to(dtype).eval()
 
@@ -204,7 +225,7 @@ def test_a_cast_of_the_model_leaves_the_bias_precise(dtype):
     assert float(moe.bias[0, 0]) == pytest.approx(0.499, abs=1e-6)
     assert moe(inputs(1, 3, dtype=dtype)).dtype == dtype
     with torch.device("meta"):
-        empty = MoE(DIM, moe.config)
+        empty = MoE(small_config(d_model=DIM), moe.config)
     assert empty.to(dtype).bias.is_meta
     assert not empty.to_empty(device="cpu").bias.is_meta
 

@@ -1,3 +1,5 @@
+import typing
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -6,11 +8,19 @@ from hypothesis import strategies as st
 from openmythos.config import (
     ACTConfig,
     ExitGateConfig,
+    HaltingConfig,
     PonderNetConfig,
     SinusoidalLoopConfig,
     UniversalACTConfig,
 )
-from openmythos.model.halting import ACT, Geometric, UniversalACT, make_halting
+from openmythos.model.halting import (
+    ACT,
+    HALTING_HEADS,
+    Geometric,
+    Halting,
+    UniversalACT,
+    make_halting,
+)
 from tests.strategies import random_model, random_tokens, small_config
 
 PROBS = st.lists(
@@ -19,7 +29,11 @@ PROBS = st.lists(
 
 
 def act(**changes) -> ACT:
-    return ACT(4, ACTConfig(**changes))
+    return ACT(small_config(d_model=4), ACTConfig(**changes))
+
+
+def made(config) -> Halting:
+    return make_halting(small_config(d_model=4, halting=config))
 
 
 @settings(max_examples=100)
@@ -28,9 +42,7 @@ def act(**changes) -> ACT:
 def test_weights_sum_to_one_at_every_budget(kind, probs):
     members = (ACTConfig(), UniversalACTConfig(), PonderNetConfig(), ExitGateConfig())
     (config,) = (member for member in members if member.kind == kind)
-    weights, tracker = make_halting(4, config).distribution(
-        torch.tensor(probs, dtype=torch.float32)
-    )
+    weights, tracker = made(config).distribution(torch.tensor(probs, dtype=torch.float32))
     assert (weights >= 0).all()
     torch.testing.assert_close(weights.sum(dim=0), torch.ones(3))
     torch.testing.assert_close(tracker.mass, torch.ones(3))
@@ -75,7 +87,7 @@ def test_the_number_of_steps_alone_has_no_gradient():
 @pytest.mark.parametrize("kind", [PonderNetConfig(), ExitGateConfig()])
 def test_the_geometric_distribution_by_hand(kind):
     probs = torch.tensor([0.5, 0.2, 0.9], dtype=torch.float64)[:, None]
-    weights, tracker = make_halting(4, kind).distribution(probs)
+    weights, tracker = made(kind).distribution(probs)
     assert weights[:, 0].tolist() == pytest.approx([0.5, 0.1, 0.4])
     assert float(tracker.ponder) == pytest.approx(0.5 * 1 + 0.1 * 2 + 0.4 * 3)  # E[N]
 
@@ -85,7 +97,7 @@ def test_the_sum_differs_from_the_universal_transformers_interpolation():
     probs = torch.full((4, 1), 0.25, dtype=torch.float64)
     shares = {}
     for config in (ACTConfig(), *(UniversalACTConfig(readout=r) for r in ("basic", "accumulated"))):
-        head = make_halting(4, config)
+        head = made(config)
         weights, _ = head.distribution(probs)
         assert weights[:, 0].tolist() == [0.25] * 4
         mixed = torch.zeros(1, 4, dtype=torch.float64)
@@ -103,7 +115,7 @@ def test_the_sum_differs_from_the_universal_transformers_interpolation():
 def test_the_universal_transformers_recursion_as_published(keep):
     """tensor2tensor's update, token by token; the weights sum to 1 only if the rest is kept."""
     probs = torch.rand(6, 50, generator=torch.Generator().manual_seed(3), dtype=torch.float64) / 2
-    head = make_halting(4, UniversalACTConfig(keep_remainder=keep, threshold=0.9))
+    head = made(UniversalACTConfig(keep_remainder=keep, threshold=0.9))
     assert isinstance(head, UniversalACT)
     weights, tracker = head.distribution(probs)
     unfinished = 0
@@ -127,7 +139,7 @@ def test_the_universal_transformers_recursion_as_published(keep):
 def test_the_universal_transformers_threshold_must_be_passed():
     probs = torch.tensor([0.6, 0.39, 0.9], dtype=torch.float64)[:, None]
     assert act().distribution(probs)[0][:, 0].tolist() == pytest.approx([0.6, 0.4, 0.0])
-    weights, tracker = make_halting(4, UniversalACTConfig()).distribution(probs)
+    weights, tracker = made(UniversalACTConfig()).distribution(probs)
     assert weights[:, 0].tolist() == pytest.approx([0.6, 0.39, 0.01])
     assert float(tracker.ponder) == pytest.approx(3.01)
 
@@ -219,9 +231,10 @@ def test_a_head_that_reads_before_sees_what_each_loop_starts_from(readout):
     assert not torch.allclose(model.halting.distribution(after)[0], weights)
 
 
-def test_no_head_for_no_config():
-    assert make_halting(4, None) is None
-    assert isinstance(make_halting(4, ExitGateConfig()), Geometric)
+def test_every_member_has_a_head_and_no_config_has_none():
+    assert set(HALTING_HEADS) == set(typing.get_args(HaltingConfig))
+    assert make_halting(small_config()) is None
+    assert isinstance(made(ExitGateConfig()), Geometric)
     out = random_model(small_config())(torch.zeros(1, 2, dtype=torch.int64))
     assert out.exit_weights is None
     assert out.ponder_cost is None

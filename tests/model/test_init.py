@@ -1,4 +1,5 @@
 import math
+import typing
 
 import pytest
 import torch
@@ -9,10 +10,11 @@ from openmythos.config import (
     GateInjectionConfig,
     NormalInitConfig,
     PonderNetConfig,
+    StateInitConfig,
     SwiGLUConfig,
     ZerosInitConfig,
 )
-from openmythos.model.init import initial_state
+from openmythos.model.init import STATE_INITS, initial_state
 from openmythos.model.recurrent import RecurrentDepthLM
 from tests.strategies import MLA, MOE, seeded, small_config
 
@@ -77,6 +79,7 @@ def test_the_generator_gives_the_seed_and_none_is_seed_zero():
 
 
 def test_zeros_and_copy():
+    assert set(STATE_INITS) == set(typing.get_args(StateInitConfig))
     e = torch.randn(2, 3, 4)
     positions = torch.arange(3).expand(2, -1)
     assert not initial_state(ZerosInitConfig(), e, positions, None).any()

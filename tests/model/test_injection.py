@@ -1,3 +1,5 @@
+import typing
+
 import pytest
 import torch
 from torch.nn import functional
@@ -5,12 +7,14 @@ from torch.nn import functional
 from openmythos.config import (
     AddInjectionConfig,
     GateInjectionConfig,
+    InjectionConfig,
     LinearInjectionConfig,
     LTIInjectionConfig,
     NoInjectionConfig,
     OriginalLTIInjectionConfig,
 )
 from openmythos.model.injection import (
+    INJECTIONS,
     LTIInjection,
     OriginalLTIInjection,
     make_injection,
@@ -38,6 +42,10 @@ def pairs(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     return values.repeat_interleave(len(values)), values.repeat(len(values))
 
 
+def test_every_member_has_a_class():
+    assert set(INJECTIONS) == set(typing.get_args(InjectionConfig))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rho_is_below_one_for_every_parameter(dtype):
     """The original reached exactly 1 from -17.5 in fp32 and -6.5 in bf16 (audit, defect 12)."""
@@ -47,7 +55,7 @@ def test_rho_is_below_one_for_every_parameter(dtype):
 
     size = len(log_rate)
     lti = LTIInjection(small_config(d_model=size), LTIInjectionConfig())
-    original = OriginalLTIInjection(small_config(d_model=size))
+    original = OriginalLTIInjection(small_config(d_model=size), OriginalLTIInjectionConfig())
     with torch.no_grad():
         lti.a_log.copy_(log_rate), lti.dt_bias.copy_(second)
         original.log_a.copy_(log_rate), original.log_dt.copy_(second[:1])
@@ -118,7 +126,7 @@ def test_the_originals_formula():
     root = (h + e).square().mean(dim=-1, keepdim=True).add(1e-6).sqrt()
     torch.testing.assert_close(injection.mix(h, e), (h + e) / root * injection.norm.weight)
     torch.testing.assert_close(injection.update(h, e, y), decay * h + injection.weight * e + y)
-    fresh = OriginalLTIInjection(small_config())
+    fresh = OriginalLTIInjection(small_config(), OriginalLTIInjectionConfig())
     assert fresh.decay()[0].item() == pytest.approx(0.3679, abs=1e-4)
     assert fresh.weight[0].item() == pytest.approx(0.1)
 

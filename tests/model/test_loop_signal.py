@@ -1,4 +1,5 @@
 import math
+import typing
 
 import pytest
 import torch
@@ -6,11 +7,15 @@ import torch
 from openmythos.config import (
     LearnedLoopConfig,
     LinearInjectionConfig,
+    LoopAdapterConfig,
+    LoopEmbeddingConfig,
     OutputLoRAConfig,
     SinusoidalLoopConfig,
     WeightLoRAConfig,
 )
 from openmythos.model.loop_signal import (
+    LOOP_ADAPTERS,
+    LOOP_EMBEDDINGS,
     LearnedLoop,
     LoopLinear,
     OutputLoRA,
@@ -26,7 +31,9 @@ NOWHERE = torch.zeros(3, 2, dtype=torch.int64)  # positions, where only the loop
 @pytest.mark.parametrize("channels", [4, 5])
 def test_sinusoid_is_the_originals(channels):
     """[sin(t w_j) for all j, cos(t w_j) for all j], cut; w_j = theta^(-2j/channels)."""
-    embedding = SinusoidalLoop(SinusoidalLoopConfig(num_channels=channels, theta=100.0))
+    embedding = SinusoidalLoop(
+        small_config(d_model=8), SinusoidalLoopConfig(num_channels=channels, theta=100.0)
+    )
     h = torch.zeros(3, 2, 8, dtype=torch.float64)
     got = embedding(h, torch.tensor([0, 1, 70]), NOWHERE)
     rates = [100.0 ** (-2 * j / channels) for j in range(math.ceil(channels / 2))]
@@ -40,7 +47,8 @@ def test_positions_make_the_universal_transformers_signal():
     """P[p, t, 2j] = sin(p w_j) + sin(t w_j), P[p, t, 2j + 1] = the cosines (equations 6 and 7)."""
     config = SinusoidalLoopConfig(num_channels=6, positions=True)
     positions = torch.tensor([[0, 1, 2], [0, 0, 7]])
-    got = SinusoidalLoop(config)(torch.zeros(2, 3, 6).double(), torch.tensor([3, 5]), positions)
+    embedding = SinusoidalLoop(small_config(d_model=6), config)
+    got = embedding(torch.zeros(2, 3, 6).double(), torch.tensor([3, 5]), positions)
     for row, t in enumerate([3, 5]):
         for column, p in enumerate(positions[row].tolist()):
             for j in range(3):
@@ -51,7 +59,7 @@ def test_positions_make_the_universal_transformers_signal():
 
 
 def test_sinusoid_is_computed_wide():
-    embedding = SinusoidalLoop(SinusoidalLoopConfig(num_channels=4))
+    embedding = SinusoidalLoop(small_config(d_model=4), SinusoidalLoopConfig(num_channels=4))
     h = torch.zeros(2, 1, 4, dtype=torch.bfloat16)
     got = embedding(h, torch.tensor([257, 258]), torch.zeros(2, 1, dtype=torch.int64))
     assert got.dtype == torch.bfloat16
@@ -59,7 +67,7 @@ def test_sinusoid_is_computed_wide():
 
 
 def test_learned_starts_at_zero_and_ends_in_its_last_row():
-    embedding = LearnedLoop(4, LearnedLoopConfig(num_loops=2))
+    embedding = LearnedLoop(small_config(d_model=4), LearnedLoopConfig(num_loops=2))
     h = torch.randn(3, 2, 4)
     loops = torch.tensor([0, 1, 9])
     assert torch.equal(embedding(h, loops, NOWHERE), h)
@@ -71,7 +79,7 @@ def test_learned_starts_at_zero_and_ends_in_its_last_row():
 
 
 def test_output_lora_is_the_originals():
-    adapter = OutputLoRA(4, OutputLoRAConfig(rank=2, num_loops=3)).double()
+    adapter = OutputLoRA(small_config(d_model=4), OutputLoRAConfig(rank=2, num_loops=3)).double()
     with torch.no_grad():
         adapter.scale.copy_(torch.randn(3, 2))
     y = torch.randn(3, 2, 4, dtype=torch.float64)
@@ -84,9 +92,25 @@ def test_output_lora_is_the_originals():
 
 
 def test_the_config_chooses():
-    assert make_loop_embedding(4, None) is None
-    assert isinstance(make_loop_embedding(4, LearnedLoopConfig(num_loops=1)), LearnedLoop)
-    assert isinstance(make_loop_embedding(4, SinusoidalLoopConfig(num_channels=2)), SinusoidalLoop)
+    assert set(LOOP_EMBEDDINGS) == set(typing.get_args(LoopEmbeddingConfig))
+    assert set(LOOP_ADAPTERS) == set(typing.get_args(LoopAdapterConfig))
+    assert make_loop_embedding(small_config()) is None
+    for part in (LearnedLoopConfig(num_loops=1), SinusoidalLoopConfig(num_channels=2)):
+        made_embedding = make_loop_embedding(small_config(loop_embedding=part))
+        assert type(made_embedding) is LOOP_EMBEDDINGS[type(part)]
+
+
+@pytest.mark.parametrize("adapter", [None, WeightLoRAConfig(rank=2, num_loops=2)])
+def test_without_an_adapter_of_the_output_it_is_left_alone(adapter):
+    model, y = RecurrentDepthLM(small_config(loop_adapter=adapter)), torch.randn(2, 3, 16)
+    assert model.loop_adapter(y, torch.tensor([0, 1])) is y
+
+
+def test_the_adapters_weights_stand_under_its_kind():
+    model = RecurrentDepthLM(small_config(loop_adapter=OutputLoRAConfig(rank=2, num_loops=3)))
+    names = {name for name in model.state_dict() if "lora" in name}
+    assert names == {"output_lora.down.weight", "output_lora.up.weight", "output_lora.scale"}
+    assert type(model.loop_adapter) is OutputLoRA
 
 
 def made(rank: int = 2, num_loops: int = 3) -> LoopLinear:

@@ -1,4 +1,5 @@
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -34,6 +35,7 @@ from openmythos.config import (
 )
 from openmythos.config.schema import apply_overrides, from_dict, to_dict
 from openmythos.model.cache import KVCache
+from openmythos.model.loop import advance, start_loops
 from openmythos.model.recurrent import ModelOutput, RecurrentDepthLM
 from tests.strategies import (
     GQA,
@@ -517,14 +519,13 @@ def test_truncation_cuts_depth_attentions_keys_as_well():
     model.zero_grad()
     ctx = model.context(tokens)
     e = model.encode(tokens, ctx)
-    h = model.init_state(e, seeded(SEED), ctx)
+    state = start_loops(model, e, ctx, [5, 5], generator=seeded(SEED))
     for loop in range(5):
         if loop == 3:
-            h = h.detach()
-            held = ctx.recent.tensors
-            held[:] = [tuple(tensor.detach() for tensor in layer) for layer in held]
-        h = model.step(h, e, torch.full((2,), loop), ctx)
-    model.decode(h, ctx).square().sum().backward()
+            held = tuple(tuple(tensor.detach() for tensor in layer) for layer in state.recent)
+            state = replace(state, h=state.h.detach(), recent=held)
+        state = advance(model, state, ctx)
+    model.decode(state.h, ctx).square().sum().backward()
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(cut[name], parameter.grad, msg=name)
     full = gradients(model, tokens, num_loops=5)

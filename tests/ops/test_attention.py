@@ -1,6 +1,11 @@
+import itertools
+import math
+from dataclasses import replace
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import varlen
 
 from openmythos.ops.attention import (
     MAX_LENGTH,
@@ -9,8 +14,9 @@ from openmythos.ops.attention import (
     attention,
     attention_reference,
     depth_attention,
+    packed_attention,
 )
-from tests.strategies import seeded
+from tests.strategies import random_model, random_tokens, seeded, small_config
 
 
 def case(num_q: int, num_k: int, dtype: torch.dtype = torch.float64):
@@ -213,3 +219,52 @@ def test_results_may_be_changed_in_place_and_fake_tensors_are_left_to_torch(comp
     attention(q, q, q, None, 1.0).mul_(2).sum().backward()
     with FakeTensorMode():
         assert attention(*[torch.zeros(1, 2, 64, 32)] * 3, None, 1.0).shape == (1, 2, 64, 32)
+
+
+def each_document_alone(
+    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size, enable_gqa
+):
+    """What torch's kernel for GPUs computes, document by document."""
+    assert torch.equal(cu_seq_q, cu_seq_k) and cu_seq_q.dtype == torch.int32
+    assert (window_size, enable_gqa) == ((-1, 0), True)
+    assert max_q == max_k == int(cu_seq_q.diff().max())
+    assert query.shape[-1] == key.shape[-1] == value.shape[-1]
+    parts = []
+    for start, stop in itertools.pairwise(cu_seq_q.tolist()):
+        q, k, v = (x[start:stop].transpose(0, 1)[None] for x in (query, key, value))
+        parts.append(attention_reference(q, k, v, None, scale)[0].transpose(0, 1))
+    return torch.cat(parts)
+
+
+@pytest.mark.parametrize(("heads", "groups", "width"), [(4, 4, 8), (4, 2, 8), (4, 2, 5)])
+def test_packed_documents_equal_a_document_mask(heads, groups, width, monkeypatch):
+    monkeypatch.setattr(varlen, "varlen_attn", each_document_alone)
+    documents = torch.tensor([[0, 0, 0, 1, 1, 2], [5, 6, 6, 6, 6, 6]])
+    draw = lambda n, w: torch.randn(2, n, 6, w, dtype=torch.float64)  # noqa: E731
+    q, k, v = draw(heads, 8), draw(groups, 8), draw(groups, width)
+    spans = torch.tensor([0, 3, 5, 6, 7, 12], dtype=torch.int32)
+    got = packed_attention(q, k, v, spans, 5, 0.3)
+    visible = (documents[:, :, None] == documents[:, None]).tril()
+    mask = torch.zeros(2, 1, 6, 6, dtype=torch.float64).masked_fill(~visible[:, None], -math.inf)
+    torch.testing.assert_close(got, attention_reference(q, k, v, mask, 0.3))
+
+
+def test_a_context_with_lengths_calls_the_packed_kernel_in_half_precision(monkeypatch):
+    calls = []
+
+    def counted(*given, **options):
+        calls.append(given[0].dtype)
+        return each_document_alone(*given, **options)
+
+    monkeypatch.setattr(varlen, "varlen_attn", counted)
+    config = small_config()
+    model = random_model(config).to(torch.bfloat16)
+    tokens = random_tokens(config, 1, 6)
+    documents = torch.tensor([[0, 0, 0, 1, 1, 1]])
+    masked = model.context(tokens, documents=documents)
+    packed = replace(masked, lengths=((3, 3),), masks={})
+    with torch.no_grad():
+        wanted, got = (model(tokens, num_loops=2, ctx=ctx).logits for ctx in (masked, packed))
+    assert calls == [torch.bfloat16] * (1 + 2 * 2 + 1)
+    assert packed.masks.keys() == {"spans"}  # and no mask
+    assert (got - wanted).norm() / wanted.norm() < 0.02

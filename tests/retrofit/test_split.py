@@ -9,6 +9,7 @@ from torch import Tensor
 
 from openmythos.config import (
     CopyInitConfig,
+    DepthAttentionConfig,
     LinearInjectionConfig,
     NormalInitConfig,
     ZerosInitConfig,
@@ -167,3 +168,6 @@ def test_only_a_plain_stack_can_be_retrofitted(tmp_path: Path) -> None:
     check_stack(stack, WHOLE)
     with pytest.raises(ValueError, match="num_loops is 2"):
         check_stack(replace(stack, num_loops=2), WHOLE)
+    deep = replace(stack, depth_attention=DepthAttentionConfig(num_recent_loops=2))
+    with pytest.raises(ValueError, match=r"depth_attention is \{'num_recent_loops': 2\}"):
+        check_stack(deep, WHOLE)

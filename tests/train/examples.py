@@ -8,17 +8,21 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn import functional
 
 from openmythos.config import ModelConfig, MoEConfig
 from openmythos.config.schema import to_dict
+from openmythos.data.loader import TokenLoader
 from openmythos.data.packing import Batch
+from openmythos.data.synthetic import HopsConfig, Walks
 from openmythos.model.recurrent import RecurrentDepthLM
 from openmythos.train.depth_schedule import DepthSchedule, FixedDepth, PoissonDepth
-from openmythos.train.loop import TrainResult, train
-from openmythos.train.metrics import Recorder, read_metrics
+from openmythos.train.loop import TrainResult
+from openmythos.train.metrics import read_metrics
 from openmythos.train.optim import OptimizerConfig
 from openmythos.train.recipe import HopsData, RunConfig, TextData, TrainConfig
 from openmythos.train.run import set_up
+from openmythos.train.task import Batches
 from tests.strategies import seeded, small_config
 
 TEXT = (
@@ -89,8 +93,7 @@ def hops_config(**changes: Any) -> RunConfig:
 
 def run(config: RunConfig, out: Path) -> TrainResult:
     """What ``openmythos train`` does, in this process."""
-    made = set_up(config, out)
-    return train(made.model, made.task, made.config.train, made.folder, Recorder(out))
+    return set_up(config, out).train()
 
 
 def write_config(config: RunConfig, path: Path) -> Path:
@@ -126,14 +129,44 @@ def assert_equal_runs(one: Path, other: Path) -> None:
     assert not different
 
 
+def loader(folder: Path, split: str = "val", batch_size: int = 4) -> TokenLoader:
+    return TokenLoader(folder, split, seq_len=32, batch_size=batch_size)
+
+
+def small_walks() -> Walks:
+    return Walks(HopsConfig(num_entities=8, num_relations=2, max_train_hops=4))
+
+
+class Oracle(RecurrentDepthLM):
+    """Answers right, or with a fixed entity, whatever the weights say."""
+
+    walks: Walks
+    right: bool = True
+
+    def forward(self, tokens: torch.Tensor, **options: object) -> object:  # type: ignore[override]
+        output = super().forward(tokens, num_loops=1)
+        answers = torch.from_numpy(self.walks.entities_along(tokens.numpy()))[:, -1]
+        if not self.right:
+            answers = torch.zeros_like(answers)
+        output.logits[:, -1] = functional.one_hot(answers, output.logits.shape[-1]).float()
+        return output
+
+
+def oracle(walks: Walks, *, right: bool) -> Oracle:
+    model = Oracle(tiny_model(), seeded())
+    model.walks, model.right = walks, right
+    return model.train()
+
+
 class FixedTask:
     """The same batch at every step."""
 
     def __init__(self, batch: Batch) -> None:
         self.only = batch
 
-    def batch(self, step: int, batch_size: int) -> Batch:
-        return self.only
+    def batches(self, start_step: int, batch_size: int) -> Batches:
+        while True:
+            yield self.only
 
     def after_step(self, model: RecurrentDepthLM, step: int) -> dict[str, float]:
         return {}

@@ -1,4 +1,6 @@
+import itertools
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +13,7 @@ import pytest
 import torch
 
 from openmythos import load_pretrained
+from openmythos.checkpoint import save
 from openmythos.config import ACTConfig, AddInjectionConfig, MoEConfig, NormalInitConfig
 from openmythos.model.feedforward import MoE, max_violation
 from openmythos.model.recurrent import RecurrentDepthLM
@@ -117,27 +120,34 @@ def test_death_at_every_instant_of_a_save(tmp_path: Path, monkeypatch: pytest.Mo
     """Every file operation of two saves, in turn, is the last one that is done."""
     config = changed(text_config(write_text(tmp_path)), max_steps=3, keep_checkpoints=1)
     examples.run(config, tmp_path / "whole")
-    calls = 0
+    calls, saving = 0, False
+    writes = [(os, name) for name in ("replace", "rename", "mkdir", "unlink", "fsync")]
+    writes += [(shutil, "rmtree"), (save, "save_file"), (run_folder, "save_file")]
 
     def dying(function: Any, at: int) -> Any:
         def call(*arguments: Any, **options: Any) -> Any:
             nonlocal calls
-            calls += 1
-            if calls == at:
+            calls += saving
+            if saving and calls >= at:  # and nothing is cleaned up after it
                 raise Killed
             return function(*arguments, **options)
 
         return call
 
-    at, died = 1, True
+    def save_or_die(*arguments: Any) -> Path:
+        nonlocal saving
+        saving = True
+        path = write(*arguments)
+        saving = False
+        return path
+
+    at, died, write = 1, True, RunFolder.save
     while died:
-        out, calls, died = tmp_path / f"killed-{at}", 0, False
+        out, calls, saving, died = tmp_path / f"killed-{at}", 0, False, False
         with monkeypatch.context() as patch:
-            patch.setattr(run_folder, "save_pretrained", dying(run_folder.save_pretrained, at))
-            patch.setattr(run_folder, "save_file", dying(run_folder.save_file, at))
-            patch.setattr(run_folder.os, "replace", dying(os.replace, at))
-            patch.setattr(run_folder, "_sync", dying(run_folder._sync, at))
-            patch.setattr(run_folder.shutil, "rmtree", dying(run_folder.shutil.rmtree, at))
+            patch.setattr(RunFolder, "save", save_or_die)
+            for owner, name in writes:
+                patch.setattr(owner, name, dying(getattr(owner, name), at))
             try:
                 examples.run(config, out)
             except Killed:
@@ -406,12 +416,10 @@ def trained_violation(tmp_path: Path, rate: float) -> list[float]:
     config = RunConfig(model=model, train=made.train, data=made.data)
     config = changed(config, depth=depth, save_every=0, log_every=50)
     ready = set_up(config, tmp_path / f"rate-{rate}")
-    folder = ready.folder
-    train(ready.model, ready.task, ready.config.train, folder, Recorder(folder.path))
+    ready.train()
     (layer,) = [m for m in ready.model.modules() if isinstance(m, MoE)]
     ready.model.train()
-    for step in range(300, 320):
-        batch = ready.task.batch(step, 8)
+    for batch in itertools.islice(ready.task.batches(300, 8), 20):
         ctx = ready.model.context(batch.tokens, documents=batch.documents)
         with torch.no_grad():
             ready.model(batch.tokens, num_loops=3, ctx=ctx)

@@ -76,6 +76,11 @@ def test_bad_data_fields() -> None:
         HopsData(num_entities=0)
 
 
+def test_data_in_words() -> None:
+    assert TextData(source="python-source").in_words == "python-source"
+    assert HopsData(num_entities=5).in_words == "walks over 5 entities and 4 permutations"
+
+
 def test_rows_longer_than_the_model() -> None:
     train = TrainConfig(max_steps=1)
     with pytest.raises(ValueError, match=r"data\.seq_len is 65; .* model\.max_seq_len=64"):

@@ -1,3 +1,4 @@
+import itertools
 import json
 import shutil
 from dataclasses import replace
@@ -15,7 +16,7 @@ from openmythos.interop.loading import load_config, load_pretrained
 from openmythos.tokenizer import byte_tokenizer
 from openmythos.train.recipe import RunConfig, TextData
 from openmythos.train.run import set_up
-from openmythos.train.task import HopsTraining, TextTask
+from openmythos.train.task import HopsTask, TextTask
 from tests.strategies import random_model
 from tests.train import examples
 from tests.train.examples import changed, hops_config, text_config, tiny_model, write_text
@@ -49,7 +50,8 @@ def test_the_written_configuration_makes_the_same_run(tmp_path: Path) -> None:
     assert second.config == first.config
     for a, b in zip(first.model.parameters(), second.model.parameters(), strict=True):
         assert torch.equal(a, b)
-    assert torch.equal(first.task.batch(2, 4).tokens, second.task.batch(2, 4).tokens)
+    one, other = (next(run.task.batches(2, 4)) for run in (first, second))
+    assert torch.equal(one.tokens, other.tokens)
 
 
 def test_the_seed_decides_weights_batches_and_walks(tmp_path: Path) -> None:
@@ -57,13 +59,21 @@ def test_the_seed_decides_weights_batches_and_walks(tmp_path: Path) -> None:
         set_up(changed(hops_config(), seed=s), tmp_path / f"{i}") for i, s in enumerate((1, 1, 2))
     ]
     same, again, other = runs
-    assert isinstance(same.task, HopsTraining)
+    assert isinstance(same.task, HopsTask)
     assert same.config.model.vocab_size == 4
     assert torch.equal(same.model.embed.weight, again.model.embed.weight)
     assert not torch.equal(same.model.embed.weight, other.model.embed.weight)
-    tokens = [torch.cat([r.task.batch(s, 16).tokens[:, :2] for s in range(4)]) for r in runs]
+    first = [itertools.islice(run.task.batches(0, 16), 4) for run in runs]
+    tokens = [torch.cat([batch.tokens[:, :2] for batch in batches]) for batches in first]
     assert torch.equal(tokens[0], tokens[1])
     assert not torch.equal(tokens[0], tokens[2])
+
+
+def test_a_run_in_words(tmp_path: Path) -> None:
+    run = set_up(hops_config(), tmp_path)
+    count = sum(p.numel() for p in run.model.parameters())
+    layers = "1 prelude + 1 core (looped) + 0 coda layers"
+    assert run.in_words("walks") == f"{count:,} parameters, {layers}, on walks"
 
 
 def test_another_runs_data_is_not_touched(tmp_path: Path) -> None:
@@ -85,6 +95,18 @@ def test_changed_text_is_noticed_when_the_run_goes_on(tmp_path: Path) -> None:
     source.write_text(source.read_text(encoding="utf-8").upper(), encoding="utf-8")
     with pytest.raises(ValueError, match="changed"):
         examples.run(config, tmp_path / "run")
+
+
+def test_a_damaged_shard_is_refused_before_the_first_step(tmp_path: Path) -> None:
+    data = prepare(str(write_text(tmp_path)), tmp_path / "data", tokenizer=byte_tokenizer())
+    set_up(text_config(tmp_path / "data"), tmp_path / "run")
+    for split in ("train", "val"):
+        shard = tmp_path / "data" / data.splits[split].shards[0].file
+        content = shard.read_bytes()
+        shard.write_bytes(content[:-2] + b"\0\0")
+        with pytest.raises(ValueError, match="does not match its SHA-256"):
+            set_up(text_config(tmp_path / "data"), tmp_path / "run")
+        shard.write_bytes(content)
 
 
 def test_unusable_text_is_one_clear_error(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from openmythos.config.schema import require
+from openmythos.folder import put_in_place
 
 EAGER = ("attention", "experts")  # what any eager forward may use
 FLAGS = ("-O3", "-march=native", "-std=c++20", "-shared", "-fPIC")
@@ -104,7 +105,7 @@ def _build(name: str, compiler: list[str]) -> Path:
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:
             fresh = Path(folder, target.name)
             subprocess.run([*command, str(fresh)], check=True, capture_output=True, text=True)
-            fresh.replace(target)
+            put_in_place(fresh, target)
     return target
 
 

@@ -1,4 +1,4 @@
-"""``openmythos presets`` and ``inspect``: what a model is and costs, without its weights."""
+"""``openmythos inspect``: what a model is and costs, without its weights."""
 
 import json
 from collections.abc import Sequence
@@ -7,50 +7,26 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from openmythos.command.option import AsJson, Overrides, parse_loops
-from openmythos.config import ModelConfig, MoEConfig, counts
+from openmythos.command.table import (
+    human_bytes,
+    human_count,
+    human_flops,
+    number_table,
+    wide_console,
+)
+from openmythos.config import ModelConfig, counts
 from openmythos.config.matched_baseline import MATCHES, baseline
 from openmythos.config.presets import PRESETS, preset
 from openmythos.config.schema import apply_overrides, from_dict, to_dict
 
-TABLE_WIDTH = 100  # characters, where the output is no terminal
 INSPECTED_CONTEXT = 4096  # tokens, unless the model allows fewer
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float8": 1}
 CHECKPOINT_FIELDS = ("format", "format_version")  # beside the model's in a checkpoint's config.json
 WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth"}
-
-
-def presets(as_json: AsJson = False) -> None:
-    """List the presets with their sizes, depths and cache bytes."""
-    rows = [preset_row(name) for name in PRESETS]
-    if as_json:
-        print(json.dumps(rows, indent=2))
-        return
-    columns = ("preset", "total", "active", "experts", "vocabulary", "d_model", "layers", "loops")
-    table = _table(*columns, "depth", "KV/token")
-    for row in rows:
-        experts = f"{row['num_experts']}, top {row['num_experts_per_token']}"
-        table.add_row(
-            row["name"],
-            human_count(row["total_params"]),
-            human_count(row["active_params"]),
-            experts if row["num_experts"] else "dense",
-            f"{row['vocab_size']:,}",
-            f"{row['d_model']:,}",
-            "/".join(str(number) for number in row["layers"]),
-            str(row["num_loops"]),
-            str(row["effective_depth"]),
-            human_bytes(row["kv_bytes_per_token"]),
-        )
-    console = _console()
-    console.print(table)
-    console.print(
-        "layers: prelude/core/coda; depth: layers a token passes; KV: bfloat16, every loop"
-    )
 
 
 def inspect(
@@ -90,29 +66,6 @@ def inspect(
         print(json.dumps({"source": source, **report}, indent=2))
     else:
         _print_inspection(source, report)
-
-
-def preset_row(name: str) -> dict[str, Any]:
-    """One preset as ``presets --json`` lists it; ``layers`` are prelude, core, coda."""
-    config = preset(name)
-    figures = counts.count(config)
-    experts = config.core_ff if isinstance(config.core_ff, MoEConfig) else None
-    return {
-        "name": name,
-        "total_params": figures.total_params,
-        "active_params": figures.active_params,
-        "effective_depth": figures.effective_depth,
-        "num_loops": figures.num_loops,
-        "kv_bytes_per_token": figures.kv_bytes_per_token,
-        "vocab_size": config.vocab_size,
-        "d_model": config.d_model,
-        "layers": [config.num_prelude_layers, config.num_core_layers, config.num_coda_layers],
-        "attention": config.attention.kind,
-        "max_seq_len": config.max_seq_len,
-        "num_experts": experts.num_experts if experts else 0,
-        "num_experts_per_token": experts.num_experts_per_token if experts else 0,
-        "num_shared_experts": experts.num_shared_experts if experts else 0,
-    }
 
 
 def inspection(config: ModelConfig, depths: Sequence[int], context_length: int) -> dict[str, Any]:
@@ -167,11 +120,10 @@ def sizes(config: ModelConfig, context_length: int) -> dict[str, Any]:
     """What baselines are compared by; ``memory_bytes``: weights and one cache, in bfloat16."""
     figures = counts.count(config, context_length=context_length)
     cache = figures.kv_bytes_per_token * context_length
-    core = config.core_ff
     return {
         "layers": [config.num_prelude_layers, config.num_core_layers, config.num_coda_layers],
         "num_loops": config.num_loops,
-        "d_ff": core.d_expert if isinstance(core, MoEConfig) else core.d_ff,
+        "d_ff": config.core_ff.width,
         "total_params": figures.total_params,
         "inference_flops_per_token": figures.inference_flops_per_token,
         "memory_bytes": counts.weight_bytes(config) + cache,
@@ -221,33 +173,6 @@ def is_index(file: Path) -> bool:
     return file.name.endswith(".index.json")
 
 
-# --- units ----------------------------------------------------------------------------------------
-
-
-def human_count(number: int) -> str:
-    """Three digits and a power of a thousand: 1.06B."""
-    return _scaled(number, 1000, ["", "K", "M", "B", "T"])
-
-
-def human_flops(number: int) -> str:
-    """Three digits and a power of a thousand: 12.3 GFLOP."""
-    return _scaled(number, 1000, [" FLOP", " kFLOP", " MFLOP", " GFLOP", " TFLOP", " PFLOP"])
-
-
-def human_bytes(number: int) -> str:
-    """Three digits and a power of 1024: 1.20 KiB."""
-    return _scaled(number, 1024, [" B", " KiB", " MiB", " GiB", " TiB", " PiB"])
-
-
-def _scaled(number: int, step: int, units: list[str]) -> str:
-    value, power = float(number), 0
-    # What would round to four digits belongs to the next unit.
-    while value >= 999.5 and power < len(units) - 1:
-        value, power = value / step, power + 1
-    decimals = 0 if power == 0 or value >= 99.95 else 1 if value >= 9.995 else 2
-    return f"{value:.{decimals}f}{units[power]}"
-
-
 # --- printing -------------------------------------------------------------------------------------
 
 
@@ -256,24 +181,8 @@ def _usual_loops(config: ModelConfig) -> tuple[int, ...]:
     return tuple(sorted({1, max(1, usual // 2), usual, 2 * usual}))
 
 
-def _console() -> Console:
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = TABLE_WIDTH
-    return console
-
-
-def _table(*columns: str, title: str | None = None) -> Table:
-    """The first column holds names, the others numbers."""
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
-    for column in columns:
-        is_name = column == columns[0]
-        table.add_column(column, justify="left" if is_name else "right", no_wrap=is_name)
-    return table
-
-
 def _print_inspection(source: str, report: dict[str, Any]) -> None:
-    console = _console()
+    console = wide_console()
     total, active = report["total_params"], report["active_params"]
     depth = f"{report['effective_depth']} layers deep at {report['num_loops']} loops"
     share = f"{human_count(active)} active for a token ({active / total:.1%})"
@@ -311,7 +220,7 @@ def _fields(values: dict[str, Any]) -> str:
 
 def _parts_table(report: dict[str, Any]) -> Table:
     columns = ("part", "parameters", "share", "active", "compute/token", "runs")
-    table = _table(*columns, title="Parameters by part")
+    table = number_table(*columns, title="Parameters by part")
     for part in report["parts"]:
         table.add_row(
             part["name"],
@@ -328,7 +237,7 @@ def _depths_table(report: dict[str, Any]) -> Table:
     layouts = report["depths"][0]["kv_bytes_per_token"]
     context = f"{report['context_length']:,}"
     title = f"Per token at a context of {context}: decoding, training, bfloat16 cache by layout"
-    table = _table("loops", "depth", "decoding", "training", *layouts, title=title)
+    table = number_table("loops", "depth", "decoding", "training", *layouts, title=title)
     for row in report["depths"]:
         table.add_row(
             str(row["num_loops"]),
@@ -345,7 +254,7 @@ def _baselines_table(report: dict[str, Any]) -> Table:
     context = report["context_length"]
     title = f"Plain models that match at a context of {context:,} (memory in bfloat16)"
     columns = ("equal in", "layers", "loops", "d_ff", "parameters", "decoding", "memory", "off by")
-    table = _table(*columns, title=title)
+    table = number_table(*columns, title=title)
     own = sizes(from_dict(ModelConfig, report["config"]), context)
     for row in ({"match": "(this model)", **own}, *report["baselines"]):
         table.add_row(

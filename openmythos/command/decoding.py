@@ -1,0 +1,111 @@
+"""Decoding from the command line, for generate and chat: options, the model, coloured text."""
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.text import Text
+
+from openmythos.command.option import check_device
+
+if TYPE_CHECKING:
+    from openmythos.model.cache import CacheLayout
+    from openmythos.model.exit import Rule
+    from openmythos.model.recurrent import RecurrentDepthLM
+    from openmythos.text_stream import TextPiece
+    from openmythos.tokenizer import Tokenizer
+
+Checkpoint = Annotated[Path, typer.Argument(help="A checkpoint or run folder.")]
+NewTokens = Annotated[int, typer.Option(help="Most tokens to generate.")]
+NumLoops = Annotated[int | None, typer.Option(help="Most loops per token; default: the model's.")]
+ExitKind = Annotated[
+    str,
+    typer.Option(
+        "--exit-rule",
+        help="fixed, kl, entropy_kl, latent_difference, acceleration, argmax_stable or "
+        "cumulative_threshold; its fields with --set exit_rule.FIELD=VALUE.",
+    ),
+]
+Layout = Annotated[
+    str,
+    typer.Option(
+        "--cache-layout",
+        help="per_loop (exact), last_loop, first_loop or every_k (--set cache_layout.k=2).",
+    ),
+]
+Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
+TopK = Annotated[int | None, typer.Option(help="Keep the K most likely tokens.")]
+TopP = Annotated[float | None, typer.Option(help="Keep the fewest tokens of this probability.")]
+
+
+def decoding_of(
+    exit_rule: str, cache_layout: str, overrides: list[str]
+) -> tuple["Rule", "CacheLayout"]:
+    """The exit rule and the cache layout of the command line, by kind.
+
+    Their fields come as ``exit_rule.FIELD=VALUE`` and ``cache_layout.FIELD=VALUE``.
+
+    Raises:
+        ValueError: An unknown kind, field or value.
+    """
+    from openmythos.config.schema import from_dict, require
+    from openmythos.model.cache import EveryK, FirstLoop, LastLoop, PerLoop
+    from openmythos.model.exit import make_exit_rule
+
+    layouts: dict[str, type[CacheLayout]] = {
+        "per_loop": PerLoop,
+        "last_loop": LastLoop,
+        "first_loop": FirstLoop,
+        "every_k": EveryK,
+    }
+    fields: dict[str, dict[str, Any]] = {"exit_rule": {}, "cache_layout": {}}
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        part, _, field = key.partition(".")
+        if not separator or not field or part not in fields:
+            raise ValueError(
+                f"--set {override!r}: here only exit_rule.FIELD=VALUE and cache_layout.FIELD=VALUE "
+                "can be set"
+            )
+        try:
+            fields[part][field] = json.loads(text)
+        except json.JSONDecodeError:
+            raise ValueError(f"--set {override!r}: the value is not a number") from None
+    require(cache_layout in layouts, "--cache-layout", cache_layout, f"one of {', '.join(layouts)}")
+    layout = from_dict(
+        layouts[cache_layout], fields["cache_layout"], f"cache_layout {cache_layout!r}"
+    )
+    return make_exit_rule(exit_rule, **fields["exit_rule"]), layout
+
+
+def load(checkpoint: Path, device: str) -> tuple["RecurrentDepthLM", "Tokenizer"]:
+    """A checkpoint's model and tokenizer.
+
+    Raises:
+        ValueError: There is no checkpoint, or it has no tokenizer.
+    """
+    check_device(device)
+    from openmythos import load_pretrained
+    from openmythos.interop.hub import local_folder
+    from openmythos.tokenizer import Tokenizer
+
+    folder = local_folder(checkpoint)
+    if not (folder / "tokenizer.json").exists():
+        raise ValueError(f"{folder} has no tokenizer.json; the model was not trained on text")
+    return load_pretrained(folder, device=device), Tokenizer.load(folder)
+
+
+def coloured(pieces: "Iterable[TextPiece]", loops: Sequence[int], most: int) -> Text:
+    """Text on the colours of the loops that it took.
+
+    Args:
+        pieces: Of a ``TextStream``.
+        loops: Of each token that the stream was given.
+        most: Loops at the top of the colour scale.
+    """
+    from openmythos.report.page import Piece, Sample, render_sample
+
+    shown = [Piece(text=piece.text, loops=loops[piece.tokens[-1]]) for piece in pieces]
+    return render_sample(Sample(prompt="", pieces=shown), most)

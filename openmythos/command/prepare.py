@@ -1,0 +1,66 @@
+"""``openmythos prepare``: text as token shards on disk."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from openmythos.command.option import AsJson, Out, Seed
+
+
+def prepare(
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="python-docs, python-source, a text, JSONL or Parquet file, a folder, or hf:NAME."
+        ),
+    ],
+    out: Out = Path("data"),
+    vocab_size: Annotated[int, typer.Option(help="Of the BPE tokenizer.")] = 2048,
+    byte_level: Annotated[bool, typer.Option("--bytes", help="Bytes instead of BPE.")] = False,
+    tokenizer_of: Annotated[
+        Path | None,
+        typer.Option("--tokenizer", help="Checkpoint or tokenizer.json to use, instead of BPE."),
+    ] = None,
+    val_fraction: Annotated[float, typer.Option(help="Share of documents held out.")] = 0.1,
+    column: Annotated[str, typer.Option(help="Text column of JSONL and Parquet.")] = "text",
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Tokenise a source into memory-mapped shards."""
+    from openmythos.data.prepare import prepare as write
+    from openmythos.interop.hub import local_folder
+    from openmythos.tokenizer import Tokenizer, byte_tokenizer
+
+    tokenizer = byte_tokenizer() if byte_level else None
+    if tokenizer_of is not None:
+        if byte_level:
+            raise ValueError("--bytes and --tokenizer both name a tokenizer; give one of them")
+        is_file = tokenizer_of.is_file()
+        tokenizer = Tokenizer.load(tokenizer_of if is_file else local_folder(tokenizer_of))
+    data = write(
+        source,
+        out,
+        tokenizer=tokenizer,
+        vocab_size=vocab_size,
+        val_fraction=val_fraction,
+        column=column,
+        seed=seed,
+    )
+    splits = {
+        name: {"documents": s.num_documents, "tokens": s.num_tokens, "bytes": s.num_bytes}
+        for name, s in data.splits.items()
+    }
+    if as_json:
+        typer.echo(json.dumps({"folder": str(out), "vocab_size": data.vocab_size, **splits}))
+        return
+    table = Table(title=f"{source} in {out}, vocabulary {data.vocab_size:,}")
+    for heading in ("split", "documents", "tokens", "bytes", "bytes/token"):
+        table.add_column(heading, justify="left" if heading == "split" else "right")
+    for name, s in splits.items():
+        per_token = f"{s['bytes'] / max(1, s['tokens']):.2f}"
+        table.add_row(name, f"{s['documents']:,}", f"{s['tokens']:,}", f"{s['bytes']:,}", per_token)
+    Console().print(table)

@@ -1,0 +1,38 @@
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from openmythos.interop.loading import load_pretrained
+from tests.command.conftest import Invoke, refused, stored
+
+
+def test_a_published_checkpoint_is_converted_there_and_back(
+    invoke: Invoke, golden_dir: Callable[[str], Path], tmp_path: Path
+) -> None:
+    source, ours, theirs = golden_dir("openmythos-mla"), tmp_path / "ours", tmp_path / "theirs"
+    invoke("convert", source, "--out", ours)
+    assert stored(ours)["format"] == "openmythos"
+    invoke("convert", ours, "--to", "original-openmythos", "--out", theirs)
+    assert stored(theirs)["attn_type"] == "mla"
+    tokens = torch.arange(12).view(2, 6)
+    logits = load_pretrained(source)(tokens).logits
+    assert torch.equal(load_pretrained(theirs)(tokens).logits, logits)
+    invoke("convert", source, "--out", ours, "--dtype", "float16")
+    assert load_pretrained(ours).embed.weight.dtype == torch.float16
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("convert", "RUN", "--to", "huggin"), "--to is 'huggin'; allowed: openmythos, original"),
+        (("convert", "RUN", "--to", "original-openmythos"), "the original OpenMythos has experts"),
+    ],
+)
+def test_refusals(
+    invoke: Invoke, hops_run: Path, tmp_path: Path, arguments: tuple[str, ...], said: str
+) -> None:
+    words = [hops_run if word == "RUN" else word for word in arguments]
+    assert said in refused(invoke, *words, "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -303,7 +303,7 @@ class CacheView:
             for tensor in cache.tensors:
                 tensor[new, *where] = tensor[old, *where]
 
-    @cached_property
+    @property  # not cached: the compiler cannot follow the lock of cached_property
     def _rows(self) -> Int[Tensor, "B"]:
         if self.rows is not None:
             return self.rows
@@ -344,11 +344,13 @@ class CacheView:
         return tensor[slots, self._rows[:, None], :, self.columns].transpose(1, 2)
 
     def _write(self, tensor: Tensor, slot: int | Tensor, stored: Tensor) -> None:
-        if self.start is not None and self.rows is None and not isinstance(slot, Tensor):
+        together = self.start is not None and self.rows is None and not isinstance(slot, Tensor)
+        if together and not torch.compiler.is_compiling():
             whole = tensor.select(0, slot)
             whole[:, :, self.start : self.start + stored.shape[2]] = stored
         elif self.valid is None:
-            slots = slot[:, None] if isinstance(slot, Tensor) else slot
+            # All indices are tensors: the compiler would copy the whole cache to write to a view.
+            slots = slot[:, None] if isinstance(slot, Tensor) else torch.full_like(self.columns, slot)
             tensor[slots, self._rows[:, None], :, self.columns] = stored.transpose(1, 2)
         else:
             rows, tokens = self._real

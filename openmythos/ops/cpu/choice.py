@@ -23,7 +23,6 @@ from openmythos.ops.cpu import build
 VARIABLE = "OPENMYTHOS_KERNELS"
 WORTH = 1.1  # times as fast as torch's product ours must be to be used
 REPEATS = 5
-POOL_BYTES = 1 << 26  # of weights that are cycled through, so that they come from memory
 
 
 @dataclass(frozen=True)
@@ -68,20 +67,20 @@ def ours_wins(product: str, measure: Callable[[], Timing]) -> bool:
     return known[product].ours_wins
 
 
-def race(ours: Callable[[], object], theirs: Callable[[], object]) -> Timing:
-    """Medians of some calls in turn, after one of each that is not counted."""
+def race(ours: Callable[[], object], theirs: Callable[[], object], num_calls: int) -> Timing:
+    """Medians of some runs in turn, each of so many calls, after one that is not counted."""
     seconds: tuple[list[float], list[float]] = ([], [])
     for _ in range(1 + REPEATS):
         for run, spent in zip((ours, theirs), seconds, strict=True):
             start = time.perf_counter()
             run()
-            spent.append(time.perf_counter() - start)
+            spent.append((time.perf_counter() - start) / num_calls)
     return Timing(*(median(spent[1:]) for spent in seconds))
 
 
 def timings_file(num_threads: int) -> Path:
     """Where the timings with so many threads are kept."""
-    library = build.library("narrow")
+    library = build.library("narrow", build.find_compiler() or [])
     return library.with_name(f"{library.stem}_{num_threads}_threads.json")
 
 

@@ -21,7 +21,7 @@ from openmythos.command.table import (
 from openmythos.config import ModelConfig, counts
 from openmythos.config.matched_baseline import MATCHES, baseline
 from openmythos.config.presets import PRESETS, preset
-from openmythos.config.schema import apply_overrides, from_dict, to_dict
+from openmythos.config.schema import apply_overrides, from_dict, require, to_dict
 
 INSPECTED_CONTEXT = 4096  # tokens; or the model's max_seq_len if that is less
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float8": 1}
@@ -31,11 +31,11 @@ WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth"}
 
 def inspect(
     source: Annotated[
-        str,
+        str | None,
         typer.Argument(
-            metavar="MODEL", help="A preset, a config.json, or a folder that holds one."
+            metavar="[MODEL]", help="A preset, a config.json, or a folder that holds one."
         ),
-    ],
+    ] = None,
     num_loops: Annotated[
         str | None,
         typer.Option(help="Numbers of loops, as 1,4,8; by default around the config's."),
@@ -47,10 +47,20 @@ def inspect(
         bool,
         typer.Option("--baselines", help="Add plain models of equal parameters, FLOPs and memory."),
     ] = False,
+    kernels: Annotated[
+        bool,
+        typer.Option("--kernels", help="Show which C++ kernels this machine uses, without MODEL."),
+    ] = False,
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
     """Show parameters by part, and FLOPs, cache and memory by number of loops."""
+    if kernels:
+        require(source is None, "MODEL", source, "left out with --kernels")
+        _print_kernels(as_json)
+        return
+    if source is None:
+        raise ValueError("give a MODEL (a preset, a config.json or a folder), or --kernels")
     config = apply_overrides(read_config(source), overrides or [])
     depths = _usual_loops(config) if num_loops is None else parse_loops(num_loops)
     context = min(INSPECTED_CONTEXT, config.max_seq_len)
@@ -268,3 +278,43 @@ def _baselines_table(report: dict[str, Any]) -> Table:
             f"{row['deviation']:+.2%}" if "deviation" in row else "-",
         )
     return table
+
+
+def _print_kernels(as_json: bool) -> None:
+    """Which kernels are built, and the timings by which products were chosen."""
+    import torch
+
+    from openmythos.ops.cpu import build, choice
+
+    compiler = build.find_compiler()
+    path = choice.timings_file(torch.get_num_threads())
+    timings = choice.read_timings(path)
+    products = {
+        name: {"ours": timing.ours, "torch": timing.torch, "uses_ours": timing.ours_wins}
+        for name, timing in timings.items()
+    }
+    report = {
+        "compiler": compiler,
+        "mode": choice.mode(),
+        "switched_off": build.switched_off(),
+        "built": [name for name in build.KERNELS if build.library(name, compiler or []).exists()],
+        "num_threads": torch.get_num_threads(),
+        "timings": str(path),
+        "products": products,
+    }
+    if as_json:
+        print(json.dumps(report, indent=2))
+        return
+    console = wide_console()
+    for name in ("compiler", "mode", "switched_off", "built", "num_threads", "timings"):
+        value = report[name]
+        shown = ", ".join(map(str, value)) or "none" if isinstance(value, list) else str(value)
+        console.print(f"{name.replace('_', ' ')}: {escape(shown)}", soft_wrap=True)
+    if not products:
+        console.print("no product has been timed yet: decode once with --compiled")
+        return
+    table = number_table("product", "ours, us", "torch's, us", "used")
+    for name, timing in timings.items():
+        used = "ours" if timing.ours_wins else "torch's"
+        table.add_row(name, f"{1e6 * timing.ours:.1f}", f"{1e6 * timing.torch:.1f}", used)
+    console.print(table)

@@ -36,9 +36,9 @@ def _backend(graph: fx.GraphModule, inputs: Sequence[Any]) -> Any:
 
     kernels = {functional.linear: narrow.linear, gathered_experts: narrow.experts}
     for node in graph.graph.nodes:
-        kernel = kernels.get(node.target)
-        if kernel is not None and _is_narrow(node) and narrow.load():
-            node.target, node.args = kernel, tuple(node.all_input_nodes)  # drops bias=None
+        if node.target in kernels and _is_narrow(node) and narrow.load() and _wins(node):
+            operands = tuple(node.all_input_nodes)  # drops bias=None
+            node.target, node.args = kernels[node.target], operands
     graph.recompile()
     return compile_fx(graph, list(inputs))
 
@@ -54,3 +54,14 @@ def _is_narrow(node: fx.Node) -> bool:
         tensor.dtype == torch.float32 for tensor in floats
     )
     return plain and x.numel() // x.shape[-1] <= narrow.MAX_ROWS
+
+
+def _wins(node: fx.Node) -> bool:
+    """Whether our kernel is the faster one here; a graph of several row counts asks for one."""
+    x, *others = (arg.meta["example_value"] for arg in node.all_input_nodes)
+    rows = x.numel() // x.shape[-1]
+    rows = rows if isinstance(rows, int) else rows.node.hint
+    if node.target is functional.linear:
+        return narrow.beats_linear(rows, *others[0].shape)
+    slots, (_, dim, width) = others[0].shape[1], others[-1].shape
+    return narrow.beats_experts(rows, slots, width, dim)

@@ -316,7 +316,7 @@ class CacheView:
             for tensor in cache.tensors:
                 tensor[new, *where] = tensor[old, *where]
 
-    @cached_property
+    @property  # not cached: the compiler cannot follow the lock of cached_property
     def _rows(self) -> Int[Tensor, "B"]:
         if self.rows is not None:
             return self.rows
@@ -357,14 +357,17 @@ class CacheView:
         return tensor[slots, self._rows[:, None], :, self.columns].transpose(1, 2)
 
     def _write(self, tensor: Tensor, slot: int | Tensor, stored: Tensor) -> None:
-        if self.start is not None and self.rows is None and not isinstance(slot, Tensor):
-            whole = tensor.select(0, slot)
+        plain = not isinstance(slot, Tensor) and not torch.compiler.is_compiling()
+        if self.start is not None and self.rows is None and plain:
+            whole = tensor[slot]
             whole[:, :, self.start : self.start + stored.shape[2]] = stored
-        elif self.valid is None:
-            slots = slot[:, None] if isinstance(slot, Tensor) else slot
-            tensor[slots, self._rows[:, None], :, self.columns] = stored.transpose(1, 2)
+            return
+        # One index per token: the compiler would copy the whole cache to write into a view of it.
+        slots = slot if isinstance(slot, Tensor) else torch.full_like(self._rows, slot)
+        if self.valid is None:
+            where = (slots[:, None], self._rows[:, None], slice(None), self.columns)
+            tensor[where] = stored.transpose(1, 2)
         else:
             rows, tokens = self._real
-            slots = slot[rows] if isinstance(slot, Tensor) else slot
-            values = stored.transpose(1, 2)[rows, tokens]
-            tensor[slots, self._rows[rows], :, self.columns[rows, tokens]] = values
+            where = (slots[rows], self._rows[rows], slice(None), self.columns[rows, tokens])
+            tensor[where] = stored.transpose(1, 2)[rows, tokens]

@@ -18,7 +18,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn import functional
 
 from openmythos.ops.cpu import build as native
-from openmythos.ops.swiglu import swiglu_backward, swiglu_forward
+from openmythos.ops.swiglu import swiglu, swiglu_backward
 
 
 def grouped_mm_reference(
@@ -225,7 +225,7 @@ class _Experts(torch.autograd.Function):
         pairs: Pairs,
     ) -> Tensor:
         inner = _multiply(x, pairs.token, weights.gate_up, pairs, transposed=True)
-        hidden = swiglu_forward(inner, share, pairs.order)
+        hidden = swiglu(inner).mul_(share.flatten()[pairs.order, None])
         # The weights are saved too, so that autograd detects in-place changes of them.
         ctx.save_for_backward(x, share, inner, hidden, weights.gate_up, weights.down)
         ctx.weights, ctx.pairs = weights, pairs  # type: ignore[attr-defined]
@@ -372,8 +372,7 @@ def gathered_experts(
 
     Only for compiled code, which reads the chosen experts' weights in place; eager would copy them.
     """
-    gate, up = (gate_up[expert] * x[:, None, None, :]).sum(dim=-1).chunk(2, dim=-1)
-    hidden = functional.silu(gate) * up * weight[..., None]
+    hidden = swiglu((gate_up[expert] * x[:, None, None, :]).sum(dim=-1)) * weight[..., None]
     return (down[expert] * hidden[:, :, None, :]).sum(dim=-1).sum(dim=1)
 
 
@@ -413,8 +412,7 @@ def moe_experts(
     place, ends = places.view(expert.shape), ends.to(torch.int32)
     compiling = torch.compiler.is_compiling()  # the compiler fuses both indexings
     rows: Tensor = x[token] if compiling else _Spread.apply(x, token, place)
-    gate, up = grouped_mm(rows, gate_up, ends).chunk(2, dim=-1)
-    hidden = functional.silu(gate) * up * weight.flatten()[order, None]
+    hidden = swiglu(grouped_mm(rows, gate_up, ends)) * weight.flatten()[order, None]
     rows = grouped_mm(hidden, down, ends)
     y: Tensor = rows[place].sum(dim=1) if compiling else _Gather.apply(rows, token, place)
     return y

@@ -1,4 +1,4 @@
-"""Root-mean-square normalisation: torch's operator, and on CPUs a fused forward and backward.
+"""Root-mean-square normalisation: torch's operator, and on CPUs its gradient written out.
 
 Torch has no fused kernel for CPUs; autograd would store and read twice as many tensors.
 """
@@ -38,56 +38,25 @@ def _wide_rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-        y, scale = rms_norm_forward(x, weight, eps)
+        y = x.square()
+        scale = y.mean(dim=-1, keepdim=True).add_(eps).rsqrt_()
+        torch.mul(x, scale, out=y)
         ctx.save_for_backward(x, weight, scale)
         ctx.eps = eps
-        return y
+        return y if weight is None else y.mul_(weight)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        # With n = x / rms(x) and g = grad * weight: (g - n mean(g n)) / rms(x).
         x, weight, scale = ctx.saved_tensors
         if torch.is_grad_enabled():  # with create_graph, for second derivatives
             norm = lambda x, w: functional.rms_norm(x, x.shape[-1:], w, ctx.eps)  # noqa: E731
             return (*differentiable_gradients(ctx, norm, (x, weight), grad), None)
-        return (*rms_norm_backward(grad, x, weight, scale), None)
-
-
-def rms_norm_forward(
-    x: Float[Tensor, "... C"], weight: Float[Tensor, "C"] | None, eps: float
-) -> tuple[Float[Tensor, "... C"], Float[Tensor, "... 1"]]:
-    """``weight * x / rms(x)``, and ``1 / rms(x)``."""
-    if _suits_kernel(x, weight) and native.takes("fused", x, weight):
-        y, scale = torch.ops.openmythos_fused.rms_norm(x.contiguous(), native.packed(weight), eps)
-        return y, scale.view(*x.shape[:-1], 1)
-    y = x.square()
-    scale = y.mean(dim=-1, keepdim=True).add_(eps).rsqrt_()
-    torch.mul(x, scale, out=y)
-    return y if weight is None else y.mul_(weight), scale
-
-
-def rms_norm_backward(
-    grad: Float[Tensor, "... C"],
-    x: Float[Tensor, "... C"],
-    weight: Float[Tensor, "C"] | None,
-    scale: Float[Tensor, "... 1"],
-) -> tuple[Float[Tensor, "... C"], Float[Tensor, "C"] | None]:
-    """The gradients of x and of the weight."""
-    # With n = x / rms(x) and g = grad * weight: (g - n mean(g n)) / rms(x).
-    if _suits_kernel(x, weight) and native.takes("fused", x, weight, grad):
-        kernel = torch.ops.openmythos_fused.rms_norm_backward
-        grad_x, grad_weight = kernel(
-            grad.contiguous(), x.contiguous(), native.packed(weight), scale
-        )
-        return grad_x, None if weight is None else grad_weight
-    unit = x * scale
-    products, grad_weight = grad * unit, None
-    if weight is not None:
-        grad_weight = products.flatten(0, -2).sum(dim=0)
-        products *= weight
-    mean = products.mean(dim=-1, keepdim=True)
-    through = grad.clone() if weight is None else torch.mul(grad, weight, out=products)
-    return through.addcmul_(unit, mean, value=-1).mul_(scale), grad_weight
-
-
-def _suits_kernel(x: Tensor, weight: Tensor | None) -> bool:
-    return native.whole(x) and (weight is None or weight.shape == x.shape[-1:])
+        unit = x * scale
+        products, grad_weight = grad * unit, None
+        if weight is not None:
+            grad_weight = products.flatten(0, -2).sum(dim=0)
+            products *= weight
+        mean = products.mean(dim=-1, keepdim=True)
+        through = grad.clone() if weight is None else torch.mul(grad, weight, out=products)
+        return through.addcmul_(unit, mean, value=-1).mul_(scale), grad_weight, None

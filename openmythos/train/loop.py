@@ -52,7 +52,7 @@ def train(
     if config.compile:
         model.step = torch.compile(model.step, fullgraph=True)  # type: ignore[method-assign]
     if model.embed.weight.device.type == "cpu" and not config.compile:
-        native.load("fused")  # builds all kernels now, so that no step waits for the compiler
+        native.load("attention")  # builds all kernels now, so that no step waits for it
     model.train()
     batches = task.batches(state.step, config.batch_size)
     recorder.start(state.step)

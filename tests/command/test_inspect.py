@@ -10,6 +10,7 @@ from openmythos.command.table import TABLE_WIDTH
 from openmythos.config import ModelConfig, counts
 from openmythos.config.presets import PRESETS, preset
 from openmythos.config.schema import apply_overrides, from_dict, to_dict
+from openmythos.ops.cpu import choice
 from tests.command.conftest import Invoke, refused
 
 
@@ -179,3 +180,19 @@ def test_the_command_needs_no_torch() -> None:
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ran.stdout.splitlines()[-1] == "False"
+
+
+def test_kernels_of_this_machine(
+    invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "timings.json"
+    monkeypatch.setattr(choice, "timings_file", lambda num_threads: path)
+    report = json.loads(invoke("inspect", "--kernels", "--json"))
+    assert report["mode"] == "ours" and report["products"] == {}
+    assert "no product has been timed yet" in invoke("inspect", "--kernels")
+    timing = {"ours": 1e-6, "torch": 2e-6}
+    path.write_text(json.dumps({"linear 4 x 8, rows 1": timing}), encoding="utf-8")
+    table = invoke("inspect", "--kernels")
+    assert "linear 4 x 8, rows 1" in table and "ours" in table and "2.0" in table
+    assert "MODEL is 'tiny'; it must be left out" in error(invoke, "inspect", "tiny", "--kernels")
+    assert "give a MODEL" in error(invoke, "inspect")

@@ -27,6 +27,6 @@ def test_a_wide_weight_does_not_widen_the_stream():
     assert RMSNorm(4, 1e-6)(torch.randn(2, 4).bfloat16()).dtype == torch.bfloat16
 
 
-def test_a_norm_of_another_width_is_refused(compiler):
+def test_a_norm_of_another_width_is_refused():
     with unchecked(), pytest.raises(RuntimeError, match="must match the size"):
         RMSNorm(32, 1e-6)(torch.randn(2, 256))

@@ -1,7 +1,7 @@
 // Causal attention of training in blocks of queries, each on the keys that it may see.
 //
 // Keys and values of a head stay in the second cache. Queries, results and gradients are read and
-// written where they lie. Built by native.py at first use.
+// written where they lie.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -14,6 +14,7 @@
 #include <tuple>
 #include <vector>
 
+#include "check.h"
 #include "tiles.h"
 
 using tiles::lanes, tiles::load, tiles::store, tiles::Vector, tiles::wide;
@@ -113,10 +114,20 @@ void softmax(float* row, const float* mask, float scale, int64_t visible, int64_
   std::fill(row + visible, row + columns, 0.0f);
 }
 
+void check_operands(const Tensor& q, const Tensor& k, const Tensor& v) {
+  check::strided("q", q, check::floats, {check::any, check::any, check::any, check::any});
+  check::strided("k", k, check::floats, {q.size(0), check::any, q.size(2), q.size(3)});
+  check::strided("v", v, check::floats, {q.size(0), k.size(1), q.size(2), check::any});
+  STD_TORCH_CHECK(k.size(1) > 0 && q.size(1) % k.size(1) == 0, "q must have a multiple of the ", k.size(1), " heads of k");
+  STD_TORCH_CHECK(q.size(3) % wide == 0 && v.size(3) % wide == 0, "q, k and v must have widths of multiples of ", wide);
+}
+
 // q [B, H, T, C], k [B, G, T, C], v [B, G, T, W], mask [B, 1, T, T] added to the scores or none
 // -> [B, T, H, W], and the weights of all blocks for the gradient if they are to be kept.
 std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v,
                                    std::optional<Tensor> mask, double scale, bool keep) {
+  check_operands(q, k, v);
+  if (mask) check::strided("mask", *mask, check::floats, {q.size(0), 1, q.size(2), q.size(2)});
   const int64_t batch = q.size(0), heads = q.size(1), length = q.size(2), width = q.size(3);
   const int64_t groups = k.size(1), width_v = v.size(3), size = offset(length, length);
   Tensor y = torch::stable::new_empty(q, {batch, length, heads, width_v});
@@ -161,6 +172,9 @@ void softmax_backward(const float* weights, float* grad, float scale, int64_t co
 // The gradients of q [B, T, H, C], k [B, T, G, C] and v [B, T, G, W] from that of y [B, H, T, W].
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& q, const Tensor& k,
                                             const Tensor& v, const Tensor& kept, double scale) {
+  check_operands(q, k, v);
+  check::strided("grad", grad, check::floats, {q.size(0), q.size(1), q.size(2), v.size(3)});
+  check::packed("kept", kept, check::floats, {q.size(0), q.size(1), offset(q.size(2), q.size(2))});
   const int64_t batch = q.size(0), heads = q.size(1), length = q.size(2), width = q.size(3);
   const int64_t groups = k.size(1), width_v = v.size(3), size = offset(length, length);
   Tensor grad_q = torch::stable::new_empty(q, {batch, length, heads, width});

@@ -1,6 +1,7 @@
 """Our C++ kernels for CPUs: the compiler, and libraries that are built at their first use.
 
-Without a compiler, or on another system, ``load`` says so and torch's operators are used.
+Without a compiler, or on another system, ``load`` says so and torch's operators are used. The
+kernels that ``OPENMYTHOS_KERNELS_OFF`` names (as ``attention,experts``) are not used either.
 """
 
 import functools
@@ -23,7 +24,9 @@ from torch import Tensor, nn
 from openmythos.config.schema import require
 from openmythos.folder import put_in_place
 
-EAGER = ("attention", "experts", "fused")  # what any eager forward may use
+EAGER = ("attention", "experts")  # what any eager forward may use
+KERNELS = (*EAGER, "narrow")
+OFF = "OPENMYTHOS_KERNELS_OFF"
 FLAGS = ("-O3", "-march=native", "-std=c++20", "-shared", "-fPIC")
 _LOCK = threading.RLock()
 
@@ -52,11 +55,28 @@ def load(name: str) -> bool:
     """Build ``name.cpp`` of this folder if it is not built yet, and load its operators.
 
     The first of the eager kernels that is asked for builds all of them, side by side: seconds, once
-    on a machine. False if there is no compiler; if the compiler fails, with one warning.
-    ``TORCH_EXTENSIONS_DIR`` says where the libraries are kept.
+    on a machine. False if it is switched off or there is no compiler; if the compiler fails, with
+    one warning. ``TORCH_EXTENSIONS_DIR`` says where the libraries are kept.
+
+    Raises:
+        ValueError: ``OPENMYTHOS_KERNELS_OFF`` names no kernel.
     """
+    if name in switched_off():
+        return False
     with _LOCK:
         return _load(name)
+
+
+def switched_off() -> list[str]:
+    """The kernels that ``OPENMYTHOS_KERNELS_OFF`` names.
+
+    Raises:
+        ValueError: There is none of that name.
+    """
+    given = os.environ.get(OFF, "")
+    names = given.split(",") if given else []
+    require(all(name in KERNELS for name in names), OFF, given, f"names of {', '.join(KERNELS)}")
+    return names
 
 
 @functools.cache
@@ -87,34 +107,48 @@ def _reason(error: OSError | subprocess.CalledProcessError) -> str:
 
 
 def _build(name: str, compiler: list[str]) -> Path:
-    """The library's file; its name tells the source, torch and the processor it is made for."""
-    from torch.utils import cpp_extension
-
-    source = Path(__file__).with_name(f"{name}.cpp")
-    command = [*compiler, *FLAGS, *(f"-I{path}" for path in cpp_extension.include_paths())]
-    command += [str(source), *(f"-L{path}" for path in cpp_extension.library_paths())]
-    command += ["-ltorch", "-ltorch_cpu", "-lc10", "-o"]
-    made_for = f"{torch.__version__} {command} {_processor()}".encode()
-    sources = source.read_bytes() + source.with_name("tiles.h").read_bytes()
-    digest = hashlib.sha256(sources + made_for).hexdigest()[:16]
-    root = os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()
-    target = Path(root, "openmythos", f"{name}_{digest}.so")
+    """The library's file, built if it is not there."""
+    target = library(name, compiler)
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:
             fresh = Path(folder, target.name)
-            subprocess.run([*command, str(fresh)], check=True, capture_output=True, text=True)
+            command = [*_command(name, compiler), str(fresh)]
+            subprocess.run(command, check=True, capture_output=True, text=True)
             put_in_place(fresh, target)
     return target
 
 
-def _processor() -> str:
-    """What ``-march=native`` depends on: a home folder may be shared by different machines."""
+def library(name: str, compiler: list[str]) -> Path:
+    """The library's file; its name tells the source, torch and the processor it is made for."""
+    from torch.utils import cpp_extension
+
+    folder = Path(__file__).parent
+    sources = [path.read_bytes() for path in (folder / f"{name}.cpp", *sorted(folder.glob("*.h")))]
+    made_for = f"{torch.__version__} {_command(name, compiler)} {processor()}".encode()
+    digest = hashlib.sha256(b"".join((*sources, made_for))).hexdigest()[:16]
+    root = os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()
+    return Path(root, "openmythos", f"{name}_{digest}.so")
+
+
+def _command(name: str, compiler: list[str]) -> list[str]:
+    """What builds a library, up to the name of its file."""
+    from torch.utils import cpp_extension
+
+    command = [*compiler, *FLAGS, *(f"-I{path}" for path in cpp_extension.include_paths())]
+    source = Path(__file__).with_name(f"{name}.cpp")
+    command += [str(source), *(f"-L{path}" for path in cpp_extension.library_paths())]
+    return [*command, "-ltorch", "-ltorch_cpu", "-lc10", "-o"]
+
+
+def processor() -> str:
+    """Its name and abilities, which ``-march=native`` depends on: machines may share a home."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return platform.processor()
-    return next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    names = ("model name", "flags", "CPU implementer", "CPU part", "Features")
+    return "\n".join(dict.fromkeys(line for line in lines if line.startswith(names)))
 
 
 def takes(name: str, *tensors: Tensor | None) -> bool:
@@ -131,13 +165,3 @@ def eager() -> bool:
     """Whether this is plain eager code: not compiled, not under a transform of ``torch.func``."""
     transformed = torch._C._functorch.peek_interpreter_stack
     return not torch.compiler.is_compiling() and transformed() is None
-
-
-def whole(x: Tensor) -> bool:
-    """Whether rows are whole vectors of the widest processors, two halves of them too."""
-    return x.shape[-1] % 32 == 0
-
-
-def packed(tensor: Tensor | None) -> Tensor | None:
-    """A contiguous copy where it is needed."""
-    return None if tensor is None else tensor.contiguous()

@@ -2,7 +2,7 @@
 //
 // A library multiplies one pair of matrices a call: it copies the weights into its own order even
 // for three rows, and wants the rows gathered before and added up after. Here rows are read and
-// written where they lie, and few rows read the weights where they lie too. Built by native.py.
+// written where they lie, and few rows read the weights where they lie too.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -12,6 +12,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "check.h"
 #include "tiles.h"
 
 using tiles::block, tiles::wide;
@@ -70,10 +71,19 @@ struct Product {
   }
 };
 
+void check_weights(const char* name, const Tensor& weights) {
+  check::packed(name, weights, check::floats, {check::any, check::any, check::any});
+  STD_TORCH_CHECK(weights.size(1) % wide == 0 && weights.size(2) % wide == 0, name, " must have widths of multiples of ", wide);
+}
+
 // -> [M, O] if transposed, else [M, I], of rows source[m] of x.
 Tensor multiply(const Tensor& x, const Tensor& source, const Tensor& weights, const Tensor& ends,
                 bool transposed) {
+  check_weights("weights", weights);
   const int64_t outer = weights.size(1), inner = weights.size(2);
+  check::packed("x", x, check::floats, {check::any, transposed ? inner : outer});
+  check::indices("source", source, {check::any}, x.size(0));
+  check::ends("ends", ends, weights.size(0), source.size(0));
   Tensor y = torch::stable::new_empty(x, {source.size(0), transposed ? outer : inner});
   Product{x.const_data_ptr<float>(), source.const_data_ptr<int64_t>(),
           weights.const_data_ptr<float>(), transposed, outer, inner,
@@ -85,7 +95,11 @@ Tensor multiply(const Tensor& x, const Tensor& source, const Tensor& weights, co
 // Row m of the product of x [M, ...] is added to row target[m] of the result, which has ``rows``.
 Tensor multiply_add(const Tensor& x, const Tensor& target, const Tensor& weights,
                     const Tensor& ends, bool transposed, int64_t rows) {
+  check_weights("weights", weights);
   const int64_t outer = weights.size(1), inner = weights.size(2);
+  check::packed("x", x, check::floats, {check::any, transposed ? inner : outer});
+  check::indices("target", target, {x.size(0)}, rows);
+  check::ends("ends", ends, weights.size(0), x.size(0));
   Tensor y = torch::stable::new_zeros(x, {rows, transposed ? outer : inner});
   Product{x.const_data_ptr<float>(), nullptr, weights.const_data_ptr<float>(), transposed, outer,
           inner, ends.const_data_ptr<int64_t>(), ends.size(0), y.mutable_data_ptr<float>(),
@@ -118,12 +132,23 @@ void outer_products(const std::vector<const float*>& left, const std::vector<con
 // into ``out`` [E, O, I]; experts without rows are left as they are.
 void gradient(Tensor out, std::vector<Tensor> left, std::vector<Tensor> left_rows,
               std::vector<Tensor> right, std::vector<Tensor> right_rows, std::vector<Tensor> ends) {
+  check_weights("out", out);
   const int64_t outer = out.size(1), inner = out.size(2);
+  const size_t uses = ends.size();
+  STD_TORCH_CHECK(left.size() == uses && left_rows.size() == uses && right.size() == uses && right_rows.size() == uses,
+                  "left, left_rows, right, right_rows and ends must be lists of one length");
+  for (size_t u = 0; u < uses; ++u) {
+    check::packed("left", left[u], check::floats, {check::any, outer});
+    check::packed("right", right[u], check::floats, {check::any, inner});
+    check::indices("left_rows", left_rows[u], {check::any}, left[u].size(0));
+    check::indices("right_rows", right_rows[u], {left_rows[u].size(0)}, right[u].size(0));
+    check::ends("ends", ends[u], out.size(0), left_rows[u].size(0));
+  }
   std::vector<const float*> lefts, rights;
   std::vector<float> turned(outer * block);
   for (int64_t expert = 0; expert < out.size(0); ++expert) {
     lefts.clear(), rights.clear();
-    for (size_t u = 0; u < left.size(); ++u) {
+    for (size_t u = 0; u < uses; ++u) {
       const int64_t* stops = ends[u].const_data_ptr<int64_t>();
       for (int64_t m = expert ? stops[expert - 1] : 0; m < stops[expert]; ++m) {
         lefts.push_back(left[u].const_data_ptr<float>() + left_rows[u].const_data_ptr<int64_t>()[m] * outer);

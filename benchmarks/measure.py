@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from benchmarks import llama
 from benchmarks.matmul import matmul_bound
 from benchmarks.original import ALL_LOOPS, make_pair
 from openmythos.engine.reference import Session
@@ -41,6 +42,7 @@ CONFIGS = {
     "B": ({**SHARED, "attn_type": "mla", "max_loop_iters": 8}, 256),
     "C": ({**SHARED, "attn_type": "gqa", "max_loop_iters": 16}, 512),
 }
+LLAMA, LLAMA_LENGTH = "llama", 256  # the second anchor: one loop of a plain stack
 SIDES = ("original", "ours")
 PROMPT, STEPS = 64, 32
 RUNS = {"forward": 5, "train": 3}
@@ -50,6 +52,15 @@ Logits = Callable[[Tensor], Tensor]
 
 def agreement(name: str) -> dict[str, float]:
     """Largest difference of the logits, with all loops forced and with ordinary halting."""
+    if name == LLAMA:
+        theirs, ours = llama.make_pair()
+        tokens = some_tokens(1, LLAMA_LENGTH)
+        with torch.no_grad():
+            logits = theirs(tokens).logits
+            difference = float((logits - ours(tokens, num_loops=1).logits).abs().max())
+        scale = float(logits.abs().max())
+        forced = {"forced_difference": difference, "forced_scale": scale}
+        return forced | {"halting_difference": difference, "halting_scale": scale}
     fields, length = CONFIGS[name]
     result = {}
     for label, bias in (("forced", ALL_LOOPS), ("halting", None)):
@@ -101,6 +112,22 @@ def decode_original(model: torch.nn.Module, tokens: Tensor, num_loops: int) -> d
     held = [tensor for slot in cache.values() for tensor in slot.values()]
     num_bytes = sum(tensor.nbytes for tensor in held) / len(tokens) / (PROMPT + STEPS)
     return {"seconds": spent, "tokens": len(tokens) * STEPS, "kv_bytes_per_token": num_bytes}
+
+
+@torch.no_grad()
+def decode_llama(model: Any, tokens: Tensor) -> dict[str, Any]:
+    """Greedy ``generate`` of transformers with its default cache, less the prompt's time."""
+    words = {"do_sample": False, "attention_mask": torch.ones_like(tokens), "pad_token_id": 0}
+    words["eos_token_id"] = None
+    spent = {}
+    for count in (1, STEPS + 1, 1, STEPS + 1):  # the first round warms up
+        start = time.perf_counter()
+        model.generate(tokens, max_new_tokens=count, **words)
+        spent[count] = time.perf_counter() - start
+    config = model.config
+    numbers = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    found = {"seconds": spent[STEPS + 1] - spent[1], "tokens": len(tokens) * STEPS}
+    return {**found, "kv_bytes_per_token": 4 * numbers}
 
 
 @torch.no_grad()
@@ -157,15 +184,26 @@ def decode_ours(model: RecurrentDepthLM, tokens: Tensor, num_loops: int) -> dict
 
 def measure(name: str, what: str, side: str) -> dict[str, Any]:
     """Measure one side; side "bound" is the time of our matrix products alone."""
-    fields, length = CONFIGS[name]
-    num_loops = fields["max_loop_iters"]
-    original, ours = make_pair(fields, ALL_LOOPS)
+    if name == LLAMA:
+        length, num_loops = LLAMA_LENGTH, 1
+        original, ours = llama.make_pair()
+    else:
+        fields, length = CONFIGS[name]
+        num_loops = fields["max_loop_iters"]
+        original, ours = make_pair(fields, ALL_LOOPS)
+
+    def their_logits(tokens: Tensor) -> Tensor:
+        if name == LLAMA:
+            return original(tokens).logits
+        return original(tokens, n_loops=num_loops)
 
     def our_logits(tokens: Tensor) -> Tensor:
         return ours(tokens, num_loops=num_loops).logits
 
     if what.startswith("decode"):
         tokens = some_tokens(int(what.removeprefix("decode")), PROMPT)
+        if side == "original" and name == LLAMA:
+            return decode_llama(original, tokens)
         if side == "original":
             return decode_original(original, tokens, num_loops)
         if side == "ours":
@@ -175,12 +213,17 @@ def measure(name: str, what: str, side: str) -> dict[str, Any]:
         )
         with torch.no_grad():
             ours(tokens, num_loops=num_loops, ctx=ours.context(tokens, cache=cache))
-            ctx = ours.context(tokens[:, :1], cache=cache)
-            found = matmul_bound(lambda: ours(tokens[:, :1], num_loops=num_loops, ctx=ctx))
+
+            def decode_one() -> None:
+                cache.lengths = [PROMPT] * len(tokens)  # the same column every time
+                ctx = ours.context(tokens[:, :1], cache=cache)
+                ours(tokens[:, :1], num_loops=num_loops, ctx=ctx)
+
+            found = matmul_bound(decode_one)
         return {**found, "bound_s": found["bound_s"] * STEPS, "gflop": found["gflop"] * STEPS}
     tokens = some_tokens(1, length)
     if side == "original":
-        return passes(what, lambda x: original(x, n_loops=num_loops), original, tokens)
+        return passes(what, their_logits, original, tokens)
     if side == "ours":
         return passes(what, our_logits, ours, tokens)
     return matmul_bound(lambda: one_pass(what, our_logits, ours, tokens))

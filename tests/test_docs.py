@@ -8,7 +8,8 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable
+import typing
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -17,6 +18,10 @@ import pytest
 import torch
 
 from openmythos.config.schema import from_dict, to_dict
+from openmythos.model.exit import EXIT_RULES
+from openmythos.train.depth_schedule import DepthConfig
+from openmythos.train.objective import ObjectiveConfig
+from tests.strategies import SEAMS
 
 ROOT = Path(__file__).parent.parent
 REPOSITORY_FOLDERS = (
@@ -204,6 +209,24 @@ def mention_complaints(root: Path) -> list[str]:
     return complaints
 
 
+def seam_complaints(text: str, seams: Mapping[str, Sequence[str]]) -> list[str]:
+    """Members that no table has: the first cell names the seam, the second its members."""
+    listed: dict[str, set[str]] = {}
+    names: list[str] = []
+    for row in re.findall(r"^\|(.*)\|$", split_code(text)[0], re.MULTILINE):
+        first, second = (re.findall(r"`([^`]+)`", cell) for cell in row.split("|")[:2])
+        names = first or names
+        for name in names:
+            listed.setdefault(name, set()).update(second)
+    missing = [f"there is no row of {seam}" for seam in seams if seam not in listed]
+    return missing + [
+        f"the rows of {seam} lack `{kind}`"
+        for seam, kinds in seams.items()
+        for kind in kinds
+        if kind not in listed.get(seam, {kind})
+    ]
+
+
 # --- this repository -----------------------------------------------------------------------------
 
 
@@ -240,6 +263,22 @@ def test_files_named_in_the_docs_exist() -> None:
     assert not complaints, "\n" + "\n".join(complaints)
 
 
+def outer_seams() -> dict[str, tuple[str, ...]]:
+    unions = {"train.depth.sampling": DepthConfig, "train.objective": ObjectiveConfig}
+    kinds = {name: tuple(m.kind for m in typing.get_args(union)) for name, union in unions.items()}
+    return {**kinds, "--exit-rule": tuple(EXIT_RULES)}
+
+
+def test_the_seams_page_lists_every_member() -> None:
+    kinds = {
+        seam: tuple(part.kind for part in parts if hasattr(part, "kind"))
+        for seam, parts in SEAMS.items()
+    }
+    text = (ROOT / "docs" / "seams.md").read_text(encoding="utf-8")
+    complaints = seam_complaints(text, {**kinds, **outer_seams()})
+    assert not complaints, "\n" + "\n".join(complaints)
+
+
 def test_the_models_of_the_seams_page_are_one_class() -> None:
     """Its blocks run in order; each leaves a config, whose model runs and survives JSON."""
     text, names = (ROOT / "docs" / "seams.md").read_text(encoding="utf-8"), dict[str, Any]()
@@ -261,6 +300,22 @@ def test_the_models_of_the_seams_page_are_one_class() -> None:
 
 
 # --- small examples: each check can fail ---------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("rows", "complaints"),
+    [
+        ("| `halting`: exits | `act` | of h |\n| | `gate`, `bias=0` | |\n| `rope` | | |\n", []),
+        ("| `halting` | `act` | not `gate` |\n| `rope` | | |\n", ["rows of halting lack `gate`"]),
+        ("| `halting` | `act` | |\n| | `gate` | |\n", ["there is no row of rope"]),
+        ("| `halting` | `act` | |\n| `rope` | `gate` | |\n", ["rows of halting lack `gate`"]),
+    ],
+)
+def test_members_of_a_seam(rows: str, complaints: list[str]) -> None:
+    found = seam_complaints(
+        f"| seam | member |\n|---|---|\n{rows}", {"halting": ("act", "gate"), "rope": ()}
+    )
+    assert [text.removeprefix("the ") for text in found] == complaints
 
 
 def page(root: Path, text: str) -> Path:

@@ -3,7 +3,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from openmythos.config import ModelConfig, SwiGLUConfig, counts
+from openmythos.config.member import Member
 from openmythos.interop import export
 from openmythos.interop.export import CODE_FILES, FAMILY, SOURCES, check_covered, export_hf
 from openmythos.interop.loading import load_pretrained
@@ -18,7 +19,7 @@ from openmythos.interop.mapping import export_config, export_tensors
 from openmythos.model.recurrent import RecurrentDepthLM
 from openmythos.tokenizer import byte_tokenizer
 from tests.interop.hf.examples import CONFIGS, DENSE, PARCAE, SPARSE
-from tests.strategies import random_model
+from tests.strategies import random_model, unchecked
 
 
 def stored(folder: Path, name: str = "config.json") -> dict:
@@ -176,6 +177,29 @@ def test_a_writer_that_fails_leaves_the_old_export(
 @dataclass(frozen=True, kw_only=True)
 class NewFeedForward(SwiGLUConfig):
     kind = "new"
+
+
+@dataclass(frozen=True, kw_only=True)
+class NewAdapter(Member):
+    kind = "new"
+    rank: int = 2
+
+
+@pytest.mark.parametrize(
+    ("seam", "part"),
+    [("feed_forward", NewFeedForward(d_ff=8)), ("loop_adapter", NewAdapter())],
+)
+def test_a_member_that_nobody_has_heard_of_is_refused_by_name(seam: str, part: Member) -> None:
+    with unchecked():
+        config = replace(DENSE, **{seam: part})
+        with pytest.raises(ValueError, match=f"does not cover {seam} of kind 'new'; train without"):
+            check_covered(config)
+
+
+def test_every_field_of_what_is_covered_is_known() -> None:
+    """Otherwise a field that is covered would be refused, or one that is gone would hide here."""
+    for part, names in export.COVERED.items():
+        assert set(names) <= {field.name for field in fields(part)}, part.__name__
 
 
 def test_what_the_code_does_not_compute_is_refused(

@@ -7,6 +7,7 @@ measured: ``beats_linear`` and ``beats_experts``. The references are ``linear`` 
 """
 
 import functools
+import math
 
 import torch
 from jaxtyping import Float, Int
@@ -47,9 +48,9 @@ def _fake_experts(
 
 def linear(x: Float[Tensor, "... I"], weight: Float[Tensor, "O I"]) -> Float[Tensor, "... O"]:
     """``x weight^T`` for at most ``MAX_ROWS`` rows of fp32 on a CPU, after ``load``."""
-    flat = x.reshape(-1, x.shape[-1]).contiguous()
+    flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).contiguous()
     y = torch.ops.openmythos_narrow.linear(flat, weight.contiguous())
-    return y.view(*x.shape[:-1], -1)
+    return y.view(*x.shape[:-1], len(weight))
 
 
 def experts(

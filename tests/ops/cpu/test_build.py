@@ -56,3 +56,32 @@ def test_threads_that_load_the_same_kernel_build_it_once(monkeypatch, tmp_path):
     with ThreadPoolExecutor(4) as pool:
         assert all(pool.map(native.load, ["narrow"] * 4))
     assert calls.read_text(encoding="utf-8") == "called\n"
+
+
+def test_single_kernels_are_switched_off(compiler, monkeypatch):
+    x = torch.zeros(2, 32)
+    assert native.takes("experts", x)
+    monkeypatch.setenv(native.OFF, "attention,experts")
+    assert not native.takes("experts", x)
+    assert not native.load("attention")
+    assert native.load("narrow")
+    monkeypatch.setenv(native.OFF, "attentoin")
+    with pytest.raises(ValueError, match="OPENMYTHOS_KERNELS_OFF is 'attentoin'; it must be names"):
+        native.load("narrow")
+
+
+def test_what_is_not_plain_fp32_with_rows_is_left_to_torch(compiler):
+    x = torch.zeros(2, 32)
+    assert not native.takes("experts", x.double())
+    assert not native.takes("experts", x, torch.zeros(32, dtype=torch.bfloat16))
+    assert not native.takes("experts", x[:0])
+
+
+def test_a_library_is_of_one_processor_one_torch_and_its_sources(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    here = native.library("narrow", ["c++"])
+    assert here.parent == tmp_path / "openmythos"
+    assert native.library("narrow", ["c++"]) == here != native.library("narrow", ["g++"])
+    assert native.library("experts", ["c++"]) != here
+    monkeypatch.setattr(native, "processor", lambda: "another")
+    assert native.library("narrow", ["c++"]) != here

@@ -357,10 +357,12 @@ class CacheView:
         return tensor[slots, self._rows[:, None], :, self.columns].transpose(1, 2)
 
     def _write(self, tensor: Tensor, slot: int | Tensor, stored: Tensor) -> None:
-        if self.start is not None and self.rows is None and not isinstance(slot, Tensor):
-            whole = tensor.select(0, slot)
+        in_place = not isinstance(slot, Tensor) and not torch.compiler.is_compiling()
+        if self.start is not None and self.rows is None and in_place:
+            whole = tensor[slot]
             whole[:, :, self.start : self.start + stored.shape[2]] = stored
             return
+        # One index per token: the compiler would copy the whole cache to write into a view of it.
         slots = slot if isinstance(slot, Tensor) else torch.full_like(self._rows, slot)
         if self.valid is None:
             where = (slots[:, None], self._rows[:, None], slice(None), self.columns)

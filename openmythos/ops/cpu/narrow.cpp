@@ -16,7 +16,7 @@
 #include "check.h"
 #include "tiles.h"
 
-using tiles::lanes, tiles::load, tiles::Vector;
+using tiles::Eight, tiles::lanes, tiles::load, tiles::Vector;
 using torch::stable::Tensor;
 
 namespace {
@@ -25,6 +25,8 @@ constexpr int registers = 2 * lanes;  // of the processor, as they are vectors: 
 constexpr int most = 8;            // rows of x at a time
 constexpr int64_t distance = 4096;  // floats between a weight that is used and one that is fetched
 constexpr int64_t grain = 1 << 15;  // weights that are worth a thread
+
+inline Eight eight(const float* from) { return *reinterpret_cast<const Eight*>(from); }
 
 // The first ``count`` floats, then zeros.
 inline Vector load_some(const float* from, int64_t count) {
@@ -96,14 +98,31 @@ inline void block(const float* x, const float* w, float* y, int64_t inner, int64
     for (int n = 0; n < Rows; ++n) y[n * stride + o] = found[o * Rows + n];
 }
 
-// y[n * stride + o] = w[o] . x[n] for ``outer`` rows of w.
+// y[n * stride + o] = w[o] . x[n] for ``outer`` rows of w and ``Rows`` of x.
 template <int Rows>
 void products(const float* x, const float* w, float* y, int64_t outer, int64_t inner, int64_t stride) {
-  constexpr int some = std::clamp((registers - 4) / (Rows + 1), 1, Rows == 1 ? 8 : 4);
+  constexpr int some = std::clamp((registers - 4) / (Rows + 1), 1, 4);
   int64_t o = 0;
   for (; o + some <= outer; o += some)
     block<some, Rows>(x, w + o * inner, y + o, inner, stride, std::min(distance, (outer - o - some) * inner));
   for (; o < outer; ++o) block<1, Rows>(x, w + o * inner, y + o, inner, stride, 0);
+}
+
+// With one row of x the memory is the limit. One row of weights after the other in vectors of eight
+// is what the processor reads ahead best.
+template <>
+void products<1>(const float* x, const float* w, float* y, int64_t outer, int64_t inner, int64_t) {
+  for (int64_t o = 0; o < outer; ++o, w += inner) {
+    Eight sums[4] = {};
+    int64_t i = 0;
+    for (; i + 32 <= inner; i += 32)
+      for (int u = 0; u < 4; ++u) sums[u] += eight(w + i + 8 * u) * eight(x + i + 8 * u);
+    for (; i + 8 <= inner; i += 8) sums[0] += eight(w + i) * eight(x + i);
+    sums[0] = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+    for (int lane = 0; lane < 4; ++lane) sums[0][lane] += sums[0][lane + 4];
+    y[o] = (sums[0][0] + sums[0][2]) + (sums[0][1] + sums[0][3]);
+    for (; i < inner; ++i) y[o] += w[i] * x[i];
+  }
 }
 
 template <int Rows = most>

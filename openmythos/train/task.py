@@ -64,7 +64,9 @@ class TextTask:
     def evaluate(self, model: RecurrentDepthLM, config: TrainConfig) -> list[Row]:
         """Held-out bits per byte, by number of loops; no rows if no text is held out."""
         rows: list[Row] = []
-        for num_loops in config.eval_loops if self.validation else ():
+        if self.validation is None:
+            return rows
+        for num_loops in config.eval_loops:
             bits = held_out_bits_per_byte(model, self.validation, num_loops, config.eval_batches)
             rows.append({"num_loops": num_loops, "bits_per_byte": bits})
         return rows

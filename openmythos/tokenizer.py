@@ -42,6 +42,10 @@ SPLIT_PATTERN = (
     r"|\s+"
 )
 
+# Training takes quadratic time in the length of a piece (a run of letters without a boundary), so
+# longer pieces are cut there. Encoding takes linear time and cuts nothing.
+MAX_TRAINING_PIECE = 256
+
 
 def _byte_characters() -> list[str]:
     """The printable character that byte-level BPE writes for each byte value (GPT-2's table)."""
@@ -319,7 +323,16 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
             num_characters += len(text)
             yield text
 
+    ordinary = backend.pre_tokenizer
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            _split(SPLIT_PATTERN),
+            _split(rf"[\s\S]{{1,{MAX_TRAINING_PIECE}}}"),
+            _byte_level(),
+        ]
+    )
     backend.train_from_iterator(counted(), trainer)
+    backend.pre_tokenizer = ordinary
     if num_characters == 0:
         raise ValueError(
             "no text to train a tokenizer on: give at least one text that is not empty"
@@ -329,15 +342,18 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 def _backend(model: models.Model) -> tokenizers.Tokenizer:
     backend = tokenizers.Tokenizer(model)
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(SPLIT_PATTERN), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    backend.pre_tokenizer = pre_tokenizers.Sequence([_split(SPLIT_PATTERN), _byte_level()])
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL_TOKENS])
     return backend
+
+
+def _split(pattern: str) -> pre_tokenizers.PreTokenizer:
+    return pre_tokenizers.Split(Regex(pattern), behavior="isolated")
+
+
+def _byte_level() -> pre_tokenizers.PreTokenizer:
+    return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
 
 
 def _check_encodable(text: str) -> None:

@@ -52,6 +52,18 @@ _DATA_FOLDER = re.compile(r"data-[0-9a-f]{12}(-\d+)?")
 _NUM_PIECES = 100
 _MIN_PIECE_BYTES = 1024
 
+# Where a long document is cut, the best place first: after a blank line, a line, a sentence (the
+# three bytes are the full stop of Chinese and Japanese), a word. A line ends with LF, CR or both.
+_CUTS = tuple(
+    re.compile(pattern)
+    for pattern in (
+        rb"\n[ \t]*\r?\n|\r[ \t]*\r",
+        rb"\n|\r(?!\n)",
+        rb"[.!?][\"')\]]*\s|\xe3\x80\x82",
+        rb"\s",
+    )
+)
+
 
 def prepare(
     source: str,
@@ -68,8 +80,10 @@ def prepare(
 
     A hash of (seed, text) assigns each document to training or validation. So documents that are
     added later do not move others, and of equal documents only one is kept. A source with few
-    documents (such as one long text file) is first cut at blank lines into about a hundred.
-    Documents are stored in an order shuffled by `seed`, each as bos, its tokens, eos.
+    documents (such as one long text file) is first cut into about a hundred, and so is a document
+    longer than the validation split is meant to be: after a blank line if there is one near, else
+    after a line, a sentence or a word, else between two characters. Documents are stored in an
+    order shuffled by `seed`, each as bos, its tokens, eos.
 
     Args:
         source: What `load_documents` accepts.
@@ -230,8 +244,9 @@ class _Spool:
         Returns:
             Which documents are held out, and the number of duplicates.
         """
-        if val_fraction > 0 and len(self.sizes) < 2 / val_fraction:
-            self._cut_documents()
+        if val_fraction > 0:
+            is_few = len(self.sizes) < 2 / val_fraction
+            self._cut_documents(0 if is_few else int(val_fraction * self.sizes.sum()))
         num_documents = len(self.sizes)
         _, first = np.unique(self.hashes, return_index=True)
         order = first[np.argsort(mix(self.hashes[first], 2 * seed + 1), kind="stable")]
@@ -245,9 +260,8 @@ class _Spool:
         if val_fraction > 0:
             if len(keys) < 2:
                 raise ValueError(
-                    "the source is one paragraph, which cannot be split into train and "
-                    "validation: give more text, "
-                    "or val_fraction=0"
+                    "the source says one thing only (repetitions left out), which cannot be split "
+                    "into train and validation: give more text"
                 )
             # Few documents can all hash to the same split; then the one whose key is nearest to the
             # threshold moves to the other.
@@ -268,19 +282,26 @@ class _Spool:
                 yield file.read(int(self.sizes[i])).decode("utf-8")
                 given += int(self.sizes[i])
 
-    def _cut_documents(self) -> None:
-        target = max(_MIN_PIECE_BYTES, int(self.sizes.sum()) // _NUM_PIECES)
-        offsets, sizes, hashes = [], [], []
+    def _cut_documents(self, max_bytes: int) -> None:
+        """Cut the documents of more than `max_bytes`."""
+        total = int(self.sizes.sum())
+        target = max(1, total // _NUM_PIECES, min(_MIN_PIECE_BYTES, total // 8))
+        offsets, sizes, hashes = array("q"), array("q"), array("Q")
+        documents = zip(
+            self.offsets.tolist(), self.sizes.tolist(), self.hashes.tolist(), strict=True
+        )
         with self.path.open("rb") as file:
-            for offset, size in zip(self.offsets.tolist(), self.sizes.tolist(), strict=True):
-                file.seek(offset)
-                data = file.read(size)
+            for offset, size, whole in documents:
+                data = b""
+                if size > max_bytes:
+                    file.seek(offset)
+                    data = file.read(size)
                 start = 0
                 while start < size:
-                    end = _piece_end(data, start, target)
+                    end = _piece_end(data, start, target) if data else size
                     offsets.append(offset + start)
                     sizes.append(end - start)
-                    hashes.append(hash_bytes(data[start:end]))
+                    hashes.append(hash_bytes(data[start:end]) if data else whole)
                     start = end
         self.offsets = np.array(offsets, dtype=np.int64)
         self.sizes = np.array(sizes, dtype=np.int64)
@@ -288,14 +309,18 @@ class _Spool:
 
 
 def _piece_end(data: bytes, start: int, target: int) -> int:
-    """Where a piece of about `target` bytes ends: after a blank line, else after a line."""
-    for separator in (b"\n\n", b"\n"):
-        found = data.find(separator, start + target, start + 2 * target)
-        if found >= 0:
-            return found + len(separator)
-    return (
-        len(data) if len(data) - start <= 2 * target else _piece_end(data, start + target, target)
-    )
+    """Where a piece of at least `target` and less than twice as many bytes ends."""
+    first, last = start + target, start + 2 * target
+    for cut in _CUTS:
+        # From the byte before: a place that ends there is the first that is allowed.
+        if found := cut.search(data, first - 1, last):
+            return found.end()
+    if len(data) <= last:
+        return len(data)
+    end = first
+    while data[end] & 0xC0 == 0x80:  # inside a character
+        end += 1
+    return end
 
 
 def _token_batches(

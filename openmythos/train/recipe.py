@@ -86,7 +86,7 @@ class TextData:
 
     def __post_init__(self) -> None:
         require_positive(self, "seq_len")
-        require(0 < self.val_fraction < 1, "data.val_fraction", self.val_fraction, "in (0, 1)")
+        require(0 <= self.val_fraction < 1, "data.val_fraction", self.val_fraction, "in [0, 1)")
 
 
 @dataclass(frozen=True, kw_only=True)

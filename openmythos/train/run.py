@@ -10,7 +10,7 @@ from openmythos.checkpoint.load import empty_model, fill_model
 from openmythos.checkpoint.weights import check_shapes, tensor_shapes
 from openmythos.config import ModelConfig, presets
 from openmythos.config.schema import apply_overrides, from_dict, to_dict
-from openmythos.data.index import INDEX_FILE, SPLITS
+from openmythos.data.index import INDEX_FILE, read_index
 from openmythos.data.loader import TokenLoader
 from openmythos.data.prepare import prepare
 from openmythos.data.synthetic import Curriculum, HopsConfig, Walks
@@ -179,8 +179,8 @@ def text_task(data: TextData, config: RunConfig, out: Path) -> TextTask:
             val_fraction=data.val_fraction,
             column=data.column,
         )
-    train, validation = (
-        TokenLoader(
+    loaders = {
+        split: TokenLoader(
             folder,
             split,
             seq_len=data.seq_len,
@@ -188,9 +188,10 @@ def text_task(data: TextData, config: RunConfig, out: Path) -> TextTask:
             seed=config.train.seed,
             verify=is_prepared,  # otherwise `prepare` has just written or checked them
         )
-        for split in SPLITS
-    )
-    return TextTask(train, validation)
+        for split, content in read_index(folder).splits.items()
+        if split == "train" or content.num_documents
+    }
+    return TextTask(loaders["train"], loaders.get("val"))
 
 
 def hops_task(data: HopsData, seed: int) -> HopsTask:

@@ -94,15 +94,55 @@ def test_one_long_file_is_cut_at_blank_lines(tmp_path):
     assert sorted("".join(pieces)) == sorted(text)
 
 
-def test_text_without_lines_cannot_be_split_but_can_be_kept_whole(tmp_path):
-    (tmp_path / "one.txt").write_text("é" * 9000)
-    with pytest.raises(ValueError, match="is one paragraph, which cannot be split"):
+def numbered(form, count):
+    return "".join(form.format(i) for i in range(count))
+
+
+@pytest.mark.parametrize(
+    ("text", "end"),
+    [
+        (numbered("word{} ", 9000), " "),  # text8: one line
+        (numbered("This is said {} times, or v1.2. ", 2000), ". "),
+        (numbered("第{}句话没有空格。", 2000), "。"),
+        (numbered("{} a line\r\nand another\r\n\r\n", 2000), "\r\n\r\n"),
+        (numbered("{} a line\nand another\n \t\n", 2000), "\n \t\n"),
+        (numbered("{} a line\rand another\r\r", 2000), "\r\r"),
+        (numbered("{} a line and a CRLF\r\n", 2000), "CRLF\r\n"),
+        ("".join(chr(0x4E00 + i) for i in range(9000)), ""),  # no boundary at all
+        (numbered("{} is short. ", 50), ". "),
+        (numbered("{}", 20), ""),
+    ],
+)
+def test_text_of_any_form_is_cut_at_the_best_places(tmp_path, text, end):
+    file = tmp_path / "one.txt"
+    file.write_bytes(text.encode())
+    data = prepare(str(file), tmp_path / "out", tokenizer=byte_tokenizer())
+    train, val = stored_documents(data, "train"), stored_documents(data, "val")
+    assert train and val and len(train) + len(val) >= 5
+    assert sorted("".join(train + val)) == sorted(text)
+    assert all(piece in text for piece in train + val)
+    assert all(piece.endswith(end) for piece in train + val if not text.endswith(piece))
+    assert max(len(piece.encode()) for piece in train + val) < 2 * max(1024, len(text.encode()) / 8)
+
+
+def test_a_document_longer_than_the_held_out_share_is_cut(corpus, tmp_path):
+    (corpus / "novel.txt").write_text(numbered("Sentence {}. ", 5000))
+    data = prepare(str(corpus), tmp_path / "out", tokenizer=byte_tokenizer())
+    train, val = stored_documents(data, "train"), stored_documents(data, "val")
+    assert {file.read_text() for file in corpus.glob("[0-9]*.txt")} < set(train + val)
+    for split in (train, val):
+        assert any(piece.startswith("Sentence ") for piece in split)
+
+
+def test_one_character_cannot_be_split_but_can_be_kept_whole(tmp_path):
+    (tmp_path / "one.txt").write_text("é")
+    with pytest.raises(ValueError, match=r"says one thing only .* cannot be split into train and"):
         prepare(str(tmp_path / "one.txt"), tmp_path / "out", tokenizer=byte_tokenizer())
     assert not any((tmp_path / "out").iterdir())
     data = prepare(
         str(tmp_path / "one.txt"), tmp_path / "out", tokenizer=byte_tokenizer(), val_fraction=0.0
     )
-    assert stored_documents(data, "train") == ["é" * 9000]
+    assert stored_documents(data, "train") == ["é"]
     assert stored_documents(data, "val") == []
 
 

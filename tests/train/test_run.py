@@ -14,6 +14,7 @@ from openmythos.config.schema import from_dict
 from openmythos.data.prepare import prepare
 from openmythos.interop.loading import load_config, load_pretrained
 from openmythos.tokenizer import byte_tokenizer
+from openmythos.train.metrics import read_metrics
 from openmythos.train.recipe import RunConfig, TextData
 from openmythos.train.run import set_up
 from openmythos.train.task import HopsTask, TextTask
@@ -42,6 +43,15 @@ def test_text_from_a_prepared_folder(tmp_path: Path) -> None:
     run = set_up(text_config(tmp_path / "data"), tmp_path / "run")
     assert run.config.model.vocab_size == 259
     assert not (tmp_path / "run" / "data").exists()
+
+
+def test_a_run_without_held_out_text_is_trained_and_measures_nothing(tmp_path: Path) -> None:
+    config = changed(text_config(write_text(tmp_path)), max_steps=2, eval_every=1)
+    config = replace(config, data=replace(config.data, val_fraction=0.0))
+    run = set_up(config, tmp_path / "run")
+    assert run.train().step == 2
+    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert {row["kind"] for row in rows} == {"train"}
 
 
 def test_the_written_configuration_makes_the_same_run(tmp_path: Path) -> None:

@@ -305,9 +305,7 @@ def make_context(
         valid = padding_mask
     length, most = tokens.shape[1] if view is None else view.stop, config.max_seq_len
     if length > most:
-        raise ValueError(
-            f"{length} tokens exceed max_seq_len={most}; shorten the input or raise it"
-        )
+        raise ValueError(f"{length} tokens exceed max_seq_len={most}; shorten or raise it")
     if positions is None:
         positions = _positions(tokens, view, valid) if inside is None else inside
     rope = None

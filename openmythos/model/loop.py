@@ -248,11 +248,8 @@ def advance(
     def body() -> tuple[Tensor, Halted | None, Recent | None]:
         again: dict[str, Any] = {}
         if recompute:
-            again = {
-                "made": {},
-                "shared": {},
-                "counts": state.loop_idx.new_full((), next(passes) == 0),
-            }
+            counts = state.loop_idx.new_full((), next(passes) == 0)
+            again = {"made": {}, "shared": {}, "counts": counts}
         inside = replace(here, **again)
         h, halted = run(model, state.h, state.e, state.loop_idx, inside, state.halted)
         return h, halted, inside.newest_loops()

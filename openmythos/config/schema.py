@@ -182,8 +182,9 @@ def require_positive(owner: object, *names: str) -> None:
     hints = typing.get_type_hints(type(owner))
     for name in names:
         value = plain(getattr(owner, name))
-        fits = type(value) is int or (type(value) is float and hints[name] is float)
-        require(fits, name, value, "an integer of at least 1")
+        whole = hints[name] is not float
+        fits = type(value) is int or (type(value) is float and not whole)
+        require(fits, name, value, f"{'an integer' if whole else 'a number'} of at least 1")
         require(value >= 1, name, value, "at least 1")
         object.__setattr__(owner, name, value)
 

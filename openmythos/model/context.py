@@ -292,7 +292,7 @@ def make_context(
     if documents is not None and padding_mask is not None:
         raise ValueError("padding_mask given with documents; mark padding by negative documents")
     if rows is not None and cache is None:
-        raise ValueError(f"rows are {list(rows)} without a cache; they are rows of a cache")
+        raise ValueError(f"rows are {rows} without a cache; they are rows of a cache")
     if cache is not None and documents is not None:
         raise ValueError("packed documents cannot be cached; give one document per row")
     _check_tokens(config, tokens)
@@ -300,7 +300,9 @@ def make_context(
     if documents is not None:
         documents, inside = _number_documents(documents)
     if cache is not None:
-        view = _view(cache, tokens, padding_mask, rows)
+        view = cache.view(tokens.shape[1], padding_mask, rows)
+        if len(view.lengths) != len(tokens):
+            raise ValueError(f"{len(tokens)} rows given to a cache made for {len(view.lengths)}")
     else:
         valid = padding_mask
     length, most = tokens.shape[1] if view is None else view.stop, config.max_seq_len
@@ -336,18 +338,6 @@ def document_lengths(documents: Int[Tensor, "B T"]) -> tuple[tuple[int, ...], ..
         ends = [*changes, len(row)]
         lengths.append(tuple(b - a for a, b in zip([0, *changes], ends, strict=True)))
     return tuple(lengths)
-
-
-def _view(
-    cache: KVCache,
-    tokens: Int[Tensor, "B T"],
-    padding_mask: Bool[Tensor, "B T"] | None,
-    rows: Sequence[int] | None,
-) -> CacheView:
-    num_rows = len(cache.lengths) if rows is None else len(rows)
-    if num_rows != len(tokens):
-        raise ValueError(f"{len(tokens)} rows given to a cache made for {num_rows}")
-    return cache.view(tokens.shape[1], padding_mask, rows)
 
 
 def as_tensor(

@@ -17,6 +17,8 @@ from openmythos.config.rope import RopeConfig
 from openmythos.config.schema import require, require_literals, require_positive
 from openmythos.config.state_init import CopyInitConfig, StateInitConfig, ZerosInitConfig
 
+MAX_LOOPS = 1_000_000  # that a call may ask for; more is a mistake
+
 # What ``ModelConfig.unlooped`` does with each field: those of the first list are kept; those of the
 # second, which only a loop needs, are set to the value given there.
 KEPT_UNLOOPED = (
@@ -78,6 +80,7 @@ class ModelConfig:
         names = ("vocab_size", "d_model", "num_core_layers", "num_loops", "max_seq_len")
         require_positive(self, *names)
         require_literals(self)
+        require(self.num_loops <= MAX_LOOPS, "num_loops", self.num_loops, f"at most {MAX_LOOPS}")
         for name in ("num_prelude_layers", "num_coda_layers"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
         if self.readout == "final_norm":

@@ -410,9 +410,9 @@ def moe_experts(
     places = torch.empty_like(order)
     places[order] = torch.arange(len(order), device=order.device)
     place, ends = places.view(expert.shape), ends.to(torch.int32)
-    compiling = torch.compiler.is_compiling()  # the compiler fuses both indexings
-    rows: Tensor = x[token] if compiling else _Spread.apply(x, token, place)
+    eager = native.eager()  # the compiler fuses both indexings; torch.func cannot take a Function
+    rows: Tensor = _Spread.apply(x, token, place) if eager else x[token]
     hidden = swiglu(grouped_mm(rows, gate_up, ends)) * weight.flatten()[order, None]
     rows = grouped_mm(hidden, down, ends)
-    y: Tensor = rows[place].sum(dim=1) if compiling else _Gather.apply(rows, token, place)
+    y: Tensor = _Gather.apply(rows, token, place) if eager else rows[place].sum(dim=1)
     return y

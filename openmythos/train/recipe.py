@@ -18,8 +18,9 @@ class TrainConfig:
     ``max_steps`` alone that share is a pure function of the step, so that a resumed run is equal to
     an uninterrupted one. ``batch_size`` counts the rows of one optimiser step, over all
     ``grad_accumulation`` micro-batches. ``balance_rate`` is the step of the experts' selection bias
-    per optimiser step. ``init_from`` is a checkpoint folder, of any family, with the initial
-    weights; None draws new ones.
+    per optimiser step. ``recompute`` is activation checkpointing per loop: the forward keeps the
+    states only, and the backward pass runs each loop again. ``init_from`` is a checkpoint folder,
+    of any family, with the initial weights; None draws new ones.
     """
 
     seed: int = 0
@@ -36,6 +37,7 @@ class TrainConfig:
     balance_rate: float = 0.01
     autocast: Literal["none", "bfloat16"] = "none"
     compile: bool = False
+    recompute: bool = False
     log_every: int = 10
     eval_every: int = 0
     eval_loops: tuple[int, ...] = (1, 2, 4, 8, 16)

@@ -135,7 +135,7 @@ def prepare(
     building.mkdir()
     try:
         spool = _Spool(building / "spool", items, skip_bad)
-        is_val, num_duplicates = spool.arrange(seed, val_fraction)
+        is_val = spool.arrange(seed, val_fraction)
         if tokenizer is None:
             tokenizer = train_bpe(spool.texts(~is_val, MAX_BPE_TRAINING_BYTES), vocab_size)
         tokenizer.save(building)
@@ -144,13 +144,7 @@ def prepare(
             for split, chosen in zip(SPLITS, (~is_val, is_val), strict=True)
         }
         (building / "spool").unlink()
-        counts = {
-            "num_duplicates": num_duplicates,
-            "num_replaced": spool.num_replaced,
-            "num_left_out": spool.num_left_out,
-            "left_out": spool.left_out,
-        }
-        return _publish(folder, building, settings, tokenizer, counts, splits)
+        return _publish(folder, building, settings, tokenizer, spool.counts(), splits)
     finally:
         shutil.rmtree(building, ignore_errors=True)
 
@@ -240,7 +234,7 @@ class _Spool:
 
     def __init__(self, path: Path, items: Iterable[Document | LeftOut], skip_bad: bool) -> None:
         self.path = path
-        self.num_replaced, self.num_left_out = 0, 0
+        self.num_replaced, self.num_left_out, self.num_duplicates = 0, 0, 0
         self.left_out: list[str] = []
         offsets, sizes, hashes = array("q"), array("q"), array("Q")
         with path.open("wb") as file:
@@ -275,17 +269,18 @@ class _Spool:
             self.num_replaced += data.count(b"?") - text.count("?")
             return data
 
-    def arrange(self, seed: int, val_fraction: float) -> tuple[Bool[np.ndarray, " N"], int]:
-        """Drop duplicates and shuffle.
+    def counts(self) -> dict[str, Any]:
+        """What of the source is not in the data, as `PreparedData` has it."""
+        names = ("num_duplicates", "num_replaced", "num_left_out", "left_out")
+        return {name: getattr(self, name) for name in names}
 
-        Returns:
-            Which documents are held out, and the number of duplicates.
-        """
+    def arrange(self, seed: int, val_fraction: float) -> Bool[np.ndarray, " N"]:
+        """Drop duplicates and shuffle; returns which documents are held out."""
         if val_fraction > 0:
             is_few = len(self.sizes) < 2 / val_fraction
             self._cut_documents(0 if is_few else int(val_fraction * self.sizes.sum()))
-        num_documents = len(self.sizes)
         _, first = np.unique(self.hashes, return_index=True)
+        self.num_duplicates = len(self.hashes) - len(first)
         order = first[np.argsort(mix(self.hashes[first], 2 * seed + 1), kind="stable")]
         self.offsets, self.sizes, self.hashes = (
             self.offsets[order],
@@ -306,7 +301,7 @@ class _Spool:
                 is_val[np.argmin(keys)] = True
             if is_val.all():
                 is_val[np.argmax(keys)] = False
-        return is_val, num_documents - len(order)
+        return is_val
 
     def texts(self, chosen: Bool[np.ndarray, " N"], max_bytes: int | None = None) -> Iterator[str]:
         """Text of the chosen documents in shuffled order, at most about `max_bytes` in all."""

@@ -24,7 +24,7 @@ def prepare(
     byte_level: Annotated[bool, typer.Option("--bytes", help="Bytes instead of BPE.")] = False,
     tokenizer_of: Annotated[
         Path | None,
-        typer.Option("--tokenizer", help="Checkpoint or tokenizer.json to use, instead of BPE."),
+        typer.Option("--tokenizer", help="Checkpoint, run, prepared data or tokenizer.json."),
     ] = None,
     val_fraction: Annotated[float, typer.Option(help="Share of documents held out.")] = 0.1,
     column: Annotated[str, typer.Option(help="Text column of tables.")] = "text",
@@ -43,8 +43,8 @@ def prepare(
     if tokenizer_of is not None:
         if byte_level:
             raise ValueError("--bytes and --tokenizer both name a tokenizer; give one of them")
-        is_file = tokenizer_of.is_file()
-        tokenizer = Tokenizer.load(tokenizer_of if is_file else local_folder(tokenizer_of))
+        is_here = tokenizer_of.exists()
+        tokenizer = Tokenizer.load(tokenizer_of if is_here else local_folder(tokenizer_of))
     data = write(
         source,
         out,

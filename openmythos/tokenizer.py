@@ -7,6 +7,7 @@ vocabularies comparable. Encoding never gives a special token, even for text tha
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -195,6 +196,8 @@ class Tokenizer:
     ) -> Tokenizer:
         """Read a byte-level `tokenizer.json`, given the file or the folder that holds it.
 
+        The folder may be a checkpoint, prepared data, or a run: its newest checkpoint or its data.
+
         The names of the special tokens are the arguments; those not given are taken from
         `tokenizer_config.json` beside the file or, without that file, are our defaults.
 
@@ -208,7 +211,7 @@ class Tokenizer:
             ValueError: No such file, not a tokenizer, not byte-level, or a special token is
                 missing.
         """
-        file = Path(path) / FILE_NAME if Path(path).is_dir() else Path(path)
+        file = _find_file(Path(path))
         if not file.is_file():
             raise ValueError(
                 f"no tokenizer at {file}: give a {FILE_NAME} file or a folder that holds one"
@@ -257,6 +260,20 @@ class Tokenizer:
             else:
                 table[token_id] = bytes(byte_of[character] for character in token)
         return table
+
+
+def _find_file(path: Path) -> Path:
+    """The tokenizer.json of a folder, which may be missing; any other path as it is."""
+    file = path / FILE_NAME
+    if not path.is_dir() or file.is_file():
+        return file if path.is_dir() else path
+    for checkpoint in sorted(path.glob("checkpoints/step-????????"), reverse=True):
+        if (checkpoint / FILE_NAME).is_file():
+            return checkpoint / FILE_NAME
+    for index in (path / "index.json", path / "data" / "index.json"):  # prepared data
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+            return index.parent / json.loads(index.read_text(encoding="utf-8"))["tokenizer_file"]
+    return file
 
 
 def _special_names(file: Path) -> dict[str, str]:

@@ -171,6 +171,22 @@ def test_a_run_of_many_letters_is_learnt_like_its_parts():
     assert train_bpe([letters], 400).fingerprint == train_bpe(parts, 400).fingerprint
 
 
+def test_a_run_and_prepared_data_hold_a_tokenizer(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    BYTES.save(run / "data" / "data-0")
+    index = json.dumps({"tokenizer_file": "data-0/tokenizer.json"})
+    (run / "data" / "index.json").write_text(index, encoding="utf-8")
+    for place in (run, run / "data"):  # before the run's first checkpoint, its data is all it has
+        assert Tokenizer.load(place).fingerprint == BYTES.fingerprint
+    BYTES.save(run / "checkpoints" / "step-00000001")
+    BPE.save(run / "checkpoints" / "step-00000002")
+    assert Tokenizer.load(run).fingerprint == BPE.fingerprint
+    for damage in ("{", "[]", "{}", '{"tokenizer_file": 3}'):
+        (run / "data" / "index.json").write_text(damage, encoding="utf-8")
+        with pytest.raises(ValueError, match=r"no tokenizer at .*data/tokenizer\.json"):
+            Tokenizer.load(run / "data")
+
+
 # --- special tokens under other names -------------------------------------------------------------
 
 

@@ -59,7 +59,7 @@ class TokenLoader:
         tokenizer_fingerprint: str | None = None,
     ) -> None:
         _check_arguments(split, seq_len, batch_size, rank, world_size)
-        index = read_index(folder)
+        self.data = index = read_index(folder)
         self.tokenizer = index.load_tokenizer()
         if tokenizer_fingerprint not in (None, index.tokenizer_fingerprint):
             raise ValueError(

@@ -21,13 +21,14 @@ import os
 import re
 import shutil
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Int, Integer
 
+from openmythos.data.file import Document, LeftOut
 from openmythos.data.hashing import hash_bytes, mix, split_keys, threshold
 from openmythos.data.index import (
     FORMAT,
@@ -40,7 +41,7 @@ from openmythos.data.index import (
     read_index,
     token_dtype,
 )
-from openmythos.data.source import load_documents, source_version
+from openmythos.data.source import STANDARD_INPUT, read_source, source_version
 from openmythos.folder import put_in_place, write_json, write_whole
 from openmythos.tokenizer import MIN_BPE_VOCAB, Tokenizer, train_bpe
 
@@ -51,6 +52,7 @@ _BUILDING_PREFIX = ".building-"
 _DATA_FOLDER = re.compile(r"data-[0-9a-f]{12}(-\d+)?")
 _NUM_PIECES = 100
 _MIN_PIECE_BYTES = 1024
+_MAX_REASONS = 100  # that the index keeps
 
 # Where a long document is cut, the best place first: after a blank line, a line, a sentence (the
 # three bytes are the full stop of Chinese and Japanese), a word. A line ends with LF, CR or both.
@@ -74,6 +76,7 @@ def prepare(
     val_fraction: float = 0.1,
     seed: int = 0,
     column: str = "text",
+    skip_bad: bool = False,
     max_shard_tokens: int = 100_000_000,
 ) -> PreparedData:
     """Tokenise a source into `out`; do nothing if `out` already holds exactly this data, intact.
@@ -86,7 +89,7 @@ def prepare(
     order shuffled by `seed`, each as bos, its tokens, eos.
 
     Args:
-        source: What `load_documents` accepts.
+        source: What `read_source` accepts.
         out: Folder to write: new, empty, or with prepared data, which is then replaced.
         tokenizer: Tokenizer to use; None trains a byte-level BPE on the training split (its first
             128 MiB).
@@ -95,7 +98,8 @@ def prepare(
         val_fraction: Expected fraction of documents that are held out, in [0, 1); 0 makes the
             validation split empty.
         seed: Seed of the split and of the order.
-        column: Text column of .jsonl, .parquet and Hugging Face rows.
+        column: Text column of tables and of Hugging Face rows.
+        skip_bad: Leave out files and rows that cannot be read, instead of stopping at the first.
         max_shard_tokens: Maximum number of tokens per file.
 
     Raises:
@@ -111,6 +115,7 @@ def prepare(
         "source": source,
         "source_version": None,
         "column": column,
+        "skip_bad": skip_bad,
         "tokenizer": tokenizer.fingerprint if tokenizer else None,
         "vocab_size": None if tokenizer else vocab_size,
         "val_fraction": val_fraction,
@@ -118,9 +123,10 @@ def prepare(
         "max_shard_tokens": max_shard_tokens,
     }
     # Before source_version, whose errors are less clear.
-    documents = load_documents(source, column)
+    items = read_source(source, column)
     settings["source_version"] = source_version(source)
-    if old is not None and old.settings == settings and _is_intact(old):
+    is_known = source != STANDARD_INPUT and old is not None and old.settings == settings
+    if old is not None and is_known and _is_intact(old):
         return dataclasses.replace(old, reused=True)
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -128,8 +134,8 @@ def prepare(
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir()
     try:
-        spool = _Spool(building / "spool", (document.text for document in documents))
-        is_val, num_duplicates = spool.arrange(seed, val_fraction)
+        spool = _Spool(building / "spool", items, skip_bad)
+        is_val = spool.arrange(seed, val_fraction)
         if tokenizer is None:
             tokenizer = train_bpe(spool.texts(~is_val, MAX_BPE_TRAINING_BYTES), vocab_size)
         tokenizer.save(building)
@@ -138,7 +144,7 @@ def prepare(
             for split, chosen in zip(SPLITS, (~is_val, is_val), strict=True)
         }
         (building / "spool").unlink()
-        return _publish(folder, building, settings, tokenizer, num_duplicates, splits)
+        return _publish(folder, building, settings, tokenizer, spool.counts(), splits)
     finally:
         shutil.rmtree(building, ignore_errors=True)
 
@@ -221,15 +227,22 @@ class _Spool:
 
     Only three numbers per document stay in memory: its offset, its size and a 64-bit hash of its
     text.
+
+    Raises:
+        ValueError: Something cannot be read, and `skip_bad` is not set.
     """
 
-    def __init__(self, path: Path, texts: Iterator[str]) -> None:
+    def __init__(self, path: Path, items: Iterable[Document | LeftOut], skip_bad: bool) -> None:
         self.path = path
+        self.num_replaced, self.num_left_out, self.num_duplicates = 0, 0, 0
+        self.left_out: list[str] = []
         offsets, sizes, hashes = array("q"), array("q"), array("Q")
         with path.open("wb") as file:
-            for text in texts:
-                data = text.encode("utf-8", errors="replace")
-                if data:
+            for item in items:
+                if isinstance(item, LeftOut):
+                    self._leave_out(item, skip_bad)
+                elif item.text:
+                    data = self._encode(item.text)
                     offsets.append(file.tell())
                     sizes.append(len(data))
                     hashes.append(hash_bytes(data))
@@ -238,17 +251,36 @@ class _Spool:
         self.sizes = np.array(sizes, dtype=np.int64)
         self.hashes = np.array(hashes, dtype=np.uint64)
 
-    def arrange(self, seed: int, val_fraction: float) -> tuple[Bool[np.ndarray, " N"], int]:
-        """Drop duplicates and shuffle.
+    def _leave_out(self, item: LeftOut, skip_bad: bool) -> None:
+        if item.is_bad and not skip_bad:
+            raise ValueError(
+                f"{item.reason}; or leave out all that cannot be read (--skip-bad; in training, "
+                f"--set data.skip_bad=true)"
+            )
+        self.num_left_out += 1
+        if len(self.left_out) < _MAX_REASONS:
+            self.left_out.append(item.reason)
 
-        Returns:
-            Which documents are held out, and the number of duplicates.
-        """
+    def _encode(self, text: str) -> bytes:
+        try:
+            return text.encode()
+        except UnicodeEncodeError:  # a lone surrogate, which JSON can spell
+            data = text.encode("utf-8", errors="replace")
+            self.num_replaced += data.count(b"?") - text.count("?")
+            return data
+
+    def counts(self) -> dict[str, Any]:
+        """What of the source is not in the data, as `PreparedData` has it."""
+        names = ("num_duplicates", "num_replaced", "num_left_out", "left_out")
+        return {name: getattr(self, name) for name in names}
+
+    def arrange(self, seed: int, val_fraction: float) -> Bool[np.ndarray, " N"]:
+        """Drop duplicates and shuffle; returns which documents are held out."""
         if val_fraction > 0:
             is_few = len(self.sizes) < 2 / val_fraction
             self._cut_documents(0 if is_few else int(val_fraction * self.sizes.sum()))
-        num_documents = len(self.sizes)
         _, first = np.unique(self.hashes, return_index=True)
+        self.num_duplicates = len(self.hashes) - len(first)
         order = first[np.argsort(mix(self.hashes[first], 2 * seed + 1), kind="stable")]
         self.offsets, self.sizes, self.hashes = (
             self.offsets[order],
@@ -269,7 +301,7 @@ class _Spool:
                 is_val[np.argmin(keys)] = True
             if is_val.all():
                 is_val[np.argmax(keys)] = False
-        return is_val, num_documents - len(order)
+        return is_val
 
     def texts(self, chosen: Bool[np.ndarray, " N"], max_bytes: int | None = None) -> Iterator[str]:
         """Text of the chosen documents in shuffled order, at most about `max_bytes` in all."""
@@ -386,7 +418,7 @@ def _publish(
     building: Path,
     settings: dict[str, Any],
     tokenizer: Tokenizer,
-    num_duplicates: int,
+    counts: dict[str, Any],
     splits: dict[str, SplitIndex],
 ) -> PreparedData:
     content = json.dumps(
@@ -405,7 +437,7 @@ def _publish(
         "vocab_size": tokenizer.vocab_size,
         "tokenizer_file": f"{name}/tokenizer.json",
         "tokenizer_fingerprint": tokenizer.fingerprint,
-        "num_duplicates": num_duplicates,
+        **counts,
         "splits": {split: _split_to_json(content, name) for split, content in splits.items()},
     }
     write_json(building / INDEX_FILE, index)

@@ -71,13 +71,14 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TextData:
-    """Packed text; ``source`` is what ``load_documents`` accepts, or a folder of prepared data."""
+    """Packed text; ``source`` is what ``read_source`` accepts, or a folder of prepared data."""
 
     kind: ClassVar[str] = "text"
     source: str = "python-docs"
     seq_len: int = 256
     val_fraction: float = 0.1
     column: str = "text"
+    skip_bad: bool = False
 
     @property
     def in_words(self) -> str:

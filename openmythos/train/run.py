@@ -23,7 +23,7 @@ from openmythos.train.display import TrainDisplay
 from openmythos.train.loop import TrainResult
 from openmythos.train.metrics import Recorder
 from openmythos.train.recipe import HopsData, RunConfig, TextData, TrainConfig
-from openmythos.train.run_folder import RunFolder
+from openmythos.train.run_folder import RunFolder, refuse_foreign
 from openmythos.train.task import HopsTask, Task, TextTask
 
 DEFAULT_PRESET, DEFAULT_DATA = "tiny", "python-docs"
@@ -107,9 +107,10 @@ def set_up(config: RunConfig, out: Path, device: str = "cpu") -> Run:
     vocabulary is then theirs.
 
     Raises:
-        ValueError: The data cannot be used, ``out`` holds another run, or the initial weights do
-            not fit the model or the data's tokenizer.
+        ValueError: The data cannot be used, ``out`` holds another run or other files, or the
+            initial weights do not fit the model or the data's tokenizer.
     """
+    refuse_foreign(out)
     tokenizer: Tokenizer | None = None
     task: Task
     # Checked before the data is prepared, so that another run's data is not replaced.
@@ -178,6 +179,7 @@ def text_task(data: TextData, config: RunConfig, out: Path) -> TextTask:
             vocab_size=config.model.vocab_size,
             val_fraction=data.val_fraction,
             column=data.column,
+            skip_bad=data.skip_bad,
         )
     loaders = {
         split: TokenLoader(

@@ -16,12 +16,34 @@ from torch import Tensor
 
 from openmythos.checkpoint.load import load_weights
 from openmythos.checkpoint.save import OWN_FILES, write_checkpoint
-from openmythos.folder import remove_unfinished, replaced_folder, write_json
+from openmythos.folder import listed, remove_unfinished, replaced_folder, write_json
 from openmythos.model.recurrent import RecurrentDepthLM
 from openmythos.tokenizer import Tokenizer
 from openmythos.train.task import Task
 
 STATE_TENSORS, STATE_RECORD = "training_state.safetensors", "training_state.json"
+
+RUN_FILES = {"config.json", "metrics.jsonl", "checkpoints", "samples", "data", "tensorboard"}
+
+
+def refuse_foreign(path: Path) -> None:
+    """Check that a run in ``path`` would not be mixed with what is there.
+
+    Hidden files do not count, nor does what somebody added to a run.
+
+    Raises:
+        ValueError: It is a file, or a folder with other files than a run's.
+    """
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{path} is a file; a run is a folder: choose another --out")
+    if not path.is_dir() or all((path / name).is_dir() for name in ("checkpoints", "samples")):
+        return
+    names = (entry.name for entry in path.iterdir() if not entry.name.startswith("."))
+    if foreign := sorted(set(names) - RUN_FILES):
+        raise ValueError(
+            f"{path} holds other files than a run's ({listed(foreign)}): choose a new or empty "
+            f"folder as --out"
+        )
 
 
 @dataclass(frozen=True)

@@ -74,14 +74,14 @@ def read_source(source: str, column: str = "text") -> Iterator[Document | LeftOu
     """Documents of `source`, and what of it is left out, in an order that depends on it only.
 
     Args:
-        source: A file (.txt .md .rst .py: one document; .jsonl .json .csv .tsv .parquet: one
-            document per row; compressed as .gz .bz2 .xz .zst or not), a folder (every such file
-            below it, without hidden folders, site-packages, runs, prepared data and checkpoints;
-            its .json, .csv and .tsv files may be something else than text), `-` (one text from
-            standard input), `hf:NAME` or `hf:NAME:CONFIG` (the train split of a Hugging Face
-            dataset, streamed), `python-docs` (the language reference and the docstrings of this
-            Python's standard library, about 2.1 MB of English in which no paragraph occurs twice)
-            or `python-source` (the standard library's code, about 10 MB).
+        source: A file (.txt .md .rst .py or no ending: one document; .jsonl .json .csv .tsv
+            .parquet: one document per row; compressed as .gz .bz2 .xz .zst or not), a folder (every
+            such file below it, without hidden folders, site-packages, runs, prepared data and
+            checkpoints; its .json, .csv and .tsv files may be something else than text), `-` (one
+            text from standard input), `hf:NAME` or `hf:NAME:CONFIG` (the train split of a Hugging
+            Face dataset, streamed), `python-docs` (the language reference and the docstrings of
+            this Python's standard library, about 2.1 MB of English in which no paragraph occurs
+            twice) or `python-source` (the standard library's code, about 10 MB).
         column: Name of the text column of rows.
 
     Raises:
@@ -100,7 +100,9 @@ def read_source(source: str, column: str = "text") -> Iterator[Document | LeftOu
     if path.is_dir():
         return _from_folder(path, column)
     if path.is_file():
-        if file_kind(path) is None:
+        is_compressed = path.suffix.lower() in COMPRESSED_SUFFIXES
+        has_ending = bool((path.with_suffix("") if is_compressed else path).suffix)
+        if file_kind(path) is None and has_ending:  # text8, enwik9 and the like have none
             raise ValueError(
                 f"cannot read {path}: files end in {ALL_SUFFIXES}, or compressed in .txt.gz and so "
                 f"on ({' '.join(COMPRESSED_SUFFIXES)}, except .parquet); rename or convert it"

@@ -1,3 +1,4 @@
+import gzip
 import io
 import json
 import os
@@ -95,6 +96,18 @@ def test_file_errors(tmp_path):
     (tmp_path / "x.pdf").write_bytes(b"%PDF")
     with pytest.raises(ValueError, match=r"cannot read .*x\.pdf: files end in \.txt"):
         load_documents(str(tmp_path / "x.pdf"))
+
+
+def test_a_named_file_without_an_ending_is_text(tmp_path):
+    (tmp_path / "text8").write_text("anarchism originated")
+    (tmp_path / "text8.gz").write_bytes(gzip.compress(b"anarchism originated"))
+    (tmp_path / "a.txt").write_text("other")
+    assert texts(tmp_path / "text8") == texts(tmp_path / "text8.gz") == ["anarchism originated"]
+    assert texts(tmp_path) == ["other"]  # in a folder it may be anything
+    for name in ("a.tar.gz", "a.parquet.gz", "a.7z"):
+        (tmp_path / name).write_bytes(b"x")
+        with pytest.raises(ValueError, match="cannot read"):
+            texts(tmp_path / name)
 
 
 def test_folder_errors(tmp_path):

@@ -23,6 +23,7 @@ from openmythos.config.schema import require
 from openmythos.model.cache import CacheView, KVCache, Place
 from openmythos.model.rope import Rope, rope_angles
 from openmythos.ops.attention import attention, depth_attention, packed_attention
+from openmythos.ops.cpu import build as native
 
 Own = tuple[
     Float[Tensor, "R B G T K"], Float[Tensor, "R B G T W"], Bool[Tensor, "B R"]
@@ -364,7 +365,7 @@ def as_tensor(
 
 def _check_tokens(config: ModelConfig, tokens: Int[Tensor, "B T"]) -> None:
     require(tokens.numel() > 0, "tokens", list(tokens.shape), "[B, T] with at least one token")
-    if torch.compiler.is_compiling() or tokens.is_meta:
+    if torch.compiler.is_compiling() or native.vmapped() or tokens.is_meta:
         return
     low, high = torch.stack(tokens.aminmax()).tolist()  # one wait for the device, not two
     if low < 0 or high >= config.vocab_size:

@@ -168,6 +168,10 @@ class RecurrentDepthLM(LoopedModel):
         require(isinstance(ctx, ForwardContext), "ctx", ctx, "the result of model.context")
         like = ctx.tokens
         given = as_tensor("tokens", tokens, like.dtype, like.device, like.shape)
+        cached = recompute and ctx.cache is not None
+        require(
+            not cached, "recompute", True, "False with a cache, which the second run would write"
+        )
         depths = self._depths(len(given), num_loops)
         if grad_loops is not None:
             grad_loops = as_integer("grad_loops", grad_loops, 1)

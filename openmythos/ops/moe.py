@@ -370,7 +370,8 @@ def gathered_experts(
 ) -> Float[Tensor, "N D"]:
     """As ``moe_experts``, for few tokens: each pair is computed by itself, without sorting.
 
-    Only for compiled code, which reads the chosen experts' weights in place; eager would copy them.
+    For compiled code, which reads the chosen experts' weights in place, and under ``vmap``, where no
+    counts can be read; eager would copy them.
     """
     hidden = swiglu((gate_up[expert] * x[:, None, None, :]).sum(dim=-1)) * weight[..., None]
     return (down[expert] * hidden[:, :, None, :]).sum(dim=-1).sum(dim=1)
@@ -404,7 +405,7 @@ def moe_experts(
     if torch.is_autocast_enabled(x.device.type):  # autocast does not cast for the grouped kernel
         low = torch.get_autocast_dtype(x.device.type)
         x, weight, gate_up, down = (each.to(low) for each in (x, weight, gate_up, down))
-    if _few(expert, gate_up):
+    if native.vmapped() or _few(expert, gate_up):
         return gathered_experts(x, expert, weight, gate_up, down)
     order, token, ends = _sorted_pairs(expert, counts)
     places = torch.empty_like(order)

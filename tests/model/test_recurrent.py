@@ -888,6 +888,26 @@ def test_gradients_by_torch_func_are_those_of_autograd(tied, experts):
         torch.testing.assert_close(found[name], param.grad, msg=name)
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # of torch's attention
+@pytest.mark.parametrize("experts", [None, MOE])
+def test_gradients_per_sample_by_torch_func(experts):
+    config = small_config(halting=ACTConfig(bias_init=-1.0), core_feed_forward=experts)
+    model = random_model(config, dtype=torch.float64)
+    tokens = random_tokens(model.config, 3, 5)
+    params = {name: param.detach() for name, param in model.named_parameters()}
+
+    def loss(params: dict[str, Tensor], row: Tensor) -> Tensor:
+        output = functional_call(model, params, (row[None],), {"num_loops": 2})
+        return output.logits.square().mean()
+
+    with unchecked():
+        found = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(params, tokens)
+        for row, each in enumerate(tokens):
+            alone = torch.func.grad(loss)(params, each)
+            for name, gradient in alone.items():
+                torch.testing.assert_close(found[name][row], gradient, msg=name)
+
+
 def test_a_forward_can_be_exported_and_its_output_is_a_tree():
     model = random_model(small_config(core_feed_forward=MOE, halting=PonderNetConfig()))
     tokens = random_tokens(model.config, 2, 5)
@@ -950,6 +970,15 @@ def test_recomputed_loops_have_the_same_gradients_and_load(parts, grad_loops):
             torch.testing.assert_close(grads_again[name], grad, rtol=1e-12, atol=1e-14, msg=name)
     assert all(map(torch.equal, load, load_again))
     assert all(part.sum() > 0 for part in load)
+
+
+def test_a_cache_and_recomputed_loops_exclude_each_other():
+    model = random_model(small_config())
+    tokens = random_tokens(model.config, 1, 3)
+    cache = KVCache(model.config, batch_size=1, max_len=4, max_loops=4)
+    with pytest.raises(ValueError, match="recompute is True; it must be False with a cache"):
+        model(tokens, ctx=model.context(tokens, cache=cache), recompute=True)
+    assert cache.lengths == [0]
 
 
 def test_recomputed_loops_keep_their_states_only():

@@ -370,8 +370,8 @@ def gathered_experts(
 ) -> Float[Tensor, "N D"]:
     """As ``moe_experts``, for few tokens: each pair is computed by itself, without sorting.
 
-    For compiled code, which reads the chosen experts' weights in place, and under ``vmap``, where no
-    counts can be read; eager would copy them.
+    For compiled code, which reads the weights of the chosen experts in place, and under ``vmap``,
+    where no counts can be read; eager would copy them.
     """
     hidden = swiglu((gate_up[expert] * x[:, None, None, :]).sum(dim=-1)) * weight[..., None]
     return (down[expert] * hidden[:, :, None, :]).sum(dim=-1).sum(dim=1)

@@ -84,7 +84,7 @@ def random_model(
     config: ModelConfig, *, seed: int = 0, dtype: torch.dtype = torch.float32
 ) -> RecurrentDepthLM:
     """A model in eval mode whose parameters are all random."""
-    model = RecurrentDepthLM(config, seeded(seed))
+    model = RecurrentDepthLM(config, seed)
     randomise(model, seed)
     return model.to(dtype).eval()
 

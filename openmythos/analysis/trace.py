@@ -60,7 +60,6 @@ def trace_loops(
     ctx: ForwardContext | None = None,
     *,
     valid: Bool[Tensor, "B T"] | None = None,
-    generator: torch.Generator | None = None,
 ) -> LoopTrace:
     """Run ``num_loops`` loops and record the state after each.
 
@@ -71,7 +70,6 @@ def trace_loops(
         ctx: A context of ``model.context`` without a cache; default: one document per row, with
             ``valid`` as its padding mask.
         valid: True at the tokens to average over; default: all.
-        generator: Source of random initial states.
 
     Raises:
         ValueError: ``num_loops`` is below 1, no token is valid, or the context has a cache.
@@ -88,7 +86,7 @@ def trace_loops(
         ctx = model.context(tokens, padding_mask=valid)
     chosen = torch.ones_like(tokens, dtype=torch.bool) if valid is None else valid
     e = model.encode(tokens, ctx)
-    start = start_loops(model, e, ctx, [num_loops] * len(tokens), generator=generator)
+    start = start_loops(model, e, ctx, [num_loops] * len(tokens))
     h = start.h
     initial_norm = _mean(h.float().norm(dim=-1), chosen)
     records: list[tuple[float, ...]] = []

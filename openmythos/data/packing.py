@@ -114,8 +114,10 @@ def pack_windows(
     )
 
 
-def on_device(model: RecurrentDepthLM, batch: Batch) -> tuple[Batch, ForwardContext]:
-    """The batch on the model's device, and its context.
+def on_device(
+    model: RecurrentDepthLM, batch: Batch, seeds: int | Int[Tensor, "B T"] = 0
+) -> tuple[Batch, ForwardContext]:
+    """The batch on the model's device, and its context with these seeds of initial states.
 
     If every row is a single document without padding, the context has no document mask.
     """
@@ -124,4 +126,5 @@ def on_device(model: RecurrentDepthLM, batch: Batch) -> tuple[Batch, ForwardCont
     single = bool((documents == documents[:, :1]).all()) and bool((documents >= 0).all())
     batch = batch.to(model.embed.weight.device)
     masked = None if single else batch.documents
-    return batch, model.context(batch.tokens, documents=masked, positions=batch.positions)
+    options = {"documents": masked, "positions": batch.positions, "seeds": seeds}
+    return batch, model.context(batch.tokens, **options)

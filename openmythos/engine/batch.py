@@ -28,10 +28,9 @@ class CachedBatch:
     ``compiled`` applies to ``decode`` only, where one compiled graph serves all loops and columns.
     """
 
-    def __init__(
-        self, model: RecurrentDepthLM, cache: KVCache, seed: int, *, compiled: bool = False
-    ) -> None:
-        self.model, self.cache, self.seed, self.core_applications = model, cache, seed, 0
+    def __init__(self, model: RecurrentDepthLM, cache: KVCache, *, compiled: bool = False) -> None:
+        self.model, self.cache, self.core_applications = model, cache, 0
+        self.seeds = [0] * len(cache.lengths)  # of the rows' initial states
         self.eager = _Calls(RecurrentDepthLM.encode, run_loop, RecurrentDepthLM.decode)
         self.fast = _compiled_calls(model) if compiled else self.eager
 
@@ -80,6 +79,7 @@ class CachedBatch:
             cache=self.cache,
             padding_mask=valid,
             rows=None if every else list(parts),
+            seeds=[self.seeds[row] for row in parts],
         )
 
     def _loop(
@@ -90,8 +90,7 @@ class CachedBatch:
         assert view is not None
         view.check()
         e = calls.encode(model, ctx.tokens, ctx)
-        noise = torch.Generator().manual_seed(self.seed)  # the same for every chunk
-        state = start_loops(model, e, ctx, depths, generator=noise)
+        state = start_loops(model, e, ctx, depths)
         # h_0 may be the tensor e itself; such an alias would need another compiled graph.
         state = replace(state, h=state.h.clone(), exits=rule.start(state.h[:, -1]))
         readouts, loops = torch.zeros_like(state.h), [0] * len(depths)
@@ -134,8 +133,9 @@ class CachedBatch:
 class UncachedBatch:
     """The rows of a session without a KV cache: each ``decode`` computes all their tokens again."""
 
-    def __init__(self, model: RecurrentDepthLM, batch_size: int, seed: int) -> None:
-        self.model, self.seed, self.core_applications = model, seed, 0
+    def __init__(self, model: RecurrentDepthLM, batch_size: int) -> None:
+        self.model, self.core_applications = model, 0
+        self.seeds = [0] * batch_size  # of the rows' initial states
         self.rows: list[list[int]] = [[] for _ in range(batch_size)]
 
     @property
@@ -155,12 +155,11 @@ class UncachedBatch:
             self.rows[row].append(token)
         device = self.model.embed.weight.device
         ids, valid = _padded([self.rows[row] for row in tokens], device)
-        taken = [depths[row] for row in tokens]
+        taken, seeds = [depths[row] for row in tokens], [self.seeds[row] for row in tokens]
         out = self.model(
             ids,
             num_loops=torch.tensor(taken, device=device),
-            ctx=self.model.context(ids, padding_mask=valid),
-            generator=torch.Generator().manual_seed(self.seed),
+            ctx=self.model.context(ids, padding_mask=valid, seeds=seeds),
         )
         self.core_applications += sum(len(self.rows[row]) * depths[row] for row in tokens)
         last = torch.tensor([len(self.rows[row]) - 1 for row in tokens], device=device)

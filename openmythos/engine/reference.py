@@ -157,7 +157,7 @@ class Session:
 
     Between calls, the last token of each row has been sampled but not read by the model; the tokens
     of the row's next request come after it. Loops, exit rule and sampling may change with every
-    call; the seed may not. Each row has room for ``max_len`` tokens that are read (default:
+    call; a row's seed may not. Each row has room for ``max_len`` tokens that are read (default:
     ``max_seq_len``).
 
     ``compiled`` decodes with ``torch.compile``, several times as fast as eager, except that the
@@ -190,8 +190,8 @@ class Session:
         self.lengths = [0] * batch_size
         self._pending: list[list[int]] = [[] for _ in range(batch_size)]
         self._generators: dict[tuple[int, int], torch.Generator] = {}  # by row and sample_idx
-        self._seed: int | None = None  # the seed of the first requests, then of the session
-        self.batch: CachedBatch | UncachedBatch = UncachedBatch(model, batch_size, seed=0)
+        self._seeds: list[int] | None = None  # of the rows, from their first requests
+        self.batch: CachedBatch | UncachedBatch = UncachedBatch(model, batch_size)
         if use_cache:
             cache = KVCache(
                 model.config,
@@ -202,7 +202,7 @@ class Session:
                 dtype=model.embed.weight.dtype,
                 device=model.embed.weight.device,
             )
-            self.batch = CachedBatch(model, cache, seed=0, compiled=compiled)
+            self.batch = CachedBatch(model, cache, compiled=compiled)
 
     @classmethod
     def fitting(
@@ -261,9 +261,9 @@ class Session:
         last, which gives the first new token. A request may be without tokens if its row has some.
 
         Args:
-            requests: One per row. All must have the same ``exit_rule``, and the same ``seed`` in
-                all calls. A row's random numbers continue those of its last request with the same
-                ``sample_idx``.
+            requests: One per row. All must have the same ``exit_rule``, and each row the same
+                ``seed`` in all calls. A row's random numbers continue those of its last request
+                with the same ``sample_idx``.
             prefill_chunk: Number of given tokens read at once; None: all.
 
         Raises:
@@ -278,12 +278,13 @@ class Session:
         rule = _shared("exit_rule", rules, "give all rows of a call the same")
         if not self.use_cache and not isinstance(rule, Fixed):
             raise ValueError(f"exit rule {rule.kind!r} needs use_cache=True")
-        begun = [] if self._seed is None else [self._seed]
-        draws = "give all rows of a session the same, and sample_idx to make them draw differently"
-        seed = _shared("seed", [*begun, *(request.seed for request in requests)], draws)
+        seeds = [request.seed for request in requests]
+        for row, (seed, begun) in enumerate(zip(seeds, self._seeds or seeds, strict=True)):
+            begins = f"{begun}, as when the row began; sample_idx makes requests draw differently"
+            require(seed == begun, f"seed of row {row}", seed, begins)
         if prefill_chunk is not None:
             require(prefill_chunk >= 1, "prefill_chunk", prefill_chunk, "at least 1, or None")
-        return self._stream(requests, self._budgets(requests), rule, seed, prefill_chunk)
+        return self._stream(requests, self._budgets(requests), rule, prefill_chunk)
 
     def _budgets(self, requests: Sequence[Request]) -> list[int]:
         """The maximum number of new tokens of each row."""
@@ -312,16 +313,15 @@ class Session:
         requests: Sequence[Request],
         budgets: list[int],
         rule: Rule,
-        seed: int,
         chunk: int | None,
     ) -> Iterator[NewToken]:
         unread = self._unread(requests)
         depths = [request.depth(self.model.config) for request in requests]
         self._pending = [row[-1:] for row in unread]
         self.lengths = [old + len(r.tokens) for old, r in zip(self.lengths, requests, strict=True)]
-        self._seed = self.batch.seed = seed  # of initial states; not known before
+        self._seeds = self.batch.seeds = [request.seed for request in requests]
         generators = [
-            self._generators.setdefault((row, r.sample_idx), row_generator(seed, r.sample_idx))
+            self._generators.setdefault((row, r.sample_idx), row_generator(r.seed, r.sample_idx))
             for row, r in enumerate(requests)
         ]
         with inference(self.model):

@@ -186,10 +186,11 @@ class Scorer:
         lengths = torch.tensor([len(row) for row in rows], device=device)
         tokens = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=device)
         valid = torch.arange(width, device=device) < lengths[:, None]
-        ctx = self.model.context(tokens, padding_mask=None if bool(valid.all()) else valid)
-        generator = torch.Generator().manual_seed(self.seed)
+        ctx = self.model.context(
+            tokens, padding_mask=None if bool(valid.all()) else valid, seeds=self.seed
+        )
         with inference(self.model):
-            output = self.model(tokens, num_loops=self.num_loops, ctx=ctx, generator=generator)
+            output = self.model(tokens, num_loops=self.num_loops, ctx=ctx)
         return output.logits
 
     # --- generation ------------------------------------------------------------------------------

@@ -40,6 +40,7 @@ class ForwardContext:
     columns determine what each token attends to.
 
     Attributes:
+        seeds: The seeds of random initial states, per row or per token.
         documents: The documents of packed rows, numbered in order in each row: tokens attend only
             within their own document. Padding has -1.
         valid: True at real tokens, False at padding.
@@ -58,6 +59,7 @@ class ForwardContext:
     positions: Int[Tensor, "B T"]
     rope: Rope | None
     dtype: torch.dtype
+    seeds: Int[Tensor, "B _"]
     documents: Int[Tensor, "B T"] | None = None
     valid: Bool[Tensor, "B T"] | None = None
     lengths: tuple[tuple[int, ...], ...] | None = None
@@ -94,13 +96,22 @@ class ForwardContext:
             chosen = rows.tolist() if isinstance(rows, Tensor) else rows
             lengths = tuple(lengths[row] for row in chosen)
         masks = {name: m for name, m in self.masks.items() if name != "spans"}
-        parts = (self.tokens, self.positions, self.rope, self.documents, self.valid, masks)
-        tokens, positions, rope, documents, valid, masks = select_rows(parts, index)
+        parts = (
+            self.tokens,
+            self.positions,
+            self.rope,
+            self.documents,
+            self.valid,
+            self.seeds,
+            masks,
+        )
+        tokens, positions, rope, documents, valid, seeds, masks = select_rows(parts, index)
         return replace(
             self,
             tokens=tokens,
             positions=positions,
             rope=rope,
+            seeds=seeds,
             documents=documents,
             valid=valid,
             lengths=lengths,
@@ -262,6 +273,7 @@ def make_context(
     positions: Int[Tensor, "B T"] | None = None,
     cache: KVCache | None = None,
     rows: Sequence[int] | None = None,
+    seeds: int | Sequence[int] | Int[Tensor, "B _"] = 0,
 ) -> ForwardContext:
     """The context of a batch of tokens.
 
@@ -277,6 +289,8 @@ def make_context(
         positions: Positions of the tokens; default: real tokens counted from 0 in each document.
         cache: The cache of the earlier tokens; ``forward`` adds this chunk to it.
         rows: The cache's row of each row of ``tokens``; None: all rows in order.
+        seeds: Of random initial states: one for all rows, one per row, or a tensor with one column
+            or one per token. A document has equal states wherever it stands, if its seed is equal.
 
     Raises:
         ValueError: A wrong type or shape, token ids outside the vocabulary, more tokens than
@@ -320,12 +334,28 @@ def make_context(
     lengths = None
     if documents is not None and tokens.device.type == "cuda" and recent is None:
         lengths = document_lengths(documents)
+    seeds = _seeds(seeds, tokens)
     ctx = ForwardContext(
-        tokens, positions, rope, dtype, documents, valid, lengths, view, recent=recent
+        tokens, positions, rope, dtype, seeds, documents, valid, lengths, view, recent=recent
     )
     if lengths is None:
         _ = ctx.mask  # make it now, outside of compiled graphs
     return ctx
+
+
+def _seeds(
+    seeds: int | Sequence[int] | Int[Tensor, "B _"], tokens: Int[Tensor, "B T"]
+) -> Int[Tensor, "B _"]:
+    num_rows, num_tokens = tokens.shape
+    if not isinstance(seeds, Tensor):
+        each = [seeds] * num_rows if isinstance(seeds, int) else list(seeds)
+        # Seeds of up to 64 bits, with or without a sign, as torch.Generator takes them.
+        signed = [[(seed + 2**63) % 2**64 - 2**63] for seed in each]
+        seeds = torch.tensor(signed, device=tokens.device)
+    if seeds.shape not in {(num_rows, 1), (num_rows, num_tokens)}:
+        allowed = f"one for all rows, or one for each of {num_rows} rows or {num_tokens} tokens"
+        raise ValueError(f"seeds have shape {tuple(seeds.shape)}; they must be {allowed}")
+    return seeds.to(tokens.device)
 
 
 def document_lengths(documents: Int[Tensor, "B T"]) -> tuple[tuple[int, ...], ...] | None:

@@ -27,12 +27,7 @@ class LoopedModel(nn.Module, abc.ABC):
     halting: Halting | None
 
     @abc.abstractmethod
-    def init_state(
-        self,
-        e: Float[Tensor, "B T D"],
-        generator: torch.Generator | None = None,
-        ctx: ForwardContext | None = None,
-    ) -> Float[Tensor, "B T D"]:
+    def init_state(self, e: Float[Tensor, "B T D"], ctx: ForwardContext) -> Float[Tensor, "B T D"]:
         """The initial state h_0."""
 
     @abc.abstractmethod
@@ -171,7 +166,6 @@ def start_loops(
     depths: Sequence[int],
     *,
     wait: bool = False,
-    generator: torch.Generator | None = None,
 ) -> LoopState:
     """The state before the first loop.
 
@@ -182,9 +176,8 @@ def start_loops(
         depths: The number of loops that each row may take.
         wait: If true, all rows end at the same time: a row with fewer loops than the deepest waits
             before its first. Otherwise all begin at the same time.
-        generator: Gives the seed of a random initial state.
     """
-    h = model.init_state(e, generator, ctx)
+    h = model.init_state(e, ctx)
     loops = tuple(depth - max(depths) if wait else 0 for depth in depths)
     return LoopState(
         h=h,

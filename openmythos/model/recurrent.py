@@ -46,7 +46,7 @@ register_dataclass(ModelOutput, serialized_type_name="openmythos.ModelOutput")
 class RecurrentDepthLM(LoopedModel):
     """A looped language model; the number of loops can be chosen in each call."""
 
-    def __init__(self, config: ModelConfig, generator: torch.Generator | None = None) -> None:
+    def __init__(self, config: ModelConfig, seed: int = 0) -> None:
         super().__init__()
         self.config = config
         dim, eps = config.d_model, config.block.norm_eps
@@ -73,7 +73,7 @@ class RecurrentDepthLM(LoopedModel):
         if not config.tie_embeddings:
             self.head = nn.Linear(dim, config.vocab_size, bias=False)
         if not self.embed.weight.is_meta:
-            init_weights(self, dim, generator)
+            init_weights(self, dim, seed)
 
     @property
     def loop_adapter(self) -> LoopAdapter:
@@ -97,18 +97,9 @@ class RecurrentDepthLM(LoopedModel):
             x = block(x, ctx)
         return self.injection(self.prelude_norm(x))
 
-    def init_state(
-        self,
-        e: Float[Tensor, "B T D"],
-        generator: torch.Generator | None = None,
-        ctx: ForwardContext | None = None,
-    ) -> Float[Tensor, "B T D"]:
-        """The initial state h_0. Random ones depend on positions: those of ``ctx``, or 0 .. T-1."""
-        if ctx is None:
-            positions = torch.arange(e.shape[1], device=e.device).expand(e.shape[:2])
-        else:
-            positions = ctx.positions
-        return initial_state(self.config.state_init, e, positions, generator)
+    def init_state(self, e: Float[Tensor, "B T D"], ctx: ForwardContext) -> Float[Tensor, "B T D"]:
+        """The initial state h_0; a random one depends on the seeds and positions of ``ctx``."""
+        return initial_state(self.config.state_init, e, ctx)
 
     def step(
         self,
@@ -143,7 +134,6 @@ class RecurrentDepthLM(LoopedModel):
         num_loops: int | Sequence[int] | Int[Tensor, "*B"] | None = None,
         grad_loops: int | None = None,
         ctx: ForwardContext | None = None,
-        generator: torch.Generator | None = None,
         keep_states: bool = False,
         recompute: bool = False,
     ) -> ModelOutput:
@@ -155,7 +145,6 @@ class RecurrentDepthLM(LoopedModel):
                 the same time: a row with fewer loops waits before its first, uncomputed.
             grad_loops: Number of last loops with gradients (gradient truncation); None: all.
             ctx: The result of ``context``; default: one document per row, without padding.
-            generator: Gives the seed of a random initial state.
             keep_states: Whether to return the state after every loop.
             recompute: Activation checkpointing: for the backward pass keep each loop's state only,
                 and run the loop again.
@@ -181,7 +170,7 @@ class RecurrentDepthLM(LoopedModel):
         if ctx.cache is not None:
             ctx.cache.check()
         e = self.encode(given, ctx)
-        start = start_loops(self, e, ctx, depths, wait=True, generator=generator)
+        start = start_loops(self, e, ctx, depths, wait=True)
         states: list[Tensor] = []
         weights: list[Tensor] = []
         state = start

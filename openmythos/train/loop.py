@@ -9,9 +9,12 @@ from contextlib import closing
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Int
+from torch import Tensor
 
 from openmythos.data.packing import IGNORED_TARGET, Batch, on_device
 from openmythos.model.feedforward import MoE, max_violation
+from openmythos.model.init import derive_seeds
 from openmythos.model.recurrent import RecurrentDepthLM
 from openmythos.ops.cpu import build as native
 from openmythos.train.metrics import Recorder
@@ -109,7 +112,9 @@ def _gradients(
     measured = torch.zeros(3, device=device)  # loss, nats, state norm; read once, at the end
     for start in range(0, num_rows, micro_size):
         rows = slice(start, start + micro_size)
-        micro, ctx = on_device(model, batch.rows(rows.start, rows.stop))
+        micro = batch.rows(rows.start, rows.stop)
+        seeds = state_seeds(config.seed, step, start, micro.documents)
+        micro, ctx = on_device(model, micro, seeds)
         # The micro-batch's share of all tokens with a loss: the sum then equals one large batch.
         share = int(counted[rows].sum()) / total
         with autocast(config, device):
@@ -119,7 +124,6 @@ def _gradients(
                     num_loops=depths[rows],
                     grad_loops=grad_loops,
                     ctx=ctx,
-                    generator=torch.Generator().manual_seed(config.seed * 7919 + step),
                     keep_states=config.objective.needs_states,
                     recompute=config.recompute,
                 )
@@ -138,6 +142,14 @@ def _gradients(
         bits = metrics["nats_per_token"] * total / math.log(2)
         metrics["bits_per_byte"] = bits / batch.num_bytes
     return metrics
+
+
+def state_seeds(
+    seed: int, step: int, first_row: int, documents: Int[Tensor, "B T"]
+) -> Int[Tensor, "B T"]:
+    """Seeds of initial states: one per run, step, row of the whole batch, and document."""
+    rows = torch.arange(first_row, first_row + len(documents))[:, None]
+    return derive_seeds(seed, step, (rows << 32) | documents.clamp(min=0))
 
 
 def _update(optimizers: list[torch.optim.Optimizer], factor: float) -> None:

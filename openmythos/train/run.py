@@ -131,9 +131,8 @@ def set_up(config: RunConfig, out: Path, device: str = "cpu") -> Run:
             f"{config.model.vocab_size}; prepare the data with --tokenizer {source}"
         )
     folder = RunFolder(out, config.train.keep_checkpoints, tokenizer)
-    generator = torch.Generator().manual_seed(config.train.seed)
     if source is None or folder.last_checkpoint() is not None:
-        model = RecurrentDepthLM(config.model, generator).to(device)
+        model = RecurrentDepthLM(config.model, config.train.seed).to(device)
     else:
         model = initial_model(Path(source), config.model, tokenizer, device)
     folder.write_config(to_dict(config))

@@ -2,8 +2,6 @@
 
 import math
 
-import torch
-
 from openmythos.data.loader import TokenLoader
 from openmythos.data.packing import on_device
 from openmythos.data.synthetic import Walks
@@ -25,8 +23,7 @@ def held_out_bits_per_byte(
     with inference(model):
         for batch in loader.validation_batches(max_batches):
             batch, ctx = on_device(model, batch)
-            generator = torch.Generator().manual_seed(0)
-            output = model(batch.tokens, num_loops=num_loops, ctx=ctx, generator=generator)
+            output = model(batch.tokens, num_loops=num_loops, ctx=ctx)
             nats += float(cross_entropy(output.logits, batch.targets).sum())
             num_bytes += batch.num_bytes
     return nats / math.log(2) / num_bytes
@@ -37,7 +34,6 @@ def hops_accuracy(
 ) -> float:
     """Share of held-out walks of ``num_hops`` hops whose target is the most likely token."""
     batch = walks.held_out_batch(num_hops, size, seed).to(model.embed.weight.device)
-    generator = torch.Generator().manual_seed(0)
     with inference(model):
-        logits = model(batch.tokens, num_loops=num_loops, generator=generator).logits[:, -1]
+        logits = model(batch.tokens, num_loops=num_loops).logits[:, -1]
     return float((logits.argmax(dim=-1) == batch.targets[:, -1]).float().mean())

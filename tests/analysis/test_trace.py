@@ -15,7 +15,7 @@ def traced(num_loops: int = 5) -> tuple[LoopTrace, list[torch.Tensor], float]:
     tokens = random_tokens(model.config, 2, 6)
     ctx = model.context(tokens)
     e = model.encode(tokens, ctx)
-    states = [model.init_state(e, None, ctx)]
+    states = [model.init_state(e, ctx)]
     for loop in range(num_loops):
         states.append(model.step(states[-1], e, torch.tensor([loop, loop]), ctx))
     return trace_loops(model, tokens, num_loops), states, float(model.injection.decay().max())

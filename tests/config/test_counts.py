@@ -33,7 +33,7 @@ from openmythos.config.schema import from_dict
 from openmythos.model.cache import EveryK, FirstLoop, KVCache, LastLoop, PerLoop
 from openmythos.model.recurrent import RecurrentDepthLM
 from openmythos.ops.attention import attention_reference
-from tests.strategies import GQA, MLA, MOE, Json, model_fields, random_tokens, seeded, small_config
+from tests.strategies import GQA, MLA, MOE, Json, model_fields, random_tokens, small_config
 
 BATCH, TOKENS = 2, 5
 
@@ -118,7 +118,7 @@ def measured(run: Callable[[], object]) -> int:
 def real_model(config: ModelConfig) -> tuple[RecurrentDepthLM, Tensor]:
     """In fp64, where experts are plain products that the counter sees."""
     tokens = random_tokens(config, BATCH, TOKENS)
-    return RecurrentDepthLM(config, seeded()).double(), tokens
+    return RecurrentDepthLM(config).double(), tokens
 
 
 @settings(max_examples=60)

@@ -155,9 +155,9 @@ def oracle(
     for position, token in enumerate(tokens):
         ids = torch.tensor([[token]])
         view = cache.view(model, position)
-        ctx = replace(model.context(ids, positions=view.columns), cache=view, masks={})
+        ctx = replace(model.context(ids, positions=view.columns, seeds=seed), cache=view, masks={})
         e = model.encode(ids, ctx)
-        h = model.init_state(e, torch.Generator().manual_seed(seed), ctx)
+        h = model.init_state(e, ctx)
         seen, asked = Seen([h[0, 0]], [], []), decide is not None and position >= exit_from
         for loop in range(depths[position]):
             before, h = h, model.step(h, e, torch.tensor([loop]), ctx)

@@ -102,8 +102,8 @@ def test_cached_equals_the_plain_forward(kind: str) -> None:
         text = list(prompt)
         for token, logits in zip(result.tokens[row], result.logits[row], strict=True):
             with torch.no_grad():
-                noise = torch.Generator().manual_seed(7)
-                out = model(torch.tensor([text]), num_loops=loops, generator=noise)
+                ids = torch.tensor([text])
+                out = model(ids, num_loops=loops, ctx=model.context(ids, seeds=7))
             torch.testing.assert_close(logits, out.logits[0, -1], rtol=0, atol=1e-9)
             assert token == int(out.logits[0, -1].argmax())
             text.append(token)
@@ -528,15 +528,36 @@ def test_without_a_number_a_row_takes_all_the_room() -> None:
         Session(model, max_len=6).stream([Request(tokens=[1] * 7)])
 
 
-def test_rows_of_a_call_share_rule_and_seed() -> None:
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_requests_of_other_seeds_share_a_batch(use_cache: bool) -> None:
+    """Initial states and samples are those of each request alone, in any order."""
+    model, hot = make_model(), SamplingConfig(temperature=1.5)
+    requests = [
+        Request(tokens=prompt, max_new_tokens=4, sampling=hot, seed=seed)
+        for seed, prompt in enumerate([*PROMPTS, PROMPTS[0]], start=-1)
+    ]
+
+    def run(chosen: list[Request]) -> list[list[NewToken]]:
+        session = Session.fitting(model, chosen, use_cache=use_cache)
+        return collected(session.stream(chosen, prefill_chunk=2), len(chosen))
+
+    for order in (requests, requests[::-1]):
+        for request, together in zip(order, run(order), strict=True):
+            (alone,) = run([request])
+            assert [new.token for new in together] == [new.token for new in alone]
+            for new, own in zip(together, alone, strict=True):
+                torch.testing.assert_close(new.logits, own.logits, rtol=0, atol=1e-9)
+
+
+def test_rows_of_a_call_share_the_rule_and_keep_their_seeds() -> None:
     session = Session(make_model(), batch_size=2)
     ruled = [Request(tokens=[1], exit_rule=rule) for rule in (KLExit(), None)]
     with pytest.raises(ValueError, match=r"^exit_rule differs between requests: Fixed\(.*KLExit"):
         session.stream(ruled)
-    with pytest.raises(ValueError, match=r"^seed differs between requests: 0, 1; .* sample_idx"):
-        session.stream([Request(tokens=[1]), Request(tokens=[1], seed=1)])
     assert len(turn(session, [[1], [2]], max_new_tokens=1, exit_rule=KLExit(), seed=2)) == 2
-    with pytest.raises(ValueError, match=r"^seed differs between requests: 2, 3;"):
+    with pytest.raises(
+        ValueError, match=r"^seed of row 0 is 3; it must be 2, as when .* sample_idx"
+    ):
         session.stream(asked([[1], [2]], max_new_tokens=1, seed=3))
 
 

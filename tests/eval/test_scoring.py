@@ -46,9 +46,9 @@ MODELS = {
 def alone(asked: Scorer, context: list[int], continuation: list[int]) -> tuple[float, bool]:
     """The definition: one row, no padding."""
     tokens = torch.tensor([[*context, *continuation]])
-    generator = torch.Generator().manual_seed(asked.seed)
+    ctx = asked.model.context(tokens[:, :-1], seeds=asked.seed)
     with torch.no_grad():
-        out = asked.model(tokens[:, :-1], num_loops=asked.num_loops, generator=generator)
+        out = asked.model(tokens[:, :-1], num_loops=asked.num_loops, ctx=ctx)
     log_probs = out.logits[0, len(context) - 1 :].log_softmax(-1)
     picked = log_probs.gather(1, tokens[0, len(context) :, None])
     return float(picked.sum()), log_probs.argmax(-1).tolist() == continuation

@@ -80,7 +80,7 @@ def emulated(model: RecurrentDepthLM, tokens: Tensor, loops: int, keep: list[int
         for token in tokens.split(1, dim=1):
             ctx = model.context(token, cache=full)
             e = model.encode(token, ctx)
-            h = model.init_state(e, None, ctx)
+            h = model.init_state(e, ctx)
             for loop in range(loops):
                 frozen = ReadOnly(**fields_of(ctx.cache)) if keep[loop] != loop else ctx.cache
                 h = model.step(h, e, torch.full((len(h),), keep[loop]), replace(ctx, cache=frozen))

@@ -155,7 +155,7 @@ def test_full_rank_reproduces_an_untied_weight_for_every_loop():
 
 def test_the_table_starts_as_no_change():
     config = small_config(loop_adapter=WeightLoRAConfig(rank=2, num_loops=2))
-    model = RecurrentDepthLM(config, seeded())
+    model = RecurrentDepthLM(config)
     linear = model.core[0].attention.qkv
     x = torch.randn(2, 3, 16)
     assert linear.lora_down.abs().max() > 0
@@ -208,8 +208,8 @@ def test_loop_scale_by_hand():
 
 def test_a_model_with_loop_scale_starts_as_the_one_without():
     config = small_config(loop_adapter=LoopScaleConfig(num_loops=2))
-    model = RecurrentDepthLM(config, seeded())
-    plain = RecurrentDepthLM(small_config(), seeded())
+    model = RecurrentDepthLM(config)
+    plain = RecurrentDepthLM(small_config())
     tokens = torch.arange(6).view(2, 3)
     assert torch.equal(model(tokens, num_loops=4).logits, plain(tokens, num_loops=4).logits)
     assert {name for name, _ in model.named_parameters()} - {

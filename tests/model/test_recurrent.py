@@ -48,18 +48,17 @@ from tests.strategies import (
     model_fields,
     random_model,
     random_tokens,
-    seeded,
     small_config,
     unchecked,
 )
 
-SEED = 11  # of random initial states: a fresh generator for every call
+SEED = 11  # of random initial states
 
 
 def run(model: RecurrentDepthLM, tokens: Tensor, loops: int | Tensor, **options) -> ModelOutput:
-    ctx = model.context(tokens, **options)
+    ctx = model.context(tokens, seeds=SEED, **options)
     with torch.no_grad():
-        return model(tokens, num_loops=loops, ctx=ctx, generator=seeded(SEED))
+        return model(tokens, num_loops=loops, ctx=ctx)
 
 
 def run_cached(
@@ -300,7 +299,7 @@ def test_chens_model_by_hand(block):
         rope=None if block == "I" else RopeConfig(),
         block=BlockConfig(layer_scale=None if block == "I" else 1e-4),
     )
-    fresh = RecurrentDepthLM(config, seeded())
+    fresh = RecurrentDepthLM(config)
     assert fresh.injection.gate.bias.unique().tolist() == [-2]
     if block == "II":
         assert fresh.core[0].attention_scale.unique().tolist() == pytest.approx([1e-4])
@@ -363,7 +362,7 @@ def test_the_calls_of_the_waist_make_up_forward():
     tokens = random_tokens(config, 2, 5)
     ctx = model.context(tokens)
     e = model.encode(tokens, ctx)
-    h = model.init_state(e)
+    h = model.init_state(e, ctx)
     for loop in range(3):
         h = model.step(h, e, torch.full((2,), loop), ctx)
     torch.testing.assert_close(model.decode(h, ctx), model(tokens, num_loops=3).logits)
@@ -372,7 +371,7 @@ def test_the_calls_of_the_waist_make_up_forward():
 def test_our_act_lets_loops_matter_at_initialisation():
     """The original's logits were bit-identical for 4 and 64 loops (audit, defect 1)."""
     config = small_config(halting=ACTConfig(), state_init=NormalInitConfig())
-    model = RecurrentDepthLM(config, seeded()).eval()
+    model = RecurrentDepthLM(config).eval()
     tokens = random_tokens(config, 2, 16)
     four, many = (run(model, tokens, loops).logits for loops in (4, 64))
     assert (four - many).abs().max() > 1e-3
@@ -445,7 +444,7 @@ def emulate_deeper_decode(
         model(prefix, num_loops=shallow, ctx=model.context(prefix, cache=cache))
         ctx = model.context(last, cache=cache)
         e = model.encode(last, ctx)
-        h = model.init_state(e, None, ctx)
+        h = model.init_state(e, ctx)
         for loop in range(deep):
             h = model.step(h, e, torch.full((len(tokens),), min(loop, shallow - 1)), ctx)
         return model.decode(h, ctx)
@@ -472,7 +471,7 @@ def test_rows_of_one_cache_may_change_their_depth_at_every_token():
 
 def gradients(model: RecurrentDepthLM, tokens: Tensor, **options) -> dict[str, Tensor | None]:
     model.zero_grad()
-    model(tokens, generator=seeded(SEED), **options).logits.square().sum().backward()
+    model(tokens, **options).logits.square().sum().backward()
     return {
         name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()
     }
@@ -502,7 +501,7 @@ def test_truncated_gradient_equals_a_hand_detached_one(changes):
     model.zero_grad()
     ctx = model.context(tokens)
     e = model.encode(tokens, ctx)
-    h = model.init_state(e, seeded(SEED), ctx)
+    h = model.init_state(e, ctx)
     for loop in range(5):
         h = model.step(h.detach() if loop <= 3 else h, e, torch.full((2,), loop), ctx)
     model.decode(h, ctx).square().sum().backward()
@@ -523,7 +522,7 @@ def test_truncation_cuts_depth_attentions_keys_as_well():
     model.zero_grad()
     ctx = model.context(tokens)
     e = model.encode(tokens, ctx)
-    state = start_loops(model, e, ctx, [5, 5], generator=seeded(SEED))
+    state = start_loops(model, e, ctx, [5, 5])
     for loop in range(5):
         if loop == 3:
             held = tuple(tuple(tensor.detach() for tensor in layer) for layer in state.recent)
@@ -676,7 +675,7 @@ def test_the_core_starts_as_the_identity(norm, attention, feed_forward):
         injection=NoInjectionConfig(),
         loop_adapter=WeightLoRAConfig(rank=2, num_loops=2),
     )
-    model = RecurrentDepthLM(config, seeded())
+    model = RecurrentDepthLM(config)
     tokens = random_tokens(config, 2, 5)
     ctx = model.context(tokens)
     h = torch.randn(2, 5, 16)
@@ -687,7 +686,7 @@ def test_the_core_starts_as_the_identity(norm, attention, feed_forward):
 def test_first_gradients_are_of_ordinary_size(norm):
     """The norm of a zero branch would have a gradient of 1/sqrt(eps) = 1000."""
     config = small_config(block=BlockConfig(norm=norm))
-    model = RecurrentDepthLM(config, seeded())
+    model = RecurrentDepthLM(config)
     tokens = random_tokens(config, 4, 16)
     logits = model(tokens).logits
     torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens.flatten()).backward()
@@ -697,7 +696,7 @@ def test_first_gradients_are_of_ordinary_size(norm):
 
 def test_looping_starts_as_the_linear_recursion():
     config = small_config()
-    model = RecurrentDepthLM(config, seeded())
+    model = RecurrentDepthLM(config)
     tokens = random_tokens(config, 2, 5)
     ctx = model.context(tokens)
     e, h = model.encode(tokens, ctx), torch.zeros(2, 5, 16)
@@ -707,12 +706,12 @@ def test_looping_starts_as_the_linear_recursion():
         torch.testing.assert_close(model(tokens, num_loops=loop + 1).h, h)
 
 
-def test_initial_weights_come_from_the_generator_alone():
+def test_initial_weights_come_from_the_seed_alone():
     config = small_config(core_feed_forward=MOE, loop_adapter=WeightLoRAConfig(rank=2, num_loops=2))
-    first = RecurrentDepthLM(config, seeded(1)).state_dict()
+    first = RecurrentDepthLM(config, 1).state_dict()
     torch.manual_seed(123)
-    again = RecurrentDepthLM(config, seeded(1)).state_dict()
-    other = RecurrentDepthLM(config, seeded(2)).state_dict()
+    again = RecurrentDepthLM(config, 1).state_dict()
+    other = RecurrentDepthLM(config, 2).state_dict()
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not torch.equal(first["embed.weight"], other["embed.weight"])
 

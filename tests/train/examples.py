@@ -153,7 +153,7 @@ class Oracle(RecurrentDepthLM):
 
 
 def oracle(walks: Walks, *, right: bool) -> Oracle:
-    model = Oracle(tiny_model(), seeded())
+    model = Oracle(tiny_model())
     model.walks, model.right = walks, right
     return model.train()
 

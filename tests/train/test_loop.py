@@ -33,7 +33,7 @@ from openmythos.train.optim import OptimizerConfig
 from openmythos.train.recipe import RunConfig, TrainConfig
 from openmythos.train.run import set_up
 from openmythos.train.run_folder import RunFolder
-from tests.strategies import random_model, seeded, small_config, unchecked
+from tests.strategies import random_model, small_config, unchecked
 from tests.train import examples
 from tests.train.examples import (
     FixedTask,
@@ -213,7 +213,7 @@ def run_fixed(
     fields: dict[str, Any] = {"max_steps": 8, "batch_size": 4, "log_every": 1}
     config = TrainConfig(**{**fields, **settings})
     if model is None:
-        model = RecurrentDepthLM(small_config(), seeded())
+        model = RecurrentDepthLM(small_config())
     return train(model, task, config, RunFolder(out), Recorder(out))
 
 
@@ -296,7 +296,7 @@ def test_truncated_backpropagation_detaches_the_first_loops() -> None:
     model.zero_grad()
     ctx = model.context(batch.tokens)
     e = model.encode(batch.tokens, ctx)
-    h = model.init_state(e, None, ctx)
+    h = model.init_state(e, ctx)
     for index in range(4):
         h = model.step(h, e, torch.full((4,), index), ctx)
         h = h.detach() if index < 2 else h
@@ -348,7 +348,7 @@ def test_compile_wraps_the_body_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(torch, "compile", lambda f, **options: asked.append(options) or f)
     run_fixed(tmp_path, FixedTask(random_batch(small_config(), 4, 8)), max_steps=2, compile=True)
     assert asked == [{"fullgraph": True}]
-    model = RecurrentDepthLM(small_config(), seeded())
+    model = RecurrentDepthLM(small_config())
     run_fixed(tmp_path / "b", FixedTask(random_batch(small_config(), 4, 8)), model, max_steps=1)
     assert "step" not in vars(model)
 
@@ -493,7 +493,7 @@ def test_recomputed_loops_train_the_same(
 
 def test_loops_that_were_not_run_report_no_load(tmp_path: Path) -> None:
     config = small_config(core_feed_forward=examples.MOE, halting=ACTConfig())
-    model = RecurrentDepthLM(config, seeded())
+    model = RecurrentDepthLM(config)
     depth = DepthSchedule(sampling=FixedDepth(mean_recurrence=2))
     task = FixedTask(random_batch(config, 4, 8))
     run_fixed(tmp_path, task, model, max_steps=2, depth=depth)

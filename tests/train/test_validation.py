@@ -6,7 +6,7 @@ from torch.nn import functional
 
 from openmythos.model.recurrent import RecurrentDepthLM
 from openmythos.train.validation import held_out_bits_per_byte, hops_accuracy
-from tests.strategies import random_model, seeded
+from tests.strategies import random_model
 from tests.train.examples import loader, oracle, small_walks, tiny_model
 
 # --- held-out text -------------------------------------------------------------------------------
@@ -40,7 +40,7 @@ def test_bits_per_byte_does_not_depend_on_the_batch(prepared: Path) -> None:
 
 
 def test_an_untrained_model_knows_nothing(prepared: Path) -> None:
-    model = RecurrentDepthLM(tiny_model(), seeded())
+    model = RecurrentDepthLM(tiny_model())
     split = loader(prepared)
     targets = sum(int((b.targets >= 0).sum()) for b in split.validation_batches())
     guess = math.log2(300) * targets / split.num_bytes

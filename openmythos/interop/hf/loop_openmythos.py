@@ -14,7 +14,18 @@ from transformers import initialization as init
 from .configuration_openmythos import OpenMythosConfig
 from .layers_openmythos import make_norm
 
-CUT = 3.0  # the noise of a random initial state is cut at this many standard deviations
+# Of the noise of a random initial state: the keys' start and rounds, and a rational approximation
+# of sqrt(2) erfinv(x erf(3 / sqrt(2))) / x in 1 - x^2.
+_WORD, _START = 0xFFFFFFFF, (0x243F6A88, 0x85A308D3)
+_ROUNDS = (0x13198A2E, 0x03707344, 0xA4093822, 0x299F31D0)
+_OVER = (
+    *(38576.23936727685, 275105.30017680756, 174474.5714676271),
+    *(20225.505221188978, 523.968419846096, 2.99999332615558),
+)
+_UNDER = (
+    *(77356.96020575661, 225156.4892079237, 95734.76643810298),
+    *(8706.52764150997, 192.89537894223713, 1.0),
+)
 
 
 class Injection(nn.Module):
@@ -173,15 +184,28 @@ def initial_state(config: OpenMythosConfig, e: Tensor, position_ids: Tensor) -> 
     if config.state_init["kind"] == "zeros":
         return torch.zeros_like(e)
 
-    def mix(bits: Tensor) -> Tensor:  # a 31-bit integer hash
-        bits = bits & 0x7FFFFFFF
-        bits = ((bits ^ (bits >> 16)) * 0x45D9F3B) & 0x7FFFFFFF
-        bits = ((bits ^ (bits >> 15)) * 0x2C1B3C6D) & 0x7FFFFFFF
-        return bits ^ (bits >> 16)
-
+    low, high = _derive(_derive(_START, config.state_seed), position_ids)
     channels = torch.arange(e.shape[-1], device=e.device)
-    bits = mix(mix(position_ids + 1) + config.state_seed)[..., None] ^ mix(channels + 1)
-    uniform = (mix(mix(bits)).double() + 0.5) / 2**31
-    tail = math.erf(CUT / math.sqrt(2))
-    noise = torch.erfinv((2 * uniform - 1) * tail) * math.sqrt(2)
+    bits = _mix(_mix(channels ^ low[..., None]) ^ high[..., None])
+    uniform = ((bits >> 8) * 2 - (2**24 - 1)).float() * 2**-24
+    x = (1 - uniform) * (1 + uniform)
+    over, under = torch.full_like(x, _OVER[0]), torch.full_like(x, _UNDER[0])
+    for a, b in zip(_OVER[1:], _UNDER[1:], strict=True):
+        over, under = over * x + a, under * x + b
+    noise = uniform * (over / under)  # of a normal distribution cut at 3 standard deviations
     return (config.state_init["std"] * noise).to(e.dtype).expand(e.shape)
+
+
+def _derive(key: tuple[Any, Any], number: Any) -> tuple[Any, Any]:
+    """The key of a number under a key: two words of 32 bits, by a Feistel network."""
+    low, high = key[0] ^ (number & _WORD), key[1] ^ ((number >> 32) & _WORD)
+    for constant in _ROUNDS:
+        low, high = high ^ _mix((low + constant) & _WORD), low
+    return low, high
+
+
+def _mix(word: Any) -> Any:
+    """A hash of 32 bits, in int64."""
+    word = ((word ^ (word >> 16)) * 0x21F0AAAD) & _WORD
+    word = ((word ^ (word >> 15)) * 0x735A2D97) & _WORD
+    return word ^ (word >> 15)

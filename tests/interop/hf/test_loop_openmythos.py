@@ -3,22 +3,25 @@ from dataclasses import replace
 import torch
 
 from openmythos.config import NormalInitConfig
+from openmythos.interop.hf.loop_openmythos import initial_state
 from tests.interop.hf.conftest import Open
 from tests.interop.hf.examples import HUGINN
-from tests.strategies import random_tokens, seeded
+from tests.strategies import random_tokens
 
 
 @torch.no_grad()
 def test_the_noise_of_a_seed_is_ours(opened: Open) -> None:
-    """Without a generator ours has seed 0; with one, the number that it draws."""
     model, export = opened(HUGINN)
     tokens = random_tokens(HUGINN, 2, 7)
-    drawn = int(torch.randint(2**31, (), generator=seeded(3)))
-    for seed, generator in ((0, None), (drawn, seeded(3))):
+    for seed in (0, 3, -1, 2**40 + 5):
         export.config.state_seed = seed
-        ours = model(tokens, generator=generator).logits
+        ctx = model.context(tokens, seeds=seed)
+        state = model.init_state(torch.zeros(2, 7, 32), ctx)
+        theirs = initial_state(export.config, torch.zeros(2, 7, 32), ctx.positions)
+        assert torch.equal(state, theirs)
+        ours = model(tokens, ctx=ctx).logits
         assert (export(tokens).logits - ours).abs().max() < 1e-5
-    export.config.state_seed = drawn + 1
+    export.config.state_seed = 4
     assert (export(tokens).logits - ours).abs().max() > 1e-2
 
 

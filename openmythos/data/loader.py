@@ -88,7 +88,11 @@ class TokenLoader:
         ]
         self._shard_ends = np.cumsum([len(shard) for shard in self._shards])
         self._orders: dict[int, Int[np.ndarray, " W"]] = {}
+        offsets = index.folder / content.document_offsets.file
+        self._document_starts = np.memmap(offsets, dtype="<i8", mode="r")[:-1]
         self._content = [shard.sha256 for shard in content.shards]
+        if self.tokenizer.bos_id == self.tokenizer.eos_id:  # else the tokens imply the offsets
+            self._content.append(content.document_offsets.sha256)
 
     @property
     def num_steps_per_epoch(self) -> int:
@@ -168,6 +172,7 @@ class TokenLoader:
 
     def _pack(self, windows: Int[np.ndarray, " B"]) -> Batch:
         spans = np.full((len(windows), self.seq_len + 1), self.tokenizer.pad_id, dtype=np.int64)
+        starts = np.zeros(spans.shape, dtype=np.bool_)
         num_valid = np.zeros(len(windows), dtype=np.int64)
         for row, window in enumerate(windows.tolist()):
             start = window * self.seq_len
@@ -175,10 +180,12 @@ class TokenLoader:
             if start < stop:
                 num_valid[row] = stop - start
                 self._read_into(spans[row], start, stop)
+                first, last = np.searchsorted(self._document_starts, (start, stop))
+                starts[row, self._document_starts[first:last] - start] = True
         return pack_windows(
             spans,
+            starts,
             num_valid,
-            bos_id=self.tokenizer.bos_id,
             pad_id=self.tokenizer.pad_id,
             token_num_bytes=self.tokenizer.token_num_bytes,
         )

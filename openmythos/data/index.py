@@ -18,6 +18,7 @@ FORMAT = "openmythos-tokens"
 FORMAT_VERSION = 1
 INDEX_FILE = "index.json"
 SPLITS = ("train", "val")
+_MAX_REASONS_SHOWN = 5
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,8 +51,10 @@ class SplitIndex:
 class PreparedData:
     """A prepared folder, as its `index.json` describes it.
 
-    `num_duplicates` counts documents left out because their text occurred before. `reused` is True
-    if `prepare` found the folder up to date and wrote nothing.
+    `num_duplicates` counts documents left out because their text occurred before, `num_replaced`
+    the characters without a UTF-8 form that became question marks, `num_left_out` the rows, files
+    and groups of files that were not read; `left_out` says why for the first of them. `reused` is
+    True if `prepare` found the folder up to date and wrote nothing.
     """
 
     folder: Path
@@ -62,7 +65,21 @@ class PreparedData:
     tokenizer_fingerprint: str
     num_duplicates: int
     splits: dict[str, SplitIndex]
+    num_replaced: int = 0
+    num_left_out: int = 0
+    left_out: list[str] = dataclasses.field(default_factory=list)
     reused: bool = False
+
+    def summary(self) -> str:
+        """One line about what the data holds of its source, and what it does not."""
+        num_documents = sum(split.num_documents for split in self.splits.values())
+        parts = [f"{num_documents:,} documents", f"{self.num_duplicates:,} duplicates dropped"]
+        parts.append(f"{self.num_replaced:,} characters replaced")
+        reasons = self.left_out[:_MAX_REASONS_SHOWN]
+        more = self.num_left_out - len(reasons)
+        said = ": " + "; ".join(reasons) + (f"; and {more:,} more" if more else "")
+        parts.append(f"{self.num_left_out:,} left out" + (said if reasons else ""))
+        return ", ".join(parts)
 
     def load_tokenizer(self) -> Tokenizer:
         """The tokenizer that made the tokens.

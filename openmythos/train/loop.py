@@ -72,7 +72,8 @@ def train(
                 raise TrainingStopped(f"{reason} at step {state.step + 1}; last checkpoint: {kept}")
             metrics["lr_factor"] = config.optimizer.rate(done)
             _update(optimizers, metrics["lr_factor"])
-            metrics |= _balance_experts(model, config.balance_rate)
+            frozen = config.objective.trains_gate_only  # the experts' selection, too
+            metrics |= _balance_experts(model, 0.0 if frozen else config.balance_rate)
             now = time.perf_counter()
             metrics["tokens_per_second"] = batch.tokens.numel() / (now - step_started)
             step, seconds = state.step + 1, before + now - started
@@ -122,14 +123,16 @@ def _gradients(
         # The micro-batch's share of all tokens with a loss: the sum then equals one large batch.
         share = int(counted[rows].sum()) / total
         with autocast(config, device):
-            output = model(
-                micro.tokens,
-                num_loops=depths[rows],
-                grad_loops=grad_loops,
-                ctx=ctx,
-                generator=torch.Generator().manual_seed(config.seed * 7919 + step),
-                keep_states=config.objective.needs_states,
-            )
+            with torch.set_grad_enabled(not config.objective.trains_gate_only):
+                output = model(
+                    micro.tokens,
+                    num_loops=depths[rows],
+                    grad_loops=grad_loops,
+                    ctx=ctx,
+                    generator=torch.Generator().manual_seed(config.seed * 7919 + step),
+                    keep_states=config.objective.needs_states,
+                    recompute=config.recompute,
+                )
             loss, nats = config.objective.loss(model, output, micro.targets, ctx, depths[rows])
         (loss * share).backward()
         norm = output.h.detach().float().norm(dim=-1).mean() * (micro_size / num_rows)

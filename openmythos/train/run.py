@@ -11,7 +11,7 @@ from openmythos.checkpoint.load import empty_model, fill_model
 from openmythos.checkpoint.weights import check_shapes, tensor_shapes
 from openmythos.config import ModelConfig, presets
 from openmythos.config.schema import apply_overrides, from_dict, to_dict
-from openmythos.data.index import INDEX_FILE, SPLITS, read_index
+from openmythos.data.index import INDEX_FILE, read_index
 from openmythos.data.loader import TokenLoader
 from openmythos.data.prepare import prepare
 from openmythos.data.synthetic import Curriculum, HopsConfig, Walks
@@ -25,7 +25,7 @@ from openmythos.train.display import TrainDisplay
 from openmythos.train.loop import TrainResult
 from openmythos.train.metrics import Recorder
 from openmythos.train.recipe import HopsData, RunConfig, TextData, TrainConfig
-from openmythos.train.run_folder import RunFolder
+from openmythos.train.run_folder import RunFolder, refuse_foreign
 from openmythos.train.task import HopsTask, Task, TextTask
 
 DEFAULT_PRESET, DEFAULT_DATA = "tiny", "python-docs"
@@ -117,9 +117,10 @@ def set_up(config: RunConfig, out: Path, device: str = "cpu") -> Run:
     and the vocabulary is theirs.
 
     Raises:
-        ValueError: The data cannot be used, ``out`` holds another run or is in use, or the initial
-            weights do not fit the model or the data's tokenizer.
+        ValueError: The data cannot be used, ``out`` holds another run or other files or is in use,
+            or the initial weights do not fit the model or the data's tokenizer.
     """
+    refuse_foreign(out)
     with locked(out):
         return _set_up(config, out, device)
 
@@ -219,8 +220,8 @@ def text_task(data: TextData, config: RunConfig, out: Path) -> TextTask:
     The shards' SHA-256 are checked before the first step, at about 1 GB/s.
     """
     folder = own_data(data, config, out)
-    train, validation = (
-        TokenLoader(
+    loaders = {
+        split: TokenLoader(
             folder,
             split,
             seq_len=data.seq_len,
@@ -228,9 +229,10 @@ def text_task(data: TextData, config: RunConfig, out: Path) -> TextTask:
             seed=config.train.seed,
             verify=True,
         )
-        for split in SPLITS
-    )
-    return TextTask(train, validation)
+        for split, content in read_index(folder).splits.items()
+        if split == "train" or content.num_documents
+    }
+    return TextTask(loaders["train"], loaders.get("val"))
 
 
 def own_data(data: TextData, config: RunConfig, out: Path) -> Path:
@@ -263,6 +265,7 @@ def own_data(data: TextData, config: RunConfig, out: Path) -> Path:
         vocab_size=config.model.vocab_size,
         val_fraction=data.val_fraction,
         column=data.column,
+        skip_bad=data.skip_bad,
     )
     return own
 

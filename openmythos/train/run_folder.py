@@ -19,6 +19,7 @@ from openmythos.checkpoint.load import NEEDED, load_weights, newest_checkpoint, 
 from openmythos.checkpoint.save import OWN_FILES, save_tensors, write_checkpoint
 from openmythos.config.schema import from_dict, to_dict
 from openmythos.folder import (
+    listed,
     put_in_place,
     remove_unfinished,
     replaced_folder,
@@ -31,6 +32,28 @@ from openmythos.train.recipe import FREE_FIELDS, PATH_FIELDS, RunConfig
 from openmythos.train.task import Task
 
 STATE_TENSORS, STATE_RECORD = "training_state.safetensors", "training_state.json"
+
+RUN_FILES = {"config.json", "metrics.jsonl", "checkpoints", "samples", "data", "tensorboard"}
+
+
+def refuse_foreign(path: Path) -> None:
+    """Check that a run in ``path`` would not be mixed with what is there.
+
+    Hidden files do not count, nor does what somebody added to a run.
+
+    Raises:
+        ValueError: It is a file, or a folder with other files than a run's.
+    """
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{path} is a file; a run is a folder: choose another --out")
+    if not path.is_dir() or all((path / name).is_dir() for name in ("checkpoints", "samples")):
+        return
+    names = (entry.name for entry in path.iterdir() if not entry.name.startswith("."))
+    if foreign := sorted(set(names) - RUN_FILES):
+        raise ValueError(
+            f"{path} holds other files than a run's ({listed(foreign)}): choose a new or empty "
+            f"folder as --out"
+        )
 
 
 @dataclass(frozen=True)

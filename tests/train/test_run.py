@@ -19,6 +19,7 @@ from openmythos.data.prepare import prepare
 from openmythos.folder import locked
 from openmythos.interop.loading import load_config, load_pretrained
 from openmythos.tokenizer import byte_tokenizer
+from openmythos.train.metrics import read_metrics
 from openmythos.train.recipe import FREE_FIELDS, RunConfig, TextData
 from openmythos.train.run import set_up
 from openmythos.train.run_folder import RunFolder
@@ -59,6 +60,51 @@ def test_text_from_a_prepared_folder(tmp_path: Path) -> None:
         for f in (tmp_path / "run" / "data", tmp_path / "data")
     )
     assert ours == theirs  # links, not copies
+
+
+def test_a_run_without_held_out_text_is_trained_and_measures_nothing(tmp_path: Path) -> None:
+    config = changed(text_config(write_text(tmp_path)), max_steps=2, eval_every=1)
+    config = replace(config, data=replace(config.data, val_fraction=0.0))
+    run = set_up(config, tmp_path / "run")
+    assert run.train().step == 2
+    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert {row["kind"] for row in rows} == {"train"}
+
+
+def test_a_run_inside_its_own_data_folder_goes_on(tmp_path: Path) -> None:
+    config = changed(text_config(write_text(tmp_path).parent), max_steps=1)
+    run = set_up(config, tmp_path / "runs" / "x")
+    run.train()
+    fingerprint = run.task.state_dict()
+    assert set_up(config, tmp_path / "runs" / "x").task.state_dict() == fingerprint
+    assert set_up(config, tmp_path / "runs" / "y").task.state_dict() == fingerprint
+
+
+def test_a_run_does_not_mix_with_other_files(tmp_path: Path) -> None:
+    config = text_config(write_text(tmp_path))
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(ValueError, match=r"other files than a run's \(text\.txt\): choose"):
+        set_up(config, tmp_path)
+    with pytest.raises(ValueError, match=r"text\.txt is a file; a run is a folder"):
+        set_up(config, tmp_path / "text.txt")
+    assert sorted(tmp_path.iterdir()) == before
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".gitignore").write_text("*")  # hidden files are not in the way
+    set_up(config, tmp_path / "run")
+    (tmp_path / "run" / "notes.md").write_text("mine")  # nor what was added to a run
+    set_up(config, tmp_path / "run")
+
+
+def test_bad_rows_stop_a_run_unless_it_skips_them(tmp_path: Path) -> None:
+    config = text_config(write_text(tmp_path).parent)
+    (tmp_path / "bad.txt").write_bytes(b"\xff")
+    with pytest.raises(ValueError, match="skip_bad=true"):
+        set_up(config, tmp_path / "run")
+    config = replace(config, data=replace(config.data, skip_bad=True))
+    run = set_up(config, tmp_path / "run")
+    assert isinstance(run.task, TextTask)
+    first, run_itself = run.task.train.data.left_out[::-1]
+    assert "bad.txt is not UTF-8" in first and run_itself.endswith("is a run")
 
 
 def test_the_written_configuration_makes_the_same_run(tmp_path: Path) -> None:
@@ -196,6 +242,7 @@ FREE_VALUES: dict[str, Any] = {
     "eval_every": 2,
     "eval_loops": (2, 5),
     "eval_batches": 3,
+    "recompute": True,
 }
 
 
@@ -218,7 +265,9 @@ def test_what_may_change_while_a_run_goes_on(tmp_path: Path, name: str) -> None:
     expected, got = examples.weights(tmp_path / "whole"), examples.weights(run)
     for key, tensor in expected.items():
         close = torch.allclose(tensor, got[key], rtol=1e-3, atol=1e-5)
-        assert close if field == "grad_accumulation" else torch.equal(tensor, got[key]), key
+        assert (
+            close if field in ("grad_accumulation", "recompute") else torch.equal(tensor, got[key])
+        ), key
     assert len(RunFolder(run).checkpoints()) == {"save_every": 5, "eval_every": 3}.get(field, 2)
 
 

@@ -45,6 +45,8 @@ def train(
     console = Console(highlight=False)
     run = set_up(resolved, out, device)
     console.print(run.in_words((data or DEFAULT_DATA) if config is None else str(config)))
+    for change in run.changes:
+        console.print(change, soft_wrap=True, markup=False)
     if isinstance(run.task, TextTask):
         typer.echo(run.task.train.data.summary(), err=True)
     if isinstance(run.task, HopsTask):

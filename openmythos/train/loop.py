@@ -58,11 +58,13 @@ def train(
         native.load("attention")  # builds all kernels now, so that no step waits for it
     model.train()
     batches = task.batches(state.step, config.batch_size)
-    recorder.start(state.step)
     guard = DivergenceGuard(state.first_nats, state.bad_steps)
     before, started, saved = state.seconds, time.perf_counter(), state.step
     done = config.progress(state.step, state.seconds)
+    due = config.eval_loops if _evaluates(config, state.step, done) else ()
     with closing(recorder), closing(batches), _interruptible(recorder) as stop:
+        if not recorder.start(state.step, due):  # the run was killed after it had saved
+            recorder.validation(state.step, state.seconds, task.evaluate(model, config))
         while done < 1 and not stop.requested:
             step_started = time.perf_counter()
             batch = next(batches)
@@ -83,15 +85,23 @@ def train(
             done = config.progress(step, seconds)
             logged = step % config.log_every == 0 or step == 1 or done == 1
             recorder.step(step, seconds, done, metrics, logged)
-            if done == 1 or (config.eval_every and step % config.eval_every == 0):
-                recorder.validation(step, seconds, task.evaluate(model, config))
-            # No checkpoint while the loss is bad: it would push out an older, better one.
-            if config.save_every and step % config.save_every == 0 and not guard.bad_steps:
+            # Saved first: an evaluation can fail. No checkpoint while the loss is bad, though: it
+            # would push out an older, better one.
+            evaluates = _evaluates(config, step, done)
+            by_steps = config.save_every and step % config.save_every == 0
+            if done == 1 or stop.requested or ((evaluates or by_steps) and not guard.bad_steps):
                 run.save(model, optimizers, task, state)
                 saved = step
+            if evaluates:
+                recorder.validation(step, seconds, task.evaluate(model, config))
         if state.step > saved:
             run.save(model, optimizers, task, state)
     return TrainResult(state.step, state.seconds, interrupted=done < 1)
+
+
+def _evaluates(config: TrainConfig, step: int, done: float) -> bool:
+    """Whether held-out results are due after ``step``."""
+    return step > 0 and (done == 1 or (config.eval_every > 0 and step % config.eval_every == 0))
 
 
 def _gradients(

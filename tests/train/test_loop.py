@@ -24,7 +24,7 @@ from openmythos.config import (
 )
 from openmythos.model.feedforward import MoE, max_violation
 from openmythos.model.recurrent import RecurrentDepthLM
-from openmythos.train import loop, run_folder
+from openmythos.train import loop
 from openmythos.train.depth_schedule import DepthSchedule, FixedDepth, PoissonDepth
 from openmythos.train.loop import DivergenceGuard, TrainingStopped, train
 from openmythos.train.metrics import Recorder, read_metrics
@@ -129,7 +129,7 @@ def test_death_at_every_instant_of_a_save(tmp_path: Path, monkeypatch: pytest.Mo
     examples.run(config, tmp_path / "whole")
     calls, saving = 0, False
     writes = [(os, name) for name in ("replace", "rename", "mkdir", "unlink", "fsync")]
-    writes += [(shutil, "rmtree"), (save, "save_file"), (run_folder, "save_file")]
+    writes += [(shutil, "rmtree"), (save, "save_file")]
 
     def dying(function: Any, at: int) -> Any:
         def call(*arguments: Any, **options: Any) -> Any:
@@ -234,6 +234,38 @@ def test_one_interrupt_saves_two_end_at_once(tmp_path: Path) -> None:
     assert measured(tmp_path / "eval")[-1]["kind"] == "validation"
     result = run_fixed(tmp_path / "end", Interrupting(batch, at=(8,)))
     assert not result.interrupted  # it was done anyway
+
+
+class Failing(FixedTask):
+    """An evaluation that fails once."""
+
+    def __init__(self, batch: Any, at: int) -> None:
+        super().__init__(batch)
+        self.at = at
+
+    def evaluate(self, model: RecurrentDepthLM, config: TrainConfig) -> list[Any]:
+        self.at -= 1
+        if self.at == 0:
+            raise RuntimeError("out of memory")
+        return [{"num_loops": loops, "accuracy": 0.5} for loops in config.eval_loops]
+
+
+@pytest.mark.parametrize("at", [1, 2, 3])
+def test_an_evaluation_that_fails_costs_no_step(tmp_path: Path, at: int) -> None:
+    """Nor its results: the next start makes up for them."""
+    settings = {"eval_every": 3, "eval_loops": (1, 2)}
+    batch = random_batch(small_config(), 4, 8)
+    run_fixed(tmp_path / "whole", Failing(batch, at=0), **settings)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run_fixed(tmp_path / "run", Failing(batch, at), **settings)
+    kept = RunFolder(tmp_path / "run").last_checkpoint()
+    assert kept is not None and kept.name == f"step-0000000{(3, 6, 8)[at - 1]}"
+    run_fixed(tmp_path / "run", Failing(batch, at=0), **settings)
+    assert_equal_runs(tmp_path / "whole", tmp_path / "run")
+
+
+def test_a_run_saves_by_default() -> None:
+    assert 0 < TrainConfig(max_steps=1).save_every <= 1000
 
 
 def test_seconds_add_up_over_interruptions(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -50,7 +51,10 @@ def train(
     optimizers = make_optimizers(model, config.optimizer)
     state = run.resume(model, optimizers, task) or RunState(step=0, seconds=0.0)
     if config.compile:
-        model.step = torch.compile(model.step, fullgraph=True)  # type: ignore[method-assign]
+        # A graph for one row and one for more, with and without gradients, per shape of a call:
+        # with a depth per sequence more than the 8 that torch allows.
+        limits: dict[str, Any] = {"recompile_limit": 64, "isolate_recompiles": True}
+        model.step = torch.compile(model.step, fullgraph=True, **limits)  # type: ignore[method-assign]
     if model.embed.weight.device.type == "cpu" and not config.compile:
         native.load("attention")  # builds all kernels now, so that no step waits for it
     model.train()

@@ -1,6 +1,7 @@
 """The command table of ``openmythos``. Commands import torch only when they run."""
 
 import sys
+import warnings
 
 import typer
 
@@ -39,6 +40,7 @@ app.command()(convert.convert)
 
 def main() -> None:
     """Run a command; what a user can get wrong ends in one line and exit status 2."""
+    warnings.showwarning = _show_warning
     try:
         app()
     except (ValueError, OSError) as error:
@@ -47,3 +49,8 @@ def main() -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _show_warning(message: Warning | str, *where: object, **options: object) -> None:
+    """One line, without the place in the code that Python names."""
+    print(f"warning: {' '.join(str(message).split())}", file=sys.stderr)

@@ -38,13 +38,17 @@ def train(
     from openmythos.train.display import TrainDisplay
     from openmythos.train.loop import TrainingStopped
     from openmythos.train.run import DEFAULT_DATA, resolve, set_up
-    from openmythos.train.task import HopsTask
+    from openmythos.train.task import HopsTask, TextTask
 
     resolved = resolve(preset, data, config, overrides or [], seed, init_from)
     check_device(device)
     console = Console(highlight=False)
     run = set_up(resolved, out, device)
     console.print(run.in_words((data or DEFAULT_DATA) if config is None else str(config)))
+    for change in run.changes:
+        console.print(change, soft_wrap=True, markup=False)
+    if isinstance(run.task, TextTask):
+        typer.echo(run.task.train.data.summary(), err=True)
     if isinstance(run.task, HopsTask):
         console.print(run.task.leaks_in_words(), soft_wrap=True)
     try:

@@ -41,7 +41,8 @@ class TokenLoader:
 
     Raises:
         ValueError: An argument is out of range, the folder is not prepared data or is damaged, its
-            tokenizer is not the expected one, or the split has fewer tokens than one row needs.
+            tokenizer is not the expected one, the training split has fewer tokens than one row
+            needs, or the validation split is empty.
     """
 
     def __init__(
@@ -58,7 +59,7 @@ class TokenLoader:
         tokenizer_fingerprint: str | None = None,
     ) -> None:
         _check_arguments(split, seq_len, batch_size, rank, world_size)
-        index = read_index(folder)
+        self.data = index = read_index(folder)
         self.tokenizer = index.load_tokenizer()
         if tokenizer_fingerprint not in (None, index.tokenizer_fingerprint):
             raise ValueError(
@@ -77,10 +78,15 @@ class TokenLoader:
         self.num_tokens = content.num_tokens
         self.num_bytes = content.num_bytes
         self.num_windows = num_windows(self.num_tokens, seq_len)
-        if self.num_tokens < seq_len + 1:
+        if split == "train" and self.num_tokens < seq_len + 1:
             raise ValueError(
-                f"the {split} split of {folder} has {self.num_tokens} tokens, fewer than the "
+                f"the train split of {folder} has {self.num_tokens} tokens, fewer than the "
                 f"{seq_len + 1} of one row: lower seq_len, or prepare more text"
+            )
+        if not self.num_windows:  # a short validation split is one row, filled up with padding
+            raise ValueError(
+                f"the {split} split of {folder} has {self.num_tokens} tokens: prepare the data "
+                f"again, with --val-fraction above 0"
             )
         dtype = np.dtype(index.dtype).newbyteorder("<")
         self._shards = [

@@ -201,8 +201,22 @@ def test_damage_is_found_on_request(tmp_path):
 def test_an_empty_split_says_so(tmp_path):
     (tmp_path / "a.txt").write_text("some text\n\n" * 90)
     prepare(str(tmp_path / "a.txt"), tmp_path / "out", vocab_size=300, val_fraction=0.0)
-    with pytest.raises(ValueError, match=r"the val split of .* has 0 tokens"):
+    with pytest.raises(ValueError, match=r"the val split of .* has 0 tokens.*val-fraction"):
         TokenLoader(tmp_path / "out", "val", seq_len=8, batch_size=1)
+
+
+def test_a_validation_split_shorter_than_a_row_is_one_row(tmp_path):
+    rows = [f'{{"text": "row number {i}"}}\n' for i in range(120)]
+    (tmp_path / "a.jsonl").write_text("".join(rows))
+    data = prepare(str(tmp_path / "a.jsonl"), tmp_path / "out", vocab_size=300)
+    loader = TokenLoader(tmp_path / "out", "val", seq_len=512, batch_size=2)
+    assert loader.num_tokens < 512
+    (batch,) = loader.validation_batches()
+    assert batch.tokens.shape == (2, 512)
+    assert batch.num_bytes == data.splits["val"].num_bytes
+    num_documents = data.splits["val"].num_documents
+    assert int((batch.targets != -100).sum()) == loader.num_tokens - num_documents
+    assert int((batch.targets == loader.tokenizer.eos_id).sum()) == num_documents
 
 
 def test_a_batch_of_16_rows_of_256_is_fast(tmp_path):

@@ -9,6 +9,7 @@ import torch
 from openmythos.checkpoint.load import empty_model, fill_model
 from openmythos.checkpoint.weights import check_shapes, tensor_shapes
 from openmythos.config import ModelConfig, presets
+from openmythos.config.counts import training_bytes
 from openmythos.config.schema import apply_overrides, from_dict, to_dict
 from openmythos.data.index import INDEX_FILE, SPLITS
 from openmythos.data.loader import TokenLoader
@@ -17,6 +18,7 @@ from openmythos.data.synthetic import Curriculum, HopsConfig, Walks
 from openmythos.interop.hub import local_folder
 from openmythos.interop.loading import load_config, load_pretrained
 from openmythos.model.recurrent import RecurrentDepthLM
+from openmythos.plan.memory import require_memory
 from openmythos.tokenizer import Tokenizer
 from openmythos.train import loop
 from openmythos.train.display import TrainDisplay
@@ -52,6 +54,8 @@ class Run:
         Raises:
             TrainingStopped: The loss or a gradient is not finite, or the loss diverged.
         """
+        if display is not None:
+            display.max_steps = self.config.train.max_steps
         recorder = Recorder(self.folder.path, display)
         return loop.train(self.model, self.task, self.config.train, self.folder, recorder)
 
@@ -110,6 +114,9 @@ def set_up(config: RunConfig, out: Path, device: str = "cpu") -> Run:
         ValueError: The data cannot be used, ``out`` holds another run, or the initial weights do
             not fit the model or the data's tokenizer.
     """
+    if torch.device(device).type == "cpu":
+        needed = training_bytes(config.model, moment_bytes=2)  # Muon keeps one moment
+        require_memory(needed, "training this model", "choose a smaller preset, or --set its sizes")
     tokenizer: Tokenizer | None = None
     task: Task
     # Checked before the data is prepared, so that another run's data is not replaced.

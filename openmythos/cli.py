@@ -2,6 +2,7 @@
 
 import io
 import sys
+import warnings
 from typing import Annotated
 
 import typer
@@ -68,6 +69,7 @@ app.command()(convert.convert)
 
 def main() -> None:
     """Run a command; what a user can cause ends in one line and exit status 2."""
+    warnings.showwarning = _show_warning
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a narrow encoding loses no output
             stream.reconfigure(errors="backslashreplace")
@@ -105,3 +107,8 @@ def fault_of_user(error: Exception) -> str | None:
     ):
         return f"a number is too large ({said}); give smaller ones"
     return None
+
+
+def _show_warning(message: Warning | str, *where: object, **options: object) -> None:
+    """One line, without the place in the code that Python names."""
+    print(f"warning: {' '.join(str(message).split())}", file=sys.stderr)

@@ -7,6 +7,7 @@ vocabularies comparable. Encoding never gives a special token, even for text tha
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -41,6 +42,10 @@ SPLIT_PATTERN = (
     r"|\s+(?!\S)"
     r"|\s+"
 )
+
+# Training takes quadratic time in the length of a piece (a run of letters without a boundary), so
+# longer pieces are cut there. Encoding takes linear time and cuts nothing.
+MAX_TRAINING_PIECE = 256
 
 
 def _byte_characters() -> list[str]:
@@ -191,6 +196,8 @@ class Tokenizer:
     ) -> Tokenizer:
         """Read a byte-level `tokenizer.json`, given the file or the folder that holds it.
 
+        The folder may be a checkpoint, prepared data, or a run: its newest checkpoint or its data.
+
         The names of the special tokens are the arguments; those not given are taken from
         `tokenizer_config.json` beside the file or, without that file, are our defaults.
 
@@ -204,7 +211,7 @@ class Tokenizer:
             ValueError: No such file, not a tokenizer, not byte-level, or a special token is
                 missing.
         """
-        file = Path(path) / FILE_NAME if Path(path).is_dir() else Path(path)
+        file = _find_file(Path(path))
         if not file.is_file():
             raise ValueError(
                 f"no tokenizer at {file}: give a {FILE_NAME} file or a folder that holds one"
@@ -253,6 +260,20 @@ class Tokenizer:
             else:
                 table[token_id] = bytes(byte_of[character] for character in token)
         return table
+
+
+def _find_file(path: Path) -> Path:
+    """The tokenizer.json of a folder, which may be missing; any other path as it is."""
+    file = path / FILE_NAME
+    if not path.is_dir() or file.is_file():
+        return file if path.is_dir() else path
+    for checkpoint in sorted(path.glob("checkpoints/step-????????"), reverse=True):
+        if (checkpoint / FILE_NAME).is_file():
+            return checkpoint / FILE_NAME
+    for index in (path / "index.json", path / "data" / "index.json"):  # prepared data
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+            return index.parent / json.loads(index.read_text(encoding="utf-8"))["tokenizer_file"]
+    return file
 
 
 def _special_names(file: Path) -> dict[str, str]:
@@ -319,7 +340,16 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
             num_characters += len(text)
             yield text
 
+    ordinary = backend.pre_tokenizer
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            _split(SPLIT_PATTERN),
+            _split(rf"[\s\S]{{1,{MAX_TRAINING_PIECE}}}"),
+            _byte_level(),
+        ]
+    )
     backend.train_from_iterator(counted(), trainer)
+    backend.pre_tokenizer = ordinary
     if num_characters == 0:
         raise ValueError(
             "no text to train a tokenizer on: give at least one text that is not empty"
@@ -329,15 +359,18 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 def _backend(model: models.Model) -> tokenizers.Tokenizer:
     backend = tokenizers.Tokenizer(model)
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(SPLIT_PATTERN), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    backend.pre_tokenizer = pre_tokenizers.Sequence([_split(SPLIT_PATTERN), _byte_level()])
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL_TOKENS])
     return backend
+
+
+def _split(pattern: str) -> pre_tokenizers.PreTokenizer:
+    return pre_tokenizers.Split(Regex(pattern), behavior="isolated")
+
+
+def _byte_level() -> pre_tokenizers.PreTokenizer:
+    return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
 
 
 def _check_encodable(text: str) -> None:

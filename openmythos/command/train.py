@@ -39,13 +39,17 @@ def train(
     from openmythos.train.display import TrainDisplay
     from openmythos.train.loop import TrainingStopped
     from openmythos.train.run import DEFAULT_DATA, resolve, set_up
-    from openmythos.train.task import HopsTask
+    from openmythos.train.task import HopsTask, TextTask
 
     resolved = resolve(preset, data, config, overrides or [], seed, init_from)
     check_device(device)
     screen = console()
     run = set_up(resolved, out, device)
     screen.print(run.in_words((data or DEFAULT_DATA) if config is None else str(config)))
+    for change in run.changes:
+        screen.print(change)
+    if isinstance(run.task, TextTask):
+        typer.echo(run.task.train.data.summary(), err=True)
     if isinstance(run.task, HopsTask):
         screen.print(run.task.leaks_in_words())
     try:

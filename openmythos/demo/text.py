@@ -54,8 +54,8 @@ def act_text(console: Console, out: Path, config: RunConfig, device: str) -> Tex
         result = run.train(display)
     if result.interrupted:
         raise KeyboardInterrupt
-    if not isinstance(run.task, TextTask):
-        raise TypeError("act 1 trains on text")
+    if not isinstance(run.task, TextTask) or run.task.validation is None:
+        raise TypeError("act 1 trains on text of which some is held out")
     validation = run.task.validation
     curve = {}
     for loops in TEXT_LOOPS:

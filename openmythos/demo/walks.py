@@ -84,10 +84,11 @@ def act_hops(
     other.mkdir(parents=True)
     halting = ACTConfig(bias_init=0.0, keep_remainder=False)
     halted = replace(config, model=replace(config.model, halting=halting))
-    write_json(other / "start.json", to_dict(halted))
+    start = other.with_name(f"{other.name}.json")
+    write_json(start, to_dict(halted))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # a model this small gains nothing from a second thread
-    command = [sys.executable, "-m", "openmythos", "train", "--config", str(other / "start.json")]
+    command = [sys.executable, "-m", "openmythos", "train", "--config", str(start)]
     beside = subprocess.Popen(
         [*command, "--out", str(other), "--device", device],
         env=os.environ | {"OMP_NUM_THREADS": "1"},

@@ -18,7 +18,9 @@ from tests.checkpoint.examples import CONFIG, make_model
 def test_folder_layout(tmp_path: Path, tied: bool) -> None:
     config = apply_overrides(CONFIG, [f"tie_embeddings={json.dumps(tied)}"])
     folder = save_pretrained(make_model(0, config), tmp_path / "new" / "saved")
-    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        *("config.json", "manifest.json", "model.safetensors")
+    ]
     assert [path.name for path in folder.parent.iterdir()] == ["saved"]
     data = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     assert (data.pop("format"), data.pop("format_version")) == ("openmythos", 1)

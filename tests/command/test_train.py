@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+import openmythos as om
 from openmythos.cli import app
 from openmythos.train import loop
 from tests.command.conftest import SMALL, Invoke, refused, sets, stored
@@ -101,6 +102,9 @@ def test_prepare_and_train_from_a_checkpoint(
     assert report["vocab_size"] == stored(text_run)["model"]["vocab_size"]
     file = text_run / "checkpoints" / "step-00000004" / "tokenizer.json"
     invoke("prepare", text_file, "--tokenizer", file, "--out", data)
+    invoke("prepare", text_file, "--tokenizer", data, "--out", tmp_path / "same")
+    fingerprints = {om.Tokenizer.load(place).fingerprint for place in (text_run, data, file)}
+    assert fingerprints == {om.Tokenizer.load(tmp_path / "same").fingerprint}
     small = [word for word in SMALL if not word.startswith("model.")]
     invoke("train", "--from", text_run, "--data", data, "--out", out, *sets(*small))
     assert stored(out)["model"] == stored(text_run)["model"]

@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from openmythos.checkpoint.save import FORMAT, FORMAT_VERSION
 from openmythos.checkpoint.weights import (
+    COMPILED,
     CONFIG_FILE,
     WEIGHTS_FILE,
     StoredWeights,
@@ -178,7 +179,8 @@ def load_weights(model: RecurrentDepthLM, path: PathLike) -> None:
     Raises:
         ValueError: As ``load_checkpoint``; the model is then unchanged.
     """
-    folder, ours = checkpoint_folder(path), model.state_dict()
+    folder = checkpoint_folder(path)
+    ours = {name.replace(COMPILED, ""): part for name, part in model.state_dict().items()}
     weights = StoredWeights(folder)
     check_shapes(weights.shapes, tensor_shapes(ours), folder)
     for name in ours:

@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from openmythos.checkpoint.weights import CONFIG_FILE, WEIGHTS_FILE
+from openmythos.checkpoint.weights import COMPILED, CONFIG_FILE, WEIGHTS_FILE
 from openmythos.config.schema import to_dict
 from openmythos.folder import (
     MANIFEST_FILE,
@@ -63,7 +63,10 @@ def write_checkpoint(model: RecurrentDepthLM, fresh: Path, tokenizer: Tokenizer 
 
 def save_weights(tensors: Mapping[str, Tensor], folder: Path) -> None:
     """Write model.safetensors; safetensors raises an error if tensors share memory."""
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    plain = {
+        name.replace(COMPILED, ""): tensor.detach().cpu().contiguous()
+        for name, tensor in tensors.items()
+    }
     save_tensors(plain, folder / WEIGHTS_FILE)
 
 

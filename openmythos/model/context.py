@@ -95,30 +95,13 @@ class ForwardContext:
         if lengths is not None:
             chosen = rows.tolist() if isinstance(rows, Tensor) else rows
             lengths = tuple(lengths[row] for row in chosen)
+        per_row = ("tokens", "positions", "rope", "seeds", "documents", "valid")
+        parts = {name: select_rows(getattr(self, name), index) for name in per_row}
         masks = {name: m for name, m in self.masks.items() if name != "spans"}
-        parts = (
-            self.tokens,
-            self.positions,
-            self.rope,
-            self.documents,
-            self.valid,
-            self.seeds,
-            masks,
-        )
-        tokens, positions, rope, documents, valid, seeds, masks = select_rows(parts, index)
-        return replace(
-            self,
-            tokens=tokens,
-            positions=positions,
-            rope=rope,
-            seeds=seeds,
-            documents=documents,
-            valid=valid,
-            lengths=lengths,
-            cache=None if self.cache is None else self.cache.select(index),
-            recent=select_rows(self.recent, index, dim=1),
-            masks=masks,
-        )
+        parts["recent"] = select_rows(self.recent, index, dim=1)
+        cache = None if self.cache is None else self.cache.select(index)
+        masks = select_rows(masks, index)
+        return replace(self, **parts, lengths=lengths, cache=cache, masks=masks)
 
     def at_loop(self, loop: int | None, recent: Recent | None) -> "ForwardContext":
         """The context of one loop.
@@ -346,15 +329,12 @@ def make_context(
 def _seeds(
     seeds: int | Sequence[int] | Int[Tensor, "B _"], tokens: Int[Tensor, "B T"]
 ) -> Int[Tensor, "B _"]:
-    num_rows, num_tokens = tokens.shape
     if not isinstance(seeds, Tensor):
-        each = [seeds] * num_rows if isinstance(seeds, int) else list(seeds)
+        each = [seeds] * len(tokens) if isinstance(seeds, int) else seeds
         # Seeds of up to 64 bits, with or without a sign, as torch.Generator takes them.
-        signed = [[(seed + 2**63) % 2**64 - 2**63] for seed in each]
-        seeds = torch.tensor(signed, device=tokens.device)
-    if seeds.shape not in {(num_rows, 1), (num_rows, num_tokens)}:
-        allowed = f"one for all rows, or one for each of {num_rows} rows or {num_tokens} tokens"
-        raise ValueError(f"seeds have shape {tuple(seeds.shape)}; they must be {allowed}")
+        seeds = torch.tensor([[(seed + 2**63) % 2**64 - 2**63] for seed in each])
+    allowed = (len(tokens), 1), tuple(tokens.shape)
+    require(seeds.shape in allowed, "the shape of seeds", tuple(seeds.shape), f"one of {allowed}")
     return seeds.to(tokens.device)
 
 

@@ -1,7 +1,7 @@
-"""Initial weights and initial states: functions of seeds and places alone.
+"""Initial weights and states: functions of seeds and places alone.
 
-The numbers are hashed, in integers and fp32, not drawn from a generator: each is the same in every
-batch, order of construction and part of a matrix.
+Their numbers are hashed in integers and fp32, not drawn from a generator, so that each is the same
+in every batch, order of construction and part of a matrix.
 """
 
 import hashlib
@@ -13,41 +13,32 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from openmythos.config import CopyInitConfig, NormalInitConfig, StateInitConfig, ZerosInitConfig
+from openmythos.config import CopyInitConfig, NormalInitConfig, ZerosInitConfig
 from openmythos.model.context import ForwardContext
 
 CUT = 3.0  # normal distributions are truncated at this many standard deviations
 DRAWN_AT_ONCE = 2**16  # weights; more would leave the processor's cache
-
-# --- numbers from keys ---------------------------------------------------------------------------
+_WORD = 0xFFFFFFFF
+_START = (0x243F6A88, 0x85A308D3)  # the digits of pi, as are the constants of the rounds
+_ROUNDS = (0x13198A2E, 0x03707344, 0xA4093822, 0x299F31D0)
+# Rational approximation of sqrt(2) erfinv(x erf(CUT / sqrt(2))) / x in 1 - x^2, which loses no
+# digits near the cut; relative error in fp32 2.6e-6.
+_OVER = (38576.2394, 275105.3, 174474.571, 20225.5052, 523.968420, 2.99999333)
+_UNDER = (77356.9602, 225156.489, 95734.7664, 8706.52764, 192.895379, 1.0)
 
 Number = int | Int[Tensor, "..."]
-Key = tuple[Number, Number]  # two words of 32 bits
-
-_WORD = 0xFFFFFFFF
-_START: Key = (0x243F6A88, 0x85A308D3)  # the digits of pi, as are the constants of the rounds
-_ROUNDS = (0x13198A2E, 0x03707344, 0xA4093822, 0x299F31D0)
-
-# Rational approximation of sqrt(2) erfinv(x erf(3 / sqrt(2))) / x in 1 - x^2, which loses no digits
-# near the cut; relative error in fp32 2.6e-6.
-_OVER = (
-    *(38576.23936727685, 275105.30017680756, 174474.5714676271),
-    *(20225.505221188978, 523.968419846096, 2.99999332615558),
-)
-_UNDER = (
-    *(77356.96020575661, 225156.4892079237, 95734.76643810298),
-    *(8706.52764150997, 192.89537894223713, 1.0),
-)
 
 
-def derive(key: Key, number: Number) -> Key:
-    """The key of a number of 64 bits under a key: numbers that differ get keys that differ.
+def derive(*numbers: Number) -> tuple[Number, Number]:
+    """A key, two words of 32 bits, of numbers of 64 bits: a Feistel network over ``_mix``.
 
-    Source: Feistel's network, over the hash of ``_mix``.
+    Keys whose last numbers alone differ are never equal.
     """
-    low, high = key[0] ^ (number & _WORD), key[1] ^ ((number >> 32) & _WORD)
-    for constant in _ROUNDS:
-        low, high = high ^ _mix((low + constant) & _WORD), low
+    low, high = _START
+    for number in numbers:
+        low, high = low ^ (number & _WORD), high ^ ((number >> 32) & _WORD)
+        for constant in _ROUNDS:
+            low, high = high ^ _mix((low + constant) & _WORD), low
     return low, high
 
 
@@ -61,13 +52,12 @@ def _mix(word: Any) -> Any:
     return word ^ (word >> 15)
 
 
-def truncated_normal(key: Key, width: int) -> Float[Tensor, "... width"]:
+def truncated_normal(key: tuple[Number, Number], width: int) -> Float[Tensor, "... width"]:
     """Numbers of a normal distribution of std 1, truncated at ``CUT``, for each key of a tensor.
 
     Only operations that IEEE 754 rounds in one way: the place in a tensor makes no difference.
     """
-    low, high = key
-    assert isinstance(low, Tensor) and isinstance(high, Tensor)
+    low, high = map(torch.as_tensor, key)
     channels = torch.arange(width, device=low.device)
     bits = _mix(_mix(channels ^ low[..., None]) ^ high[..., None])
     uniform = ((bits >> 8) * 2 - (2**24 - 1)).float() * 2**-24  # in (-1, 1), symmetric and exact
@@ -78,28 +68,18 @@ def truncated_normal(key: Key, width: int) -> Float[Tensor, "... width"]:
     return uniform * (over / under)
 
 
-# --- weights -------------------------------------------------------------------------------------
-
-
 def normal_rows(seed: int, name: str, rows: range, width: int) -> Float[Tensor, "R width"]:
     """Rows of a parameter's initial values, before their scale; every row can be drawn alone.
 
-    Args:
-        seed: Of the model.
-        name: The parameter's, in the model's state dict.
-        rows: Rows of the parameter as a matrix: its last dimension by all others.
-        width: Size of the last dimension.
+    The parameter counts as a matrix: its last dimension, of size ``width``, by all others.
     """
-    digest = hashlib.sha256(name.encode()).digest()
-    key = derive(derive(_START, seed), int.from_bytes(digest[:8], "little"))
-    return truncated_normal(derive(key, torch.arange(rows.start, rows.stop)), width)
+    named = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
+    return truncated_normal(derive(seed, named, torch.arange(rows.start, rows.stop)), width)
 
 
 @torch.no_grad()
 def init_weights(model: nn.Module, d_model: int, seed: int) -> None:
     """Draw weights from truncated normals of std sqrt(2 / (5 d_model)), except for some zeros.
-
-    They depend on (seed, parameter name, row, column) alone.
 
     The output projections of attention and feed-forward are zero, so every block, and with it the
     core, starts as the identity. If a norm follows the projection, the norm's weight is zero
@@ -119,59 +99,28 @@ def init_weights(model: nn.Module, d_model: int, seed: int) -> None:
             if isinstance(module, nn.Linear) and module.bias is not None:
                 module.bias.zero_()
         for name in names:
-            tensor = getattr(module, name)
-            matrix = tensor.view(-1, tensor.shape[-1])
+            matrix = getattr(module, name).flatten(0, -2)
             step = max(1, DRAWN_AT_ONCE // matrix.shape[1])
             for start in range(0, len(matrix), step):
-                rows = range(start, min(start + step, len(matrix)))
-                drawn = normal_rows(seed, f"{prefix}.{name}", rows, matrix.shape[1])
-                matrix[rows.start : rows.stop] = std * drawn
+                part = matrix[start : start + step]
+                rows = range(start, start + len(part))
+                part.copy_(std * normal_rows(seed, f"{prefix}.{name}", rows, matrix.shape[1]))
     for module in model.modules():
         own = getattr(module, "init_weights", None)
         if own is not None:
             own()
 
 
-def derive_seeds(*numbers: Number) -> Int[Tensor, "..."]:
-    """Seeds that depend on all of the numbers, for example a run's seed, step, row and document."""
-    key = _START
-    for number in numbers:
-        key = derive(key, number)
-    low, high = key
-    return torch.as_tensor(((high & 0x7FFFFFFF) << 32) | low)
-
-
-# --- initial states ------------------------------------------------------------------------------
-
-
-def _zeros(
-    part: ZerosInitConfig, e: Float[Tensor, "B T D"], ctx: ForwardContext
-) -> Float[Tensor, "B T D"]:
-    return torch.zeros_like(e)
-
-
-def _copy(
-    part: CopyInitConfig, e: Float[Tensor, "B T D"], ctx: ForwardContext
-) -> Float[Tensor, "B T D"]:
-    return e
-
-
 def _normal(
     part: NormalInitConfig, e: Float[Tensor, "B T D"], ctx: ForwardContext
 ) -> Float[Tensor, "B T D"]:
-    key = derive(derive(_START, ctx.seeds), ctx.positions)
-    return (part.std * truncated_normal(key, e.shape[-1])).to(e.dtype)
+    noise = truncated_normal(derive(ctx.seeds, ctx.positions), e.shape[-1])
+    return (part.std * noise).to(e.dtype)
 
 
+# h_0: zeros, e, or noise that depends only on (the token's seed, position, channel).
 STATE_INITS: dict[type, Callable[..., Tensor]] = {
-    ZerosInitConfig: _zeros,
-    CopyInitConfig: _copy,
+    ZerosInitConfig: lambda part, e, ctx: torch.zeros_like(e),
+    CopyInitConfig: lambda part, e, ctx: e,
     NormalInitConfig: _normal,
 }
-
-
-def initial_state(
-    config: StateInitConfig, e: Float[Tensor, "B T D"], ctx: ForwardContext
-) -> Float[Tensor, "B T D"]:
-    """h_0: zeros, e, or noise that depends only on (the token's seed, position, channel)."""
-    return STATE_INITS[type(config)](config, e, ctx)

@@ -17,7 +17,7 @@ from openmythos.config.schema import as_integer, plain, require
 from openmythos.model.block import Block
 from openmythos.model.context import ForwardContext, Ids, as_tensor, make_context
 from openmythos.model.halting import make_halting
-from openmythos.model.init import init_weights, initial_state
+from openmythos.model.init import STATE_INITS, init_weights
 from openmythos.model.injection import make_injection
 from openmythos.model.loop import LoopedModel, readout, start_loops, unroll
 from openmythos.model.loop_signal import LoopAdapter, make_loop_adapter, make_loop_embedding
@@ -99,7 +99,8 @@ class RecurrentDepthLM(LoopedModel):
 
     def init_state(self, e: Float[Tensor, "B T D"], ctx: ForwardContext) -> Float[Tensor, "B T D"]:
         """The initial state h_0; a random one depends on the seeds and positions of ``ctx``."""
-        return initial_state(self.config.state_init, e, ctx)
+        part = self.config.state_init
+        return STATE_INITS[type(part)](part, e, ctx)
 
     def step(
         self,

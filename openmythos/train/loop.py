@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from openmythos.data.packing import IGNORED_TARGET, Batch, on_device
 from openmythos.model.feedforward import MoE, max_violation
-from openmythos.model.init import derive_seeds
+from openmythos.model.init import derive
 from openmythos.model.recurrent import RecurrentDepthLM
 from openmythos.ops.cpu import build as native
 from openmythos.train.metrics import Recorder
@@ -53,7 +54,10 @@ def train(
     optimizers = make_optimizers(model, config.optimizer)
     state = run.resume(model, optimizers, task) or RunState(step=0, seconds=0.0)
     if config.compile:
-        model.step = torch.compile(model.step, fullgraph=True)  # type: ignore[method-assign]
+        # A graph for one row and one for more, with and without gradients, per shape of a call:
+        # with a depth per sequence more than the 8 that torch allows.
+        limits: dict[str, Any] = {"recompile_limit": 64, "isolate_recompiles": True}
+        model.step = torch.compile(model.step, fullgraph=True, **limits)  # type: ignore[method-assign]
     if model.embed.weight.device.type == "cpu" and not config.compile:
         native.load("attention")  # builds all kernels now, so that no step waits for it
     model.train()
@@ -159,7 +163,8 @@ def state_seeds(
 ) -> Int[Tensor, "B T"]:
     """Seeds of initial states: one per run, step, row of the whole batch, and document."""
     rows = torch.arange(first_row, first_row + len(documents))[:, None]
-    return derive_seeds(seed, step, (rows << 32) | documents.clamp(min=0))
+    low, high = derive(seed, step, (rows << 32) | documents.clamp(min=0))
+    return torch.as_tensor(((high & 0x7FFFFFFF) << 32) | low)
 
 
 def _update(optimizers: list[torch.optim.Optimizer], factor: float) -> None:

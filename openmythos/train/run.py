@@ -10,6 +10,7 @@ import torch
 from openmythos.checkpoint.load import empty_model, fill_model
 from openmythos.checkpoint.weights import check_shapes, tensor_shapes
 from openmythos.config import ModelConfig, presets
+from openmythos.config.counts import training_bytes
 from openmythos.config.schema import apply_overrides, from_dict, to_dict
 from openmythos.data.index import INDEX_FILE, read_index
 from openmythos.data.loader import TokenLoader
@@ -19,6 +20,7 @@ from openmythos.folder import locked
 from openmythos.interop.hub import local_folder
 from openmythos.interop.loading import load_config, load_pretrained
 from openmythos.model.recurrent import RecurrentDepthLM
+from openmythos.plan.memory import require_memory
 from openmythos.tokenizer import Tokenizer
 from openmythos.train import loop
 from openmythos.train.display import TrainDisplay
@@ -60,6 +62,8 @@ class Run:
             TrainingStopped: The loss or a gradient is not finite, or the loss diverged.
             ValueError: Another process is training in the same folder.
         """
+        if display is not None:
+            display.max_steps = self.config.train.max_steps
         recorder = Recorder(self.folder.path, display)
         with locked(self.folder.path):
             return loop.train(self.model, self.task, self.config.train, self.folder, recorder)
@@ -120,6 +124,9 @@ def set_up(config: RunConfig, out: Path, device: str = "cpu") -> Run:
         ValueError: The data cannot be used, ``out`` holds another run or other files or is in use,
             or the initial weights do not fit the model or the data's tokenizer.
     """
+    if torch.device(device).type == "cpu":
+        needed = training_bytes(config.model, moment_bytes=2)  # Muon keeps one moment
+        require_memory(needed, "training this model", "choose a smaller preset, or --set its sizes")
     refuse_foreign(out)
     with locked(out):
         return _set_up(config, out, device)

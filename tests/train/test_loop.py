@@ -379,10 +379,41 @@ def test_compile_wraps_the_body_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
     asked: list[Any] = []
     monkeypatch.setattr(torch, "compile", lambda f, **options: asked.append(options) or f)
     run_fixed(tmp_path, FixedTask(random_batch(small_config(), 4, 8)), max_steps=2, compile=True)
-    assert asked == [{"fullgraph": True}]
+    assert asked == [{"fullgraph": True, "recompile_limit": 64, "isolate_recompiles": True}]
     model = RecurrentDepthLM(small_config())
     run_fixed(tmp_path / "b", FixedTask(random_batch(small_config(), 4, 8)), model, max_steps=1)
     assert "step" not in vars(model)
+
+
+COMPILED_RUNS = """
+import functools, sys
+from pathlib import Path
+import torch
+from tests.train import examples
+from openmythos.train import loop
+from openmythos.train.depth_schedule import DepthSchedule, PoissonDepth
+
+torch.compile = functools.partial(torch.compile, backend="eager")  # dynamo's graphs, not compiled
+loop.native.require_compiler = lambda *arguments: None
+depth = DepthSchedule(sampling=PoissonDepth(mean_recurrence=4), per_sequence=True,
+                      mean_backprop_depth=2)
+for name in ("plain", "compiled"):
+    config = examples.hops_config(depth=depth, max_steps=40, eval_every=0,
+                                  compile=name == "compiled", save_every=100)
+    examples.run(config, Path(sys.argv[1], name))
+"""
+
+
+def test_a_compiled_run_has_a_depth_per_sequence(tmp_path: Path, repo_root: Path) -> None:
+    """In a process without shape checks, which dynamo cannot trace."""
+    command = [sys.executable, "-c", COMPILED_RUNS, str(tmp_path)]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False, cwd=repo_root)
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    one, other = (
+        [row["loss"] for row in measured(tmp_path / name) if row["kind"] == "train"]
+        for name in ("plain", "compiled")
+    )
+    assert len(one) == 40 and one == pytest.approx(other, rel=0.05)
 
 
 # --- runs that are lost --------------------------------------------------------------------------

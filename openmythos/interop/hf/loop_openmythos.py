@@ -18,14 +18,8 @@ from .layers_openmythos import make_norm
 # of sqrt(2) erfinv(x erf(3 / sqrt(2))) / x in 1 - x^2.
 _WORD, _START = 0xFFFFFFFF, (0x243F6A88, 0x85A308D3)
 _ROUNDS = (0x13198A2E, 0x03707344, 0xA4093822, 0x299F31D0)
-_OVER = (
-    *(38576.23936727685, 275105.30017680756, 174474.5714676271),
-    *(20225.505221188978, 523.968419846096, 2.99999332615558),
-)
-_UNDER = (
-    *(77356.96020575661, 225156.4892079237, 95734.76643810298),
-    *(8706.52764150997, 192.89537894223713, 1.0),
-)
+_OVER = (38576.2394, 275105.3, 174474.571, 20225.5052, 523.968420, 2.99999333)
+_UNDER = (77356.9602, 225156.489, 95734.7664, 8706.52764, 192.895379, 1.0)
 
 
 class Injection(nn.Module):
@@ -184,7 +178,7 @@ def initial_state(config: OpenMythosConfig, e: Tensor, position_ids: Tensor) -> 
     if config.state_init["kind"] == "zeros":
         return torch.zeros_like(e)
 
-    low, high = _derive(_derive(_START, config.state_seed), position_ids)
+    low, high = _key(config.state_seed, position_ids)
     channels = torch.arange(e.shape[-1], device=e.device)
     bits = _mix(_mix(channels ^ low[..., None]) ^ high[..., None])
     uniform = ((bits >> 8) * 2 - (2**24 - 1)).float() * 2**-24
@@ -196,11 +190,13 @@ def initial_state(config: OpenMythosConfig, e: Tensor, position_ids: Tensor) -> 
     return (config.state_init["std"] * noise).to(e.dtype).expand(e.shape)
 
 
-def _derive(key: tuple[Any, Any], number: Any) -> tuple[Any, Any]:
-    """The key of a number under a key: two words of 32 bits, by a Feistel network."""
-    low, high = key[0] ^ (number & _WORD), key[1] ^ ((number >> 32) & _WORD)
-    for constant in _ROUNDS:
-        low, high = high ^ _mix((low + constant) & _WORD), low
+def _key(*numbers: Any) -> tuple[Any, Any]:
+    """Two words of 32 bits from numbers of 64 bits, by a Feistel network."""
+    low, high = _START
+    for number in numbers:
+        low, high = low ^ (number & _WORD), high ^ ((number >> 32) & _WORD)
+        for constant in _ROUNDS:
+            low, high = high ^ _mix((low + constant) & _WORD), low
     return low, high
 
 

@@ -1,9 +1,9 @@
+import sys
 from dataclasses import replace
 
 import torch
 
 from openmythos.config import NormalInitConfig
-from openmythos.interop.hf.loop_openmythos import initial_state
 from tests.interop.hf.conftest import Open
 from tests.interop.hf.examples import HUGINN
 from tests.strategies import random_tokens
@@ -16,8 +16,10 @@ def test_the_noise_of_a_seed_is_ours(opened: Open) -> None:
     for seed in (0, 3, -1, 2**40 + 5):
         export.config.state_seed = seed
         ctx = model.context(tokens, seeds=seed)
-        state = model.init_state(torch.zeros(2, 7, 32), ctx)
-        theirs = initial_state(export.config, torch.zeros(2, 7, 32), ctx.positions)
+        e = torch.zeros(2, 7, HUGINN.d_model)
+        state = model.init_state(e, ctx)
+        source = sys.modules[type(export.model.injection).__module__]
+        theirs = source.initial_state(export.config, e, ctx.positions)
         assert torch.equal(state, theirs)
         ours = model(tokens, ctx=ctx).logits
         assert (export(tokens).logits - ours).abs().max() < 1e-5

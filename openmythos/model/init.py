@@ -19,7 +19,7 @@ from openmythos.model.context import ForwardContext
 CUT = 3.0  # normal distributions are truncated at this many standard deviations
 DRAWN_AT_ONCE = 2**16  # weights; more would leave the processor's cache
 _WORD = 0xFFFFFFFF
-_START = (0x243F6A88, 0x85A308D3)  # the digits of pi, as are the constants of the rounds
+_START: Any = (0x243F6A88, 0x85A308D3)  # the digits of pi, as are the constants of the rounds
 _ROUNDS = (0x13198A2E, 0x03707344, 0xA4093822, 0x299F31D0)
 # Rational approximation of sqrt(2) erfinv(x erf(CUT / sqrt(2))) / x in 1 - x^2, which loses no
 # digits near the cut; relative error in fp32 2.6e-6.
@@ -30,10 +30,7 @@ Number = int | Int[Tensor, "..."]
 
 
 def derive(*numbers: Number) -> tuple[Number, Number]:
-    """A key, two words of 32 bits, of numbers of 64 bits: a Feistel network over ``_mix``.
-
-    Keys whose last numbers alone differ are never equal.
-    """
+    """A key of two 32-bit words; a Feistel network: if only the last number differs, so does it."""
     low, high = _START
     for number in numbers:
         low, high = low ^ (number & _WORD), high ^ ((number >> 32) & _WORD)

@@ -11,12 +11,12 @@ from tests.strategies import random_tokens
 
 @torch.no_grad()
 def test_the_noise_of_a_seed_is_ours(opened: Open) -> None:
-    model, export = opened(HUGINN)
+    model, export = (side.double() for side in opened(HUGINN))
     tokens = random_tokens(HUGINN, 2, 7)
     for seed in (0, 3, -1, 2**40 + 5):
         export.config.state_seed = seed
         ctx = model.context(tokens, seeds=seed)
-        e = torch.zeros(2, 7, HUGINN.d_model)
+        e = torch.zeros(2, 7, HUGINN.d_model, dtype=torch.float64)
         state = model.init_state(e, ctx)
         source = sys.modules[type(export.model.injection).__module__]
         theirs = source.initial_state(export.config, e, ctx.positions)

@@ -291,7 +291,7 @@ def new_batch(
         layout=layout,
         dtype=torch.float64,
     )
-    return CachedBatch(model, cache, seed=0)
+    return CachedBatch(model, cache)
 
 
 def counted(model: RecurrentDepthLM, monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -403,7 +403,7 @@ def test_depth_may_change_from_call_to_call() -> None:
 def test_cached_equals_uncached(changes: dict[str, Any], chunk: int | None) -> None:
     """Unequal rows, unequal depths, rows that leave early, prompts whole and in chunks."""
     model, depths = make_model(**changes), [5, 2, 3]
-    cached, uncached = new_batch(model, 3), UncachedBatch(model, 3, seed=0)
+    cached, uncached = new_batch(model, 3), UncachedBatch(model, 3)
     for batch in (cached, uncached):
         batch.prefill([prompt[:-1] for prompt in PROMPTS], depths, chunk)
     for step, rows in enumerate([[0, 1, 2], [0, 2], [0, 1, 2], [1], [0, 2]]):
@@ -445,7 +445,7 @@ def test_padding_is_neither_counted_nor_looped_alone(monkeypatch: pytest.MonkeyP
 
 @torch.no_grad()
 def test_uncached_counts_all_it_repeats() -> None:
-    batch = UncachedBatch(make_model(), 2, seed=0)
+    batch = UncachedBatch(make_model(), 2)
     batch.prefill([[1, 2], []], [3, 2], None)
     assert batch.core_applications == 0
     assert batch.length == 2

@@ -112,8 +112,8 @@ def test_like_init_is_a_cut_normal(golden: Path) -> None:
     """sqrt(d) TruncNormal(0, sqrt(2 / (5 d)), 3 sigma): the effective std is sqrt(2 / 5)."""
     model = load_pretrained(golden)
     assert model.config.state_init == NormalInitConfig(std=float(f"{math.sqrt(0.4):.15g}"))
-    tokens = torch.zeros(1, 1000, dtype=torch.int64)
-    h = model.init_state(torch.zeros(1, 1000, 96), model.context(tokens))
+    ctx = model.context(torch.zeros(400, 10, dtype=torch.int64), seeds=range(400))
+    h = model.init_state(torch.zeros(400, 10, 96), ctx)
     assert h.abs().max() <= 3 * math.sqrt(0.4)
     cut = 2 * 3 * math.exp(-4.5) / math.sqrt(2 * math.pi) / math.erf(3 / math.sqrt(2))
     assert float(h.std()) == pytest.approx(math.sqrt(0.4 * (1 - cut)), rel=0.01)

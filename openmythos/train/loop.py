@@ -15,6 +15,7 @@ from openmythos.data.packing import IGNORED_TARGET, Batch, on_device
 from openmythos.model.feedforward import MoE, max_violation
 from openmythos.model.recurrent import RecurrentDepthLM
 from openmythos.ops.cpu import build as native
+from openmythos.ops.cpu import choice
 from openmythos.train.metrics import Recorder
 from openmythos.train.optim import make_optimizers
 from openmythos.train.recipe import TrainConfig
@@ -57,7 +58,7 @@ def train(
         model.step = torch.compile(model.step, fullgraph=True, **limits)  # type: ignore[method-assign]
     own = model.embed.weight.device.type == "cpu" and not config.compile
     # Builds what is missing now, so that no step waits for it.
-    keeping = native.keeping(state.kernels) if own else nullcontext(state.kernels)
+    keeping = choice.keeping(state.kernels) if own else nullcontext(state.kernels)
     model.train()
     batches = task.batches(state.step, config.batch_size)
     guard = DivergenceGuard(state.first_nats, state.bad_steps)

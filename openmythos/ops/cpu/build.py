@@ -4,7 +4,6 @@ Without a compiler, or on another system, ``load`` says so and torch's operators
 kernels that ``OPENMYTHOS_KERNELS_OFF`` names (as ``attention,experts``) are not used either.
 """
 
-import contextlib
 import functools
 import hashlib
 import os
@@ -16,7 +15,7 @@ import sys
 import tempfile
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
 from pathlib import Path
@@ -32,8 +31,7 @@ KERNELS = (*EAGER, "narrow")
 OFF = "OPENMYTHOS_KERNELS_OFF"
 FLAGS = ("-O3", "-march=native", "-std=c++20", "-shared", "-fPIC")
 _LOCK = threading.RLock()
-# The eager kernels that ``keeping`` allows; None: all.
-_KEPT: ContextVar[Sequence[str] | None] = ContextVar("kept", default=None)
+KEPT: ContextVar[Sequence[str] | None] = ContextVar("KEPT", default=None)  # eager ones; None: all
 
 
 def find_compiler() -> list[str] | None:
@@ -66,9 +64,8 @@ def load(name: str) -> bool:
     Raises:
         ValueError: ``OPENMYTHOS_KERNELS_OFF`` names no kernel.
     """
-    kept = _KEPT.get()
-    left_out = kept is not None and name in EAGER and name not in kept
-    if name in switched_off() or left_out:
+    kept = KEPT.get()
+    if name in switched_off() or (kept is not None and name in EAGER and name not in kept):
         return False
     with _LOCK:
         return _load(name)
@@ -84,29 +81,6 @@ def switched_off() -> list[str]:
     names = given.split(",") if given else []
     require(all(name in KERNELS for name in names), OFF, given, f"names of {', '.join(KERNELS)}")
     return names
-
-
-@contextlib.contextmanager
-def keeping(names: Sequence[str] | None) -> Iterator[list[str]]:
-    """Use these of the eager kernels inside, and no others; None: all that this machine has.
-
-    Kernels add in different orders, so a run that goes on keeps the ones that it began with.
-
-    Yields:
-        The kernels in use. A warning names those that are missing here.
-    """
-    token = _KEPT.set(names)
-    try:
-        used = [name for name in EAGER if load(name)]
-        if missing := [name for name in names or () if name not in used]:
-            warnings.warn(
-                f"the run used our kernels for {', '.join(missing)} so far, which are switched off "
-                "or cannot be built here; torch's operators go on, equal up to rounding",
-                stacklevel=3,
-            )
-        yield used
-    finally:
-        _KEPT.reset(token)
 
 
 @functools.cache

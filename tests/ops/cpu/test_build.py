@@ -85,17 +85,3 @@ def test_a_library_is_of_one_processor_one_torch_and_its_sources(monkeypatch, tm
     assert native.library("experts", ["c++"]) != here
     monkeypatch.setattr(native, "processor", lambda: "another")
     assert native.library("narrow", ["c++"]) != here
-
-
-def test_kept_kernels_are_used_and_no_others(monkeypatch):
-    monkeypatch.setattr(native, "_load", lambda name: name != "experts")
-    with native.keeping(None) as used:
-        assert used == ["attention"]
-    with native.keeping([]) as used:
-        assert used == [] and not native.load("attention") and native.load("narrow")
-    assert native.load("attention")
-    with (
-        pytest.warns(UserWarning, match="our kernels for experts so far"),
-        native.keeping(["attention", "experts"]) as used,
-    ):
-        assert used == ["attention"]

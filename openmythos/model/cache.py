@@ -141,12 +141,23 @@ class KVCache:
         # One more column is allocated than is used. Slices of the columns then have the same
         # strides when the cache is full, which would otherwise need another compiled graph.
         wide = max_len + 1
-        self.tensors = tuple(
-            torch.zeros(num_slots, batch_size, heads, wide, dim, dtype=dtype, device=device)[
-                :, :, :, :max_len
-            ]
-            for heads, dim in config.attention.cache_shapes
-        )
+        shapes = config.attention.cache_shapes
+        per_column = sum(heads * dim for heads, dim in shapes) * dtype.itemsize
+        num_bytes = num_slots * batch_size * wide * per_column
+        try:
+            if num_bytes >= 2**62:
+                raise MemoryError
+            self.tensors = tuple(
+                torch.zeros(num_slots, batch_size, heads, wide, dim, dtype=dtype, device=device)[
+                    :, :, :, :max_len
+                ]
+                for heads, dim in shapes
+            )
+        except (RuntimeError, MemoryError):  # torch has one class for its own and one for the GPU's
+            raise ValueError(
+                f"a cache of batch_size={batch_size}, max_len={max_len} and max_loops={max_loops} "
+                f"takes {num_bytes / 1e9:.3g} GB, which could not be allocated; lower one of them"
+            ) from None
         self.lengths = [0] * batch_size
         self._ends = [0] * batch_size  # one past the columns that chunks may have written
 
@@ -274,8 +285,10 @@ class CacheView:
             RuntimeError: Another chunk was committed since this view was made.
         """
         self.check()
+        lengths = list(self.cache.lengths)
         for row, before, count in self.lengths:
-            self.cache.lengths[row] = before + count
+            lengths[row] = before + count
+        self.cache.lengths = lengths  # in one assignment: all rows or none
 
     def mask(self, dtype: torch.dtype) -> Float[Tensor, "B 1 T S"] | None:
         """0 where a token attends to a column, else -inf; None if the causal order is enough."""

@@ -3,7 +3,7 @@
 Faster engines must give the same tokens.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar
 
@@ -81,7 +81,7 @@ def generate(
     temperature: Numbers = 0.0,
     top_k: OptionalCounts = None,
     top_p: OptionalNumbers = None,
-    stop_tokens: Iterable[int] = (),
+    stop_tokens: Collection[int] = (),
     seed: int = 0,
     cache_layout: CacheLayout | None = None,
     prefill_chunk: int | None = None,
@@ -97,9 +97,8 @@ def generate(
         prompts: Token ids, at least one per prompt; lengths may differ.
         seed: Seed of the initial states and, together with the prompt's index, of the sampling.
         cache_layout: Default ``PerLoop``, the same results as without a cache; others approximate.
-        prefill_chunk: Number of prompt tokens read at once; None: all. With a layout that
-            approximates, a token reads the other tokens of its own chunk at its own loop and
-            earlier chunks at the kept loops, so the result depends on this number.
+        prefill_chunk: Number of prompt tokens read at once; None: all. With another layout than
+            ``PerLoop``, results depend on it: see ``Session.stream``.
         use_cache: False computes all tokens again for each new one; not possible with an exit rule.
         max_loops: The most loops that the cache has room for; default: the largest ``num_loops``.
         compiled: Whether to compile decoding; see ``Session``.
@@ -117,8 +116,7 @@ def generate(
         _per_row("top_p", top_p, len(rows)),
     )
     return_logits = as_flag("return_logits", return_logits)
-    unordered = isinstance(stop_tokens, Set)
-    stops = token_ids("stop_tokens", list(stop_tokens) if unordered else stop_tokens)
+    stops = Request(tokens=(), stop_tokens=stop_tokens).stop_tokens  # an iterator is read once
     requests = [
         Request(
             tokens=tokens,
@@ -226,8 +224,8 @@ class Session:
         Raises:
             ValueError: A request that the model cannot serve, or a bad argument.
         """
-        config = model.config
         _checked(model, requests)
+        config = model.config
         for row, request in enumerate(requests):
             request.check(config, row=row)
         budgets = [request.budget(config.max_seq_len - len(request.tokens)) for request in requests]
@@ -282,6 +280,8 @@ class Session:
                 ``sample_idx``.
             prefill_chunk: Number of given tokens read at once; None: all. Chunks end at multiples
                 of it, counted from the row's first token, so a row does not depend on the others.
+                With a layout that approximates, a token reads its own chunk at its own loop and
+                earlier chunks at the kept loops, so the results depend on the chunk's size.
 
         Raises:
             ValueError: A bad number or combination; raised before anything is computed. Later, from

@@ -19,6 +19,7 @@ from openmythos.command.decoding import (
     load,
 )
 from openmythos.command.option import Device, Overrides, Seed
+from openmythos.terminal import console
 
 if TYPE_CHECKING:
     from openmythos.engine.reference import Session
@@ -48,7 +49,7 @@ def chat(
     from openmythos.text_stream import TextStream
 
     sampling = SamplingConfig(temperature=temperature, top_k=top_k, top_p=top_p)
-    console = Console(highlight=False)
+    screen, notes = console(), console(notes=True)
     depth = model.config.num_loops if num_loops is None else num_loops
     deepest = max(4 * model.config.num_loops, depth)
 
@@ -56,20 +57,21 @@ def chat(
         return Session(model, max_loops=deepest, cache_layout=layout)
 
     session, prefix = fresh(), [tokenizer.bos_id]
-    console.print(Text("/loops N, /reset, /quit; a base model continues text.", "dim"))
-    while (line := ask(console)) is not None and line != "/quit":
+    notes.print(Text("/loops N, /reset, /quit; a base model continues text.", "dim"))
+    while (line := ask(notes)) is not None and line != "/quit":
         if line == "/reset":
             session, prefix = fresh(), [tokenizer.bos_id]
             continue
         if line.startswith("/"):
-            depth = read_depth(console, line, depth, deepest)
+            depth = read_depth(notes, line, depth, deepest)
             continue
         words = tokenizer.encode(f"{line}\n")
         if len(words) > session.max_len - MIN_ANSWER:
-            console.print(f"[red]that line has {len(words)} tokens: too long for this model[/]")
+            said = f"that line has {len(words)} tokens: too long for this model"
+            notes.print(Text(said, "red"))
             continue
         if 1 + len(words) + MIN_ANSWER > session.room():
-            console.print(Text("the context is full; starting again", "dim"))
+            notes.print(Text("the context is full; starting again", "dim"))
             session, prefix = fresh(), [tokenizer.bos_id]
         prompt = [*prefix, *words]
         request = Request(
@@ -84,26 +86,26 @@ def chat(
         answer, loops, ended = TextStream(tokenizer), list[int](), False
         for new in session.stream([request]):
             loops.append(new.num_loops)
-            console.print(coloured(answer.push(new.token), loops, deepest), end="", soft_wrap=True)
+            screen.print(coloured(answer.push(new.token), loops, deepest), end="")
             ended = new.finish_reason == "stop"
-        console.print(coloured(answer.finish(), loops, deepest), soft_wrap=True)
+        screen.print(coloured(answer.finish(), loops, deepest))
         # In training, an eos is always followed by the bos of another document.
         prefix = [tokenizer.bos_id] if ended else []
 
 
-def ask(console: Console) -> str | None:
+def ask(notes: Console) -> str | None:
     """The user's next line; None at the end of input."""
     try:
-        return console.input("[bold cyan]> [/]")
+        return notes.input(Text("> ", "bold cyan"))
     except EOFError:
         return None
 
 
-def read_depth(console: Console, line: str, depth: int, deepest: int) -> int:
+def read_depth(notes: Console, line: str, depth: int, deepest: int) -> int:
     """The number of loops after a user's command that may change it."""
     words = line.split()
     number = int(words[1]) if len(words) == 2 and words[1].isdigit() else 0
     if words[0] == "/loops" and 1 <= number <= deepest:
         return number
-    console.print(f"[red]{line!r}: give /loops 1..{deepest}, /reset or /quit[/]")
+    notes.print(Text(f"{line!r}: give /loops 1..{deepest}, /reset or /quit", "red"))
     return depth

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.text import Text
 
 from openmythos.command.decoding import (
@@ -23,6 +22,7 @@ from openmythos.command.decoding import (
 )
 from openmythos.command.option import AsJson, Device, Overrides, Seed
 from openmythos.folder import write_whole
+from openmythos.terminal import console
 
 
 def generate(
@@ -76,10 +76,11 @@ def generate(
         typer.echo(json.dumps(rows))
         return
     most = model.config.num_loops if num_loops is None else num_loops
-    console = Console(highlight=False)
+    answers, notes = console(), console(notes=True)
     for text, tokens, loops in zip(prompt, result.tokens, result.loops, strict=True):
-        console.print(Text(text, style="bold"), end="")
+        answers.print(Text(text, style="bold"), end="")
         pieces = decode_pieces(tokenizer, tokens)
-        console.print(coloured(pieces, loops, most), soft_wrap=True)
+        answers.print(coloured(pieces, loops, most))
         if loops:
-            console.print(Text(f"{sum(loops) / len(loops):.2f} of {most} loops a token", "dim"))
+            said = f"{sum(loops) / len(loops):.2f} of {most} loops per token"
+            notes.print(Text(said, "dim"))

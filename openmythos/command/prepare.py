@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from openmythos.command.option import AsJson, Out, Seed
+from openmythos.terminal import console, print_table
 
 
 def prepare(
@@ -70,5 +70,5 @@ def prepare(
     for name, s in splits.items():
         per_token = f"{s['bytes'] / max(1, s['tokens']):.2f}"
         table.add_row(name, f"{s['documents']:,}", f"{s['tokens']:,}", f"{s['bytes']:,}", per_token)
-    Console().print(table)
+    print_table(console(), table)
     typer.echo(data.summary(), err=True)

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from openmythos.folder import replaced_folder
 from openmythos.tokenizer import Tokenizer
 
 FORMAT = "openmythos-tokens"
@@ -94,6 +95,25 @@ class PreparedData:
                 f"tokens were made with {self.tokenizer_fingerprint[:12]}; prepare the data again"
             )
         return tokenizer
+
+    def link(self, folder: Path) -> bool:
+        """Fill ``folder`` with hard links to this data, which outlive the deletion of its folder.
+
+        False, and nothing is written, where the file system has no such links.
+
+        Raises:
+            ValueError: ``folder`` holds something else than prepared data.
+        """
+        content = Path(self.tokenizer_file).parts[0]
+        own = {INDEX_FILE, *(path.name for path in folder.glob("data-*"))}
+        try:
+            with replaced_folder(folder, own) as fresh:
+                (fresh / content).mkdir()
+                for path in (self.folder / INDEX_FILE, *(self.folder / content).iterdir()):
+                    os.link(path, fresh / path.relative_to(self.folder))
+        except OSError:
+            return False
+        return True
 
     def check_files(self, split: str, *, checksums: bool) -> None:
         """Compare the files of a split with the index: sizes always, SHA-256 if `checksums`.

@@ -125,8 +125,10 @@ class KVCache:
         self.layout = PerLoop() if layout is None else layout
         require(isinstance(self.layout, PerLoop), "layout", layout, "a CacheLayout, as LastLoop()")
         batch_size = as_integer("batch_size", batch_size, 1)
-        max_len = as_integer("max_len", max_len, 1)
-        max_loops = as_integer("max_loops", max_loops, 1)
+        max_len, max_loops = (
+            as_integer("max_len", max_len, 1),
+            as_integer("max_loops", max_loops, 1),
+        )
         if config.depth_attention is not None and not self.layout.exact:
             raise ValueError(
                 f"cache layout {self.layout} loses loops that depth_attention reads; use PerLoop()"
@@ -139,20 +141,12 @@ class KVCache:
         # One more column is allocated than is used. Slices of the columns then have the same
         # strides when the cache is full, which would otherwise need another compiled graph.
         wide = max_len + 1
-        shapes, numbers = config.attention.cache_shapes, num_slots * batch_size * wide
-        num_bytes = numbers * sum(heads * dim for heads, dim in shapes) * dtype.itemsize
-        try:
-            self.tensors = tuple(
-                torch.zeros(num_slots, batch_size, heads, wide, dim, dtype=dtype, device=device)[
-                    :, :, :, :max_len
-                ]
-                for heads, dim in shapes
-            )
-        except (RuntimeError, TypeError, OverflowError):  # too much, or no size of a tensor at all
-            raise ValueError(
-                f"a cache of batch_size={batch_size}, max_len={max_len} and max_loops={max_loops} "
-                f"takes {num_bytes / 1e9:.3g} GB, which could not be allocated; lower one of them"
-            ) from None
+        self.tensors = tuple(
+            torch.zeros(num_slots, batch_size, heads, wide, dim, dtype=dtype, device=device)[
+                :, :, :, :max_len
+            ]
+            for heads, dim in config.attention.cache_shapes
+        )
         self.lengths = [0] * batch_size
         self._ends = [0] * batch_size  # one past the columns that chunks may have written
 

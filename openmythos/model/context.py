@@ -365,7 +365,7 @@ def as_tensor(
 
 def _check_tokens(config: ModelConfig, tokens: Int[Tensor, "B T"]) -> None:
     require(tokens.numel() > 0, "tokens", list(tokens.shape), "[B, T] with at least one token")
-    if torch.compiler.is_compiling() or native.vmapped() or tokens.is_meta:
+    if torch.compiler.is_compiling() or tokens.is_meta or native.vmapped():
         return
     low, high = torch.stack(tokens.aminmax()).tolist()  # one wait for the device, not two
     if low < 0 or high >= config.vocab_size:

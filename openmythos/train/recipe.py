@@ -20,7 +20,8 @@ class TrainConfig:
     ``grad_accumulation`` micro-batches. ``balance_rate`` is the step of the experts' selection bias
     per optimiser step. ``recompute`` is activation checkpointing per loop: the forward keeps the
     states only, and the backward pass runs each loop again. ``init_from`` is a checkpoint folder,
-    of any family, with the initial weights; None draws new ones.
+    of any family, with the initial weights; None draws new ones. A checkpoint is written after
+    every ``save_every`` steps (0: not by number of steps), before every evaluation, and at the end.
     """
 
     seed: int = 0
@@ -42,7 +43,7 @@ class TrainConfig:
     eval_every: int = 0
     eval_loops: tuple[int, ...] = (1, 2, 4, 8, 16)
     eval_batches: int = 16
-    save_every: int = 0
+    save_every: int = 200
     keep_checkpoints: int = 2
 
     def __post_init__(self) -> None:
@@ -67,6 +68,18 @@ class TrainConfig:
         by_step = step / self.max_steps if self.max_steps is not None else 0.0
         by_time = seconds / self.max_seconds if self.max_seconds is not None else 0.0
         return min(1.0, max(by_step, by_time))
+
+
+# What may change while a run goes on: up to rounding, the steps already done are the same with it.
+# A new length moves the schedules of the steps to come.
+FREE_FIELDS = frozenset(
+    f"train.{name}"
+    for name in (
+        *("max_steps", "max_seconds", "grad_accumulation", "compile", "log_every", "save_every"),
+        *("keep_checkpoints", "eval_every", "eval_loops", "eval_batches", "recompute"),
+    )
+)
+PATH_FIELDS = ("data.source", "train.init_from")  # compared as the places that they lead to
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,9 @@
 import json
 from pathlib import Path
 
+from typer.testing import CliRunner
+
+from openmythos.cli import app
 from tests.command.conftest import Invoke, refused, sets
 
 PROMPTS = ("--prompt", "the list", "--prompt", "a")
@@ -17,9 +20,18 @@ def test_generate_as_json(invoke: Invoke, text_run: Path) -> None:
 
 
 def test_generate_as_text(invoke: Invoke, text_run: Path) -> None:
-    said = invoke("generate", text_run, *PROMPTS, "--max-new-tokens", 4)
-    assert "the list" in said
-    assert said.count("of 4 loops a token") == 2
+    command = ["generate", str(text_run), *PROMPTS, "--prompt", "[/x]", "--max-new-tokens", "4"]
+    ran = CliRunner().invoke(app, command)
+    assert ran.exit_code == 0
+    assert "the list" in ran.stdout and "[/x]" in ran.stdout and "loops" not in ran.stdout
+    assert ran.stderr.count("4.00 of 4 loops per token\n") == 3
+
+
+def test_a_cache_that_cannot_fit_is_refused_with_its_size(invoke: Invoke, text_run: Path) -> None:
+    for loops in (10**10, 10**30):
+        command = ("generate", text_run, *PROMPTS, "--num-loops", loops, "--max-new-tokens", 4)
+        message = refused(invoke, *command)
+        assert f"and {loops} loops needs" in message and "iB free; lower num_loops" in message
 
 
 def test_generate_with_an_exit_rule_and_sampling(invoke: Invoke, text_run: Path) -> None:

@@ -89,7 +89,6 @@ class OpenMythosPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["Block"]  # noqa: RUF012 (transformers' own form, here and below)
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
-    _keep_in_fp32_modules_strict = ["selection_bias"]  # noqa: RUF012
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
@@ -100,6 +99,12 @@ class OpenMythosPreTrainedModel(PreTrainedModel):
     def _can_set_experts_implementation(cls) -> bool:
         """transformers looks for the decorator in this file; it is in ``layers_openmythos``."""
         return True
+
+    def set_experts_implementation(self, experts_implementation: Any, *args: Any) -> None:
+        """As in transformers, and an error for a model without experts: one class serves both."""
+        if self.config.base_model_ep_plan is None:
+            raise ValueError("this model has no experts")
+        super().set_experts_implementation(experts_implementation, *args)
 
     def resize_token_embeddings(
         self,
@@ -133,6 +138,8 @@ class OpenMythosModel(OpenMythosPreTrainedModel):
 
     def __init__(self, config: OpenMythosConfig) -> None:
         super().__init__(config)
+        if config.base_model_ep_plan is not None:
+            self._keep_in_fp32_modules_strict = ["selection_bias"]
         dim, p, c = config.hidden_size, config.num_prelude_layers, config.num_core_layers
         self.embed_tokens = nn.Embedding(config.vocab_size, dim)
         self.prelude = nn.ModuleList(Block(config, "prelude", i) for i in range(p))

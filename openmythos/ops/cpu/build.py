@@ -169,5 +169,7 @@ def eager() -> bool:
 
 def vmapped() -> bool:
     """Whether this runs under ``torch.func.vmap``, where no value can be looked at."""
+    if torch.compiler.is_compiling():  # which cannot trace the next line
+        return False
     stack = torch._C._functorch.get_interpreter_stack() or ()
     return any(each.key() == torch._C._functorch.TransformType.Vmap for each in stack)

@@ -190,6 +190,7 @@ def require_positive(owner: object, *names: str) -> None:
         fits = type(value) is int or (type(value) is float and not whole)
         require(fits, name, value, f"{'an integer' if whole else 'a number'} of at least 1")
         require(value >= 1, name, value, "at least 1")
+        require(value < 2**63, name, value, "below 2**63")
         object.__setattr__(owner, name, value)
 
 

@@ -99,8 +99,7 @@ def generate(
         prompts: Token ids, at least one per prompt; lengths may differ.
         seed: Seed of the initial states and, together with the prompt's index, of the sampling.
         cache_layout: Default ``PerLoop``, the same results as without a cache; others approximate.
-        prefill_chunk: Number of prompt tokens read at once; None: all. With another layout than
-            ``PerLoop``, results depend on it: see ``Session.stream``.
+        prefill_chunk: Number of prompt tokens read at once; None: all. See ``Session.stream``.
         use_cache: False computes all tokens again for each new one; not possible with an exit rule.
         max_loops: The most loops that the cache has room for; default: the largest ``num_loops``.
         compiled: Whether to compile decoding; see ``Session``.

@@ -30,6 +30,7 @@ Own = tuple[
 ]  # keys, values, and whether each row has run that loop
 Recent = tuple[tuple[Float[Tensor, "R B heads T dim"], ...], ...]  # per core layer: keys, values
 Ids = Int[Tensor, "B T"] | Sequence[Sequence[int]]
+Seeds = int | Sequence[int] | Int[Tensor, "B _"]
 
 
 @dataclass(frozen=True)
@@ -97,10 +98,9 @@ class ForwardContext:
             lengths = tuple(lengths[row] for row in chosen)
         per_row = ("tokens", "positions", "rope", "seeds", "documents", "valid")
         parts = {name: select_rows(getattr(self, name), index) for name in per_row}
-        masks = {name: m for name, m in self.masks.items() if name != "spans"}
         parts["recent"] = select_rows(self.recent, index, dim=1)
         cache = None if self.cache is None else self.cache.select(index)
-        masks = select_rows(masks, index)
+        masks = {name: select_rows(m, index) for name, m in self.masks.items() if name != "spans"}
         return replace(self, **parts, lengths=lengths, cache=cache, masks=masks)
 
     def at_loop(self, loop: int | None, recent: Recent | None) -> "ForwardContext":
@@ -256,7 +256,7 @@ def make_context(
     positions: Int[Tensor, "B T"] | None = None,
     cache: KVCache | None = None,
     rows: Sequence[int] | None = None,
-    seeds: int | Sequence[int] | Int[Tensor, "B _"] = 0,
+    seeds: Seeds = 0,
 ) -> ForwardContext:
     """The context of a batch of tokens.
 
@@ -326,9 +326,7 @@ def make_context(
     return ctx
 
 
-def _seeds(
-    seeds: int | Sequence[int] | Int[Tensor, "B _"], tokens: Int[Tensor, "B T"]
-) -> Int[Tensor, "B _"]:
+def _seeds(seeds: Seeds, tokens: Int[Tensor, "B T"]) -> Int[Tensor, "B _"]:
     if not isinstance(seeds, Tensor):
         each = [seeds] * len(tokens) if isinstance(seeds, int) else seeds
         # Seeds of up to 64 bits, with or without a sign, as torch.Generator takes them.

@@ -98,9 +98,8 @@ def init_weights(model: nn.Module, d_model: int, seed: int) -> None:
         for name in names:
             matrix = getattr(module, name).flatten(0, -2)
             step = max(1, DRAWN_AT_ONCE // matrix.shape[1])
-            for start in range(0, len(matrix), step):
-                part = matrix[start : start + step]
-                rows = range(start, start + len(part))
+            for index, part in enumerate(matrix.split(step)):
+                rows = range(index * step, index * step + len(part))
                 part.copy_(std * normal_rows(seed, f"{prefix}.{name}", rows, matrix.shape[1]))
     for module in model.modules():
         own = getattr(module, "init_weights", None)
@@ -115,7 +114,6 @@ def _normal(
     return (part.std * noise).to(e.dtype)
 
 
-# h_0: zeros, e, or noise that depends only on (the token's seed, position, channel).
 STATE_INITS: dict[type, Callable[..., Tensor]] = {
     ZerosInitConfig: lambda part, e, ctx: torch.zeros_like(e),
     CopyInitConfig: lambda part, e, ctx: e,

@@ -98,7 +98,7 @@ class RecurrentDepthLM(LoopedModel):
         return self.injection(self.prelude_norm(x))
 
     def init_state(self, e: Float[Tensor, "B T D"], ctx: ForwardContext) -> Float[Tensor, "B T D"]:
-        """The initial state h_0; a random one depends on the seeds and positions of ``ctx``."""
+        """h_0: zeros, e, or noise that depends on (``ctx.seeds``, ``ctx.positions``, channel)."""
         part = self.config.state_init
         return STATE_INITS[type(part)](part, e, ctx)
 

@@ -806,7 +806,7 @@ def test_chunks_are_positions_of_the_row(layout: Any, chunk: int) -> None:
         memory = KVCache(
             model.config, batch_size=1, max_len=12, max_loops=3, layout=layout, dtype=torch.float64
         )
-        batch = CachedBatch(model, memory, seed=0)
+        batch = CachedBatch(model, memory)
         with torch.no_grad():
             for part in ([text[:1]], *([part] for part in parts)):
                 batch.prefill(part, [3], chunk)

@@ -582,3 +582,20 @@ def test_loops_that_were_not_run_report_no_load(tmp_path: Path) -> None:
     assert all(value >= 0 for name, value in first.items() if name.startswith("max_violation"))
     (*_, layer) = [m for m in model.modules() if isinstance(m, MoE)]
     assert layer.load.sum() == 0 and layer.bias[:2].abs().sum() > 0 and layer.bias[2].sum() == 0
+
+
+def test_every_row_and_document_of_a_step_has_initial_states_of_its_own() -> None:
+    """And micro-batches do not change them: the gradients are those of the whole batch."""
+    documents = torch.tensor([[0, 0, 1, -1], [0, 1, 2, 2], [0, 0, 0, 0], [0, 1, 1, 1]])
+    drawn = [loop.state_seeds(seed, step, 0, documents) for seed in (0, 1) for step in (0, 1)]
+    assert len(torch.stack(drawn).unique()) == 4 * (2 + 3 + 1 + 2)
+    assert torch.equal(loop.state_seeds(1, 1, 2, documents[2:]), drawn[-1][2:])
+    config = small_config(state_init=NormalInitConfig())
+    batch, found = random_batch(config, 4, 8), []
+    for parts in (1, 2, 4):
+        model = random_model(config, dtype=torch.float64)
+        recipe = TrainConfig(max_steps=1, batch_size=4, grad_accumulation=parts)
+        loop._gradients(model, batch, recipe, 3, 0.0)
+        found.append(model.embed.weight.grad.clone())
+    torch.testing.assert_close(found[1], found[0])
+    torch.testing.assert_close(found[2], found[0])

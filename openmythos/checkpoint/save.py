@@ -1,4 +1,4 @@
-"""Write a checkpoint folder: model.safetensors, config.json and, optionally, tokenizer.json."""
+"""Write a checkpoint folder: model.safetensors, config.json and, optionally, a tokenizer."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,9 +11,10 @@ from openmythos.config.schema import to_dict
 from openmythos.folder import PathLike, replaced_folder, write_json
 from openmythos.model.recurrent import RecurrentDepthLM
 from openmythos.tokenizer import Tokenizer
+from openmythos.tokenizer_folder import GENERATION_FILE, SETTINGS_FILE, TOKENIZER_FILE
 
 FORMAT, FORMAT_VERSION = "openmythos", 1
-OWN_FILES = {CONFIG_FILE, WEIGHTS_FILE, "tokenizer.json", "tokenizer_config.json"}
+OWN_FILES = {CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE, SETTINGS_FILE, GENERATION_FILE}
 
 
 def save_pretrained(

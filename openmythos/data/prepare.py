@@ -91,6 +91,8 @@ def prepare(
     _check_arguments(
         vocab_size if tokenizer is None else None, val_fraction, seed, max_shard_tokens
     )
+    if tokenizer is not None:
+        tokenizer.require_lossless("training data and bits per byte")
     folder = Path(out)
     old = _existing(folder)
     settings: dict[str, Any] = {
@@ -118,7 +120,7 @@ def prepare(
         is_val, num_duplicates = spool.arrange(seed, val_fraction)
         if tokenizer is None:
             tokenizer = train_bpe(spool.texts(~is_val, MAX_BPE_TRAINING_BYTES), vocab_size)
-        tokenizer.save(building)
+        tokenizer.marking_begin().save(building)  # as every document has it from here on
         splits = {
             split: _write_split(spool, chosen, tokenizer, building, split, max_shard_tokens)
             for split, chosen in zip(SPLITS, (~is_val, is_val), strict=True)

@@ -10,10 +10,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-vllm lint bench docs clean
+.PHONY: help setup demo test test-vllm test-transformers lint bench docs clean
 
 help:
-	@echo "make setup | demo | test | test-vllm | lint | bench | docs | clean   (options: PYTHON=python3.12, ARGS=...)"
+	@echo "make setup | demo | test | test-vllm | test-transformers | lint | bench | docs | clean   (options: PYTHON=python3.12, ARGS=...)"
 
 setup: $(STAMP)
 
@@ -50,6 +50,21 @@ $(VLLM)/.installed:
 	@$(VLLM)/bin/python tests/vllm/requirements.py $(VLLM)/wheel/*.whl > $(VLLM)/requirements.txt
 	@$(VLLM)/bin/python -m pip install -qq --disable-pip-version-check -r $(VLLM)/requirements.txt
 	@$(VLLM)/bin/python -m pip install -qq --disable-pip-version-check --no-deps $(VLLM)/wheel/*.whl
+	@touch $@
+
+# transformers' own tests of a model, from its source distribution; not installed anywhere.
+SUITE := .transformers-tests
+
+test-transformers: $(STAMP) $(SUITE)/.installed
+	@$(BIN)/python -m tests.transformers_suite.run --tests $(SUITE) $(ARGS)
+
+$(SUITE)/.installed:
+	@rm -rf $(SUITE)
+	@version=$$($(BIN)/python -c 'import importlib.metadata as m; print(m.version("transformers"))') && \
+		$(BIN)/python -m pip download -qq --disable-pip-version-check --no-deps --no-binary transformers \
+			--dest $(SUITE) transformers==$$version
+	@tar xzf $(SUITE)/transformers-*.tar.gz -C $(SUITE)
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps --target $(SUITE) parameterized==0.9.0
 	@touch $@
 
 lint: $(STAMP)

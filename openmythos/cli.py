@@ -1,6 +1,9 @@
 """The command table of ``openmythos``. Commands import torch only when they run."""
 
+import io
 import sys
+import warnings
+from typing import Annotated
 
 import typer
 
@@ -18,12 +21,39 @@ from openmythos.command import (
     train,
 )
 
+LONGEST_MESSAGE = 2000  # characters: a given value may be a whole file
+OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
+TOO_LARGE = ("overflow", "unpack long", "too large to convert")
+
 app = typer.Typer(
     help="Recurrent-depth (looped) language models: train, generate, inspect.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # brackets in a user's words are no markup
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def show_version(wanted: bool) -> bool:
+    """Print the version and end, if ``--version`` was given."""
+    if wanted:
+        from openmythos import __version__
+
+        print(f"openmythos {__version__}")
+        raise typer.Exit
+    return wanted
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=show_version, is_eager=True, help="Print the version."),
+    ] = False,
+) -> None:
+    """Recurrent-depth (looped) language models: train, generate, inspect."""
+
+
 app.command()(demo.demo)
 app.command()(train.train)
 app.command()(generate.generate)
@@ -38,12 +68,47 @@ app.command()(convert.convert)
 
 
 def main() -> None:
-    """Run a command; what a user can get wrong ends in one line and exit status 2."""
+    """Run a command; what a user can cause ends in one line and exit status 2."""
+    warnings.showwarning = _show_warning
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a narrow encoding loses no output
+            stream.reconfigure(errors="backslashreplace")
     try:
         app()
-    except (ValueError, OSError) as error:
-        message = " ".join(str(error).split())
-        print(f"error: {message}", file=sys.stderr)
-        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+    except Exception as error:
+        message = fault_of_user(error)
+        if message is None:
+            raise
+        print(f"error: {message}", file=sys.stderr)
+        sys.exit(2)
+
+
+def fault_of_user(error: Exception) -> str | None:
+    """One line about an error that a user can cause; None for a fault of the program.
+
+    These are refused values, files and disks, memory that is not there, and numbers that do not fit
+    into a machine's word. Torch and safetensors have no classes of their own for all of them.
+    """
+    said = " ".join(str(error).split())
+    if len(said) > LONGEST_MESSAGE:
+        half = LONGEST_MESSAGE // 2
+        said = f"{said[:half]} ... {said[-half:]}"
+    if isinstance(error, (ValueError, OSError)) or type(error).__name__ == "SafetensorError":
+        return said or type(error).__name__
+    lower = said.lower()
+    if isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(words in lower for words in OUT_OF_MEMORY)
+    ):
+        return f"out of memory ({said or 'no more bytes'}); take a smaller model, batch or depth"
+    if isinstance(error, (OverflowError, RuntimeError, TypeError)) and any(
+        words in lower for words in TOO_LARGE
+    ):
+        return f"a number is too large ({said}); give smaller ones"
+    return None
+
+
+def _show_warning(message: Warning | str, *where: object, **options: object) -> None:
+    """One line, without the place in the code that Python names."""
+    print(f"warning: {' '.join(str(message).split())}", file=sys.stderr)

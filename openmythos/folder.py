@@ -1,22 +1,29 @@
-"""Atomic writes of files and folders: a reader sees the old content or the new, never a part.
+"""Atomic writes of files and folders, locks and checksums.
 
 Every other module that writes files goes through here. New content is first written beside its
-destination as ``.NAME.tmp`` and then renamed over it, so a process killed at any time loses nothing
-that was there before. Two processes must not write the same file or folder at once.
+destination as ``.NAME.tmp`` and then renamed over it: a reader sees the old content or the new,
+never a part, and a process killed at any time loses nothing that was there before. Two processes
+must not write the same file or folder at once; ``locked`` keeps the second one out.
 """
 
 import contextlib
 import ctypes
+import functools
+import hashlib
 import json
 import os
+import platform
 import shutil
 import sys
+import time
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 PathLike = str | os.PathLike[str]
 MAX_LISTED = 30  # the most names in one list of an error message
+MANIFEST_FILE = "manifest.json"
+LOCK_FILE = ".lock"
 
 
 @contextlib.contextmanager
@@ -28,7 +35,7 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = _aside(path)
     try:
-        with aside.open("wb") as file:
+        with errors_name(path), aside.open("wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -50,6 +57,17 @@ def write_json(path: Path, data: object) -> None:
 
 
 @contextlib.contextmanager
+def errors_name(path: Path) -> Iterator[None]:
+    """Give the system's errors that name no file, such as that of a full disk, this path."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+@contextlib.contextmanager
 def replaced_folder(folder: PathLike, own_files: Collection[str]) -> Iterator[Path]:
     """Yield an empty folder to fill; when the block ends without an error, it replaces ``folder``.
 
@@ -66,9 +84,10 @@ def replaced_folder(folder: PathLike, own_files: Collection[str]) -> Iterator[Pa
         shutil.rmtree(fresh)
     fresh.mkdir()
     try:
-        yield fresh
-        for path in (*fresh.rglob("*"), fresh):
-            sync(path)
+        with errors_name(target):
+            yield fresh
+            for path in (*fresh.rglob("*"), fresh):
+                sync(path)
     except BaseException:
         shutil.rmtree(fresh, ignore_errors=True)
         raise
@@ -143,6 +162,114 @@ def _exchange(first: Path, second: Path) -> bool:
         return libc.renamex_np(*names, swap) == 0
     here = -100  # AT_FDCWD
     return hasattr(libc, "renameat2") and libc.renameat2(here, names[0], here, names[1], swap) == 0
+
+
+# --- checksums ------------------------------------------------------------------------------------
+
+
+def write_manifest(folder: Path) -> None:
+    """Write the size and the SHA-256 of every file in a folder; call it when all are complete."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    files = {
+        path.relative_to(folder).as_posix(): {
+            "bytes": path.stat().st_size,
+            "sha256": _sha256(path),
+        }
+        for path in paths
+        if path.name != MANIFEST_FILE
+    }
+    write_json(folder / MANIFEST_FILE, {"files": files})
+
+
+def damage(folder: Path) -> str | None:
+    """What differs from a folder's manifest, in words; None if nothing does or there is none.
+
+    Files that the manifest does not name do not matter.
+    """
+    manifest = folder / MANIFEST_FILE
+    if not manifest.is_file():
+        return None
+    try:
+        expected = json.loads(manifest.read_text(encoding="utf-8"))["files"]
+        recorded = {name: (entry["bytes"], entry["sha256"]) for name, entry in expected.items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return f"{MANIFEST_FILE} cannot be read"
+    for name, (num_bytes, digest) in recorded.items():
+        try:
+            status = (folder / name).stat()
+            if status.st_size != num_bytes:
+                return f"{name} has {status.st_size} bytes instead of {num_bytes}"
+            key = status.st_size, status.st_mtime_ns, status.st_ino
+            if _known_sha256(folder / name, key) != digest:
+                return f"{name} does not match its SHA-256"
+        except OSError as error:
+            return f"{name} is missing" if isinstance(error, FileNotFoundError) else str(error)
+    return None
+
+
+@functools.lru_cache(maxsize=4096)
+def _known_sha256(path: Path, key: tuple[int, ...]) -> str:
+    """The SHA-256 of a file, read once for each ``key``: its size, its time and its inode."""
+    return _sha256(path)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# --- locks ----------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other processes that use this out of ``folder``, which is created if it is missing.
+
+    The lock ends with the process, however that ends. Windows, and file systems without locks, do
+    not keep anybody out.
+
+    Raises:
+        ValueError: Another process is in; the message names it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / LOCK_FILE
+    descriptor = _lock(path)
+    since = time.strftime("%Y-%m-%d %H:%M:%S")
+    holder = f"process {os.getpid()} on {platform.node()} since {since}"
+    with os.fdopen(descriptor, "r+b", buffering=0) as file:
+        with errors_name(path):
+            file.truncate()
+            file.write(holder.encode())
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):  # Windows removes no open file
+                path.unlink()  # while it is locked: a lock on a removed file is worth nothing
+
+
+def _lock(path: Path) -> int:
+    """The descriptor of a lock file, which this process has locked."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            if sys.platform != "win32":
+                import fcntl
+
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
+                return descriptor
+        except BlockingIOError:
+            holder = os.pread(descriptor, 200, 0).decode(errors="replace") or "another process"
+            os.close(descriptor)
+            raise ValueError(
+                f"{path.parent} is in use by {holder}; wait until it has ended, or choose another "
+                "folder"
+            ) from None
+        except FileNotFoundError:
+            pass  # the one before has just removed it
+        except OSError:
+            return descriptor  # no locks here
+        os.close(descriptor)
 
 
 def listed(names: list[str]) -> str:

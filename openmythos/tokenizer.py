@@ -33,9 +33,12 @@ from openmythos.tokenizer_folder import (
     TOKENIZER_FILE,
     Facts,
     add_missing,
+    default_template,
     end_ids,
+    find_file,
     read_backend,
     read_facts,
+    read_file,
     special_names,
 )
 
@@ -57,6 +60,10 @@ SPLIT_PATTERN = (
     r"|\s+(?!\S)"
     r"|\s+"
 )
+
+# Training takes quadratic time in the length of a piece (a run of letters without a boundary), so
+# longer pieces are cut there. Encoding takes linear time and cuts nothing.
+MAX_TRAINING_PIECE = 256
 
 
 # Every byte that UTF-8 can hold; then what normalizers compose, decompose, fold, strip or drop.
@@ -134,7 +141,7 @@ class Tokenizer:
         # An id without a token has no text and is never generated.
         known = {i for i in end_ids(self._facts) if 0 <= i < self.vocab_size}
         self.end_ids = frozenset({self.eos_id, *known})
-        self.chat_template = _default_template(self._facts.settings.get("chat_template"))
+        self.chat_template = default_template(self._facts.settings.get("chat_template"))
         sizes = np.array([len(token) for token in self._token_bytes], dtype=np.int64)
         sizes.setflags(write=False)
         self._token_num_bytes = sizes
@@ -366,6 +373,8 @@ class Tokenizer:
     ) -> Tokenizer:
         """Read a byte-level `tokenizer.json`, given the file or the folder that holds it.
 
+        The folder may be a checkpoint, prepared data, or a run: its newest checkpoint or its data.
+
         The files beside it are read as well; a folder of GPT-2's `vocab.json` and `merges.txt` will
         do. The names of the special tokens are the arguments; those not given are as these files
         say, else our defaults if it has them, else its end token: the only special token, or
@@ -381,13 +390,13 @@ class Tokenizer:
             ValueError: No such file, not a tokenizer, not byte-level, or a special token is
                 missing.
         """
-        file = Path(path) / TOKENIZER_FILE if Path(path).is_dir() else Path(path)
+        file = find_file(Path(path))
         facts = read_facts(file.parent)
         given = {"bos_token": bos_token, "eos_token": eos_token, "pad_token": pad_token}
         named = {key: name for key, name in given.items() if name}
         facts = replace(facts, settings={**facts.settings, **named})
         backend = None if file.is_file() else read_backend(file.parent, facts)
-        backend = _read_file(file) if backend is None else backend
+        backend = read_file(file) if backend is None else backend
         _check_byte_level(backend)
         add_missing(backend, facts)
         names = {name: facts.settings[name] for name in SPECIAL_NAMES if facts.settings.get(name)}
@@ -483,31 +492,6 @@ def _check_byte_level(backend: tokenizers.Tokenizer) -> dict[str, Any]:
     return config
 
 
-def _default_template(given: Any) -> str | None:
-    """The template of plain conversations; there can be several by name."""
-    if isinstance(given, list):
-        given = {entry.get("name"): entry.get("template") for entry in given}
-    if isinstance(given, dict):
-        given = given.get("default")
-    return given if isinstance(given, str) else None
-
-
-def _read_file(file: Path) -> tokenizers.Tokenizer:
-    if not file.is_file():
-        raise ValueError(
-            f"no tokenizer at {file}: give a {TOKENIZER_FILE} file or a folder that holds one"
-        )
-    try:
-        return tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{file} is not UTF-8 text at byte {error.start}: not a tokenizer.json"
-        ) from None
-    except Exception as error:  # the library raises bare Exception for a file it cannot parse
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{file} is not a tokenizer.json that can be read: {reason}") from None
-
-
 def byte_tokenizer() -> Tokenizer:
     """A tokenizer without merges: special tokens have ids 0, 1, 2, and byte b has id 3 + b."""
     vocab = {token: index for index, token in enumerate(SPECIAL_TOKENS)}
@@ -554,7 +538,16 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
             num_characters += len(text)
             yield text
 
+    ordinary = backend.pre_tokenizer
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            _split(SPLIT_PATTERN),
+            _split(rf"[\s\S]{{1,{MAX_TRAINING_PIECE}}}"),
+            _byte_level(),
+        ]
+    )
     backend.train_from_iterator(counted(), trainer)
+    backend.pre_tokenizer = ordinary
     if num_characters == 0:
         raise ValueError(
             "no text to train a tokenizer on: give at least one text that is not empty"
@@ -564,15 +557,18 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 def _backend(model: models.Model) -> tokenizers.Tokenizer:
     backend = tokenizers.Tokenizer(model)
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(SPLIT_PATTERN), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    backend.pre_tokenizer = pre_tokenizers.Sequence([_split(SPLIT_PATTERN), _byte_level()])
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL_TOKENS])
     return backend
+
+
+def _split(pattern: str) -> pre_tokenizers.PreTokenizer:
+    return pre_tokenizers.Split(Regex(pattern), behavior="isolated")
+
+
+def _byte_level() -> pre_tokenizers.PreTokenizer:
+    return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
 
 
 def _check_encodable(text: str) -> None:

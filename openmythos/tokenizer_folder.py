@@ -4,6 +4,7 @@ Several programs and versions write the same facts into different files: the nam
 tokens, added tokens, the chat template, the ids that end a text, and how to sample.
 """
 
+import contextlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -64,6 +65,50 @@ def read_facts(folder: Path) -> Facts:
     except (AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"the added tokens in {folder} cannot be read: {error}") from None
     return Facts(settings=settings, generation=generation, ids=ids, added=added)
+
+
+def default_template(given: Any) -> str | None:
+    """The template of plain conversations; there can be several by name."""
+    if isinstance(given, list):
+        given = {entry.get("name"): entry.get("template") for entry in given}
+    if isinstance(given, dict):
+        given = given.get("default")
+    return given if isinstance(given, str) else None
+
+
+def find_file(path: Path) -> Path:
+    """The tokenizer.json of a folder, which may be missing; any other path as it is."""
+    file = path / TOKENIZER_FILE
+    if not path.is_dir() or file.is_file():
+        return file if path.is_dir() else path
+    for checkpoint in sorted(path.glob("checkpoints/step-????????"), reverse=True):
+        if (checkpoint / TOKENIZER_FILE).is_file():
+            return checkpoint / TOKENIZER_FILE
+    for index in (path / "index.json", path / "data" / "index.json"):  # prepared data
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+            return index.parent / json.loads(index.read_text(encoding="utf-8"))["tokenizer_file"]
+    return file
+
+
+def read_file(file: Path) -> tokenizers.Tokenizer:
+    """The tokenizer in a tokenizer.json.
+
+    Raises:
+        ValueError: It is missing or damaged.
+    """
+    if not file.is_file():
+        raise ValueError(
+            f"no tokenizer at {file}: give a {TOKENIZER_FILE} file or a folder that holds one"
+        )
+    try:
+        return tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{file} is not UTF-8 text at byte {error.start}: not a tokenizer.json"
+        ) from None
+    except Exception as error:  # the library raises bare Exception for a file it cannot parse
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{file} is not a tokenizer.json that can be read: {reason}") from None
 
 
 def read_backend(folder: Path, facts: Facts) -> tokenizers.Tokenizer | None:

@@ -7,8 +7,9 @@ import time
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
-from openmythos import cli
+from openmythos import __version__, cli
 
 COMMANDS = (
     *("demo", "train", "generate", "chat", "prepare", "eval", "presets", "inspect", "export"),
@@ -86,8 +87,9 @@ def test_errors_are_one_line_with_status_2(
     (tmp_path / "broken.json").write_text("{", encoding="utf-8")
     ran = openmythos(*arguments, cwd=tmp_path)
     assert ran.returncode == 2
-    (line,) = ran.stderr.splitlines()
+    *notes, line = ran.stderr.splitlines()
     assert line.startswith("error: ") and said in line
+    assert all(text.endswith(" ...") for text in notes)
     assert ran.stdout == ""
 
 
@@ -109,10 +111,28 @@ def test_main_joins_lines_and_keeps_real_faults(
     assert fails_with(PermissionError(13, "denied", "out")) == 2
     assert "denied" in capsys.readouterr().err
     assert fails_with(KeyboardInterrupt()) == 130
+    capsys.readouterr()
+    for cause, said in (
+        (MemoryError(), "out of memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "out of memory"),
+        (SafetensorError("No space left on device"), "No space left"),
+        (OverflowError("int too large to convert to C long"), "a number is too large"),
+        (RuntimeError("Overflow when unpacking long"), "a number is too large"),
+        (ValueError("x" * 900_000), "x ... x"),
+    ):
+        assert fails_with(cause) == 2
+        message = capsys.readouterr().err
+        assert said in message and len(message) < 2100 and message.count("\n") == 1
     for fault in (TypeError("a bug"), RuntimeError("a bug")):  # these keep their traceback
         monkeypatch.setattr(cli, "app", lambda fault=fault: (_ for _ in ()).throw(fault))
         with pytest.raises(type(fault), match="a bug"):
             cli.main()
+
+
+def test_version_and_short_help() -> None:
+    assert openmythos("--version").stdout == f"openmythos {__version__}\n"
+    assert openmythos("train", "-h").stdout == openmythos("train", "--help").stdout
+    assert "--show-completion" in openmythos("-h").stdout
 
 
 def test_usage_errors_and_no_arguments() -> None:

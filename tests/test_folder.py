@@ -11,11 +11,14 @@ import openmythos.folder
 from openmythos.checkpoint.load import load_checkpoint
 from openmythos.checkpoint.save import OWN_FILES, save_pretrained
 from openmythos.folder import (
+    damage,
+    locked,
     put_in_place,
     remove_unfinished,
     replaced_folder,
     whole_file,
     write_json,
+    write_manifest,
     write_whole,
 )
 from openmythos.model.recurrent import RecurrentDepthLM
@@ -71,6 +74,55 @@ def test_what_is_whole_is_put_in_place(tmp_path: Path) -> None:
         (tmp_path / name / "half").touch()
     remove_unfinished(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "step"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_errors_of_the_system_name_the_file(tmp_path: Path) -> None:
+    (tmp_path / ".a.txt.tmp").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"No space left on device: '.*a\.txt'"):
+        write_whole(tmp_path / "a.txt", "x" * 100_000)
+
+
+def test_a_manifest_finds_every_change(tmp_path: Path) -> None:
+    (tmp_path / "deep").mkdir()
+    for name in ("a", "deep/b"):
+        (tmp_path / name).write_text("content")
+    assert damage(tmp_path) is None  # there is no manifest
+    write_manifest(tmp_path)
+    assert damage(tmp_path) is None
+    (tmp_path / "c").touch()  # is not named in it
+    assert damage(tmp_path) is None
+    (tmp_path / "a").write_text("contend")
+    assert damage(tmp_path) == "a does not match its SHA-256"
+    (tmp_path / "a").write_text("longer content")
+    assert damage(tmp_path) == "a has 14 bytes instead of 7"
+    (tmp_path / "a").unlink()
+    assert damage(tmp_path) == "a is missing"
+    for text in ("", "[]", "{}", '{"files": []}', '{"files": {"a": {"bytes": 1}}}', "\xff"):
+        (tmp_path / "manifest.json").write_bytes(text.encode("latin-1"))
+        assert damage(tmp_path) == "manifest.json cannot be read"
+
+
+def test_a_lock_names_the_process_and_ends_with_it(tmp_path: Path) -> None:
+    program = (
+        "import sys, time\nfrom pathlib import Path\nfrom openmythos.folder import locked\n"
+        "with locked(Path(sys.argv[1])):\n    print('in', flush=True)\n    time.sleep(60)\n"
+    )
+    with locked(tmp_path / "new"):
+        pass
+    assert list((tmp_path / "new").iterdir()) == []
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None and process.stdout.readline() == "in\n"
+    with pytest.raises(ValueError, match=rf"is in use by process {process.pid} on .*; wait"):
+        locked(tmp_path).__enter__()
+    process.kill()
+    process.communicate()
+    with locked(tmp_path):
+        assert (tmp_path / ".lock").read_text().startswith(f"process {os.getpid()} on ")
+        with pytest.raises(ValueError, match=f"process {os.getpid()} "):
+            locked(tmp_path).__enter__()
 
 
 # --- replacing ------------------------------------------------------------------------------------

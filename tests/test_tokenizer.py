@@ -14,6 +14,7 @@ from tokenizers import AddedToken, normalizers, pre_tokenizers
 from openmythos.tokenizer import (
     BOS_TOKEN,
     EOS_TOKEN,
+    MAX_TRAINING_PIECE,
     MIN_BPE_VOCAB,
     PAD_TOKEN,
     Tokenizer,
@@ -157,6 +158,40 @@ def test_errors_say_what_to_do(tmp_path):
 def test_long_runs_take_linear_time(unit):
     text = unit * 50_000
     assert BPE.decode(BPE.encode(text)) == text
+
+
+@pytest.mark.parametrize("unit", [" ", "\n", "a", "!", "漢"])
+def test_training_cuts_long_runs(unit):
+    """A run without a boundary would take quadratic time; 200,000 letters took 26 seconds."""
+    tokenizer = train_bpe([unit * 3000, "some text, some text"], 340)
+    longest = MAX_TRAINING_PIECE * len(unit.encode())
+    assert longest / 3 <= tokenizer.token_num_bytes.max() <= longest
+    text = unit * 50_000
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_a_run_of_many_letters_is_learnt_like_its_parts():
+    letters = "".join("acgt"[(i * i + i // 7) % 4] for i in range(MAX_TRAINING_PIECE * 20))
+    parts = [
+        letters[i : i + MAX_TRAINING_PIECE] for i in range(0, len(letters), MAX_TRAINING_PIECE)
+    ]
+    assert train_bpe([letters], 400).fingerprint == train_bpe(parts, 400).fingerprint
+
+
+def test_a_run_and_prepared_data_hold_a_tokenizer(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    BYTES.save(run / "data" / "data-0")
+    index = json.dumps({"tokenizer_file": "data-0/tokenizer.json"})
+    (run / "data" / "index.json").write_text(index, encoding="utf-8")
+    for place in (run, run / "data"):  # before the run's first checkpoint, its data is all it has
+        assert Tokenizer.load(place).fingerprint == BYTES.fingerprint
+    BYTES.save(run / "checkpoints" / "step-00000001")
+    BPE.save(run / "checkpoints" / "step-00000002")
+    assert Tokenizer.load(run).fingerprint == BPE.fingerprint
+    for damage in ("{", "[]", "{}", '{"tokenizer_file": 3}'):
+        (run / "data" / "index.json").write_text(damage, encoding="utf-8")
+        with pytest.raises(ValueError, match=r"no tokenizer at .*data/tokenizer\.json"):
+            Tokenizer.load(run / "data")
 
 
 # --- special tokens under other names -------------------------------------------------------------

@@ -5,6 +5,7 @@ model is returned.
 """
 
 import os
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from openmythos.checkpoint.save import FORMAT, FORMAT_VERSION
 from openmythos.checkpoint.weights import (
+    COMPILED,
     CONFIG_FILE,
     WEIGHTS_FILE,
     StoredWeights,
@@ -24,12 +26,18 @@ from openmythos.checkpoint.weights import (
 )
 from openmythos.config import ModelConfig
 from openmythos.config.schema import from_dict
-from openmythos.folder import PathLike, old_name
+from openmythos.folder import MANIFEST_FILE, PathLike, damage, old_name
 from openmythos.model.recurrent import RecurrentDepthLM
 
+NEEDED = (CONFIG_FILE, WEIGHTS_FILE)
 
-def checkpoint_folder(path: PathLike) -> Path:
+
+def checkpoint_folder(path: PathLike, *, verify: bool = True) -> Path:
     """The checkpoint folder for ``path``: itself or, for a run folder, its newest checkpoint.
+
+    Args:
+        path: The folder.
+        verify: If true, damaged checkpoints of a run are left out, each with a warning.
 
     Raises:
         ValueError: There is none.
@@ -41,10 +49,56 @@ def checkpoint_folder(path: PathLike) -> Path:
         what = "is a file" if folder.exists() else "does not exist"
         raise ValueError(f"{path} {what}; give a folder with {CONFIG_FILE} and {WEIGHTS_FILE}")
     if (folder / "checkpoints").is_dir():  # a run folder
-        folder = max((folder / "checkpoints").glob("step-????????"), default=folder / "none")
-        if not folder.exists():
+        found = newest_checkpoint(folder) if verify else max(run_checkpoints(folder), default=None)
+        if found is None:
             raise ValueError(f"{path} is a run that has written no checkpoint yet")
+        return found
     return folder
+
+
+def run_checkpoints(run: Path) -> list[Path]:
+    """The complete checkpoints of a run folder, oldest first."""
+    return sorted((run / "checkpoints").glob("step-????????"))
+
+
+def newest_checkpoint(run: Path, needed: tuple[str, ...] = NEEDED) -> Path | None:
+    """The newest checkpoint of a run folder that is not damaged; None if there is none at all.
+
+    A damaged one is left out with a warning.
+
+    Args:
+        run: The run folder.
+        needed: Files that a checkpoint must have.
+
+    Raises:
+        ValueError: All are damaged.
+    """
+    complaints: list[str] = []
+    for folder in reversed(run_checkpoints(run)):
+        lost = [f"{name} is missing" for name in needed if not (folder / name).is_file()]
+        problem = lost[0] if lost else damage(folder)
+        if problem is None:
+            if complaints:
+                warnings.warn(f"{'; '.join(complaints)}; {folder} is used instead", stacklevel=2)
+            return folder
+        complaints.append(f"{folder} is damaged: {problem}")
+    if complaints:
+        raise ValueError(f"{'; '.join(complaints)}; no other checkpoint is left in {run}")
+    return None
+
+
+def verify_checkpoint(folder: Path) -> None:
+    """Compare a checkpoint with its manifest, if it has one.
+
+    Raises:
+        ValueError: A file is missing or differs.
+    """
+    problem = damage(folder)
+    if problem is not None:
+        raise ValueError(
+            f"{folder} is damaged: {problem}; if the change was meant, delete {MANIFEST_FILE} "
+            "there, or load it with verify=False"
+        )
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -125,7 +179,8 @@ def load_weights(model: RecurrentDepthLM, path: PathLike) -> None:
     Raises:
         ValueError: As ``load_checkpoint``; the model is then unchanged.
     """
-    folder, ours = checkpoint_folder(path), model.state_dict()
+    folder = checkpoint_folder(path)
+    ours = {name.replace(COMPILED, ""): part for name, part in model.state_dict().items()}
     weights = StoredWeights(folder)
     check_shapes(weights.shapes, tensor_shapes(ours), folder)
     for name in ours:
@@ -135,14 +190,27 @@ def load_weights(model: RecurrentDepthLM, path: PathLike) -> None:
 
 
 def load_checkpoint(
-    path: PathLike, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+    path: PathLike,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    verify: bool = True,
 ) -> RecurrentDepthLM:
     """Load a folder written by ``save_pretrained``; ``interop`` loads other model families as well.
+
+    Args:
+        path: The folder, or a run folder.
+        dtype: Dtype of the parameters; None keeps the stored one.
+        device: Device of the model.
+        verify: Compare the SHA-256 of every file with ``manifest.json`` (about 1 GB/s).
 
     Raises:
         ValueError: Not such a folder, or its files are damaged, incomplete or do not match.
     """
-    model, weights = open_checkpoint(path)
+    folder = checkpoint_folder(path, verify=verify)
+    if verify:
+        verify_checkpoint(folder)
+    model, weights = open_checkpoint(folder)
     cast = dict.fromkeys((name for name, _ in model.named_parameters()), dtype)
     names = sorted(weights.shapes, key=lambda name: weights.size([name]), reverse=True)
     stored = ((n, weights.read(n).to(dtype=cast.get(n), copy=True)) for n in names)

@@ -1,20 +1,33 @@
-"""Write a checkpoint folder: model.safetensors, config.json and, optionally, a tokenizer."""
+"""Write a checkpoint folder: model.safetensors, config.json and, optionally, a tokenizer.
+
+Its manifest.json, which is written last, holds the SHA-256 of each of them.
+"""
 
 from collections.abc import Mapping
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from openmythos.checkpoint.weights import CONFIG_FILE, WEIGHTS_FILE
+from openmythos.checkpoint.weights import COMPILED, CONFIG_FILE, WEIGHTS_FILE
 from openmythos.config.schema import to_dict
-from openmythos.folder import PathLike, replaced_folder, write_json
+from openmythos.folder import (
+    MANIFEST_FILE,
+    PathLike,
+    replaced_folder,
+    write_json,
+    write_manifest,
+)
 from openmythos.model.recurrent import RecurrentDepthLM
 from openmythos.tokenizer import Tokenizer
 from openmythos.tokenizer_folder import GENERATION_FILE, SETTINGS_FILE, TOKENIZER_FILE
 
 FORMAT, FORMAT_VERSION = "openmythos", 1
-OWN_FILES = {CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE, SETTINGS_FILE, GENERATION_FILE}
+OWN_FILES = {
+    *(CONFIG_FILE, WEIGHTS_FILE, MANIFEST_FILE),
+    *(TOKENIZER_FILE, SETTINGS_FILE, GENERATION_FILE),
+}
 
 
 def save_pretrained(
@@ -30,6 +43,7 @@ def save_pretrained(
     """
     with replaced_folder(folder, OWN_FILES) as fresh:
         write_checkpoint(model, fresh, tokenizer)
+        write_manifest(fresh)
     return Path(folder)
 
 
@@ -50,6 +64,21 @@ def write_checkpoint(model: RecurrentDepthLM, fresh: Path, tokenizer: Tokenizer 
 
 def save_weights(tensors: Mapping[str, Tensor], folder: Path) -> None:
     """Write model.safetensors; safetensors raises an error if tensors share memory."""
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(plain, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-    (folder / WEIGHTS_FILE).chmod(0o644)  # safetensors lets only the owner read it
+    plain = {
+        name.replace(COMPILED, ""): tensor.detach().cpu().contiguous()
+        for name, tensor in tensors.items()
+    }
+    save_tensors(plain, folder / WEIGHTS_FILE)
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write a safetensors file into a temporary folder.
+
+    Raises:
+        OSError: It cannot be written, for example because the disk is full.
+    """
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"{path} cannot be written: {error}") from None
+    path.chmod(0o644)  # safetensors lets only the owner read it

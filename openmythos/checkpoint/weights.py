@@ -21,7 +21,8 @@ from openmythos.folder import listed
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 PICKLE_FILES = ("pytorch_model.bin", "model.bin", "model.pt", "model.pth")
 INDEX_FILES = (WEIGHTS_FILE + ".index.json", "pytorch_model.bin.index.json")
-WRAPPERS = ("module.", "_orig_mod.")  # name prefixes added by data parallelism and torch.compile
+COMPILED = "_orig_mod."  # inside names, where a user compiled a part of a model
+WRAPPERS = ("module.", COMPILED)  # name prefixes added by data parallelism and torch.compile
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # What is read from a memory-mapped file stays in memory until the file is closed. Mapped files are
 # therefore reopened each time that so many bytes were read.
@@ -47,9 +48,10 @@ class StoredWeights:
         self._num_bytes = 0
         index = _index_of(folder)
         for path in _files_of(folder) if index is None else sorted({*index.values()}):
-            for name, shape in _Tensors(path).shapes.items():
-                self.shapes[name], self._places[name] = shape, (path, name)
-        lost = [n for n, path in (index or {}).items() if self._places.get(n) != (path, n)]
+            for stored, shape in _Tensors(path).shapes.items():
+                name = stored if stored.startswith(WRAPPERS) else stored.replace(COMPILED, "")
+                self.shapes[name], self._places[name] = shape, (path, stored)
+        lost = [n for n, path in (index or {}).items() if (path, n) not in self._places.values()]
         if lost:
             raise ValueError(f"{folder}: the shards lack what the index promises: {listed(lost)}")
         self.strip(WRAPPERS)

@@ -22,6 +22,7 @@ from openmythos.command.decoding import (
     sampling_of,
 )
 from openmythos.command.option import Device, Overrides, Seed
+from openmythos.terminal import console
 
 if TYPE_CHECKING:
     from openmythos.engine.reference import Session
@@ -55,7 +56,7 @@ def chat(
 
     default = SamplingConfig(temperature=0.8, top_k=50)
     sampling = sampling_of(tokenizer, default, temperature, top_k, top_p)
-    console = Console(highlight=False)
+    screen, notes = console(), console(notes=True)
     depth = model.config.num_loops if num_loops is None else num_loops
     deepest = max(4 * model.config.num_loops, depth)
 
@@ -64,21 +65,22 @@ def chat(
 
     session, talk = fresh(), Talk(tokenizer, special)
     how = "each line continues the text" if tokenizer.chat_template is None else "in its template"
-    console.print(Text(f"/loops N, /reset, /quit; {how}.", "dim"))
-    while (line := ask(console)) is not None and line != "/quit":
+    notes.print(Text(f"/loops N, /reset, /quit; {how}.", "dim"))
+    while (line := ask(notes)) is not None and line != "/quit":
         if line == "/reset":
             session, talk = fresh(), Talk(tokenizer, special)
             continue
         if line.startswith("/"):
-            depth = read_depth(console, line, depth, deepest)
+            depth = read_depth(notes, line, depth, deepest)
             continue
         alone = len(Talk(tokenizer, special).prompt(line))
         if alone > session.max_len - MIN_ANSWER:
-            console.print(f"[red]that line has {alone} tokens: too long for this model[/]")
+            said = f"that line has {alone} tokens: too long for this model"
+            notes.print(Text(said, "red"))
             continue
         whole = talk.prompt(line)
         if len(whole) + MIN_ANSWER > session.max_len:
-            console.print(Text("the context is full; starting again", "dim"))
+            notes.print(Text("the context is full; starting again", "dim"))
             session, talk = fresh(), Talk(tokenizer, special)
             whole = talk.prompt(line)
         if whole[: len(talk.seen)] != talk.seen:  # the template writes earlier turns otherwise
@@ -96,10 +98,10 @@ def chat(
         for new in session.stream([request]):
             talk.seen.append(new.token)
             loops.append(new.num_loops)
-            console.print(coloured(answer.push(new.token), loops, deepest), end="", soft_wrap=True)
+            screen.print(coloured(answer.push(new.token), loops, deepest), end="")
             if answer.stopped:
                 break
-        console.print(coloured(answer.finish(), loops, deepest), soft_wrap=True)
+        screen.print(coloured(answer.finish(), loops, deepest))
         talk.answered(line, answer.text)
 
 
@@ -127,19 +129,19 @@ class Talk:
         self.messages.append({"role": "assistant", "content": answer})
 
 
-def ask(console: Console) -> str | None:
+def ask(notes: Console) -> str | None:
     """The user's next line; None at the end of input."""
     try:
-        return console.input("[bold cyan]> [/]")
+        return notes.input(Text("> ", "bold cyan"))
     except EOFError:
         return None
 
 
-def read_depth(console: Console, line: str, depth: int, deepest: int) -> int:
+def read_depth(notes: Console, line: str, depth: int, deepest: int) -> int:
     """The number of loops after a user's command that may change it."""
     words = line.split()
     number = int(words[1]) if len(words) == 2 and words[1].isdigit() else 0
     if words[0] == "/loops" and 1 <= number <= deepest:
         return number
-    console.print(f"[red]{line!r}: give /loops 1..{deepest}, /reset or /quit[/]")
+    notes.print(Text(f"{line!r}: give /loops 1..{deepest}, /reset or /quit", "red"))
     return depth

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.text import Text
 
 from openmythos.command.option import Device, Overrides, Seed, check_device
 from openmythos.config.schema import require
+from openmythos.terminal import console, note
 
 if TYPE_CHECKING:
     from openmythos.train.recipe import RunConfig
@@ -39,6 +39,7 @@ def demo(
     """
     text_run, hops_run = configs(seed, text_seconds, hops_seconds, overrides or [])
     check_device(device)
+    note("preparing act 1 ...")
     from openmythos import __version__
     from openmythos.analysis.picture import require_matplotlib
     from openmythos.demo.page import write_report
@@ -51,13 +52,13 @@ def demo(
     require_matplotlib()  # fail before the training rather than after it
     keep_freed_memory()  # faster steps; the models are small enough
     started = time.perf_counter()
-    console = Console(highlight=False)
+    screen = console()
     folder = free_folder(out)
     try:
-        console.rule("[bold]Act 1: real text")
-        text = act_text(console, folder / "text", text_run, device)
-        console.rule("[bold]Act 2: thinking")
-        hops, original = act_hops(console, folder, hops_run, device)
+        screen.print(Text("\nAct 1: real text\n", "bold"))
+        text = act_text(screen, folder / "text", text_run, device)
+        screen.print(Text("\nAct 2: thinking\n", "bold"))
+        hops, original = act_hops(screen, folder, hops_run, device)
     except TrainingStopped as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from None
@@ -71,15 +72,17 @@ def demo(
         command=" ".join(["openmythos", *map(shlex.quote, sys.argv[1:])]),
     )
     report = write_report(results, folder)
-    console.rule("[bold]What it shows")
+    screen.print(Text("\nWhat it shows\n", "bold"))
     for act in takeaways(results).values():
         for found in act:
-            mark = {True: "[green]yes[/]", False: "[red]no[/] ", None: "   "}[found.holds]
-            console.print(f"  {mark} ", Text(found.text))
-    console.rule("[bold]Done")
+            mark, style = {True: ("yes", "green"), False: ("no ", "red"), None: ("   ", "")}[
+                found.holds
+            ]
+            screen.print(Text.assemble("  ", (mark, style), f"  {found.text}"))
+    screen.print(Text("\nDone\n", "bold"))
     for name in ("depth_curve.png", "hops_grid.png", report.name):
-        console.print(f"  {folder / name}", soft_wrap=True)
-    console.print(f"  {results.total_seconds:.0f} s in all")
+        screen.print(f"  {folder / name}")
+    screen.print(f"  {results.total_seconds:.0f} s in all")
 
 
 def configs(

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from openmythos.command.option import AsJson, Device, Loops, Seed, check_device, parse_loops
 from openmythos.folder import write_json
+from openmythos.terminal import console, print_table
 
 if TYPE_CHECKING:
     from openmythos.config import ModelConfig
@@ -103,9 +103,7 @@ def evaluate(
         return
     show(curves, flops)
     if out is not None:
-        Console(highlight=False).print(
-            f"{out / RESULTS_FILE}\n{out / PICTURE_FILE}", soft_wrap=True
-        )
+        console().print(f"{out / RESULTS_FILE}\n{out / PICTURE_FILE}")
 
 
 # --- what is measured -----------------------------------------------------------------------------
@@ -279,13 +277,13 @@ def write_results(report: dict[str, Any], curves: "Sequence[ScoreCurve]", out: P
 
 def show(curves: "Sequence[ScoreCurve]", flops: dict[int, int]) -> None:
     """Print one table: a row per depth, a column per score, and the FLOPs per token."""
-    console = Console(highlight=False)
+    screen = console()
     table = Table(title="scores by number of loops, with standard errors")
     table.add_column("loops", justify="right")
     for curve in curves:
         heading = f"{curve.task}\n{curve.metric.replace('_', ' ')}"
         table.add_column(heading, justify="right", overflow="fold", min_width=14)
-    table.add_column("MFLOPs\na token", justify="right")
+    table.add_column("MFLOPs\nper token", justify="right")
     for n, cost in flops.items():
         cells = [cell(curve.scores[n]) for curve in curves]
         table.add_row(str(n), *cells, f"{cost / 1e6:,.1f}", end_section=n == max(flops))
@@ -294,11 +292,11 @@ def show(curves: "Sequence[ScoreCurve]", flops: dict[int, int]) -> None:
         table.add_row("last - first", *gains, "")
     counts = [max(score.num_questions for score in curve.scores.values()) for curve in curves]
     table.add_row("questions", *(f"{number:,}" for number in counts), "")
-    console.print(table)
+    print_table(screen, table)
     for curve in curves:
         if curve.baselines:
             said = ", ".join(f"{name} {value:.3f}" for name, value in curve.baselines.items())
-            console.print(f"without a model, {curve.task} {curve.metric}: {said}", soft_wrap=True)
+            screen.print(f"without a model, {curve.task} {curve.metric}: {said}")
 
 
 def cell(score: "Score", sign: str = "") -> str:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.text import Text
 
 from openmythos.command.decoding import (
@@ -27,6 +26,7 @@ from openmythos.command.decoding import (
 )
 from openmythos.command.option import AsJson, Device, Overrides, Seed
 from openmythos.folder import write_whole
+from openmythos.terminal import console
 from openmythos.text_stream import TextPiece, TextStream
 
 if TYPE_CHECKING:
@@ -93,13 +93,13 @@ def generate(
         typer.echo(json.dumps(rows))
         return
     most = model.config.num_loops if num_loops is None else num_loops
-    console = Console(highlight=False)
+    screen, notes = console(), console(notes=True)
     for text, answer in zip(prompt, answers, strict=True):
-        console.print(Text(text, style="bold"), end="")
-        console.print(coloured(answer.pieces, answer.loops, most), soft_wrap=True)
+        screen.print(Text(text, style="bold"), end="")
+        screen.print(coloured(answer.pieces, answer.loops, most))
         if answer.loops:
             mean = sum(answer.loops) / len(answer.loops)
-            console.print(Text(f"{mean:.2f} of {most} loops a token", "dim"))
+            notes.print(Text(f"{mean:.2f} of {most} loops per token", "dim"))
 
 
 @dataclass

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from openmythos.command.option import AsJson, Overrides, parse_loops
 from openmythos.command.table import (
@@ -16,12 +16,12 @@ from openmythos.command.table import (
     human_count,
     human_flops,
     number_table,
-    wide_console,
 )
 from openmythos.config import ModelConfig, counts
 from openmythos.config.matched_baseline import MATCHES, baseline
 from openmythos.config.presets import PRESETS, preset
 from openmythos.config.schema import apply_overrides, from_dict, require, to_dict
+from openmythos.terminal import console, print_table
 
 INSPECTED_CONTEXT = 4096  # tokens; or the model's max_seq_len if that is less
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float8": 1}
@@ -192,25 +192,25 @@ def _usual_loops(config: ModelConfig) -> tuple[int, ...]:
 
 
 def _print_inspection(source: str, report: dict[str, Any]) -> None:
-    console = wide_console()
+    screen = console()
     total, active = report["total_params"], report["active_params"]
     depth = f"{report['effective_depth']} layers deep at {report['num_loops']} loops"
     share = f"{human_count(active)} active for a token ({active / total:.1%})"
-    console.print(
-        f"[bold]{escape(source)}[/bold]: {human_count(total)} parameters, {share}, {depth}\n"
-    )
+    said = f": {human_count(total)} parameters, {share}, {depth}\n"
+    screen.print(Text.assemble((source, "bold"), said))
     summary = Table(box=None, show_header=False, pad_edge=False)
     for name, value in _summary(report["config"]):
-        summary.add_row(name, escape(value))
-    console.print(summary, "")
-    console.print(_parts_table(report), "")
-    console.print(_depths_table(report), "")
+        summary.add_row(name, value)
+    for table in (summary, _parts_table(report), _depths_table(report)):
+        print_table(screen, table)
+        screen.print()
     if "baselines" in report:
-        console.print(_baselines_table(report), "")
+        print_table(screen, _baselines_table(report))
+        screen.print()
     sizes = [f"{name} {human_bytes(size)}" for name, size in report["weight_bytes"].items()]
-    console.print("Memory of all weights:", ", ".join(sizes))
+    screen.print("Memory of all weights:", ", ".join(sizes))
     training = human_bytes(report["training_bytes"])
-    console.print(f"Memory of training: {training} (weights, gradients, Adam's moments in float32)")
+    screen.print(f"Memory of training: {training} (weights, gradients, Adam's moments in float32)")
 
 
 def _summary(config: dict[str, Any]) -> list[tuple[str, str]]:
@@ -305,16 +305,16 @@ def _print_kernels(as_json: bool) -> None:
     if as_json:
         print(json.dumps(report, indent=2))
         return
-    console = wide_console()
+    screen = console()
     for name in ("compiler", "mode", "switched_off", "built", "num_threads", "timings"):
         value = report[name]
         shown = ", ".join(map(str, value)) or "none" if isinstance(value, list) else str(value)
-        console.print(f"{name.replace('_', ' ')}: {escape(shown)}", soft_wrap=True)
+        screen.print(f"{name.replace('_', ' ')}: {shown}")
     if not products:
-        console.print("no product has been timed yet: decode once with --compiled")
+        screen.print("no product has been timed yet: decode once with --compiled")
         return
     table = number_table("product", "ours, us", "torch's, us", "used")
     for name, timing in timings.items():
         used = "ours" if timing.ours_wins else "torch's"
         table.add_row(name, f"{1e6 * timing.ours:.1f}", f"{1e6 * timing.torch:.1f}", used)
-    console.print(table)
+    print_table(screen, table)

@@ -5,17 +5,18 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from openmythos.command.option import AsJson, Out, Seed
+from openmythos.terminal import console, print_table
 
 
 def prepare(
     source: Annotated[
         str,
         typer.Argument(
-            help="python-docs, python-source, a text, JSONL or Parquet file, a folder, or hf:NAME."
+            help="python-docs, python-source, hf:NAME, a folder, a file (text, .jsonl, .json, "
+            ".csv, .tsv, .parquet; .gz, .bz2, .xz, .zst), or - for standard input."
         ),
     ],
     out: Out = Path("data"),
@@ -23,10 +24,13 @@ def prepare(
     byte_level: Annotated[bool, typer.Option("--bytes", help="Bytes instead of BPE.")] = False,
     tokenizer_of: Annotated[
         Path | None,
-        typer.Option("--tokenizer", help="Checkpoint or tokenizer.json to use, instead of BPE."),
+        typer.Option("--tokenizer", help="Checkpoint, run, prepared data or tokenizer.json."),
     ] = None,
     val_fraction: Annotated[float, typer.Option(help="Share of documents held out.")] = 0.1,
-    column: Annotated[str, typer.Option(help="Text column of JSONL and Parquet.")] = "text",
+    column: Annotated[str, typer.Option(help="Text column of tables.")] = "text",
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="Leave out files and rows that cannot be read.")
+    ] = False,
     seed: Seed = 0,
     as_json: AsJson = False,
 ) -> None:
@@ -39,8 +43,8 @@ def prepare(
     if tokenizer_of is not None:
         if byte_level:
             raise ValueError("--bytes and --tokenizer both name a tokenizer; give one of them")
-        is_file = tokenizer_of.is_file()
-        tokenizer = Tokenizer.load(tokenizer_of if is_file else local_folder(tokenizer_of))
+        is_here = tokenizer_of.exists()
+        tokenizer = Tokenizer.load(tokenizer_of if is_here else local_folder(tokenizer_of))
     data = write(
         source,
         out,
@@ -48,6 +52,7 @@ def prepare(
         vocab_size=vocab_size,
         val_fraction=val_fraction,
         column=column,
+        skip_bad=skip_bad,
         seed=seed,
     )
     splits = {
@@ -55,7 +60,9 @@ def prepare(
         for name, s in data.splits.items()
     }
     if as_json:
-        typer.echo(json.dumps({"folder": str(out), "vocab_size": data.vocab_size, **splits}))
+        names = ("vocab_size", "num_duplicates", "num_replaced", "num_left_out", "left_out")
+        counts = {name: getattr(data, name) for name in names}
+        typer.echo(json.dumps({"folder": str(out), **counts, **splits}))
         return
     table = Table(title=f"{source} in {out}, vocabulary {data.vocab_size:,}")
     for heading in ("split", "documents", "tokens", "bytes", "bytes/token"):
@@ -63,4 +70,5 @@ def prepare(
     for name, s in splits.items():
         per_token = f"{s['bytes'] / max(1, s['tokens']):.2f}"
         table.add_row(name, f"{s['documents']:,}", f"{s['tokens']:,}", f"{s['bytes']:,}", per_token)
-    Console().print(table)
+    print_table(console(), table)
+    typer.echo(data.summary(), err=True)

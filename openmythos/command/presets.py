@@ -4,9 +4,10 @@ import json
 from typing import Any
 
 from openmythos.command.option import AsJson
-from openmythos.command.table import human_bytes, human_count, number_table, wide_console
+from openmythos.command.table import human_bytes, human_count, number_table
 from openmythos.config import MoEConfig, counts
 from openmythos.config.presets import PRESETS, preset
+from openmythos.terminal import console, print_table
 
 
 def presets(as_json: AsJson = False) -> None:
@@ -31,9 +32,9 @@ def presets(as_json: AsJson = False) -> None:
             str(row["effective_depth"]),
             human_bytes(row["kv_bytes_per_token"]),
         )
-    console = wide_console()
-    console.print(table)
-    console.print(
+    screen = console()
+    print_table(screen, table)
+    screen.print(
         "layers: prelude/core/coda; depth: layers a token passes; KV: bfloat16, every loop"
     )
 

@@ -1,17 +1,6 @@
 """Tables of numbers in a terminal: names on the left, counts with their units on the right."""
 
-from rich.console import Console
 from rich.table import Table
-
-TABLE_WIDTH = 100  # characters, where the output is not a terminal
-
-
-def wide_console() -> Console:
-    """A console that is ``TABLE_WIDTH`` wide where the output is not a terminal."""
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = TABLE_WIDTH
-    return console
 
 
 def number_table(*columns: str, title: str | None = None) -> Table:

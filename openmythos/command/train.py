@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from openmythos.command.option import Device, Out, Overrides, check_device
+from openmythos.terminal import console, note
 
 
 def train(
@@ -35,20 +35,25 @@ def train(
     ] = None,
 ) -> None:
     """Train a model; run the same command again to continue an interrupted run."""
+    note("preparing the run ...")
     from openmythos.train.display import TrainDisplay
     from openmythos.train.loop import TrainingStopped
     from openmythos.train.run import DEFAULT_DATA, resolve, set_up
-    from openmythos.train.task import HopsTask
+    from openmythos.train.task import HopsTask, TextTask
 
     resolved = resolve(preset, data, config, overrides or [], seed, init_from)
     check_device(device)
-    console = Console(highlight=False)
+    screen = console()
     run = set_up(resolved, out, device)
-    console.print(run.in_words((data or DEFAULT_DATA) if config is None else str(config)))
+    screen.print(run.in_words((data or DEFAULT_DATA) if config is None else str(config)))
+    for change in run.changes:
+        screen.print(change)
+    if isinstance(run.task, TextTask):
+        typer.echo(run.task.train.data.summary(), err=True)
     if isinstance(run.task, HopsTask):
-        console.print(run.task.leaks_in_words(), soft_wrap=True)
+        screen.print(run.task.leaks_in_words())
     try:
-        with TrainDisplay(console, "training") as display:
+        with TrainDisplay(screen, "training") as display:
             result = run.train(display)
     except TrainingStopped as error:
         typer.echo(f"error: {error}", err=True)
@@ -56,6 +61,6 @@ def train(
     state = "interrupted and saved" if result.interrupted else "done"
     kept = run.folder.last_checkpoint()
     said = f"{state}: step {result.step}, {result.seconds:.0f} s, checkpoint {kept}"
-    console.print(said, soft_wrap=True)
+    screen.print(said)
     if result.interrupted:
         raise typer.Exit(130)

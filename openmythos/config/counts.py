@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from openmythos.config import ModelConfig
+from openmythos.config.schema import as_integer
 from openmythos.config.weights import Weights, matrix, table, vector
 
 # Per product in the forward, the backward has two: the gradients of the input and of the weight.
@@ -114,6 +115,10 @@ def active_params(config: ModelConfig) -> int:
     return sum(part.weights.active for part in parts(config))
 
 
+def _loops(config: ModelConfig, num_loops: int | None) -> int:
+    return config.num_loops if num_loops is None else as_integer("num_loops", num_loops, 0)
+
+
 def forward_flops(
     config: ModelConfig,
     *,
@@ -131,7 +136,7 @@ def forward_flops(
             kernels that compute all T x T scores.
         cached: Count one token decoded after a KV cache, where MLA is absorbed.
     """
-    loops = config.num_loops if num_loops is None else num_loops
+    loops = _loops(config, num_loops)
     macs = sum(part.weights.macs * (loops if part.looped else 1) for part in parts(config))
     keys = context_length * config.effective_depth(loops)
     keys += config.num_recent_loops * config.num_core_layers * loops  # masked ones as well
@@ -161,7 +166,7 @@ def training_flops(
     Source: Kaplan et al. 2020 (arXiv 2001.08361), section 2.1, per loop; Parcae (arXiv 2604.12946),
         appendix D, C = (2 N_1 + 6 N_2) D.
     """
-    loops = config.num_loops if num_loops is None else num_loops
+    loops = _loops(config, num_loops)
     with_grad = loops if grad_loops is None else min(grad_loops, loops)
 
     def forward(num: int) -> int:
@@ -193,7 +198,7 @@ def kv_bytes_per_token(
             default: all.
         dtype_bytes: Bytes per cached number; 2 is bfloat16.
     """
-    loops = config.num_loops if num_loops is None else num_loops
+    loops = _loops(config, num_loops)
     slots = config.effective_depth(loops if kept_loops is None else kept_loops)
     return slots * dtype_bytes * sum(heads * dim for heads, dim in config.attention.cache_shapes)
 
@@ -237,7 +242,7 @@ def count(config: ModelConfig, *, num_loops: int | None = None, context_length: 
         context_length: Tokens. Inference decodes the last of them with a KV cache; training uses
             causal sequences of this length, with gradients in all loops.
     """
-    loops = config.num_loops if num_loops is None else num_loops
+    loops = _loops(config, num_loops)
     return Counts(
         total_params=total_params(config),
         active_params=active_params(config),

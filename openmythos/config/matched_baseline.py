@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from openmythos.config import ModelConfig, ValueEmbeddingConfig, counts
-from openmythos.config.schema import require
+from openmythos.config.schema import as_integer, require
 
 Match = Literal["parameters", "flops", "memory"]
 MATCHES: tuple[Match, ...] = ("parameters", "flops", "memory")
@@ -67,8 +67,7 @@ def baseline(config: ModelConfig, *, match: Match, context_length: int | None = 
     """
     require(match in MATCHES, "match", match, "one of " + ", ".join(map(repr, MATCHES)))
     length = config.max_seq_len if context_length is None else context_length
-    fits = 1 <= length <= config.max_seq_len
-    require(fits, "context_length", length, f"in 1..{config.max_seq_len}")
+    length = as_integer("context_length", length, 1, config.max_seq_len)
 
     def size(candidate: ModelConfig) -> int:
         return _size(candidate, match, length)

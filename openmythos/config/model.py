@@ -14,8 +14,10 @@ from openmythos.config.injection import InjectionConfig, LTIInjectionConfig, NoI
 from openmythos.config.loop_signal import LoopAdapterConfig, LoopEmbeddingConfig, WeightLoRAConfig
 from openmythos.config.member import Member
 from openmythos.config.rope import RopeConfig
-from openmythos.config.schema import require, require_literals, require_positive
+from openmythos.config.schema import as_integer, require, require_literals, require_positive
 from openmythos.config.state_init import CopyInitConfig, StateInitConfig, ZerosInitConfig
+
+MAX_LOOPS = 1_000_000  # that a call may ask for; more is a mistake
 
 # What ``ModelConfig.unlooped`` does with each field: those of the first list are kept; those of the
 # second, which only a loop needs, are set to the value given there.
@@ -78,8 +80,9 @@ class ModelConfig:
         names = ("vocab_size", "d_model", "num_core_layers", "num_loops", "max_seq_len")
         require_positive(self, *names)
         require_literals(self)
+        require(self.num_loops <= MAX_LOOPS, "num_loops", self.num_loops, f"at most {MAX_LOOPS}")
         for name in ("num_prelude_layers", "num_coda_layers"):
-            require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
+            object.__setattr__(self, name, as_integer(name, getattr(self, name), 0))
         if self.readout == "final_norm":
             require(self.final_norm, "final_norm", False, "true when readout is 'final_norm'")
         for part in vars(self).values():

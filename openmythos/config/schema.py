@@ -166,15 +166,27 @@ def json_ready(value: Any) -> Any:
 
 
 def require(condition: bool, name: str, value: object, allowed: str) -> None:
-    """Unless ``condition`` holds, raise a ``ValueError`` with name, value and what is allowed."""
+    """Unless ``condition`` holds, raise a ``ValueError`` with name, value and what is allowed.
+
+    It is one line: of a tensor, which is printed in several, it shows the numbers.
+    """
     if not condition:
-        raise ValueError(f"{name} is {value!r}; it must be {allowed}")
+        raise ValueError(f"{name} is {plain(value)!r}; it must be {allowed}")
 
 
 def require_positive(owner: object, *names: str) -> None:
-    """Check that the named integer fields of ``owner`` are at least 1."""
+    """Check that the named fields of a config are numbers of at least 1, and keep Python's.
+
+    A field that is not declared as ``float`` holds an integer.
+    """
+    hints = typing.get_type_hints(type(owner))
     for name in names:
-        require(getattr(owner, name) >= 1, name, getattr(owner, name), "at least 1")
+        value = plain(getattr(owner, name))
+        whole = hints[name] is not float
+        fits = type(value) is int or (type(value) is float and not whole)
+        require(fits, name, value, f"{'an integer' if whole else 'a number'} of at least 1")
+        require(value >= 1, name, value, "at least 1")
+        object.__setattr__(owner, name, value)
 
 
 def plain(value: Any) -> Any:
@@ -182,16 +194,19 @@ def plain(value: Any) -> Any:
     return value.tolist() if hasattr(value, "tolist") else value
 
 
-def as_integer(name: str, value: Any, least: int | None = None) -> int:
+def as_integer(name: str, value: Any, least: int | None = None, most: int | None = None) -> int:
     """An integer of Python, numpy or torch as a Python ``int``.
 
     Raises:
-        ValueError: The value is not an integer, or is below ``least``.
+        ValueError: The value is not an integer, is below ``least``, or is above ``most``.
     """
     number = plain(value)
     whole = isinstance(number, int) and not isinstance(number, bool)
+    within = whole and (least is None or number >= least) and (most is None or number <= most)
     allowed = "an integer" if least is None else f"an integer of at least {least}"
-    require(whole and (least is None or number >= least), name, number, allowed)
+    if least is not None and most is not None:
+        allowed = f"an integer in {least}..{most}"
+    require(within, name, number, allowed)
     return int(number)
 
 

@@ -11,12 +11,14 @@ from typing import Any
 
 import numpy as np
 
+from openmythos.folder import replaced_folder
 from openmythos.tokenizer import Tokenizer
 
 FORMAT = "openmythos-tokens"
 FORMAT_VERSION = 1
 INDEX_FILE = "index.json"
 SPLITS = ("train", "val")
+_MAX_REASONS_SHOWN = 5
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,8 +51,10 @@ class SplitIndex:
 class PreparedData:
     """A prepared folder, as its `index.json` describes it.
 
-    `num_duplicates` counts documents left out because their text occurred before. `reused` is True
-    if `prepare` found the folder up to date and wrote nothing.
+    `num_duplicates` counts documents left out because their text occurred before, `num_replaced`
+    the characters without a UTF-8 form that became question marks, `num_left_out` the rows, files
+    and groups of files that were not read; `left_out` says why for the first of them. `reused` is
+    True if `prepare` found the folder up to date and wrote nothing.
     """
 
     folder: Path
@@ -61,7 +65,21 @@ class PreparedData:
     tokenizer_fingerprint: str
     num_duplicates: int
     splits: dict[str, SplitIndex]
+    num_replaced: int = 0
+    num_left_out: int = 0
+    left_out: list[str] = dataclasses.field(default_factory=list)
     reused: bool = False
+
+    def summary(self) -> str:
+        """One line about what the data holds of its source, and what it does not."""
+        num_documents = sum(split.num_documents for split in self.splits.values())
+        parts = [f"{num_documents:,} documents", f"{self.num_duplicates:,} duplicates dropped"]
+        parts.append(f"{self.num_replaced:,} characters replaced")
+        reasons = self.left_out[:_MAX_REASONS_SHOWN]
+        more = self.num_left_out - len(reasons)
+        said = ": " + "; ".join(reasons) + (f"; and {more:,} more" if more else "")
+        parts.append(f"{self.num_left_out:,} left out" + (said if reasons else ""))
+        return ", ".join(parts)
 
     def load_tokenizer(self) -> Tokenizer:
         """The tokenizer that made the tokens.
@@ -78,6 +96,25 @@ class PreparedData:
             )
         tokenizer.require_lossless("bits per byte of these tokens")
         return tokenizer
+
+    def link(self, folder: Path) -> bool:
+        """Fill ``folder`` with hard links to this data, which outlive the deletion of its folder.
+
+        False, and nothing is written, where the file system has no such links.
+
+        Raises:
+            ValueError: ``folder`` holds something else than prepared data.
+        """
+        content = Path(self.tokenizer_file).parts[0]
+        own = {INDEX_FILE, *(path.name for path in folder.glob("data-*"))}
+        try:
+            with replaced_folder(folder, own) as fresh:
+                (fresh / content).mkdir()
+                for path in (self.folder / INDEX_FILE, *(self.folder / content).iterdir()):
+                    os.link(path, fresh / path.relative_to(self.folder))
+        except OSError:
+            return False
+        return True
 
     def check_files(self, split: str, *, checksums: bool) -> None:
         """Compare the files of a split with the index: sizes always, SHA-256 if `checksums`.

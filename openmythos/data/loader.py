@@ -41,7 +41,8 @@ class TokenLoader:
 
     Raises:
         ValueError: An argument is out of range, the folder is not prepared data or is damaged, its
-            tokenizer is not the expected one, or the split has fewer tokens than one row needs.
+            tokenizer is not the expected one, the training split has fewer tokens than one row
+            needs, or the validation split is empty.
     """
 
     def __init__(
@@ -58,7 +59,7 @@ class TokenLoader:
         tokenizer_fingerprint: str | None = None,
     ) -> None:
         _check_arguments(split, seq_len, batch_size, rank, world_size)
-        index = read_index(folder)
+        self.data = index = read_index(folder)
         self.tokenizer = index.load_tokenizer()
         if tokenizer_fingerprint not in (None, index.tokenizer_fingerprint):
             raise ValueError(
@@ -77,10 +78,15 @@ class TokenLoader:
         self.num_tokens = content.num_tokens
         self.num_bytes = content.num_bytes
         self.num_windows = num_windows(self.num_tokens, seq_len)
-        if self.num_tokens < seq_len + 1:
+        if split == "train" and self.num_tokens < seq_len + 1:
             raise ValueError(
-                f"the {split} split of {folder} has {self.num_tokens} tokens, fewer than the "
+                f"the train split of {folder} has {self.num_tokens} tokens, fewer than the "
                 f"{seq_len + 1} of one row: lower seq_len, or prepare more text"
+            )
+        if not self.num_windows:  # a short validation split is one row, filled up with padding
+            raise ValueError(
+                f"the {split} split of {folder} has {self.num_tokens} tokens: prepare the data "
+                f"again, with --val-fraction above 0"
             )
         dtype = np.dtype(index.dtype).newbyteorder("<")
         self._shards = [
@@ -88,7 +94,11 @@ class TokenLoader:
         ]
         self._shard_ends = np.cumsum([len(shard) for shard in self._shards])
         self._orders: dict[int, Int[np.ndarray, " W"]] = {}
+        offsets = index.folder / content.document_offsets.file
+        self._document_starts = np.memmap(offsets, dtype="<i8", mode="r")[:-1]
         self._content = [shard.sha256 for shard in content.shards]
+        if self.tokenizer.bos_id == self.tokenizer.eos_id:  # else the tokens imply the offsets
+            self._content.append(content.document_offsets.sha256)
 
     @property
     def num_steps_per_epoch(self) -> int:
@@ -168,6 +178,7 @@ class TokenLoader:
 
     def _pack(self, windows: Int[np.ndarray, " B"]) -> Batch:
         spans = np.full((len(windows), self.seq_len + 1), self.tokenizer.pad_id, dtype=np.int64)
+        starts = np.zeros(spans.shape, dtype=np.bool_)
         num_valid = np.zeros(len(windows), dtype=np.int64)
         for row, window in enumerate(windows.tolist()):
             start = window * self.seq_len
@@ -175,10 +186,12 @@ class TokenLoader:
             if start < stop:
                 num_valid[row] = stop - start
                 self._read_into(spans[row], start, stop)
+                first, last = np.searchsorted(self._document_starts, (start, stop))
+                starts[row, self._document_starts[first:last] - start] = True
         return pack_windows(
             spans,
+            starts,
             num_valid,
-            bos_id=self.tokenizer.bos_id,
             pad_id=self.tokenizer.pad_id,
             token_num_bytes=self.tokenizer.token_num_bytes,
         )

@@ -2,8 +2,9 @@
 
 A split is one long stream: bos, tokens, eos, bos, tokens, eos ... It is cut into windows of
 `seq_len` tokens without gaps. The target of a window's last token is the first token of the next
-window, so every token but bos is a target exactly once. A bos is never a target, because it does
-not depend on the document before it.
+window, so every token but the bos of a document is a target exactly once. That bos is never a
+target, because it does not depend on the document before it. Where documents start is known from
+their offsets and never from the ids: many models begin and end a text with the same id.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from openmythos.model.context import ForwardContext
@@ -71,9 +72,9 @@ def num_windows(num_tokens: int, seq_len: int) -> int:
 
 def pack_windows(
     spans: Int[np.ndarray, "B T1"],
+    starts: Bool[np.ndarray, "B T1"],
     num_valid: Int[np.ndarray, " B"],
     *,
-    bos_id: int,
     pad_id: int,
     token_num_bytes: Int[np.ndarray, " V"],
 ) -> Batch:
@@ -82,8 +83,8 @@ def pack_windows(
     Args:
         spans: Tokens of each window and the token after it; entries from `num_valid` on are
             ignored.
+        starts: Which of these tokens begin a document.
         num_valid: Number of tokens in each span; fewer than seq_len + 1 only at the stream's end.
-        bos_id: Id that begins a document.
         pad_id: Id that fills the input where the stream has ended.
         token_num_bytes: Bytes of text of each id.
     """
@@ -92,15 +93,15 @@ def pack_windows(
     # A token without a successor has nothing to predict, so it counts as padding too.
     is_padding = columns >= (num_valid[:, None] - 1)
     tokens = np.where(is_padding, pad_id, spans[:, :-1])
-    is_start = (tokens == bos_id) & ~is_padding
-    targets = np.where(is_padding | (spans[:, 1:] == bos_id), IGNORED_TARGET, spans[:, 1:])
+    is_start = starts[:, :-1] & ~is_padding
+    targets = np.where(is_padding | starts[:, 1:], IGNORED_TARGET, spans[:, 1:])
 
     documents = np.cumsum(is_start, axis=1, dtype=np.int64)
     # The first document of a row has number 0 if it began in an earlier window, but 1 if the row
     # starts with its bos: subtract that.
     documents -= documents[:, :1]
-    starts = np.maximum.accumulate(np.where(is_start, columns, 0), axis=1)
-    positions = np.where(is_padding, 0, columns - starts)
+    first_columns = np.maximum.accumulate(np.where(is_start, columns, 0), axis=1)
+    positions = np.where(is_padding, 0, columns - first_columns)
     documents[is_padding] = PADDING_DOCUMENT
 
     counted = targets != IGNORED_TARGET

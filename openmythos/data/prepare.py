@@ -21,13 +21,14 @@ import os
 import re
 import shutil
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Int, Integer
 
+from openmythos.data.file import Document, LeftOut
 from openmythos.data.hashing import hash_bytes, mix, split_keys, threshold
 from openmythos.data.index import (
     FORMAT,
@@ -40,7 +41,7 @@ from openmythos.data.index import (
     read_index,
     token_dtype,
 )
-from openmythos.data.source import load_documents, source_version
+from openmythos.data.source import STANDARD_INPUT, read_source, source_version
 from openmythos.folder import put_in_place, write_json, write_whole
 from openmythos.tokenizer import MIN_BPE_VOCAB, Tokenizer, train_bpe
 
@@ -51,6 +52,19 @@ _BUILDING_PREFIX = ".building-"
 _DATA_FOLDER = re.compile(r"data-[0-9a-f]{12}(-\d+)?")
 _NUM_PIECES = 100
 _MIN_PIECE_BYTES = 1024
+_MAX_REASONS = 100  # that the index keeps
+
+# Where a long document is cut, the best place first: after a blank line, a line, a sentence (the
+# three bytes are the full stop of Chinese and Japanese), a word. A line ends with LF, CR or both.
+_CUTS = tuple(
+    re.compile(pattern)
+    for pattern in (
+        rb"\n[ \t]*\r?\n|\r[ \t]*\r",
+        rb"\n|\r(?!\n)",
+        rb"[.!?][\"')\]]*\s|\xe3\x80\x82",
+        rb"\s",
+    )
+)
 
 
 def prepare(
@@ -62,17 +76,20 @@ def prepare(
     val_fraction: float = 0.1,
     seed: int = 0,
     column: str = "text",
+    skip_bad: bool = False,
     max_shard_tokens: int = 100_000_000,
 ) -> PreparedData:
     """Tokenise a source into `out`; do nothing if `out` already holds exactly this data, intact.
 
     A hash of (seed, text) assigns each document to training or validation. So documents that are
     added later do not move others, and of equal documents only one is kept. A source with few
-    documents (such as one long text file) is first cut at blank lines into about a hundred.
-    Documents are stored in an order shuffled by `seed`, each as bos, its tokens, eos.
+    documents (such as one long text file) is first cut into about a hundred, and so is a document
+    longer than the validation split is meant to be: after a blank line if there is one near, else
+    after a line, a sentence or a word, else between two characters. Documents are stored in an
+    order shuffled by `seed`, each as bos, its tokens, eos.
 
     Args:
-        source: What `load_documents` accepts.
+        source: What `read_source` accepts.
         out: Folder to write: new, empty, or with prepared data, which is then replaced.
         tokenizer: Tokenizer to use; None trains a byte-level BPE on the training split (its first
             128 MiB).
@@ -81,24 +98,22 @@ def prepare(
         val_fraction: Expected fraction of documents that are held out, in [0, 1); 0 makes the
             validation split empty.
         seed: Seed of the split and of the order.
-        column: Text column of .jsonl, .parquet and Hugging Face rows.
+        column: Text column of tables and of Hugging Face rows.
+        skip_bad: Leave out files and rows that cannot be read, instead of stopping at the first.
         max_shard_tokens: Maximum number of tokens per file.
 
     Raises:
         ValueError: An argument is out of range, the source cannot be read or split, or `out` holds
             other files.
     """
-    _check_arguments(
-        vocab_size if tokenizer is None else None, val_fraction, seed, max_shard_tokens
-    )
-    if tokenizer is not None:
-        tokenizer.require_lossless("training data and bits per byte")
+    _check_arguments(tokenizer, vocab_size, val_fraction, seed, max_shard_tokens)
     folder = Path(out)
     old = _existing(folder)
     settings: dict[str, Any] = {
         "source": source,
         "source_version": None,
         "column": column,
+        "skip_bad": skip_bad,
         "tokenizer": tokenizer.fingerprint if tokenizer else None,
         "vocab_size": None if tokenizer else vocab_size,
         "val_fraction": val_fraction,
@@ -106,9 +121,10 @@ def prepare(
         "max_shard_tokens": max_shard_tokens,
     }
     # Before source_version, whose errors are less clear.
-    documents = load_documents(source, column)
+    items = read_source(source, column)
     settings["source_version"] = source_version(source)
-    if old is not None and old.settings == settings and _is_intact(old):
+    is_known = source != STANDARD_INPUT and old is not None and old.settings == settings
+    if old is not None and is_known and _is_intact(old):
         return dataclasses.replace(old, reused=True)
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -116,8 +132,8 @@ def prepare(
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir()
     try:
-        spool = _Spool(building / "spool", (document.text for document in documents))
-        is_val, num_duplicates = spool.arrange(seed, val_fraction)
+        spool = _Spool(building / "spool", items, skip_bad)
+        is_val = spool.arrange(seed, val_fraction)
         if tokenizer is None:
             tokenizer = train_bpe(spool.texts(~is_val, MAX_BPE_TRAINING_BYTES), vocab_size)
         tokenizer.marking_begin().save(building)  # as every document has it from here on
@@ -126,15 +142,21 @@ def prepare(
             for split, chosen in zip(SPLITS, (~is_val, is_val), strict=True)
         }
         (building / "spool").unlink()
-        return _publish(folder, building, settings, tokenizer, num_duplicates, splits)
+        return _publish(folder, building, settings, tokenizer, spool.counts(), splits)
     finally:
         shutil.rmtree(building, ignore_errors=True)
 
 
 def _check_arguments(
-    vocab_size: int | None, val_fraction: float, seed: int, max_shard_tokens: int
+    tokenizer: Tokenizer | None,
+    vocab_size: int,
+    val_fraction: float,
+    seed: int,
+    max_shard_tokens: int,
 ) -> None:
-    if vocab_size is not None and vocab_size < MIN_BPE_VOCAB:
+    if tokenizer is not None:
+        tokenizer.require_lossless("training data and bits per byte")
+    elif vocab_size < MIN_BPE_VOCAB:
         raise ValueError(
             f"vocab_size={vocab_size} is too small: the 256 bytes and the special tokens need at "
             f"least {MIN_BPE_VOCAB}"
@@ -209,15 +231,22 @@ class _Spool:
 
     Only three numbers per document stay in memory: its offset, its size and a 64-bit hash of its
     text.
+
+    Raises:
+        ValueError: Something cannot be read, and `skip_bad` is not set.
     """
 
-    def __init__(self, path: Path, texts: Iterator[str]) -> None:
+    def __init__(self, path: Path, items: Iterable[Document | LeftOut], skip_bad: bool) -> None:
         self.path = path
+        self.num_replaced, self.num_left_out, self.num_duplicates = 0, 0, 0
+        self.left_out: list[str] = []
         offsets, sizes, hashes = array("q"), array("q"), array("Q")
         with path.open("wb") as file:
-            for text in texts:
-                data = text.encode("utf-8", errors="replace")
-                if data:
+            for item in items:
+                if isinstance(item, LeftOut):
+                    self._leave_out(item, skip_bad)
+                elif item.text:
+                    data = self._encode(item.text)
                     offsets.append(file.tell())
                     sizes.append(len(data))
                     hashes.append(hash_bytes(data))
@@ -226,16 +255,36 @@ class _Spool:
         self.sizes = np.array(sizes, dtype=np.int64)
         self.hashes = np.array(hashes, dtype=np.uint64)
 
-    def arrange(self, seed: int, val_fraction: float) -> tuple[Bool[np.ndarray, " N"], int]:
-        """Drop duplicates and shuffle.
+    def _leave_out(self, item: LeftOut, skip_bad: bool) -> None:
+        if item.is_bad and not skip_bad:
+            raise ValueError(
+                f"{item.reason}; or leave out all that cannot be read (--skip-bad; in training, "
+                f"--set data.skip_bad=true)"
+            )
+        self.num_left_out += 1
+        if len(self.left_out) < _MAX_REASONS:
+            self.left_out.append(item.reason)
 
-        Returns:
-            Which documents are held out, and the number of duplicates.
-        """
-        if val_fraction > 0 and len(self.sizes) < 2 / val_fraction:
-            self._cut_documents()
-        num_documents = len(self.sizes)
+    def _encode(self, text: str) -> bytes:
+        try:
+            return text.encode()
+        except UnicodeEncodeError:  # a lone surrogate, which JSON can spell
+            data = text.encode("utf-8", errors="replace")
+            self.num_replaced += data.count(b"?") - text.count("?")
+            return data
+
+    def counts(self) -> dict[str, Any]:
+        """What of the source is not in the data, as `PreparedData` has it."""
+        names = ("num_duplicates", "num_replaced", "num_left_out", "left_out")
+        return {name: getattr(self, name) for name in names}
+
+    def arrange(self, seed: int, val_fraction: float) -> Bool[np.ndarray, " N"]:
+        """Drop duplicates and shuffle; returns which documents are held out."""
+        if val_fraction > 0:
+            is_few = len(self.sizes) < 2 / val_fraction
+            self._cut_documents(0 if is_few else int(val_fraction * self.sizes.sum()))
         _, first = np.unique(self.hashes, return_index=True)
+        self.num_duplicates = len(self.hashes) - len(first)
         order = first[np.argsort(mix(self.hashes[first], 2 * seed + 1), kind="stable")]
         self.offsets, self.sizes, self.hashes = (
             self.offsets[order],
@@ -247,9 +296,8 @@ class _Spool:
         if val_fraction > 0:
             if len(keys) < 2:
                 raise ValueError(
-                    "the source is one paragraph, which cannot be split into train and "
-                    "validation: give more text, "
-                    "or val_fraction=0"
+                    "the source says one thing only (repetitions left out), which cannot be split "
+                    "into train and validation: give more text"
                 )
             # Few documents can all hash to the same split; then the one whose key is nearest to the
             # threshold moves to the other.
@@ -257,7 +305,7 @@ class _Spool:
                 is_val[np.argmin(keys)] = True
             if is_val.all():
                 is_val[np.argmax(keys)] = False
-        return is_val, num_documents - len(order)
+        return is_val
 
     def texts(self, chosen: Bool[np.ndarray, " N"], max_bytes: int | None = None) -> Iterator[str]:
         """Text of the chosen documents in shuffled order, at most about `max_bytes` in all."""
@@ -270,19 +318,26 @@ class _Spool:
                 yield file.read(int(self.sizes[i])).decode("utf-8")
                 given += int(self.sizes[i])
 
-    def _cut_documents(self) -> None:
-        target = max(_MIN_PIECE_BYTES, int(self.sizes.sum()) // _NUM_PIECES)
-        offsets, sizes, hashes = [], [], []
+    def _cut_documents(self, max_bytes: int) -> None:
+        """Cut the documents of more than `max_bytes`."""
+        total = int(self.sizes.sum())
+        target = max(1, total // _NUM_PIECES, min(_MIN_PIECE_BYTES, total // 8))
+        offsets, sizes, hashes = array("q"), array("q"), array("Q")
+        documents = zip(
+            self.offsets.tolist(), self.sizes.tolist(), self.hashes.tolist(), strict=True
+        )
         with self.path.open("rb") as file:
-            for offset, size in zip(self.offsets.tolist(), self.sizes.tolist(), strict=True):
-                file.seek(offset)
-                data = file.read(size)
+            for offset, size, whole in documents:
+                data = b""
+                if size > max_bytes:
+                    file.seek(offset)
+                    data = file.read(size)
                 start = 0
                 while start < size:
-                    end = _piece_end(data, start, target)
+                    end = _piece_end(data, start, target) if data else size
                     offsets.append(offset + start)
                     sizes.append(end - start)
-                    hashes.append(hash_bytes(data[start:end]))
+                    hashes.append(hash_bytes(data[start:end]) if data else whole)
                     start = end
         self.offsets = np.array(offsets, dtype=np.int64)
         self.sizes = np.array(sizes, dtype=np.int64)
@@ -290,14 +345,18 @@ class _Spool:
 
 
 def _piece_end(data: bytes, start: int, target: int) -> int:
-    """Where a piece of about `target` bytes ends: after a blank line, else after a line."""
-    for separator in (b"\n\n", b"\n"):
-        found = data.find(separator, start + target, start + 2 * target)
-        if found >= 0:
-            return found + len(separator)
-    return (
-        len(data) if len(data) - start <= 2 * target else _piece_end(data, start + target, target)
-    )
+    """Where a piece of at least `target` and less than twice as many bytes ends."""
+    first, last = start + target, start + 2 * target
+    for cut in _CUTS:
+        # From the byte before: a place that ends there is the first that is allowed.
+        if found := cut.search(data, first - 1, last):
+            return found.end()
+    if len(data) <= last:
+        return len(data)
+    end = first
+    while data[end] & 0xC0 == 0x80:  # inside a character
+        end += 1
+    return end
 
 
 def _token_batches(
@@ -363,7 +422,7 @@ def _publish(
     building: Path,
     settings: dict[str, Any],
     tokenizer: Tokenizer,
-    num_duplicates: int,
+    counts: dict[str, Any],
     splits: dict[str, SplitIndex],
 ) -> PreparedData:
     content = json.dumps(
@@ -382,7 +441,7 @@ def _publish(
         "vocab_size": tokenizer.vocab_size,
         "tokenizer_file": f"{name}/tokenizer.json",
         "tokenizer_fingerprint": tokenizer.fingerprint,
-        "num_duplicates": num_duplicates,
+        **counts,
         "splits": {split: _split_to_json(content, name) for split, content in splits.items()},
     }
     write_json(building / INDEX_FILE, index)

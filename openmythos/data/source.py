@@ -1,6 +1,6 @@
-"""Documents to train on: files, folders, Hugging Face datasets, two built-in corpora.
+"""Documents to train on: files, folders, standard input, Hugging Face datasets, two corpora.
 
-`load_documents` yields documents one at a time in a fixed order. It never runs code that it reads:
+`read_source` yields documents one at a time in a fixed order. It never runs code that it reads:
 the standard library's modules are parsed, not imported.
 """
 
@@ -14,17 +14,28 @@ import re
 import sys
 import sysconfig
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from openmythos.data.file import (
+    ALL_SUFFIXES,
+    COMPRESSED_SUFFIXES,
+    Document,
+    LeftOut,
+    cell,
+    decode,
+    file_kind,
+    read_file,
+)
+from openmythos.data.index import FORMAT, INDEX_FILE
 
 PYTHON_DOCS = "python-docs"
 PYTHON_SOURCE = "python-source"
 BUILTIN_SOURCES = (PYTHON_DOCS, PYTHON_SOURCE)
 HF_PREFIX = "hf:"
-TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
-TABLE_SUFFIXES = (".jsonl", ".parquet")
+STANDARD_INPUT = "-"
 
 # Raise it when the code below changes a built-in corpus: prepared data is then made again.
 CORPUS_VERSION = 1
@@ -32,6 +43,7 @@ CORPUS_VERSION = 1
 _SHINGLE_WORDS = 6
 _MAX_SEEN_FRACTION = 0.2
 _SKIPPED_FOLDERS = {"__pycache__", "site-packages", "node_modules"}
+_OFTEN_NO_TEXT = (".json", ".csv", ".tsv")
 _STDLIB_SKIPPED_FOLDERS = {
     *{"__pycache__", "site-packages", "dist-packages", "test", "tests", "idle_test"},
     *{
@@ -41,53 +53,65 @@ _STDLIB_SKIPPED_FOLDERS = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Document:
-    """One text: the unit of the train/validation split and of the document mask."""
-
-    name: str
-    text: str
-
-
 def load_documents(source: str, column: str = "text") -> Iterator[Document]:
-    """Documents of `source`, in an order that depends on the source only.
-
-    Args:
-        source: A file (.txt .md .rst .py: one document; .jsonl .parquet: one document per row), a
-            folder (every such file below it, hidden folders and site-packages skipped), `hf:NAME`
-            or `hf:NAME:CONFIG` (the train split of a Hugging Face dataset, streamed), `python-docs`
-            (the language reference and the docstrings of this Python's standard library, about 2.1
-            MB of English in which no paragraph occurs twice) or `python-source` (the standard
-            library's code, about 10 MB).
-        column: Name of the text column of .jsonl, .parquet and Hugging Face rows.
+    """The documents of `read_source`; anything that cannot be read is an error.
 
     Raises:
-        ValueError: The source is unknown, empty or not UTF-8, the column is missing, or a package
-            that the source needs is not installed. Errors within a file are raised when it is
-            read.
+        ValueError: As `read_source`, or a file or a row cannot be read.
+    """
+    return _strict(read_source(source, column))
+
+
+def _strict(items: Iterable[Document | LeftOut]) -> Iterator[Document]:
+    for item in items:
+        if isinstance(item, Document):
+            yield item
+        elif item.is_bad:
+            raise ValueError(item.reason)
+
+
+def read_source(source: str, column: str = "text") -> Iterator[Document | LeftOut]:
+    """Documents of `source`, and what of it is left out, in an order that depends on it only.
+
+    Args:
+        source: A file (.txt .md .rst .py or no ending: one document; .jsonl .json .csv .tsv
+            .parquet: one document per row; compressed as .gz .bz2 .xz .zst or not), a folder (every
+            such file below it, without hidden folders, site-packages, runs, prepared data and
+            checkpoints; its .json, .csv and .tsv files may be something else than text), `-` (one
+            text from standard input), `hf:NAME` or `hf:NAME:CONFIG` (the train split of a Hugging
+            Face dataset, streamed), `python-docs` (the language reference and the docstrings of
+            this Python's standard library, about 2.1 MB of English in which no paragraph occurs
+            twice) or `python-source` (the standard library's code, about 10 MB).
+        column: Name of the text column of rows.
+
+    Raises:
+        ValueError: The source is unknown or holds no text, or a package that it needs is not
+            installed.
     """
     if source == PYTHON_DOCS:
         return _python_docs()
     if source == PYTHON_SOURCE:
         return _python_source()
+    if source == STANDARD_INPUT:
+        return _not_empty(_from_standard_input(), "standard input is empty: give it a text")
     if source.startswith(HF_PREFIX):
         return _from_hugging_face(source, column)
     path = Path(source)
     if path.is_dir():
         return _from_folder(path, column)
     if path.is_file():
-        if path.suffix.lower() not in TEXT_SUFFIXES + TABLE_SUFFIXES:
+        is_compressed = path.suffix.lower() in COMPRESSED_SUFFIXES
+        has_ending = bool((path.with_suffix("") if is_compressed else path).suffix)
+        if file_kind(path) is None and has_ending:  # text8, enwik9 and the like have none
             raise ValueError(
-                f"cannot read {path}: files end in {' '.join(TEXT_SUFFIXES + TABLE_SUFFIXES)}; "
-                f"rename or convert it"
+                f"cannot read {path}: files end in {ALL_SUFFIXES}, or compressed in .txt.gz and so "
+                f"on ({' '.join(COMPRESSED_SUFFIXES)}, except .parquet); rename or convert it"
             )
-        return _not_empty(
-            _from_file(path, path.name, column), f"{path} is empty: give a file with text"
-        )
+        items = read_file(path, path.name, column)
+        return _not_empty(items, f"{path} is empty: give a file with text")
     raise ValueError(
-        f"unknown source {source!r}: no such file or folder; give a path, 'hf:NAME', "
-        f"'hf:NAME:CONFIG', "
-        f"'{PYTHON_DOCS}' or '{PYTHON_SOURCE}'"
+        f"unknown source {source!r}: no such file or folder; give a path, '-' for standard input, "
+        f"'hf:NAME', 'hf:NAME:CONFIG', '{PYTHON_DOCS}' or '{PYTHON_SOURCE}'"
     )
 
 
@@ -95,144 +119,119 @@ def source_version(source: str) -> str:
     """A short text that changes when the documents of `source` change; it does not read them.
 
     Files and folders: a digest of names, sizes and modification times. Built-in corpora: the Python
-    version. Hugging Face datasets: the name alone, because a remote change cannot be seen without a
-    connection.
+    version. Standard input and Hugging Face datasets: the name alone, because a change cannot be
+    seen.
     """
     if source in BUILTIN_SOURCES:
         return f"python-{sys.version.split()[0]}-corpus-{CORPUS_VERSION}"
-    if source.startswith(HF_PREFIX):
+    if source.startswith(HF_PREFIX) or source == STANDARD_INPUT:
         return source
     path = Path(source)
     digest = hashlib.sha256()
-    for file in _folder_files(path) if path.is_dir() else [path]:
-        status = file.stat()
-        digest.update(
-            f"{file.relative_to(path)}\0{status.st_size}\0{status.st_mtime_ns}\n".encode(
-                errors="replace"
-            )
-        )
+    for file in _folder_files(path)[0] if path.is_dir() else [path]:
+        size, modified = _size_and_time(file)
+        digest.update(f"{file.relative_to(path)}\0{size}\0{modified}\n".encode(errors="replace"))
     return f"files-{digest.hexdigest()[:16]}"
 
 
-def _not_empty(documents: Iterable[Document], message: str) -> Iterator[Document]:
-    found = False
-    for document in documents:
-        if document.text:
+def _size_and_time(file: Path) -> tuple[int, int]:
+    try:
+        status = file.stat()
+    except OSError:  # a link to a missing file
+        return -1, -1
+    return status.st_size, status.st_mtime_ns
+
+
+def _not_empty(items: Iterable[Document | LeftOut], message: str) -> Iterator[Document | LeftOut]:
+    found, first = False, None
+    for item in items:
+        if isinstance(item, LeftOut):
+            first = first or item.reason
+            yield item
+        elif item.text:
             found = True
-            yield document
+            yield item
     if not found:
-        raise ValueError(message)
+        raise ValueError(f"{message} (left out: {first})" if first else message)
 
 
-def _folder_files(folder: Path) -> list[Path]:
-    files = []
-    for parent, folders, names in os.walk(folder):
-        folders[:] = [f for f in folders if not f.startswith(".") and f not in _SKIPPED_FOLDERS]
+def _from_standard_input() -> Iterator[Document]:
+    yield Document("standard input", decode(sys.stdin.buffer.read(), "standard input"))
+
+
+def _own_folder(folder: Path) -> str | None:
+    """What a folder is if a program like this one wrote it: that is no text to train on."""
+    index, config = folder / INDEX_FILE, folder / "config.json"
+    if (folder / "checkpoints").is_dir() and (folder / "samples").is_dir():
+        return "a run"
+    if config.is_file() and any(folder.glob("*.safetensors")):
+        return "a checkpoint"
+    if index.is_file():
+        try:
+            content = json.loads(index.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        if isinstance(content, dict) and content.get("format") == FORMAT:
+            return "prepared data"
+    return None
+
+
+def _folder_files(folder: Path) -> tuple[list[Path], list[LeftOut]]:
+    """The files to read below a folder, in order, and what else is there."""
+    files: list[Path] = []
+    left_out: list[LeftOut] = []
+    others: Counter[str] = Counter()
+
+    def unreadable(error: OSError) -> None:
+        left_out.append(LeftOut(f"{error.filename} cannot be read: {error.strerror}"))
+
+    for parent, folders, names in os.walk(folder, onerror=unreadable):
+        here = Path(parent)
+        kept = [f for f in folders if not f.startswith(".") and f not in _SKIPPED_FOLDERS]
+        own = {name: kind for name in kept if (kind := _own_folder(here / name))}
+        left_out += [LeftOut(f"{here / n} is {kind}", is_bad=False) for n, kind in own.items()]
+        folders[:] = [name for name in kept if name not in own]
         for name in names:
-            known = Path(name).suffix.lower() in TEXT_SUFFIXES + TABLE_SUFFIXES
-            if known and not name.startswith("."):
-                files.append(Path(parent) / name)
-    return sorted(files, key=lambda file: file.relative_to(folder).as_posix())
+            if file_kind(Path(name)) is not None and not name.startswith("."):
+                files.append(here / name)
+            elif not name.startswith("."):
+                others[Path(name).suffix.lower() or name] += 1
+    if others:
+        kinds = [suffix for suffix, _ in others.most_common(5)]
+        more = " ..." if len(others) > len(kinds) else ""
+        reason = f"{others.total()} files of other kinds ({' '.join(kinds)}{more})"
+        left_out.append(LeftOut(reason, is_bad=False))
+    return sorted(files, key=lambda file: file.relative_to(folder).as_posix()), left_out
 
 
-def _from_folder(folder: Path, column: str) -> Iterator[Document]:
-    files = _folder_files(folder)
-    suffixes = " ".join(TEXT_SUFFIXES + TABLE_SUFFIXES)
-    if not files:
-        raise ValueError(f"no files to read in {folder}: it and its folders hold no {suffixes}")
+def _from_folder(folder: Path, column: str) -> Iterator[Document | LeftOut]:
+    kind = _own_folder(folder)
+    if kind is not None:
+        hint = "give it to `train --data`" if kind == "prepared data" else "give a folder of text"
+        raise ValueError(f"{folder} is {kind}, not text: {hint}")
+    files, left_out = _folder_files(folder)
     # Empty files (a package's __init__.py) are normal in a folder; it is an error only if all are
     # empty.
-    rows = (
-        row
-        for file in files
-        for row in _from_file(file, file.relative_to(folder).as_posix(), column)
-    )
-    return _not_empty(
-        rows, f"all {len(files)} files in {folder} are empty: give a folder with text"
-    )
+    message = f"all {len(files)} files in {folder} are empty: give a folder with text"
+    if not files:
+        message = f"no files to read in {folder}: it and its folders hold no {ALL_SUFFIXES}"
+    return _not_empty(_folder_items(folder, files, left_out, column), message)
 
 
-def _from_file(path: Path, name: str, column: str) -> Iterator[Document]:
-    suffix = path.suffix.lower()
-    if suffix == ".jsonl":
-        yield from _from_jsonl(path, name, column)
-    elif suffix == ".parquet":
-        yield from _from_parquet(path, name, column)
-    else:
-        yield Document(name, _decode(path.read_bytes(), path, 0))
+def _folder_items(
+    folder: Path, files: list[Path], left_out: list[LeftOut], column: str
+) -> Iterator[Document | LeftOut]:
+    yield from left_out
+    for file in files:
+        is_table = file_kind(file) in _OFTEN_NO_TEXT
+        for item in read_file(file, file.relative_to(folder).as_posix(), column):
+            # Nobody who names a folder says that its package.json is text.
+            if isinstance(item, LeftOut) and is_table:
+                item = LeftOut(item.reason, is_bad=False)
+            yield item
 
 
-def _decode(data: bytes, path: Path, offset: int) -> str:
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path} is not UTF-8: byte 0x{data[error.start]:02x} at offset "
-            f"{offset + error.start}; convert it, "
-            f"for example with iconv -t UTF-8"
-        ) from None
-
-
-def _from_jsonl(path: Path, name: str, column: str) -> Iterator[Document]:
-    offset = 0
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                try:
-                    row = json.loads(_decode(line, path, offset))
-                except json.JSONDecodeError as error:
-                    raise ValueError(
-                        f"{path} line {number} is not JSON: {error.msg} at column {error.colno}"
-                    ) from None
-                yield Document(f"{name}:{number}", _cell(row, column, f"{path} line {number}"))
-            offset += len(line)
-
-
-def _from_parquet(path: Path, name: str, column: str) -> Iterator[Document]:
-    try:
-        from pyarrow import ArrowInvalid, parquet
-    except ImportError:
-        raise ValueError(
-            f"reading {path} needs pyarrow: pip install pyarrow, or convert it to .jsonl"
-        ) from None
-    try:
-        file = parquet.ParquetFile(path)
-    except ArrowInvalid as error:
-        raise ValueError(f"{path} is not a parquet file: {str(error).splitlines()[0]}") from None
-    with file:
-        if column not in file.schema_arrow.names:
-            raise ValueError(_missing_column(str(path), column, file.schema_arrow.names))
-        number = 0
-        for batch in file.iter_batches(batch_size=1024, columns=[column]):
-            for row in batch.to_pylist():
-                number += 1
-                yield Document(f"{name}:{number}", _cell(row, column, f"{path} row {number}"))
-
-
-def _cell(row: Any, column: str, place: str) -> str:
-    if not isinstance(row, dict):
-        raise ValueError(
-            f"{place} is a {type(row).__name__}, not an object with a {column!r} column"
-        )
-    if column not in row:
-        raise ValueError(_missing_column(place, column, row))
-    text = row[column]
-    if text is None:
-        return ""
-    if not isinstance(text, str):
-        raise ValueError(
-            f"{place} column {column!r} holds a {type(text).__name__}, not text: "
-            f"choose another column"
-        )
-    return text
-
-
-def _missing_column(place: str, column: str, columns: Iterable[str]) -> str:
-    names = ", ".join(columns) or "none"
-    return f"{place} has no column {column!r}; its columns are: {names}: choose one with column="
-
-
-def _from_hugging_face(source: str, column: str) -> Iterator[Document]:
+def _from_hugging_face(source: str, column: str) -> Iterator[Document | LeftOut]:
     name, _, config = source.removeprefix(HF_PREFIX).partition(":")
     if not name:
         raise ValueError(f"source {source!r} names no dataset: write hf:NAME or hf:NAME:CONFIG")
@@ -249,12 +248,15 @@ def _from_hugging_face(source: str, column: str) -> Iterator[Document]:
 
 def _hugging_face_rows(
     datasets: Any, source: str, name: str, config: str, column: str
-) -> Iterator[Document]:
+) -> Iterator[Document | LeftOut]:
     # No shuffle buffer here: `prepare` shuffles all documents.
     try:
         rows = datasets.load_dataset(name, name=config or None, split="train", streaming=True)
         for number, row in enumerate(rows):
-            yield Document(f"{source}:{number}", _cell(row, column, source))
+            try:
+                yield Document(f"{source}:{number}", cell(row, column, source))
+            except ValueError as error:
+                yield LeftOut(str(error))
     except ValueError:
         raise
     except (

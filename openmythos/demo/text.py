@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from openmythos.analysis.trace import trace_loops
 from openmythos.config import presets
@@ -17,6 +18,7 @@ from openmythos.engine.reference import generate
 from openmythos.folder import write_json
 from openmythos.model.exit import KLExit
 from openmythos.report.page import Piece, Sample, render_sample, render_scale
+from openmythos.terminal import print_table
 from openmythos.train.depth_schedule import DepthSchedule, PoissonDepth
 from openmythos.train.display import TrainDisplay
 from openmythos.train.metrics import read_metrics
@@ -52,18 +54,18 @@ def act_text(console: Console, out: Path, config: RunConfig, device: str) -> Tex
         result = run.train(display)
     if result.interrupted:
         raise KeyboardInterrupt
-    if not isinstance(run.task, TextTask):
-        raise TypeError("act 1 trains on text")
+    if not isinstance(run.task, TextTask) or run.task.validation is None:
+        raise TypeError("act 1 trains on text of which some is held out")
     validation = run.task.validation
     curve = {}
     for loops in TEXT_LOOPS:
-        with console.status(f"held-out text at {loops} loops"):
+        with console.status(Text(f"held-out text at {loops} loops")):
             curve[loops] = held_out_bits_per_byte(model, validation, loops)
     table = Table(title="held-out bits per byte")
     for loops in curve:
         table.add_column(f"{loops} loops", justify="right")
     table.add_row(*(f"{bits:.3f}" for bits in curve.values()))
-    console.print(table)
+    print_table(console, table)
     samples = continuations(run)
     written = out / "samples" / f"step-{result.step:08d}.json"
     write_json(written, [asdict(sample) for sample in samples])

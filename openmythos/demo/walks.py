@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from openmythos.analysis.trace import trace_loops
 from openmythos.config import ACTConfig, GQAConfig, ModelConfig, ReLUSquaredConfig
@@ -21,6 +22,7 @@ from openmythos.folder import write_json
 from openmythos.interop.loading import load_pretrained
 from openmythos.model.exit import CumulativeThreshold, EntropyKLExit, Rule
 from openmythos.model.recurrent import RecurrentDepthLM
+from openmythos.terminal import print_table
 from openmythos.train.depth_schedule import ClippedPoissonDepth, DepthSchedule
 from openmythos.train.display import TrainDisplay
 from openmythos.train.loop import TrainingStopped
@@ -82,10 +84,11 @@ def act_hops(
     other.mkdir(parents=True)
     halting = ACTConfig(bias_init=0.0, keep_remainder=False)
     halted = replace(config, model=replace(config.model, halting=halting))
-    write_json(other / "start.json", to_dict(halted))
+    start = other.with_name(f"{other.name}.json")
+    write_json(start, to_dict(halted))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # a model this small gains nothing from a second thread
-    command = [sys.executable, "-m", "openmythos", "train", "--config", str(other / "start.json")]
+    command = [sys.executable, "-m", "openmythos", "train", "--config", str(start)]
     beside = subprocess.Popen(
         [*command, "--out", str(other), "--device", device],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -197,11 +200,10 @@ def show_hops(console: Console, result: HopsResult) -> None:
         table.add_column(str(loops), justify="right")
     table.add_column("taken", justify="right")
     for hops, row, mean in zip(result.hops, result.accuracy, result.exit_loops, strict=True):
-        cells = [f"[green]{x:.0%}[/]" if x >= 0.5 else f"[dim]{x:.0%}[/]" for x in row]
+        cells = [Text(f"{100 * x:.0f}", "green" if x >= 0.5 else "dim") for x in row]
         last = hops == result.max_train_hops
-        plain = [cell.replace("%", "") for cell in cells]
-        table.add_row(str(hops), *plain, f"{mean:.1f}", end_section=last)
-    console.print(table)
+        table.add_row(str(hops), *cells, f"{mean:.1f}", end_section=last)
+    print_table(console, table)
     rank = result.rank_correlation
     follows = "the same everywhere" if rank is None else f"rank correlation {rank:.2f} with hops"
     console.print(f"below the line: never trained; chance {result.chance:.0%}; taken: {follows}")

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from openmythos.config.counts import kv_bytes_per_token
 from openmythos.config.schema import plain, require
 from openmythos.engine.batch import CachedBatch, UncachedBatch
 from openmythos.engine.request import Request, token_ids
@@ -21,11 +22,12 @@ from openmythos.engine.sampling import (
     sample,
     token_logprobs,
 )
-from openmythos.model.cache import CacheLayout, KVCache
+from openmythos.model.cache import CacheLayout, KVCache, PerLoop
 from openmythos.model.exit import Fixed, Rule
 from openmythos.model.inference import inference
 from openmythos.model.recurrent import RecurrentDepthLM
 from openmythos.ops.cpu import build as native
+from openmythos.plan.memory import require_memory
 
 FinishReason = Literal["stop", "length"]
 Prompts = Sequence[Any] | Tensor  # of token ids; text is refused with an error that explains it
@@ -193,6 +195,7 @@ class Session:
         self._seed: int | None = None  # the seed of the first requests, then of the session
         self.batch: CachedBatch | UncachedBatch = UncachedBatch(model, batch_size, seed=0)
         if use_cache:
+            _require_room(model, batch_size, self.max_len, self.max_loops, cache_layout)
             cache = KVCache(
                 model.config,
                 batch_size=batch_size,
@@ -347,6 +350,22 @@ class Session:
                 new.append(NewToken(row, token, loops[i], reason, logits[i], report))
             yield from new
             running = [item.row for item in new if item.finish_reason is None]
+
+
+def _require_room(
+    model: RecurrentDepthLM, batch_size: int, max_len: int, loops: int, layout: CacheLayout | None
+) -> None:
+    """Refuse a cache that this machine's memory cannot hold, before any of it is allocated."""
+    weight = model.embed.weight
+    if weight.device.type != "cpu":
+        return  # an accelerator's allocator refuses by itself, with the sizes
+    kept = (PerLoop() if layout is None else layout).num_slots(loops)
+    per_token = kv_bytes_per_token(
+        model.config, num_loops=loops, kept_loops=kept, dtype_bytes=weight.element_size()
+    )
+    what = f"a cache of {batch_size} rows, {max_len} tokens and {loops} loops"
+    advice = "lower num_loops, take fewer tokens or rows, or another cache layout"
+    require_memory(batch_size * (max_len + 1) * per_token, what, advice)
 
 
 def _token_rows(prompts: Prompts) -> list[tuple[int, ...]]:

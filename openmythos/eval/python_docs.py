@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from openmythos.data.file import Document
 from openmythos.data.hashing import hash_bytes, split_keys, threshold
-from openmythos.data.source import PYTHON_DOCS, Document, load_documents
+from openmythos.data.source import PYTHON_DOCS, load_documents
 
 SPLIT_SEED, HELD_OUT_FRACTION = 0, 0.1  # the defaults of ``prepare``
 MAX_QUESTIONS = 400

@@ -12,17 +12,18 @@ SAFE_FILES = ["*.json", "*.safetensors"]
 TORCH_FILES = ["*.bin", "*.pt", "*.pth"]  # read as tensors only
 
 
-def local_folder(path: PathLike) -> Path:
+def local_folder(path: PathLike, *, verify: bool = True) -> Path:
     """The local folder for ``path``, a folder or a model's name ``owner/name`` on the hub.
 
-    A path that exists locally, or whose first folder does, is never looked up on the hub.
+    A path that exists locally, or whose first folder does, is never looked up on the hub. With
+    ``verify``, a run folder's damaged checkpoints are left out.
 
     Raises:
         ValueError: There is neither such a folder nor such a model, or the hub is not reachable.
     """
     name = os.fspath(path)
     if not HUB_NAME.fullmatch(name) or Path(name).exists() or Path(name).parent.exists():
-        return checkpoint_folder(path)
+        return checkpoint_folder(path, verify=verify)
     from huggingface_hub import snapshot_download
 
     try:

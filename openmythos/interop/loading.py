@@ -12,6 +12,7 @@ from openmythos.checkpoint.load import (
     load_checkpoint,
     open_checkpoint,
     read_config,
+    verify_checkpoint,
 )
 from openmythos.checkpoint.save import FORMAT
 from openmythos.checkpoint.weights import CONFIG_FILE, StoredWeights
@@ -39,7 +40,11 @@ FAMILIES = (
 
 
 def load_pretrained(
-    path: PathLike, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+    path: PathLike,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    verify: bool = True,
 ) -> RecurrentDepthLM:
     """Load a checkpoint folder: ours, or one of a family in ``FAMILIES``.
 
@@ -47,6 +52,8 @@ def load_pretrained(
         path: A folder with config.json and the weights, or a model's name on the Hugging Face hub.
         dtype: Dtype of the parameters; None keeps the stored one.
         device: Device of the model.
+        verify: Compare the files of one of our checkpoints with the SHA-256 in its manifest.json
+            (about 1 GB/s); of a run, a damaged newest checkpoint falls back to the one before it.
 
     Returns:
         The model in evaluation mode.
@@ -55,9 +62,11 @@ def load_pretrained(
         ValueError: There is no such folder, the family is unknown, files are damaged, weights do
             not fit the config (all names are listed), or weights are not finite.
     """
-    folder = local_folder(path)
+    folder = local_folder(path, verify=verify)
+    if verify:
+        verify_checkpoint(folder)
     if "format" in read_config(folder):
-        return load_checkpoint(folder, dtype=dtype, device=device)
+        return load_checkpoint(folder, dtype=dtype, device=device, verify=verify)
     model, tensors = _open_foreign(folder, dtype)
     return fill_model(model, tensors, folder, dtype, device)
 

@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from openmythos.config import ModelConfig
+from openmythos.config.schema import as_integer, plain, require, require_positive
 
 LoopT = TypeVar("LoopT", int, Tensor)
 Stage = Literal["prelude", "core", "coda"]
@@ -57,8 +58,7 @@ class EveryK(PerLoop):
     always_writes = False
 
     def __post_init__(self) -> None:
-        if self.k < 1:
-            raise ValueError(f"k is {self.k}; it must be at least 1")
+        require_positive(self, "k")
 
     def num_slots(self, num_loops: int) -> int:
         """ceil(num_loops / k)."""
@@ -123,6 +123,12 @@ class KVCache:
         device: torch.device | str = "cpu",
     ) -> None:
         self.layout = PerLoop() if layout is None else layout
+        require(isinstance(self.layout, PerLoop), "layout", layout, "a CacheLayout, as LastLoop()")
+        batch_size = as_integer("batch_size", batch_size, 1)
+        max_len, max_loops = (
+            as_integer("max_len", max_len, 1),
+            as_integer("max_loops", max_loops, 1),
+        )
         if config.depth_attention is not None and not self.layout.exact:
             raise ValueError(
                 f"cache layout {self.layout} loses loops that depth_attention reads; use PerLoop()"
@@ -142,6 +148,7 @@ class KVCache:
             for heads, dim in config.attention.cache_shapes
         )
         self.lengths = [0] * batch_size
+        self._ends = [0] * batch_size  # one past the columns that chunks may have written
 
     @property
     def num_bytes(self) -> int:
@@ -169,7 +176,8 @@ class KVCache:
         Raises:
             ValueError: A row has too few free columns, or ``valid`` has another number of rows.
         """
-        chosen = list(range(len(self.lengths))) if rows is None else list(rows)
+        given_rows = range(len(self.lengths)) if rows is None else plain(rows)
+        chosen = [as_integer("a row of the cache", row) for row in given_rows]
         within = all(0 <= row < len(self.lengths) for row in chosen)
         if not within or len(set(chosen)) < len(chosen):
             allowed = f"different numbers in 0..{len(self.lengths) - 1}"
@@ -188,6 +196,11 @@ class KVCache:
                     f"{length} + {count} tokens of row {row} do not fit a cache of "
                     f"max_len={self.max_len}"
                 )
+        for row, length, count in zip(chosen, before, counts, strict=True):
+            # What a failed forward has left may be NaN, and a weight of 0 times NaN is NaN.
+            for tensor in self.tensors:
+                tensor[:, row, :, length : self._ends[row]] = 0
+            self._ends[row] = length + count
         first = torch.tensor(before, device=device)[:, None]
         if valid is None:
             columns = first + torch.arange(num_tokens, device=device)

@@ -8,23 +8,28 @@ Attention layers pass queries and new keys and values; masks and cache columns a
     own = ctx.earlier(place, num_recent)  the tokens' own keys and values from their last loops
 """
 
-from collections.abc import Callable, Hashable, Sequence
+import contextlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, no_type_check
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from openmythos.config import ModelConfig
+from openmythos.config.schema import require
 from openmythos.model.cache import CacheView, KVCache, Place
 from openmythos.model.rope import Rope, rope_angles
 from openmythos.ops.attention import attention, depth_attention, packed_attention
+from openmythos.ops.cpu import build as native
 
 Own = tuple[
     Float[Tensor, "R B G T K"], Float[Tensor, "R B G T W"], Bool[Tensor, "B R"]
 ]  # keys, values, and whether each row has run that loop
 Recent = tuple[tuple[Float[Tensor, "R B heads T dim"], ...], ...]  # per core layer: keys, values
+Ids = Int[Tensor, "B T"] | Sequence[Sequence[int]]
 
 
 @dataclass(frozen=True)
@@ -35,12 +40,14 @@ class ForwardContext:
     columns determine what each token attends to.
 
     Attributes:
-        documents: Document numbers of packed rows: tokens attend only within their own document.
-            Negative numbers mark padding.
+        documents: The documents of packed rows, numbered in order in each row: tokens attend only
+            within their own document. Padding has -1.
         valid: True at real tokens, False at padding.
         lengths: Each row's document lengths in order, for packed rows without padding on a GPU,
             whose kernel takes lengths instead of a mask.
         recent: Keys and values of the last loops, for depth attention without a cache.
+        counts: 1 if experts count their tokens, 0 where a loop is run again for its gradient. A
+            tensor, because a compiled graph must serve both; None: they count.
         made: Keys and values of the running loop, by core layer; ``advance`` adds them to
             ``recent``.
         shared: The values computed by ``once``.
@@ -56,15 +63,28 @@ class ForwardContext:
     lengths: tuple[tuple[int, ...], ...] | None = None
     cache: CacheView | None = None
     recent: Recent | None = None
+    counts: Int[Tensor, ""] | None = None
     made: dict[int, tuple[Tensor, ...]] = field(default_factory=dict, compare=False, repr=False)
     shared: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
     masks: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
-    def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
-        """The result of ``make()``, called once per forward and key; for values all loops share."""
+    def once(self, make: Callable[..., Any], *weights: Tensor) -> Any:
+        """The result of ``make(*weights)``, called once for these weights; all loops share it.
+
+        Other tensors, other memory in them or other gradients wanted are other weights.
+        """
+        wanted = torch.is_grad_enabled(), *((w.data_ptr(), w.requires_grad) for w in weights)
+        key = make, *weights, wanted
         if key not in self.shared:
-            self.shared[key] = make()
+            self.shared[key] = make(*weights)
         return self.shared[key]
+
+    @property
+    def real(self) -> Bool[Tensor, "B T"] | None:
+        """True at real tokens, False at padding; None if there is no padding."""
+        if self.cache is not None:
+            return self.cache.valid
+        return self.valid if self.documents is None else self.documents >= 0
 
     def select(self, rows: Sequence[int] | Int[Tensor, "N"]) -> "ForwardContext":
         """The context of some of the rows."""
@@ -73,21 +93,20 @@ class ForwardContext:
         if lengths is not None:
             chosen = rows.tolist() if isinstance(rows, Tensor) else rows
             lengths = tuple(lengths[row] for row in chosen)
-        recent = self.recent
-        if recent is not None:
-            recent = tuple(tuple(part[:, index] for part in layer) for layer in recent)
-        masks = {name: None if m is None else m[index] for name, m in self.masks.items()}
+        masks = {name: m for name, m in self.masks.items() if name != "spans"}
+        parts = (self.tokens, self.positions, self.rope, self.documents, self.valid, masks)
+        tokens, positions, rope, documents, valid, masks = select_rows(parts, index)
         return replace(
             self,
-            tokens=self.tokens[index],
-            positions=self.positions[index],
-            rope=None if self.rope is None else (self.rope[0][index], self.rope[1][index]),
-            documents=None if self.documents is None else self.documents[index],
-            valid=None if self.valid is None else self.valid[index],
+            tokens=tokens,
+            positions=positions,
+            rope=rope,
+            documents=documents,
+            valid=valid,
             lengths=lengths,
             cache=None if self.cache is None else self.cache.select(index),
-            recent=recent,
-            masks={name: m for name, m in masks.items() if name != "spans"},
+            recent=select_rows(self.recent, index, dim=1),
+            masks=masks,
         )
 
     def at_loop(self, loop: int | None, recent: Recent | None) -> "ForwardContext":
@@ -227,11 +246,17 @@ class KeysValues(NamedTuple):
         return self.ctx.attend(q, latents, latents, scale, own)[..., :v_dim]
 
 
+def select_rows(part: Any, index: Int[Tensor, "N"], dim: int = 0) -> Any:
+    """Some of the rows of all tensors of ``part``, along ``dim``."""
+    return tree_map_only(Tensor, lambda tensor: tensor.index_select(dim, index), part)
+
+
 def make_context(
     config: ModelConfig,
-    tokens: Int[Tensor, "B T"],
+    tokens: Ids,
     *,
     dtype: torch.dtype,
+    device: torch.device | None = None,
     padding_mask: Bool[Tensor, "B T"] | None = None,
     documents: Int[Tensor, "B T"] | None = None,
     positions: Int[Tensor, "B T"] | None = None,
@@ -242,35 +267,50 @@ def make_context(
 
     Args:
         config: The model's.
-        tokens: Token ids.
+        tokens: Token ids. These and the next three may be lists or arrays, too.
         dtype: Of the model's activations.
+        device: Where a list of tokens is put; a tensor stays where it is.
         padding_mask: True at real tokens, False at padding, which may be anywhere.
-        documents: Document numbers of packed rows; negative numbers mark padding.
+        documents: Document numbers of packed rows; negative numbers mark padding, which may be
+            inside of a document. Where the number changes, another document begins: a number that
+            comes again later in the row is a new document.
         positions: Positions of the tokens; default: real tokens counted from 0 in each document.
         cache: The cache of the earlier tokens; ``forward`` adds this chunk to it.
         rows: The cache's row of each row of ``tokens``; None: all rows in order.
 
     Raises:
-        ValueError: Token ids outside the vocabulary, more tokens than ``max_seq_len`` or than the
-            cache has room for, documents together with a cache or a padding mask, or a cache made
-            for another batch size.
+        ValueError: A wrong type or shape, token ids outside the vocabulary, more tokens than
+            ``max_seq_len`` or than the cache has room for, documents together with a cache or a
+            padding mask, or a cache made for another batch size.
     """
+    tokens = as_tensor("tokens", tokens, torch.int64, device)
+    assert isinstance(tokens, Tensor)
+    like = tokens.device, tokens.shape
+    padding_mask = as_tensor("padding_mask", padding_mask, torch.bool, *like)
+    documents = as_tensor("documents", documents, torch.int64, *like)
+    positions = as_tensor("positions", positions, torch.int64, *like)
+    require(cache is None or isinstance(cache, KVCache), "cache", cache, "a KVCache or None")
     if documents is not None and padding_mask is not None:
         raise ValueError("padding_mask given with documents; mark padding by negative documents")
     if rows is not None and cache is None:
-        raise ValueError(f"rows are {list(rows)} without a cache; they are rows of a cache")
+        raise ValueError(f"rows are {rows} without a cache; they are rows of a cache")
     if cache is not None and documents is not None:
-        raise ValueError("packed documents cannot be cached; give one document a row")
+        raise ValueError("packed documents cannot be cached; give one document per row")
     _check_tokens(config, tokens)
-    view, valid = None, None
+    view, valid, inside = None, None, None
+    if documents is not None:
+        documents, inside = _number_documents(documents)
     if cache is not None:
-        view = _view(config, cache, tokens, padding_mask, rows)
-    elif tokens.shape[1] > config.max_seq_len:
-        raise _too_long(config, tokens.shape[1])
+        view = cache.view(tokens.shape[1], padding_mask, rows)
+        if len(view.lengths) != len(tokens):
+            raise ValueError(f"{len(tokens)} rows given to a cache made for {len(view.lengths)}")
     else:
         valid = padding_mask
+    length, most = tokens.shape[1] if view is None else view.stop, config.max_seq_len
+    if length > most:
+        raise ValueError(f"{length} tokens exceed max_seq_len={most}; shorten or raise it")
     if positions is None:
-        positions = _positions(tokens, view, documents, valid)
+        positions = _positions(tokens, view, valid) if inside is None else inside
     rope = None
     if config.rope is not None:
         rope = rope_angles(positions, config.attention.rope_dim, config.rope, dtype)
@@ -301,30 +341,31 @@ def document_lengths(documents: Int[Tensor, "B T"]) -> tuple[tuple[int, ...], ..
     return tuple(lengths)
 
 
-def _view(
-    config: ModelConfig,
-    cache: KVCache,
-    tokens: Int[Tensor, "B T"],
-    padding_mask: Bool[Tensor, "B T"] | None,
-    rows: Sequence[int] | None,
-) -> CacheView:
-    num_rows = len(cache.lengths) if rows is None else len(rows)
-    if num_rows != len(tokens):
-        raise ValueError(f"{len(tokens)} rows given to a cache made for {num_rows}")
-    view = cache.view(tokens.shape[1], padding_mask, rows)
-    if view.stop > config.max_seq_len:
-        raise _too_long(config, view.stop)
-    return view
+def as_tensor(
+    name: str,
+    value: Any,
+    dtype: torch.dtype,
+    device: torch.device | None,
+    shape: torch.Size | None = None,
+) -> Any:
+    """Integers or truth values as a tensor of this dtype and shape; only ``tokens`` must be."""
+    if value is None and shape is not None:
+        return None
+    if not isinstance(value, Tensor):
+        with contextlib.suppress(TypeError, ValueError, RuntimeError):
+            value = torch.as_tensor(value, device=device)
+    given, fits = type(value).__name__, False
+    if isinstance(value, Tensor):
+        given, kinds = f"{value.dtype} {list(value.shape)}", {value.dtype, dtype}
+        fits = torch.can_cast(value.dtype, dtype) and (torch.bool not in kinds or len(kinds) == 1)
+        fits = fits and value.ndim == 2 and shape in (None, value.shape)
+    require(fits, name, given, f"{dtype} {'[B, T]' if shape is None else list(shape)}")
+    return value.to(dtype)
 
 
 def _check_tokens(config: ModelConfig, tokens: Int[Tensor, "B T"]) -> None:
-    if tokens.ndim != 2:
-        raise ValueError(f"tokens have shape {tuple(tokens.shape)}; give rows of token ids, [B, T]")
-    if tokens.numel() == 0:
-        raise ValueError(
-            f"tokens have shape {tuple(tokens.shape)}; there must be at least one token"
-        )
-    if torch.compiler.is_compiling() or tokens.is_meta:
+    require(tokens.numel() > 0, "tokens", list(tokens.shape), "[B, T] with at least one token")
+    if torch.compiler.is_compiling() or tokens.is_meta or native.vmapped():
         return
     low, high = torch.stack(tokens.aminmax()).tolist()  # one wait for the device, not two
     if low < 0 or high >= config.vocab_size:
@@ -332,32 +373,30 @@ def _check_tokens(config: ModelConfig, tokens: Int[Tensor, "B T"]) -> None:
         raise ValueError(f"token id {bad} is outside the vocabulary 0..{config.vocab_size - 1}")
 
 
-def _too_long(config: ModelConfig, length: int) -> ValueError:
-    return ValueError(
-        f"{length} tokens exceed max_seq_len={config.max_seq_len}; shorten the input or raise it"
-    )
-
-
 def _positions(
     tokens: Int[Tensor, "B T"],
     view: CacheView | None,
-    documents: Int[Tensor, "B T"] | None,
     valid: Bool[Tensor, "B T"] | None,
 ) -> Int[Tensor, "B T"]:
     if view is not None:
         return view.columns
-    if documents is not None:
-        return _positions_in_documents(documents)
     if valid is not None:
         return (valid.cumsum(1) - 1).clamp(min=0)
     return torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
 
 
-def _positions_in_documents(documents: Int[Tensor, "B T"]) -> Int[Tensor, "B T"]:
-    index = torch.arange(documents.shape[1], device=documents.device).expand(documents.shape)
-    starts = torch.ones_like(documents, dtype=torch.bool)
-    starts[:, 1:] = documents[:, 1:] != documents[:, :-1]
-    return index - torch.where(starts, index, 0).cummax(dim=1).values
+def _number_documents(
+    documents: Int[Tensor, "B T"],
+) -> tuple[Int[Tensor, "B T"], Int[Tensor, "B T"]]:
+    """Documents by their order in the row, -1 at padding; each token's position in its own."""
+    real, index = documents >= 0, torch.arange(documents.shape[1], device=documents.device)
+    # Padding continues the document before it.
+    filled = documents.gather(1, torch.where(real, index, 0).cummax(dim=1).values)
+    starts = torch.ones_like(real)
+    starts[:, 1:] = filled[:, 1:] != filled[:, :-1]
+    order = real.cumsum(1)
+    first = torch.where(starts, order, 0).cummax(dim=1).values
+    return torch.where(real, starts.cumsum(1), -1), (order - first) * real
 
 
 def _no_loops(config: ModelConfig, tokens: Int[Tensor, "B T"], dtype: torch.dtype) -> Recent:

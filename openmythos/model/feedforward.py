@@ -19,6 +19,7 @@ from openmythos.config import (
 )
 from openmythos.model.context import ForwardContext
 from openmythos.model.loop_signal import LoopLinear
+from openmythos.ops.cpu import build as native
 from openmythos.ops.moe import LoopedExperts, moe_experts
 from openmythos.ops.swiglu import swiglu
 
@@ -111,7 +112,7 @@ class MoE(FeedForward):
     """Routed experts, chosen per token and loop, plus shared experts that always run.
 
     Experts are selected by score + bias and weighted by the score alone; no token is dropped. In
-    training mode, ``load`` counts the tokens routed to each expert in each loop; ``update_bias``
+    training mode, ``load`` counts the real tokens routed to each expert per loop; ``update_bias``
     reads and clears it. Both have ``bias_loops`` rows; later loops use the last row.
 
     Source: DeepSeek-V3 (arXiv 2412.19437), equations 12 to 16; Wang et al. 2024 (arXiv 2408.15664).
@@ -135,7 +136,9 @@ class MoE(FeedForward):
             self.shared = SwiGLU(config, SwiGLUConfig(d_ff=shared_width), lora)
         self.bias: Tensor
         self.load: Tensor
-        self.register_buffer("bias", torch.zeros(part.bias_loops, num_experts))
+        # Not in the default dtype: updates are too small for bf16.
+        bias = torch.zeros(part.bias_loops, num_experts, dtype=torch.float32)
+        self.register_buffer("bias", bias)
         load = torch.zeros(part.bias_loops, num_experts, dtype=torch.int64)
         self.register_buffer("load", load, persistent=False)
 
@@ -166,19 +169,20 @@ class MoE(FeedForward):
         else:
             row = loop_idx.clamp(max=self.config.bias_loops - 1).repeat_interleave(num_tokens)
         flat = x.reshape(-1, d_model)
-        expert, weight, counts = self.route(flat, row)
+        expert, weight, counts = self.route(flat, row, ctx)
         y = self._experts(ctx)(flat, expert, weight.to(x.dtype), counts).view(x.shape)
         return y if self.shared is None else y + self.shared(x, loop_idx)
 
     def _experts(self, ctx: ForwardContext | None) -> Callable[..., Tensor]:
         """The routed experts as a function; eager on a CPU, all loops of a forward share it."""
-        if self.gate_up.device.type != "cpu" or torch.compiler.is_compiling():
+        if self.gate_up.device.type != "cpu" or not native.eager():
             return partial(moe_experts, gate_up=self.gate_up, down=self.down)
-        make = partial(LoopedExperts, self.gate_up, self.down)
-        return make() if ctx is None else ctx.once((self, torch.is_grad_enabled()), make)
+        if ctx is None:
+            return LoopedExperts(self.gate_up, self.down)
+        return ctx.once(LoopedExperts, self.gate_up, self.down)
 
     def route(
-        self, x: Float[Tensor, "N D"], row: Int[Tensor, "N"]
+        self, x: Float[Tensor, "N D"], row: Int[Tensor, "N"], ctx: ForwardContext | None = None
     ) -> tuple[Int[Tensor, "N K"], Float[Tensor, "N K"], Int[Tensor, "E"]]:
         """Each token's K experts, their weights, and the number of tokens per expert.
 
@@ -194,10 +198,16 @@ class MoE(FeedForward):
         total = weight.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(logits.dtype).tiny)
         weight = part.routed_scale * weight / total
         pair = (row[:, None] * part.num_experts + expert).flatten()
-        load = torch.zeros(self.load.numel(), dtype=torch.int64, device=x.device)
-        load = load.index_add(0, pair, torch.ones_like(pair)).view(self.load.shape)
-        if self.training:
-            self.load += load
+        none = torch.zeros(self.load.numel(), dtype=torch.int64, device=x.device)
+        load = none.index_add(0, pair, torch.ones_like(pair)).view(self.load.shape)
+        # A function that torch.func transforms may not change a buffer.
+        pure = not native.eager() and not torch.compiler.is_compiling()
+        if self.training and not pure:
+            counted, real = load, None if ctx is None else ctx.real
+            if real is not None:
+                count = real.flatten().repeat_interleave(part.num_experts_per_token).long()
+                counted = none.index_add(0, pair, count).view(self.load.shape)
+            self.load += counted if ctx is None or ctx.counts is None else counted * ctx.counts
         return expert, weight, load.sum(dim=0)
 
     @torch.no_grad()

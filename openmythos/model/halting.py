@@ -8,7 +8,7 @@ loop, use the same code.
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from openmythos.config import (
@@ -31,18 +31,6 @@ class Tracker:
     mass: Float[Tensor, "*N"]
     running: Bool[Tensor, "*N"]
     ponder: Float[Tensor, "*N"]
-
-    def select(self, index: Int[Tensor, "M"]) -> "Tracker":
-        """The tracker of some of the rows."""
-        return Tracker(self.mass[index], self.running[index], self.ponder[index])
-
-    def put(self, index: Int[Tensor, "M"], rows: "Tracker") -> "Tracker":
-        """A copy in which ``rows`` replace those at ``index``."""
-        return Tracker(
-            self.mass.index_copy(0, index, rows.mass),
-            self.running.index_copy(0, index, rows.running),
-            self.ponder.index_copy(0, index, rows.ponder),
-        )
 
 
 class Halting(nn.Module):
@@ -90,14 +78,6 @@ class Halting(nn.Module):
     ) -> Float[Tensor, "... D"]:
         """Add a loop's state to the mixture, which starts as zeros."""
         return mixed + weight[..., None].to(h.dtype) * h
-
-    def distribution(self, probs: Float[Tensor, "L ..."]) -> tuple[Float[Tensor, "L ..."], Tracker]:
-        """The weights of all loops, from their halting probabilities, and the final tracker."""
-        tracker, weights = self.start(probs[0][..., None]), []
-        for loop, prob in enumerate(probs):
-            weight, tracker = self.step(tracker, prob, last=loop == len(probs) - 1)
-            weights.append(weight)
-        return torch.stack(weights), tracker
 
 
 class ACT(Halting):

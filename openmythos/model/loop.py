@@ -5,15 +5,19 @@ generator, whose rows begin at the same time, traces and experiments.
 """
 
 import abc
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.utils._pytree import register_dataclass, tree_map
+from torch.utils.checkpoint import checkpoint
 
-from openmythos.model.context import ForwardContext, Recent
+from openmythos.model.context import ForwardContext, Recent, select_rows
 from openmythos.model.halting import Halting, Tracker
 
 
@@ -66,10 +70,6 @@ class ExitState:
     loops: Int[Tensor, "B"]
     memory: Memory = ()
 
-    def select(self, index: Int[Tensor, "N"]) -> "ExitState":
-        """The entries of some of the rows."""
-        return ExitState(self.loops[index], tuple(tensor[index] for tensor in self.memory))
-
 
 @dataclass(frozen=True)
 class Halted:
@@ -102,25 +102,15 @@ class Halted:
         """The latest loop's weight and the tracker if the rows end here."""
         return halting.step(self.before, self.prob, last=True)
 
-    def select(self, index: Int[Tensor, "N"]) -> "Halted":
-        """The results of some of the rows."""
-        return Halted(
-            self.mixed[index],
-            self.before.select(index),
-            self.prob[index],
-            self.weight[index],
-            self.tracker.select(index),
-        )
 
-    def put(self, index: Int[Tensor, "N"], rows: "Halted") -> "Halted":
-        """A copy in which ``rows`` replace those at ``index``."""
-        return Halted(
-            self.mixed.index_copy(0, index, rows.mixed),
-            self.before.put(index, rows.before),
-            self.prob.index_copy(0, index, rows.prob),
-            self.weight.index_copy(0, index, rows.weight),
-            self.tracker.put(index, rows.tracker),
-        )
+for part in (ExitState, Tracker, Halted):
+    register_dataclass(part)
+
+
+def put_rows(part: Any, index: Int[Tensor, "N"], rows: Any, dim: int = 0) -> Any:
+    """A copy of ``part`` in whose tensors ``rows`` replace those at ``index``, along ``dim``."""
+    put = lambda old, new: None if old is None else old.index_copy(dim, index, new)  # noqa: E731
+    return tree_map(put, part, rows)
 
 
 @dataclass(frozen=True)
@@ -150,39 +140,27 @@ class LoopState:
     def select(self, rows: Sequence[int]) -> "LoopState":
         """The state of some of the rows."""
         index = torch.tensor(rows, device=self.h.device)
-        recent = self.recent
-        if recent is not None:
-            recent = tuple(tuple(part[:, index] for part in layer) for layer in recent)
         return LoopState(
             h=self.h[index],
             e=self.e[index],
             loop_idx=self.loop_idx[index],
             loops=tuple(self.loops[row] for row in rows),
             depths=tuple(self.depths[row] for row in rows),
-            halted=None if self.halted is None else self.halted.select(index),
-            exits=None if self.exits is None else self.exits.select(index),
-            recent=recent,
+            halted=select_rows(self.halted, index),
+            exits=select_rows(self.exits, index),
+            recent=select_rows(self.recent, index, dim=1),
         )
 
     def _put(self, rows: Sequence[int], part: "LoopState") -> "LoopState":
         """Replace these rows by ``part``, which has advanced; the others have waited one loop."""
-        index, recent = torch.tensor(rows, device=self.h.device), self.recent
-        if recent is not None and part.recent is not None:
-            pairs = zip(recent, part.recent, strict=True)
-            recent = tuple(
-                tuple(old.index_copy(1, index, new) for old, new in zip(*layer, strict=True))
-                for layer in pairs
-            )
-        halted = self.halted
-        if halted is not None and part.halted is not None:
-            halted = halted.put(index, part.halted)
+        index = torch.tensor(rows, device=self.h.device)
         return replace(
             self,
             h=self.h.index_copy(0, index, part.h),
             loop_idx=self.loop_idx + 1,
             loops=tuple(loop + 1 for loop in self.loops),
-            halted=halted,
-            recent=recent,
+            halted=put_rows(self.halted, index, part.halted),
+            recent=put_rows(self.recent, index, part.recent, dim=1),
         )
 
 
@@ -245,6 +223,7 @@ def advance(
     ctx: ForwardContext,
     run: Callable[..., Any] = run_loop,
     grad: bool = True,
+    recompute: bool = False,
 ) -> LoopState:
     """Run one loop of every row; waiting rows (negative ``loop_idx``) are not computed.
 
@@ -254,22 +233,37 @@ def advance(
         ctx: The context of the same rows.
         run: ``run_loop``, or a compiled version of it.
         grad: False runs the loop without gradients. Those of rows that only wait pass it by.
+        recompute: Keep only the arguments for the backward pass, which runs the loop again.
     """
     running = [row for row, loop in enumerate(state.loops) if loop >= 0]
     if len(running) < len(state.loops):
         part = ctx.at_loop(None, None).select(running)
-        return state._put(running, advance(model, state.select(running), part, run, grad))
+        return state._put(
+            running, advance(model, state.select(running), part, run, grad, recompute)
+        )
     together = state.loops[0] if len(set(state.loops)) == 1 else None
     here = ctx.at_loop(together, state.recent)
+    passes = itertools.count()
+
+    def body() -> tuple[Tensor, Halted | None, Recent | None]:
+        again: dict[str, Any] = {}
+        if recompute:
+            counts = state.loop_idx.new_full((), next(passes) == 0)
+            again = {"made": {}, "shared": {}, "counts": counts}
+        inside = replace(here, **again)
+        h, halted = run(model, state.h, state.e, state.loop_idx, inside, state.halted)
+        return h, halted, inside.newest_loops()
+
     with torch.set_grad_enabled(torch.is_grad_enabled() and grad):
-        h, halted = run(model, state.h, state.e, state.loop_idx, here, state.halted)
+        keep = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+        h, halted, recent = keep(body) if recompute else body()
     return replace(
         state,
         h=h,
         loop_idx=state.loop_idx + 1,
         loops=tuple(loop + 1 for loop in state.loops),
         halted=halted,
-        recent=here.newest_loops(),
+        recent=recent,
     )
 
 
@@ -278,6 +272,7 @@ def unroll(
     state: LoopState,
     ctx: ForwardContext,
     grad_loops: int | None = None,
+    recompute: bool = False,
 ) -> Iterator[LoopState]:
     """Yield the state after every loop, until all rows have taken all their loops.
 
@@ -286,11 +281,12 @@ def unroll(
         state: The result of ``start_loops``, with rows that end at the same time.
         ctx: The context of the same rows.
         grad_loops: Number of last loops with gradients (gradient truncation); None: all.
+        recompute: See ``advance``.
     """
     num_loops = max(d - l for d, l in zip(state.depths, state.loops, strict=True))
     grad_from = 0 if grad_loops is None else num_loops - grad_loops
     for loop in range(num_loops):
-        state = advance(model, state, ctx, grad=loop >= grad_from)
+        state = advance(model, state, ctx, grad=loop >= grad_from, recompute=recompute)
         yield state
 
 

@@ -1,5 +1,6 @@
 """The recurrent-depth language model: prelude -> core looped T times -> coda."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,17 +9,20 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 from torch.nn import functional
+from torch.utils._pytree import register_dataclass
 
 from openmythos.config import ModelConfig
-from openmythos.config.schema import require
+from openmythos.config.model import MAX_LOOPS
+from openmythos.config.schema import as_integer, plain, require
 from openmythos.model.block import Block
-from openmythos.model.context import ForwardContext, make_context
+from openmythos.model.context import ForwardContext, Ids, as_tensor, make_context
 from openmythos.model.halting import make_halting
 from openmythos.model.init import init_weights, initial_state
 from openmythos.model.injection import make_injection
 from openmythos.model.loop import LoopedModel, readout, start_loops, unroll
 from openmythos.model.loop_signal import LoopAdapter, make_loop_adapter, make_loop_embedding
 from openmythos.model.norm import RMSNorm
+from openmythos.ops.cpu import build as native
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,9 @@ class ModelOutput:
     exit_weights: Float[Tensor, "L B T"] | None = None
     ponder_cost: Float[Tensor, "B T"] | None = None
     states: tuple[Float[Tensor, "B T D"], ...] = ()
+
+
+register_dataclass(ModelOutput, serialized_type_name="openmythos.ModelOutput")
 
 
 class RecurrentDepthLM(LoopedModel):
@@ -74,9 +81,10 @@ class RecurrentDepthLM(LoopedModel):
         adapter: LoopAdapter = getattr(self, self._adapter_name)
         return adapter
 
-    def context(self, tokens: Int[Tensor, "B T"], **options: Any) -> ForwardContext:
+    def context(self, tokens: Ids, **options: Any) -> ForwardContext:
         """The context of a batch; the options are those of ``make_context``."""
-        return make_context(self.config, tokens, dtype=self.embed.weight.dtype, **options)
+        w = self.embed.weight
+        return make_context(self.config, tokens, dtype=w.dtype, device=w.device, **options)
 
     # --- the model's calls -----------------------------------------------------------------------
 
@@ -130,44 +138,54 @@ class RecurrentDepthLM(LoopedModel):
 
     def forward(
         self,
-        tokens: Int[Tensor, "B T"],
+        tokens: Ids,
         *,
-        num_loops: int | Int[Tensor, "B"] | None = None,
+        num_loops: int | Sequence[int] | Int[Tensor, "*B"] | None = None,
         grad_loops: int | None = None,
         ctx: ForwardContext | None = None,
         generator: torch.Generator | None = None,
         keep_states: bool = False,
+        recompute: bool = False,
     ) -> ModelOutput:
         """Run all loops on a batch.
 
         Args:
-            tokens: Token ids.
+            tokens: Token ids, those of ``ctx`` if it is given.
             num_loops: One number for all rows, or one per row; default: the config's. Rows end at
                 the same time: a row with fewer loops waits before its first, uncomputed.
             grad_loops: Number of last loops with gradients (gradient truncation); None: all.
             ctx: The result of ``context``; default: one document per row, without padding.
             generator: Gives the seed of a random initial state.
             keep_states: Whether to return the state after every loop.
+            recompute: Activation checkpointing: for the backward pass keep each loop's state only,
+                and run the loop again.
 
         Raises:
-            ValueError: A number of loops below 1 or above the cache's ``max_loops``, or an error of
-                ``make_context``.
+            ValueError: A number of loops below 1 or above the cache's ``max_loops``, an argument of
+                another type, or an error of ``make_context``.
         """
-        depths = self._depths(len(tokens), num_loops)
-        if grad_loops is not None:
-            require(grad_loops >= 1, "grad_loops", grad_loops, "at least 1, or None for all")
         ctx = self.context(tokens) if ctx is None else ctx
+        require(isinstance(ctx, ForwardContext), "ctx", ctx, "the result of model.context")
+        like = ctx.tokens
+        given = as_tensor("tokens", tokens, like.dtype, like.device, like.shape)
+        cached = recompute and ctx.cache is not None
+        require(
+            not cached, "recompute", True, "False with a cache, which the second run would write"
+        )
+        depths = self._depths(len(given), num_loops)
+        if grad_loops is not None:
+            grad_loops = as_integer("grad_loops", grad_loops, 1)
         if ctx.cache is not None and max(depths) > ctx.cache.cache.max_loops:
             allowed = f"at most the cache's max_loops={ctx.cache.cache.max_loops}"
             raise ValueError(f"num_loops is {max(depths)}; it must be {allowed}")
         if ctx.cache is not None:
             ctx.cache.check()
-        e = self.encode(tokens, ctx)
+        e = self.encode(given, ctx)
         start = start_loops(self, e, ctx, depths, wait=True, generator=generator)
         states: list[Tensor] = []
         weights: list[Tensor] = []
         state = start
-        for state in unroll(self, start, ctx, grad_loops):
+        for state in unroll(self, start, ctx, grad_loops, recompute):
             if state.halted is not None:
                 weights.append(state.halted.weight)
             if keep_states:
@@ -179,7 +197,7 @@ class RecurrentDepthLM(LoopedModel):
         logits = self.decode(readout(self, state), ctx)
         if ctx.cache is not None:
             if min(depths) < ctx.cache.cache.max_loops:
-                ctx.cache.fill_forward(torch.tensor(depths, device=tokens.device))
+                ctx.cache.fill_forward(torch.tensor(depths, device=e.device))
             ctx.cache.commit()
         return ModelOutput(
             logits=logits,
@@ -207,13 +225,14 @@ class RecurrentDepthLM(LoopedModel):
         early = self.halting.reads_before
         return self.halting(self.signal(before, loop_idx, ctx) if early else after)
 
-    def _depths(self, num_rows: int, num_loops: int | Int[Tensor, "B"] | None) -> list[int]:
+    def _depths(self, num_rows: int, num_loops: Any) -> list[int]:
         """Every row's number of loops, on the host, so that the loop needs no device sync."""
-        given = self.config.num_loops if num_loops is None else num_loops
-        depths = given.tolist() if isinstance(given, Tensor) else [given] * num_rows
-        if len(depths) != num_rows or not all(type(d) is int and d >= 1 for d in depths):
-            allowed = f"an integer of at least 1, or a tensor of one for each of {num_rows} rows"
-            raise ValueError(f"num_loops is {given}; it must be {allowed}")
+        given = self.config.num_loops if num_loops is None else plain(num_loops)
+        rows = given if isinstance(given, list | tuple) else [given] * num_rows
+        depths = [plain(depth) for depth in rows]
+        fits = all(type(depth) is int and 1 <= depth <= MAX_LOOPS for depth in depths)
+        allowed = f"an integer of at least 1 and at most {MAX_LOOPS}, or one for each of the "
+        require(fits and len(depths) == num_rows, "num_loops", given, f"{allowed}{num_rows} rows")
         return depths
 
 
@@ -230,7 +249,7 @@ class Embedding(nn.Embedding):
         if tokens is not None:
             return super().forward(tokens)
         assert states is not None
-        if torch.compiler.is_compiling() or torch.is_autocast_enabled(states.device.type):
+        if not native.eager() or torch.is_autocast_enabled(states.device.type):
             return functional.linear(states, self.weight)
         logits: Tensor = _TiedHead.apply(states, self.weight)
         return logits

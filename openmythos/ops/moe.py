@@ -370,7 +370,8 @@ def gathered_experts(
 ) -> Float[Tensor, "N D"]:
     """As ``moe_experts``, for few tokens: each pair is computed by itself, without sorting.
 
-    Only for compiled code, which reads the chosen experts' weights in place; eager would copy them.
+    For compiled code, which reads the weights of the chosen experts in place, and under ``vmap``,
+    where no counts can be read; eager would copy them.
     """
     hidden = swiglu((gate_up[expert] * x[:, None, None, :]).sum(dim=-1)) * weight[..., None]
     return (down[expert] * hidden[:, :, None, :]).sum(dim=-1).sum(dim=1)
@@ -404,15 +405,15 @@ def moe_experts(
     if torch.is_autocast_enabled(x.device.type):  # autocast does not cast for the grouped kernel
         low = torch.get_autocast_dtype(x.device.type)
         x, weight, gate_up, down = (each.to(low) for each in (x, weight, gate_up, down))
-    if _few(expert, gate_up):
+    if native.vmapped() or _few(expert, gate_up):
         return gathered_experts(x, expert, weight, gate_up, down)
     order, token, ends = _sorted_pairs(expert, counts)
     places = torch.empty_like(order)
     places[order] = torch.arange(len(order), device=order.device)
     place, ends = places.view(expert.shape), ends.to(torch.int32)
-    compiling = torch.compiler.is_compiling()  # the compiler fuses both indexings
-    rows: Tensor = x[token] if compiling else _Spread.apply(x, token, place)
+    eager = native.eager()  # the compiler fuses both indexings; torch.func cannot take a Function
+    rows: Tensor = _Spread.apply(x, token, place) if eager else x[token]
     hidden = swiglu(grouped_mm(rows, gate_up, ends)) * weight.flatten()[order, None]
     rows = grouped_mm(hidden, down, ends)
-    y: Tensor = rows[place].sum(dim=1) if compiling else _Gather.apply(rows, token, place)
+    y: Tensor = _Gather.apply(rows, token, place) if eager else rows[place].sum(dim=1)
     return y

@@ -27,7 +27,7 @@ EXACT = ("stage", "rho")  # shown as they are; the others are smoothed
 class TrainDisplay:
     """Shows a run live in a terminal; elsewhere it prints a line every ``line_seconds``.
 
-    ``note`` is a remark shown below the numbers.
+    ``note`` is a remark shown below the numbers; ``max_steps`` is the last step, if one is known.
     """
 
     line_seconds = 10.0
@@ -35,6 +35,7 @@ class TrainDisplay:
 
     def __init__(self, console: Console, title: str) -> None:
         self.console, self.title = console, title
+        self.max_steps: int | None = None
         self.live = Live(console=console, refresh_per_second=4) if console.is_terminal else None
         self.rows: list[Row] = []
         self.note = ""
@@ -72,7 +73,7 @@ class TrainDisplay:
         else:
             numbers = "  ".join(f"{label} {text}" for label, text in self._numbers())
             note = f"  {self.note}" if self.note else ""
-            self.console.print(f"{self.title}: {progress:4.0%}  step {step}  {numbers}{note}")
+            self.console.print(f"{self.title}: {self._done()}  {numbers}{note}")
 
     def validation(self, rows: list[Row]) -> None:
         """Show held-out results; they stay until the next ones."""
@@ -91,6 +92,15 @@ class TrainDisplay:
         ]
         return [*shown, ("expert load", f"+{max(loads):.0%}")] if loads else shown
 
+    def _done(self) -> str:
+        """How far the run is: share, step of all steps, and the time left."""
+        done = self.progress
+        steps = (
+            f"{self.step_done}" if self.max_steps is None else f"{self.step_done}/{self.max_steps}"
+        )
+        left = f"  {self.seconds / done - self.seconds:.0f} s left" if done > 0.005 else ""
+        return f"{done:4.0%}  step {steps}{left}"
+
     def _held_out(self) -> str:
         parts = []
         for row in self.rows:
@@ -100,12 +110,11 @@ class TrainDisplay:
 
     def _render(self) -> RenderableType:
         done = self.progress
-        left = f"  {self.seconds / done - self.seconds:.0f} s left" if done > 0.005 else ""
         head = Table.grid(padding=(0, 2))
         head.add_row(
             Text(self.title, style="bold"),
             ProgressBar(total=1.0, completed=done, width=32),
-            Text(f"{done:4.0%}  step {self.step_done}{left}", style="cyan"),
+            Text(self._done(), style="cyan"),
         )
         numbers = Table.grid(padding=(0, 2))
         cells = [Text.assemble((f"{name} ", "dim"), value) for name, value in self._numbers()]

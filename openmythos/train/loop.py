@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -50,16 +51,21 @@ def train(
     optimizers = make_optimizers(model, config.optimizer)
     state = run.resume(model, optimizers, task) or RunState(step=0, seconds=0.0)
     if config.compile:
-        model.step = torch.compile(model.step, fullgraph=True)  # type: ignore[method-assign]
+        # A graph for one row and one for more, with and without gradients, per shape of a call:
+        # with a depth per sequence more than the 8 that torch allows.
+        limits: dict[str, Any] = {"recompile_limit": 64, "isolate_recompiles": True}
+        model.step = torch.compile(model.step, fullgraph=True, **limits)  # type: ignore[method-assign]
     if model.embed.weight.device.type == "cpu" and not config.compile:
         native.load("attention")  # builds all kernels now, so that no step waits for it
     model.train()
     batches = task.batches(state.step, config.batch_size)
-    recorder.start(state.step)
     guard = DivergenceGuard(state.first_nats, state.bad_steps)
     before, started, saved = state.seconds, time.perf_counter(), state.step
     done = config.progress(state.step, state.seconds)
+    due = config.eval_loops if _evaluates(config, state.step, done) else ()
     with closing(recorder), closing(batches), _interruptible(recorder) as stop:
+        if not recorder.start(state.step, due):  # the run was killed after it had saved
+            recorder.validation(state.step, state.seconds, task.evaluate(model, config))
         while done < 1 and not stop.requested:
             step_started = time.perf_counter()
             batch = next(batches)
@@ -70,7 +76,8 @@ def train(
                 raise TrainingStopped(f"{reason} at step {state.step + 1}; last checkpoint: {kept}")
             metrics["lr_factor"] = config.optimizer.rate(done)
             _update(optimizers, metrics["lr_factor"])
-            metrics |= _balance_experts(model, config.balance_rate)
+            frozen = config.objective.trains_gate_only  # the experts' selection, too
+            metrics |= _balance_experts(model, 0.0 if frozen else config.balance_rate)
             now = time.perf_counter()
             metrics["tokens_per_second"] = batch.tokens.numel() / (now - step_started)
             step, seconds = state.step + 1, before + now - started
@@ -79,15 +86,23 @@ def train(
             done = config.progress(step, seconds)
             logged = step % config.log_every == 0 or step == 1 or done == 1
             recorder.step(step, seconds, done, metrics, logged)
-            if done == 1 or (config.eval_every and step % config.eval_every == 0):
-                recorder.validation(step, seconds, task.evaluate(model, config))
-            # No checkpoint while the loss is bad: it would push out an older, better one.
-            if config.save_every and step % config.save_every == 0 and not guard.bad_steps:
+            # Saved first: an evaluation can fail. No checkpoint while the loss is bad, though: it
+            # would push out an older, better one.
+            evaluates = _evaluates(config, step, done)
+            by_steps = config.save_every and step % config.save_every == 0
+            if done == 1 or stop.requested or ((evaluates or by_steps) and not guard.bad_steps):
                 run.save(model, optimizers, task, state)
                 saved = step
+            if evaluates:
+                recorder.validation(step, seconds, task.evaluate(model, config))
         if state.step > saved:
             run.save(model, optimizers, task, state)
     return TrainResult(state.step, state.seconds, interrupted=done < 1)
+
+
+def _evaluates(config: TrainConfig, step: int, done: float) -> bool:
+    """Whether held-out results are due after ``step``."""
+    return step > 0 and (done == 1 or (config.eval_every > 0 and step % config.eval_every == 0))
 
 
 def _gradients(
@@ -112,14 +127,16 @@ def _gradients(
         # The micro-batch's share of all tokens with a loss: the sum then equals one large batch.
         share = int(counted[rows].sum()) / total
         with autocast(config, device):
-            output = model(
-                micro.tokens,
-                num_loops=depths[rows],
-                grad_loops=grad_loops,
-                ctx=ctx,
-                generator=torch.Generator().manual_seed(config.seed * 7919 + step),
-                keep_states=config.objective.needs_states,
-            )
+            with torch.set_grad_enabled(not config.objective.trains_gate_only):
+                output = model(
+                    micro.tokens,
+                    num_loops=depths[rows],
+                    grad_loops=grad_loops,
+                    ctx=ctx,
+                    generator=torch.Generator().manual_seed(config.seed * 7919 + step),
+                    keep_states=config.objective.needs_states,
+                    recompute=config.recompute,
+                )
             loss, nats = config.objective.loss(model, output, micro.targets, ctx, depths[rows])
         (loss * share).backward()
         norm = output.h.detach().float().norm(dim=-1).mean() * (micro_size / num_rows)

@@ -8,11 +8,11 @@ import contextlib
 import importlib.util
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-from openmythos.folder import write_whole
+from openmythos.folder import errors_name, write_whole
 from openmythos.train.display import TrainDisplay
 from openmythos.train.validation import Row
 
@@ -24,15 +24,27 @@ class Recorder:
         self.folder, self.path, self.display = folder, folder / "metrics.jsonl", display
         self.board: Any = None
 
-    def start(self, step: int) -> None:
-        """Continue after ``step``: later rows, which a killed run logged, are dropped."""
+    def start(self, step: int, validation: Collection[int] = ()) -> bool:
+        """Continue after ``step``: later rows, which a killed run logged, are dropped.
+
+        Args:
+            step: The last step that is done.
+            validation: The numbers of loops of which held-out results of this step are due.
+
+        Returns:
+            Whether these results are there; if some are missing, all of them are dropped.
+        """
+        rows = list(read_metrics(self.path)) if self.path.exists() else []
+        at_step = [row for row in rows if row["kind"] == "validation" and row["step"] == step]
+        complete = {row.get("num_loops") for row in at_step} >= {*validation}
+        rows = [r for r in rows if r["step"] <= step and (complete or r not in at_step)]
         if self.path.exists():
-            kept = [row for row in read_metrics(self.path) if row["step"] <= step]
-            write_whole(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+            write_whole(self.path, "".join(json.dumps(row) + "\n" for row in rows))
         if importlib.util.find_spec("tensorboard") is not None:
             from torch.utils.tensorboard import SummaryWriter
 
             self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=step + 1)
+        return complete
 
     def close(self) -> None:
         """Close TensorBoard's writer, which flushes it."""
@@ -63,7 +75,7 @@ class Recorder:
 
     def _write(self, rows: list[dict[str, Any]]) -> None:
         lines = [json.dumps(_finite(row), allow_nan=False) + "\n" for row in rows]
-        with self.path.open("a", encoding="utf-8") as file:
+        with errors_name(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write("".join(lines))
         if self.board is None:
             return
@@ -80,7 +92,9 @@ def _finite(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
-    """Rows of a metrics file; an incomplete last line, left by a kill, is skipped."""
-    for line in path.read_text(encoding="utf-8").splitlines():
+    """Rows of a metrics file; an incomplete last line, left by a kill, and damage are skipped."""
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         with contextlib.suppress(json.JSONDecodeError):
-            yield json.loads(line)
+            row = json.loads(line)
+            if isinstance(row, dict) and {"kind", "step"} <= row.keys():
+                yield row

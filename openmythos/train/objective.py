@@ -1,15 +1,17 @@
-"""Objectives: the loss of the last loop, of every loop, or weighted by the halting head."""
+"""Objectives: the loss of the last loop, of every loop, weighted by the halting head, or of it."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn import functional
 
 from openmythos.config import ACTConfig, HaltingConfig
-from openmythos.config.schema import require
+from openmythos.config.schema import require, require_literals
 from openmythos.model.context import ForwardContext
 from openmythos.model.recurrent import ModelOutput, RecurrentDepthLM
 from openmythos.ops.cross_entropy import IGNORED, cross_entropy
@@ -28,21 +30,24 @@ def own_loops(num_loops: Int[Tensor, "B"]) -> Int[Tensor, "L B"]:
     return loops[:, None] - (most - num_loops)
 
 
-def geometric_prior(loop_idx: Int[Tensor, "L B"], rate: float) -> Float[Tensor, "L B"]:
+def geometric_log_prior(loop_idx: Int[Tensor, "L B"], rate: float) -> Float[Tensor, "L B"]:
     """Geometric distribution over each row's own loops, truncated at its depth and renormalised.
+
+    As logarithms: a steep prior underflows. 0 at loops that a row does not run.
 
     Source: PonderNet (arXiv 2107.05407), section 2.3.
     """
-    prior = rate * (1 - rate) ** loop_idx.double() * (loop_idx >= 0)
-    return prior / prior.sum(dim=0)
+    own, logs = loop_idx >= 0, loop_idx.double() * math.log1p(-rate)
+    total = logs.masked_fill(~own, -math.inf).logsumexp(dim=0)
+    return (logs - total).masked_fill(~own, 0.0)
 
 
 def kl_divergence(
-    exit_weights: Float[Tensor, "L *N"], prior: Float[Tensor, "L ..."]
+    exit_weights: Float[Tensor, "L *N"], log_prior: Float[Tensor, "L ..."]
 ) -> Float[Tensor, "*N"]:
     """KL(exit_weights || prior), summed over loops; a weight of 0 contributes exactly 0."""
     tiny = torch.finfo(exit_weights.dtype).tiny
-    logs = exit_weights.clamp(min=tiny).log() - prior.to(exit_weights).clamp(min=tiny).log()
+    logs = exit_weights.clamp(min=tiny).log() - log_prior.to(exit_weights)
     return (exit_weights * logs).sum(dim=0)
 
 
@@ -70,6 +75,7 @@ class FinalLoopObjective:
 
     kind: ClassVar[str] = "final_loop"
     needs_states: ClassVar[bool] = False
+    trains_gate_only: ClassVar[bool] = False
     z_loss: float = 0.0
     ponder_weight: float = 0.0
 
@@ -120,6 +126,7 @@ class PerLoopObjective:
 
     kind: ClassVar[str] = "per_loop"
     needs_states: ClassVar[bool] = True
+    trains_gate_only: ClassVar[bool] = False
     z_loss: float = 0.0
 
     def __post_init__(self) -> None:
@@ -159,6 +166,7 @@ class ExitWeightedObjective:
 
     kind: ClassVar[str] = "exit_weighted"
     needs_states: ClassVar[bool] = True
+    trains_gate_only: ClassVar[bool] = False
     kl_weight: float = 0.0
     prior_rate: float = 0.2
     entropy_weight: float = 0.0
@@ -172,11 +180,7 @@ class ExitWeightedObjective:
 
     def check(self, halting: HaltingConfig | None) -> None:
         """See ``FinalLoopObjective.check``."""
-        if halting is None or isinstance(halting, ACTConfig):
-            raise ValueError(
-                "objective exit_weighted needs model.halting.kind=pondernet or exit_gate; "
-                f"it is {_kind(halting)}"
-            )
+        _require_gate(self.kind, halting)
 
     def loss(
         self,
@@ -196,17 +200,85 @@ class ExitWeightedObjective:
             nats = cross_entropy(logits, targets, self.z_loss)
             loss = loss + mean_over(weight * nats, counted)
         if self.kl_weight:
-            prior = geometric_prior(own_loops(num_loops), self.prior_rate)
+            prior = geometric_log_prior(own_loops(num_loops), self.prior_rate)
             divergence = kl_divergence(weights, prior[..., None])
             loss = loss + self.kl_weight * mean_over(divergence, counted)
         if self.entropy_weight:
-            negative_entropy = kl_divergence(weights, torch.ones_like(weights))
+            negative_entropy = kl_divergence(weights, torch.zeros_like(weights))
             loss = loss + self.entropy_weight * mean_over(negative_entropy, counted)
         return loss, mean_over(cross_entropy(output.logits.detach(), targets), counted)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExitGainObjective:
+    """Trains the exit gate alone, on what each loop gains: the second stage of Ouro.
+
+    The gain of loop t is I_t = max(0, CE_{t-1} - CE_t), per token and without a gradient. The
+    gate's probability of going on is trained by binary cross-entropy to be
+    w = sigmoid(``slope`` (I - ``least_gain``)); the losses of the T - 1 loops that have a label are
+    summed and divided by T. All other weights keep their values.
+
+    With ``label`` "reached", as printed in the paper, the gate at loop t = 2 .. T has the label of
+    I_t, which loop t has brought: the gate at loop 1 is not trained, and that at loop T is, which
+    no exit rule reads. With "next", the gate at loop t = 1 .. T-1 has the label of I_{t+1}, which
+    going on would bring.
+
+    Source: Ouro (arXiv 2510.25741), equations 5 and 6.
+    """
+
+    kind: ClassVar[str] = "exit_gain"
+    needs_states: ClassVar[bool] = True
+    trains_gate_only: ClassVar[bool] = True
+    slope: float = 50.0
+    least_gain: float = 0.005
+    label: Literal["reached", "next"] = "reached"
+
+    def __post_init__(self) -> None:
+        require(self.slope > 0, "objective.slope", self.slope, "above 0")
+        require(self.least_gain >= 0, "objective.least_gain", self.least_gain, "at least 0")
+        require_literals(self)
+
+    def check(self, halting: HaltingConfig | None) -> None:
+        """See ``FinalLoopObjective.check``."""
+        _require_gate(self.kind, halting)
+
+    def loss(
+        self,
+        model: RecurrentDepthLM,
+        output: ModelOutput,
+        targets: Int[Tensor, "B T"],
+        ctx: ForwardContext,
+        num_loops: Int[Tensor, "B"],
+    ) -> Losses:
+        """See ``FinalLoopObjective.loss``."""
+        self.check(model.config.halting)
+        assert model.halting is not None
+        counted = targets != IGNORED
+        with torch.no_grad():
+            logits = loop_logits(model, output, ctx)
+            nats = torch.stack([cross_entropy(each, targets) for each in logits])
+        gain = (nats[:-1] - nats[1:]).clamp(min=0)
+        stay = torch.sigmoid(self.slope * (gain - self.least_gain))
+        # Its logit, because the sigmoid may round to 1.
+        gates = torch.stack([model.halting.proj(h.detach())[..., 0] for h in output.states])
+        gates = (gates[1:] if self.label == "reached" else gates[:-1]).to(stay.dtype)
+        losses = functional.binary_cross_entropy_with_logits(gates, 1 - stay, reduction="none")
+        # A row has a gain at those of its own loops that follow one of its own.
+        weights = ((own_loops(num_loops)[:-1] >= 0) / num_loops.double()).to(losses)
+        loss = mean_over((weights[..., None] * losses).sum(dim=0), counted)
+        return loss, mean_over(nats[-1], counted)
+
+
+def _require_gate(kind: str, halting: HaltingConfig | None) -> None:
+    if halting is None or isinstance(halting, ACTConfig):
+        raise ValueError(
+            f"objective {kind} needs model.halting.kind=pondernet or exit_gate; "
+            f"it is {_kind(halting)}"
+        )
 
 
 def _kind(halting: HaltingConfig | None) -> str:
     return "null" if halting is None else halting.kind
 
 
-ObjectiveConfig = FinalLoopObjective | PerLoopObjective | ExitWeightedObjective
+ObjectiveConfig = FinalLoopObjective | PerLoopObjective | ExitWeightedObjective | ExitGainObjective

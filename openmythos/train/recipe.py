@@ -18,8 +18,10 @@ class TrainConfig:
     ``max_steps`` alone that share is a pure function of the step, so that a resumed run is equal to
     an uninterrupted one. ``batch_size`` counts the rows of one optimiser step, over all
     ``grad_accumulation`` micro-batches. ``balance_rate`` is the step of the experts' selection bias
-    per optimiser step. ``init_from`` is a checkpoint folder, of any family, with the initial
-    weights; None draws new ones.
+    per optimiser step. ``recompute`` is activation checkpointing per loop: the forward keeps the
+    states only, and the backward pass runs each loop again. ``init_from`` is a checkpoint folder,
+    of any family, with the initial weights; None draws new ones. A checkpoint is written after
+    every ``save_every`` steps (0: not by number of steps), before every evaluation, and at the end.
     """
 
     seed: int = 0
@@ -36,11 +38,12 @@ class TrainConfig:
     balance_rate: float = 0.01
     autocast: Literal["none", "bfloat16"] = "none"
     compile: bool = False
+    recompute: bool = False
     log_every: int = 10
     eval_every: int = 0
     eval_loops: tuple[int, ...] = (1, 2, 4, 8, 16)
     eval_batches: int = 16
-    save_every: int = 0
+    save_every: int = 200
     keep_checkpoints: int = 2
 
     def __post_init__(self) -> None:
@@ -67,15 +70,28 @@ class TrainConfig:
         return min(1.0, max(by_step, by_time))
 
 
+# What may change while a run goes on: up to rounding, the steps already done are the same with it.
+# A new length moves the schedules of the steps to come.
+FREE_FIELDS = frozenset(
+    f"train.{name}"
+    for name in (
+        *("max_steps", "max_seconds", "grad_accumulation", "compile", "log_every", "save_every"),
+        *("keep_checkpoints", "eval_every", "eval_loops", "eval_batches", "recompute"),
+    )
+)
+PATH_FIELDS = ("data.source", "train.init_from")  # compared as the places that they lead to
+
+
 @dataclass(frozen=True, kw_only=True)
 class TextData:
-    """Packed text; ``source`` is what ``load_documents`` accepts, or a folder of prepared data."""
+    """Packed text; ``source`` is what ``read_source`` accepts, or a folder of prepared data."""
 
     kind: ClassVar[str] = "text"
     source: str = "python-docs"
     seq_len: int = 256
     val_fraction: float = 0.1
     column: str = "text"
+    skip_bad: bool = False
 
     @property
     def in_words(self) -> str:
@@ -84,7 +100,7 @@ class TextData:
 
     def __post_init__(self) -> None:
         require_positive(self, "seq_len")
-        require(0 < self.val_fraction < 1, "data.val_fraction", self.val_fraction, "in (0, 1)")
+        require(0 <= self.val_fraction < 1, "data.val_fraction", self.val_fraction, "in [0, 1)")
 
 
 @dataclass(frozen=True, kw_only=True)

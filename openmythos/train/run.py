@@ -1,6 +1,7 @@
 """A training run: resolve its configuration, set up its parts, train."""
 
 import json
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -9,21 +10,24 @@ import torch
 from openmythos.checkpoint.load import empty_model, fill_model
 from openmythos.checkpoint.weights import check_shapes, tensor_shapes
 from openmythos.config import ModelConfig, presets
+from openmythos.config.counts import training_bytes
 from openmythos.config.schema import apply_overrides, from_dict, to_dict
-from openmythos.data.index import INDEX_FILE, SPLITS
+from openmythos.data.index import INDEX_FILE, read_index
 from openmythos.data.loader import TokenLoader
 from openmythos.data.prepare import prepare
 from openmythos.data.synthetic import Curriculum, HopsConfig, Walks
+from openmythos.folder import locked
 from openmythos.interop.hub import local_folder
 from openmythos.interop.loading import load_config, load_pretrained
 from openmythos.model.recurrent import RecurrentDepthLM
+from openmythos.plan.memory import require_memory
 from openmythos.tokenizer import Tokenizer
 from openmythos.train import loop
 from openmythos.train.display import TrainDisplay
 from openmythos.train.loop import TrainResult
 from openmythos.train.metrics import Recorder
 from openmythos.train.recipe import HopsData, RunConfig, TextData, TrainConfig
-from openmythos.train.run_folder import RunFolder
+from openmythos.train.run_folder import RunFolder, refuse_foreign
 from openmythos.train.task import HopsTask, Task, TextTask
 
 DEFAULT_PRESET, DEFAULT_DATA = "tiny", "python-docs"
@@ -31,12 +35,17 @@ DEFAULT_PRESET, DEFAULT_DATA = "tiny", "python-docs"
 
 @dataclass(frozen=True)
 class Run:
-    """Everything that training needs; ``config`` is the resolved configuration."""
+    """Everything that training needs.
+
+    ``config`` is the resolved configuration; ``changes`` says in words what differs from the one
+    that the run's earlier steps were done with.
+    """
 
     config: RunConfig
     model: RecurrentDepthLM
     task: Task
     folder: RunFolder
+    changes: tuple[str, ...] = ()
 
     def in_words(self, data: str) -> str:
         """One line about the model and what it is trained on."""
@@ -51,9 +60,13 @@ class Run:
 
         Raises:
             TrainingStopped: The loss or a gradient is not finite, or the loss diverged.
+            ValueError: Another process is training in the same folder.
         """
+        if display is not None:
+            display.max_steps = self.config.train.max_steps
         recorder = Recorder(self.folder.path, display)
-        return loop.train(self.model, self.task, self.config.train, self.folder, recorder)
+        with locked(self.folder.path):
+            return loop.train(self.model, self.task, self.config.train, self.folder, recorder)
 
 
 def resolve(
@@ -87,7 +100,7 @@ def resolve(
             raise ValueError(f"--config {config} cannot be used: {error}") from None
     else:
         start = None if init_from is None else str(init_from)
-        settings = TrainConfig(max_steps=1000, save_every=200, eval_every=200, init_from=start)
+        settings = TrainConfig(max_steps=1000, eval_every=200, init_from=start)
         if init_from is None:
             model = presets.preset(preset or DEFAULT_PRESET)
         else:
@@ -103,17 +116,27 @@ def resolve(
 def set_up(config: RunConfig, out: Path, device: str = "cpu") -> Run:
     """Prepare the data, fit the vocabulary, make the model and write the resolved configuration.
 
-    The weights of ``train.init_from`` are loaded only if the run has no checkpoint of its own; the
-    vocabulary is then theirs.
+    A run with a checkpoint goes on with its own data and weights: neither the source nor
+    ``train.init_from`` is read again. Before that, the weights of ``train.init_from`` are loaded,
+    and the vocabulary is theirs.
 
     Raises:
-        ValueError: The data cannot be used, ``out`` holds another run, or the initial weights do
-            not fit the model or the data's tokenizer.
+        ValueError: The data cannot be used, ``out`` holds another run or other files or is in use,
+            or the initial weights do not fit the model or the data's tokenizer.
     """
+    if torch.device(device).type == "cpu":
+        needed = training_bytes(config.model, moment_bytes=2)  # Muon keeps one moment
+        require_memory(needed, "training this model", "choose a smaller preset, or --set its sizes")
+    refuse_foreign(out)
+    with locked(out):
+        return _set_up(config, out, device)
+
+
+def _set_up(config: RunConfig, out: Path, device: str) -> Run:
     tokenizer: Tokenizer | None = None
     task: Task
     # Checked before the data is prepared, so that another run's data is not replaced.
-    RunFolder(out).check_config(to_dict(config), ignore=("model.vocab_size",))
+    changed = RunFolder(out).changes(to_dict(config), ignore=("model.vocab_size",))
     if isinstance(config.data, TextData):
         task = text_task(config.data, config, out)
         tokenizer = task.train.tokenizer
@@ -135,8 +158,45 @@ def set_up(config: RunConfig, out: Path, device: str = "cpu") -> Run:
         model = RecurrentDepthLM(config.model, generator).to(device)
     else:
         model = initial_model(Path(source), config.model, tokenizer, device)
+    config = _with_full_paths(config)
+    said = _changes_in_words(folder, changed, config.train)
     folder.write_config(to_dict(config))
-    return Run(config, model, task, folder)
+    return Run(config, model, task, folder, said)
+
+
+def _with_full_paths(config: RunConfig) -> RunConfig:
+    """The same with absolute paths, which mean the same from every working directory."""
+    data, start = config.data, config.train.init_from
+    if isinstance(data, TextData) and Path(data.source).exists():
+        data = replace(data, source=os.path.realpath(data.source))
+    if start is not None and Path(start).exists():
+        start = os.path.realpath(start)
+    return replace(config, data=data, train=replace(config.train, init_from=start))
+
+
+def _changes_in_words(
+    folder: RunFolder, changed: dict[str, tuple[str, str]], config: TrainConfig
+) -> tuple[str, ...]:
+    """A sentence for each field that is not what it was, and one for a schedule that moves."""
+    state = folder.last_state()
+    if state is None:
+        return ()
+    said = [f"{name} is {new} from now on (it was {old})" for name, (old, new) in changed.items()]
+    length = {
+        name: json.loads(changed[f"train.{name}"][0])
+        for name in ("max_steps", "max_seconds")
+        if f"train.{name}" in changed
+    }
+    if length:
+        old = replace(config, **length).progress(state.step, state.seconds)
+        new, rate = config.progress(state.step, state.seconds), config.optimizer.rate
+        ramp = " and of the depth" if config.depth.ramp > 0 else ""
+        said.append(
+            f"the schedule of the learning rates{ramp} spans the new length: after step "
+            f"{state.step}, {new:.0%} of the run is done instead of {old:.0%}, and the rates go on "
+            f"at {rate(new):.3g} of their full values instead of {rate(old):.3g}"
+        )
+    return tuple(said)
 
 
 def initial_model(
@@ -162,35 +222,59 @@ def initial_model(
 
 
 def text_task(data: TextData, config: RunConfig, out: Path) -> TextTask:
-    """Loaders over prepared data; a source that is not prepared yet goes to ``out/data``.
+    """Loaders over the run's own data in ``out/data``, which is made if the run has no checkpoint.
 
-    Either way the shards' SHA-256 are checked before the first step, at about 1 GB/s.
+    The shards' SHA-256 are checked before the first step, at about 1 GB/s.
     """
-    source = Path(data.source)
-    is_prepared = (source / INDEX_FILE).exists()
-    folder = source if is_prepared else out / "data"
-    if not is_prepared:
-        start = config.train.init_from
-        prepare(
-            data.source,
-            folder,
-            tokenizer=None if start is None else Tokenizer.load(local_folder(start)),
-            vocab_size=config.model.vocab_size,
-            val_fraction=data.val_fraction,
-            column=data.column,
-        )
-    train, validation = (
-        TokenLoader(
+    folder = own_data(data, config, out)
+    loaders = {
+        split: TokenLoader(
             folder,
             split,
             seq_len=data.seq_len,
             batch_size=config.train.batch_size,
             seed=config.train.seed,
-            verify=is_prepared,  # otherwise `prepare` has just written or checked them
+            verify=True,
         )
-        for split in SPLITS
+        for split, content in read_index(folder).splits.items()
+        if split == "train" or content.num_documents
+    }
+    return TextTask(loaders["train"], loaders.get("val"))
+
+
+def own_data(data: TextData, config: RunConfig, out: Path) -> Path:
+    """The folder of prepared data that a run reads.
+
+    That is ``out/data``: hard links to a source that is prepared already, or else made from the
+    source. Where links are impossible, prepared data is read at its source.
+
+    Raises:
+        ValueError: The source cannot be used, or the run has a checkpoint and no data any more.
+    """
+    source, own = Path(data.source), out / "data"
+    is_prepared = (source / INDEX_FILE).is_file()
+    if RunFolder(out).last_checkpoint() is not None:
+        if (own / INDEX_FILE).is_file():
+            return own
+        if is_prepared:  # there were no links, or an older version began the run
+            return source
+        raise ValueError(
+            f"{own} is missing, and a run goes on with its own data only; restore it, or choose "
+            f"another --out (--from {out} starts from this run's weights)"
+        )
+    if is_prepared:
+        return own if read_index(source).link(own) else source
+    start = config.train.init_from
+    prepare(
+        data.source,
+        own,
+        tokenizer=None if start is None else Tokenizer.load(local_folder(start)),
+        vocab_size=config.model.vocab_size,
+        val_fraction=data.val_fraction,
+        column=data.column,
+        skip_bad=data.skip_bad,
     )
-    return TextTask(train, validation)
+    return own
 
 
 def hops_task(data: HopsData, seed: int) -> HopsTask:

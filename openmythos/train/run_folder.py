@@ -4,6 +4,7 @@ Training state is stored as safetensors and JSON, never as a pickle.
 """
 
 import json
+import os
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,17 +12,48 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from openmythos.checkpoint.load import load_weights
-from openmythos.checkpoint.save import OWN_FILES, write_checkpoint
-from openmythos.folder import remove_unfinished, replaced_folder, write_json
+from openmythos.checkpoint.load import NEEDED, load_weights, newest_checkpoint, run_checkpoints
+from openmythos.checkpoint.save import OWN_FILES, save_tensors, write_checkpoint
+from openmythos.config.schema import from_dict, to_dict
+from openmythos.folder import (
+    listed,
+    put_in_place,
+    remove_unfinished,
+    replaced_folder,
+    write_json,
+    write_manifest,
+)
 from openmythos.model.recurrent import RecurrentDepthLM
 from openmythos.tokenizer import Tokenizer
+from openmythos.train.recipe import FREE_FIELDS, PATH_FIELDS, RunConfig
 from openmythos.train.task import Task
 
 STATE_TENSORS, STATE_RECORD = "training_state.safetensors", "training_state.json"
+
+RUN_FILES = {"config.json", "metrics.jsonl", "checkpoints", "samples", "data", "tensorboard"}
+
+
+def refuse_foreign(path: Path) -> None:
+    """Check that a run in ``path`` would not be mixed with what is there.
+
+    Hidden files do not count, nor does what somebody added to a run.
+
+    Raises:
+        ValueError: It is a file, or a folder with other files than a run's.
+    """
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{path} is a file; a run is a folder: choose another --out")
+    if not path.is_dir() or all((path / name).is_dir() for name in ("checkpoints", "samples")):
+        return
+    names = (entry.name for entry in path.iterdir() if not entry.name.startswith("."))
+    if foreign := sorted(set(names) - RUN_FILES):
+        raise ValueError(
+            f"{path} holds other files than a run's ({listed(foreign)}): choose a new or empty "
+            f"folder as --out"
+        )
 
 
 @dataclass(frozen=True)
@@ -42,51 +74,91 @@ class RunFolder:
 
     def __init__(self, path: Path, keep: int = 2, tokenizer: Tokenizer | None = None) -> None:
         self.path, self.keep, self.tokenizer = path, keep, tokenizer
+        self.config: dict[str, Any] | None = None
         (path / "checkpoints").mkdir(parents=True, exist_ok=True)
         (path / "samples").mkdir(exist_ok=True)
 
-    def check_config(self, resolved: dict[str, Any], ignore: tuple[str, ...] = ()) -> bool:
-        """Whether the folder has a configuration already; if so, it must equal this one.
+    def stored_config(self) -> dict[str, Any] | None:
+        """The folder's configuration, with defaults for the fields of later versions; None: none.
+
+        If the file is lost, it is that of the newest checkpoint.
+
+        Raises:
+            ValueError: It is not JSON.
+        """
+        target = self.path / "config.json"
+        try:
+            if target.exists():
+                stored = json.loads(target.read_text(encoding="utf-8"))
+            else:
+                folder = self.last_checkpoint()
+                stored = folder and _read_json(folder / STATE_RECORD).get("run")
+        except ValueError as error:  # of JSON or of UTF-8
+            raise ValueError(
+                f"{target} is not JSON: {error}; delete this file and run the same command again, "
+                "or choose another --out"
+            ) from None
+        try:
+            return stored and to_dict(from_dict(RunConfig, stored))
+        except ValueError:  # of another version: compared as it is
+            return stored
+
+    def changes(
+        self, resolved: dict[str, Any], ignore: tuple[str, ...] = ()
+    ) -> dict[str, tuple[str, str]]:
+        """Fields in which a configuration differs from the folder's, each as (there, here).
+
+        All of them are ``FREE_FIELDS``; paths are compared as the places that they lead to.
 
         Args:
             resolved: The resolved configuration of this run.
             ignore: Dotted names of fields that are not compared.
 
         Raises:
-            ValueError: The folder's configuration differs, or is not JSON.
+            ValueError: Other fields differ, or the folder's configuration is not JSON.
         """
-        target = self.path / "config.json"
-        if not target.exists():
-            return False
-        try:
-            old = _flatten(json.loads(target.read_text(encoding="utf-8")))
-        except ValueError as error:  # of JSON or of UTF-8
-            raise ValueError(f"{target} is not JSON: {error}; choose another --out") from None
-        new = _flatten(json.loads(json.dumps(resolved)))
-        different = [
-            f"{name} ({_shown(old, name)} there, {_shown(new, name)} here)"
+        stored = self.stored_config()
+        if stored is None:
+            return {}
+        old, new = _flatten(stored), _flatten(json.loads(json.dumps(resolved)))
+        found = {
+            name: (_shown(old, name), _shown(new, name))
             for name in {**old, **new}
-            if _shown(old, name) != _shown(new, name) and name not in ignore
+            if _place(old, name) != _place(new, name) and name not in ignore
+        }
+        refused = [
+            f"{n} ({a} there, {b} here)" for n, (a, b) in found.items() if n not in FREE_FIELDS
         ]
-        if different:
+        if refused:
             raise ValueError(
-                f"{self.path} holds a run with another configuration: {', '.join(different)}; "
-                "choose another --out or delete the folder"
+                f"{self.path} holds a run with another configuration: {', '.join(refused)}; "
+                "choose another --out (--from with this run starts from its weights) or delete it"
             )
-        return True
+        return found
 
     def write_config(self, resolved: dict[str, Any]) -> None:
-        """Write the resolved configuration, unless it is there; see ``check_config``."""
-        if not self.check_config(resolved):
+        """Write the resolved configuration, unless nothing has changed; see ``changes``."""
+        self.config = resolved
+        if self.changes(resolved) or not (self.path / "config.json").exists():
             write_json(self.path / "config.json", resolved)
 
     def checkpoints(self) -> list[Path]:
         """The complete checkpoints, oldest first."""
-        return sorted((self.path / "checkpoints").glob("step-????????"))
+        return run_checkpoints(self.path)
 
     def last_checkpoint(self) -> Path | None:
         """The newest complete checkpoint, if any."""
-        return max((self.path / "checkpoints").glob("step-????????"), default=None)
+        return max(self.checkpoints(), default=None)
+
+    def last_state(self) -> "RunState | None":
+        """How far the newest checkpoint is; None without one, or if that cannot be read."""
+        folder = self.last_checkpoint()
+        if folder is None:
+            return None
+        try:
+            return RunState(**_read_json(folder / STATE_RECORD)["state"])
+        except (OSError, ValueError, TypeError, KeyError):
+            return None
 
     def save(
         self,
@@ -99,10 +171,13 @@ class RunFolder:
         target = self.path / "checkpoints" / f"step-{state.step:08d}"
         tensors, plain = _pack_optimizers(optimizers)
         record = {"state": asdict(state), "optimizers": plain, "task": task.state_dict()}
+        if self.config is not None:
+            record["run"] = self.config
         with replaced_folder(target, {*OWN_FILES, STATE_TENSORS, STATE_RECORD}) as fresh:
             write_checkpoint(model, fresh, self.tokenizer)
-            save_file(tensors, fresh / STATE_TENSORS)
+            save_tensors(tensors, fresh / STATE_TENSORS)
             write_json(fresh / STATE_RECORD, record)
+            write_manifest(fresh)
         for old in self.checkpoints()[: -self.keep]:
             shutil.rmtree(old)
         return target
@@ -112,24 +187,36 @@ class RunFolder:
     ) -> RunState | None:
         """Load the newest checkpoint into model, optimisers and task; None if there is none.
 
-        Incomplete checkpoints, left by a killed process, are removed.
+        Incomplete checkpoints, left by a killed process, are removed. Damaged ones are set aside
+        under another name, each with a warning.
 
         Raises:
-            ValueError: The checkpoint is damaged, or the training data has changed since.
+            ValueError: All checkpoints are damaged, or the training data has changed since.
         """
         remove_unfinished(self.path / "checkpoints")
-        folder = self.last_checkpoint()
+        folder = newest_checkpoint(self.path, (*NEEDED, STATE_RECORD, STATE_TENSORS))
         if folder is None:
             return None
         load_weights(model, folder)
         try:
-            record = json.loads((folder / STATE_RECORD).read_text(encoding="utf-8"))
+            record = _read_json(folder / STATE_RECORD)
             tensors = load_file(folder / STATE_TENSORS)
         except (OSError, ValueError, SafetensorError) as error:
             raise ValueError(f"{folder} cannot be resumed: {error}; delete it or the run") from None
         task.load_state_dict(record["task"])
         _unpack_optimizers(optimizers, tensors, record["optimizers"])
+        for damaged in self.checkpoints():
+            if damaged > folder:  # or it would be taken for the newest again
+                aside = damaged.with_name(f"damaged-{damaged.name}")
+                if aside.exists():
+                    shutil.rmtree(aside)
+                put_in_place(damaged, aside)
         return RunState(**record["state"])
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return data
 
 
 def _flatten(config: Any, name: str = "") -> dict[str, Any]:
@@ -140,6 +227,12 @@ def _flatten(config: Any, name: str = "") -> dict[str, Any]:
     for key, value in config.items():
         leaves |= _flatten(value, f"{name}.{key}" if name else key)
     return leaves
+
+
+def _place(leaves: dict[str, Any], name: str) -> str:
+    """As ``_shown``; of a path, where it leads to."""
+    path = leaves.get(name)
+    return os.path.realpath(path) if name in PATH_FIELDS and path else _shown(leaves, name)
 
 
 def _shown(leaves: dict[str, Any], name: str) -> str:

@@ -42,9 +42,9 @@ class Task(Protocol):
 
 
 class TextTask:
-    """Next-token prediction on prepared token shards."""
+    """Next-token prediction on prepared token shards, measured on held-out ones, if any."""
 
-    def __init__(self, train: TokenLoader, validation: TokenLoader) -> None:
+    def __init__(self, train: TokenLoader, validation: TokenLoader | None) -> None:
         self.train, self.validation = train, validation
 
     def batches(self, start_step: int, batch_size: int) -> Batches:
@@ -62,8 +62,10 @@ class TextTask:
         return {}
 
     def evaluate(self, model: RecurrentDepthLM, config: TrainConfig) -> list[Row]:
-        """Held-out bits per byte, by number of loops."""
+        """Held-out bits per byte, by number of loops; no rows if no text is held out."""
         rows: list[Row] = []
+        if self.validation is None:
+            return rows
         for num_loops in config.eval_loops:
             bits = held_out_bits_per_byte(model, self.validation, num_loops, config.eval_batches)
             rows.append({"num_loops": num_loops, "bits_per_byte": bits})

@@ -14,4 +14,7 @@ def model() -> RecurrentDepthLM:
 
 @pytest.fixture
 def folder(model: RecurrentDepthLM, tmp_path: Path) -> Path:
-    return save_pretrained(model, tmp_path / "saved")
+    """As versions before checksums wrote it: what a manifest would refuse is seen without one."""
+    saved = save_pretrained(model, tmp_path / "saved")
+    (saved / "manifest.json").unlink()
+    return saved

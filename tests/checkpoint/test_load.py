@@ -47,6 +47,7 @@ def test_dtype_and_device(folder: Path) -> None:
     assert model.core[0].feed_forward.load.dtype == torch.int64
     assert model(TOKENS).logits.dtype == torch.bfloat16
     again = load_checkpoint(save_pretrained(model, folder))
+    (folder / "manifest.json").unlink()
     assert again.embed.weight.dtype == torch.bfloat16
     with pytest.raises(ValueError, match=r"torch\.int8; it must be a floating dtype"):
         load_checkpoint(folder, dtype=torch.int8)
@@ -189,6 +190,8 @@ def test_a_run_folder_means_its_newest_checkpoint(tmp_path: Path) -> None:
         checkpoint_folder(run)
     for name in ("step-00000002", "step-00000010", ".step-00000011.tmp"):
         (run / "checkpoints" / name).mkdir()
+        for file in ("config.json", "model.safetensors"):
+            (run / "checkpoints" / name / file).touch()
     assert checkpoint_folder(run) == run / "checkpoints" / "step-00000010"
     with pytest.raises(ValueError, match="does not exist"):
         checkpoint_folder(tmp_path / "absent")

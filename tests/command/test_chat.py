@@ -5,8 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from openmythos import Tokenizer, save_pretrained
+from openmythos.cli import app
 from openmythos.command import chat
 from openmythos.engine.reference import Session
 from openmythos.tokenizer import byte_tokenizer
@@ -16,7 +18,7 @@ from tests.strategies import scripted_model
 
 
 def test_chat_over_a_pipe(text_run: Path) -> None:
-    lines = ["the list", "", "/loops 2", "a value", "/loops 99", "/what", "/reset", "an error"]
+    lines = ["the list", "", "/loops 2", "a value", "/loops 99", "/what", "/reset", "/[/x]", "[/x]"]
     command = [sys.executable, "-m", "openmythos", "chat", str(text_run), "--max-new-tokens", "6"]
     ran = subprocess.run(
         command,
@@ -28,23 +30,23 @@ def test_chat_over_a_pipe(text_run: Path) -> None:
         check=False,
     )
     assert ran.returncode == 0, ran.stderr
-    assert ran.stderr == ""
-    assert ran.stdout.count("> ") >= len(lines)
-    assert ran.stdout.count("give /loops 1..16") == 2
-    assert "'/loops 99'" in ran.stdout
+    assert "Traceback" not in ran.stderr
+    assert ran.stderr.count("> ") >= len(lines)
+    assert ran.stderr.count("give /loops 1..16") == 3
+    assert "'/loops 99'" in ran.stderr and "'/[/x]'" in ran.stderr
+    assert "/loops" not in ran.stdout and ran.stdout.strip()
 
 
-def test_chat_goes_on_when_the_context_is_full(invoke: Invoke, text_run: Path) -> None:
+def test_chat_goes_on_when_the_context_is_full(text_run: Path) -> None:
     long_line, too_long = "the " * 20, "the function " * 60
-    said = invoke(
-        "chat",
-        text_run,
-        "--max-new-tokens",
-        30,
-        stdin=f"{long_line}\n{long_line}\n{too_long}\n/quit\n",
+    ran = CliRunner().invoke(
+        app,
+        ["chat", str(text_run), "--max-new-tokens", "30"],
+        input=f"{long_line}\n{long_line}\n{too_long}\n/quit\n",
     )
-    assert "the context is full; starting again" in said
-    assert "too long for this model" in said
+    assert ran.exit_code == 0
+    assert "the context is full; starting again" in ran.stderr
+    assert "too long for this model" in ran.stderr
 
 
 def test_depth_is_read_from_a_line(capsys: pytest.CaptureFixture[str]) -> None:

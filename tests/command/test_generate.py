@@ -3,13 +3,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import normalizers
+from typer.testing import CliRunner
 
 from openmythos import Tokenizer, save_pretrained
+from openmythos.cli import app
 from openmythos.command.decoding import sampling_of
 from openmythos.engine.sampling import SamplingConfig
 from openmythos.tokenizer import byte_tokenizer
 from tests.command.conftest import Invoke, refused, sets
-from tests.foreign import write_chat_folder
+from tests.foreign import END, backend, write_chat_folder, write_folder
 from tests.strategies import scripted_model
 
 PROMPTS = ("--prompt", "the list", "--prompt", "a")
@@ -26,9 +29,18 @@ def test_generate_as_json(invoke: Invoke, text_run: Path) -> None:
 
 
 def test_generate_as_text(invoke: Invoke, text_run: Path) -> None:
-    said = invoke("generate", text_run, *PROMPTS, "--max-new-tokens", 4)
-    assert "the list" in said
-    assert said.count("of 4 loops a token") == 2
+    command = ["generate", str(text_run), *PROMPTS, "--prompt", "[/x]", "--max-new-tokens", "4"]
+    ran = CliRunner().invoke(app, command)
+    assert ran.exit_code == 0
+    assert "the list" in ran.stdout and "[/x]" in ran.stdout and "loops" not in ran.stdout
+    assert ran.stderr.count("4.00 of 4 loops per token\n") == 3
+
+
+def test_a_cache_that_cannot_fit_is_refused_with_its_size(invoke: Invoke, text_run: Path) -> None:
+    for loops in (10**10, 10**30):
+        command = ("generate", text_run, *PROMPTS, "--num-loops", loops, "--max-new-tokens", 4)
+        message = refused(invoke, *command)
+        assert f"and {loops} loops needs" in message and "iB free; lower num_loops" in message
 
 
 def test_generate_with_an_exit_rule_and_sampling(invoke: Invoke, text_run: Path) -> None:
@@ -133,3 +145,12 @@ def test_sampling_is_as_the_checkpoint_asks(scripted: Path) -> None:
     assert (greedy.temperature, greedy.top_k, greedy.top_p) == (0.0, None, None)
     own = sampling_of(byte_tokenizer(), SamplingConfig(temperature=0.8), None, 7, None)
     assert (own.temperature, own.top_k) == (0.8, 7)
+
+
+def test_a_tokenizer_that_changes_text_is_said_and_used(scripted: Path, tmp_path: Path) -> None:
+    folder = save_pretrained(scripted_model(259, {}), tmp_path / "model")
+    write_folder(folder, backend(END, normalizer=normalizers.NFC()))
+    arguments = ["generate", str(folder), "--prompt", "a", "--max-new-tokens", "2"]
+    ran = CliRunner().invoke(app, arguments)
+    assert ran.exit_code == 0 and "note: the tokenizer changes text" in ran.stderr
+    assert "changes text" not in ran.stdout

@@ -1,9 +1,10 @@
 import json
 
-from openmythos.command.table import TABLE_WIDTH
 from openmythos.config import counts
 from openmythos.config.presets import PRESETS, preset
 from tests.command.conftest import Invoke
+
+TABLE_WIDTH = 100  # characters: what a terminal shows without wrapping
 
 
 def test_presets_as_json(invoke: Invoke) -> None:

@@ -83,7 +83,7 @@ def test_a_tokenizer_that_is_not_ours_is_left_out(
     (bare / "tokenizer.json").write_text("{}", encoding="utf-8")
     invoke("retrofit", bare, "--out", tmp_path / "made")
     assert sorted(path.name for path in (tmp_path / "made").iterdir()) == [
-        "config.json", "model.safetensors"
+        "config.json", "manifest.json", "model.safetensors"
     ]  # fmt: skip
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+import openmythos as om
 from openmythos.cli import app
 from openmythos.train import loop
 from tests.command.conftest import SMALL, Invoke, refused, sets, stored
@@ -70,6 +71,14 @@ def test_train_refuses_in_one_line(invoke: Invoke, text_run: Path, tmp_path: Pat
     assert "holds a run with another configuration" in message and "data.kind" in message
 
 
+def test_a_model_that_cannot_fit_is_refused_before_anything_is_built(
+    invoke: Invoke, tmp_path: Path
+) -> None:
+    message = refused(invoke, "train", "mythos-1t", "--out", tmp_path / "run")
+    assert "training this model needs" in message and "TiB of memory" in message
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_lost_run_ends_with_status_1_and_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -79,7 +88,7 @@ def test_a_lost_run_ends_with_status_1_and_one_line(
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 1
     said = "error: the loss is nan at step 1; last checkpoint: none was written yet\n"
-    assert result.stderr == said
+    assert result.stderr.endswith(said) and result.stderr.count("\n") == 2
 
 
 def test_prepare_and_train_from_a_checkpoint(
@@ -93,6 +102,9 @@ def test_prepare_and_train_from_a_checkpoint(
     assert report["vocab_size"] == stored(text_run)["model"]["vocab_size"]
     file = text_run / "checkpoints" / "step-00000004" / "tokenizer.json"
     invoke("prepare", text_file, "--tokenizer", file, "--out", data)
+    invoke("prepare", text_file, "--tokenizer", data, "--out", tmp_path / "same")
+    fingerprints = {om.Tokenizer.load(place).fingerprint for place in (text_run, data, file)}
+    assert fingerprints == {om.Tokenizer.load(tmp_path / "same").fingerprint}
     small = [word for word in SMALL if not word.startswith("model.")]
     invoke("train", "--from", text_run, "--data", data, "--out", out, *sets(*small))
     assert stored(out)["model"] == stored(text_run)["model"]

@@ -1,6 +1,7 @@
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -169,6 +170,14 @@ def test_bad_words_are_refused() -> None:
     for context in (0, 5000):
         with pytest.raises(ValueError, match=rf"context_length is {context}; .* in 1\.\.1024"):
             baseline(preset("tiny"), match="flops", context_length=context)
+    wrong = (True, 7.0, "7", b"7", 10**30, torch.tensor([7, 7]), [7])
+    for context in wrong:
+        said = r"^context_length is .*; it must be an integer in 1\.\.1024$"
+        with unchecked(), pytest.raises(ValueError, match=said):
+            baseline(preset("tiny"), match="flops", context_length=context)
+    with unchecked():
+        found = baseline(preset("tiny"), match="memory", context_length=np.int64(7))
+    assert found.context_length == 7 and type(found.context_length) is int
 
 
 def test_public_name_without_torch() -> None:

@@ -72,7 +72,8 @@ def test_a_saved_config_is_readable(tmp_path):
         ({"vocab_size": 0}, "vocab_size is 0; it must be at least 1"),
         ({"num_core_layers": 0}, "num_core_layers is 0; it must be at least 1"),
         ({"num_loops": 0}, "num_loops is 0; it must be at least 1"),
-        ({"num_coda_layers": -1}, "num_coda_layers is -1; it must be at least 0"),
+        ({"num_loops": 1_000_001}, "num_loops is 1000001; it must be at most 1000000"),
+        ({"num_coda_layers": -1}, "num_coda_layers is -1; it must be an integer of at least 0"),
         (
             {"readout": "norm"},
             "readout is 'norm'; it must be one of 'none', 'linear', 'final_norm'",

@@ -180,3 +180,53 @@ def test_whole_numbers_of_any_library(value):
 def test_what_is_no_whole_number_is_refused(value, least, said):
     with pytest.raises(ValueError, match=f"^{re.escape(said)}$"):
         schema.as_integer("size", value, least)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    num_rows: int
+    share: float = 1.0
+    most: int | None = None
+
+    def __post_init__(self):
+        schema.require_positive(self, "num_rows", "share", *([] if self.most is None else ["most"]))
+
+
+def test_positive_fields_are_numbers_of_python():
+    with unchecked():
+        size = Size(num_rows=np.int64(3), share=np.float64(1.5), most=torch.tensor(4))
+        assert [type(value) for value in vars(size).values()] == [int, float, int]
+        assert size == Size(num_rows=3, share=1.5, most=4)
+        assert schema.to_dict(Size(num_rows=3, share=2)) == {
+            "num_rows": 3,
+            "share": 2,
+            "most": None,
+        }
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        *(({"num_rows": x}, "an integer of at least 1") for x in (2.0, True, "2", None, b"2", [2])),
+        ({"num_rows": torch.tensor([[2], [2]])}, "an integer of at least 1"),
+        ({"num_rows": np.int64(0)}, "at least 1"),
+        ({"share": 0.5}, "at least 1"),
+        ({"share": "1"}, "a number of at least 1"),
+        ({"most": 2.5}, "an integer of at least 1"),
+    ],
+    ids=str,
+)
+def test_what_is_no_positive_number_is_refused_in_a_line(given, said):
+    with unchecked(), pytest.raises(ValueError, match=f"must be {said}$") as error:
+        Size(**{"num_rows": 1, **given})
+    assert str(error.value).startswith(next(iter(given))) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("value", [0, 6, 5.0, 10**40, True])
+def test_an_integer_in_a_range(value):
+    with (
+        unchecked(),
+        pytest.raises(ValueError, match=r"size is .*; it must be an integer in 1\.\.5"),
+    ):
+        schema.as_integer("size", value, 1, 5)
+    assert schema.as_integer("size", np.int8(5), 1, 5) == 5

@@ -6,9 +6,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from openmythos.data.index import read_index
 from openmythos.data.loader import TokenLoader
 from openmythos.data.prepare import prepare
-from openmythos.tokenizer import byte_tokenizer
+from openmythos.tokenizer import EOS_TOKEN, Tokenizer, byte_tokenizer
 
 TENSORS = ("tokens", "targets", "documents", "positions")
 
@@ -132,6 +133,33 @@ def test_reading_ahead_gives_the_same_batches(folder):
     ahead.close()
 
 
+def test_one_id_for_begin_and_end_changes_the_ids_and_nothing_else(tmp_path):
+    """As Ouro, GPT-2, Qwen and SmolLM2 have it: every end of a document is a target."""
+    ours = byte_tokenizer()
+    ours.save(tmp_path / "ours")
+    shared = Tokenizer.load(tmp_path / "ours", bos_token=EOS_TOKEN, pad_token=EOS_TOKEN)
+    (tmp_path / "corpus").mkdir()
+    for i in range(60):
+        (tmp_path / "corpus" / f"{i}.txt").write_text(f"{i}: " + "word é " * (i % 7 * 3))
+    loaders = {}
+    for tokenizer in (ours, shared):
+        out = tmp_path / f"data{tokenizer.bos_id}"
+        prepare(str(tmp_path / "corpus"), out, tokenizer=tokenizer, max_shard_tokens=64)
+        loaders[tokenizer.bos_id] = [
+            TokenLoader(out, split, seq_len=20, batch_size=4) for split in ("train", "val")
+        ]
+    for apart, together in zip(*loaders.values(), strict=True):
+        num_ends = 0
+        pairs = zip(apart.validation_batches(), together.validation_batches(), strict=True)
+        for expected, found in pairs:
+            for name in ("documents", "positions"):
+                assert torch.equal(getattr(found, name), getattr(expected, name))
+            assert torch.equal(found.targets, expected.targets)  # eos has the same id in both
+            assert found.num_bytes == expected.num_bytes
+            num_ends += int((found.targets == shared.eos_id).sum())
+        assert num_ends == read_index(tmp_path / "data1").splits[apart.split].num_documents
+
+
 def test_rows_continue_documents(folder):
     loader = TokenLoader(folder, seq_len=8, batch_size=8)
     bos = loader.tokenizer.bos_id
@@ -173,8 +201,22 @@ def test_damage_is_found_on_request(tmp_path):
 def test_an_empty_split_says_so(tmp_path):
     (tmp_path / "a.txt").write_text("some text\n\n" * 90)
     prepare(str(tmp_path / "a.txt"), tmp_path / "out", vocab_size=300, val_fraction=0.0)
-    with pytest.raises(ValueError, match=r"the val split of .* has 0 tokens"):
+    with pytest.raises(ValueError, match=r"the val split of .* has 0 tokens.*val-fraction"):
         TokenLoader(tmp_path / "out", "val", seq_len=8, batch_size=1)
+
+
+def test_a_validation_split_shorter_than_a_row_is_one_row(tmp_path):
+    rows = [f'{{"text": "row number {i}"}}\n' for i in range(120)]
+    (tmp_path / "a.jsonl").write_text("".join(rows))
+    data = prepare(str(tmp_path / "a.jsonl"), tmp_path / "out", vocab_size=300)
+    loader = TokenLoader(tmp_path / "out", "val", seq_len=512, batch_size=2)
+    assert loader.num_tokens < 512
+    (batch,) = loader.validation_batches()
+    assert batch.tokens.shape == (2, 512)
+    assert batch.num_bytes == data.splits["val"].num_bytes
+    num_documents = data.splits["val"].num_documents
+    assert int((batch.targets != -100).sum()) == loader.num_tokens - num_documents
+    assert int((batch.targets == loader.tokenizer.eos_id).sum()) == num_documents
 
 
 def test_a_batch_of_16_rows_of_256_is_fast(tmp_path):

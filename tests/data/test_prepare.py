@@ -1,4 +1,6 @@
+import io
 import itertools
+import json
 import os
 import subprocess
 import sys
@@ -94,15 +96,55 @@ def test_one_long_file_is_cut_at_blank_lines(tmp_path):
     assert sorted("".join(pieces)) == sorted(text)
 
 
-def test_text_without_lines_cannot_be_split_but_can_be_kept_whole(tmp_path):
-    (tmp_path / "one.txt").write_text("é" * 9000)
-    with pytest.raises(ValueError, match="is one paragraph, which cannot be split"):
+def numbered(form, count):
+    return "".join(form.format(i) for i in range(count))
+
+
+@pytest.mark.parametrize(
+    ("text", "end"),
+    [
+        (numbered("word{} ", 9000), " "),  # text8: one line
+        (numbered("This is said {} times, or v1.2. ", 2000), ". "),
+        (numbered("第{}句话没有空格。", 2000), "。"),
+        (numbered("{} a line\r\nand another\r\n\r\n", 2000), "\r\n\r\n"),
+        (numbered("{} a line\nand another\n \t\n", 2000), "\n \t\n"),
+        (numbered("{} a line\rand another\r\r", 2000), "\r\r"),
+        (numbered("{} a line and a CRLF\r\n", 2000), "CRLF\r\n"),
+        ("".join(chr(0x4E00 + i) for i in range(9000)), ""),  # no boundary at all
+        (numbered("{} is short. ", 50), ". "),
+        (numbered("{}", 20), ""),
+    ],
+)
+def test_text_of_any_form_is_cut_at_the_best_places(tmp_path, text, end):
+    file = tmp_path / "one.txt"
+    file.write_bytes(text.encode())
+    data = prepare(str(file), tmp_path / "out", tokenizer=byte_tokenizer())
+    train, val = stored_documents(data, "train"), stored_documents(data, "val")
+    assert train and val and len(train) + len(val) >= 5
+    assert sorted("".join(train + val)) == sorted(text)
+    assert all(piece in text for piece in train + val)
+    assert all(piece.endswith(end) for piece in train + val if not text.endswith(piece))
+    assert max(len(piece.encode()) for piece in train + val) < 2 * max(1024, len(text.encode()) / 8)
+
+
+def test_a_document_longer_than_the_held_out_share_is_cut(corpus, tmp_path):
+    (corpus / "novel.txt").write_text(numbered("Sentence {}. ", 5000))
+    data = prepare(str(corpus), tmp_path / "out", tokenizer=byte_tokenizer())
+    train, val = stored_documents(data, "train"), stored_documents(data, "val")
+    assert {file.read_text() for file in corpus.glob("[0-9]*.txt")} < set(train + val)
+    for split in (train, val):
+        assert any(piece.startswith("Sentence ") for piece in split)
+
+
+def test_one_character_cannot_be_split_but_can_be_kept_whole(tmp_path):
+    (tmp_path / "one.txt").write_text("é")
+    with pytest.raises(ValueError, match=r"says one thing only .* cannot be split into train and"):
         prepare(str(tmp_path / "one.txt"), tmp_path / "out", tokenizer=byte_tokenizer())
     assert not any((tmp_path / "out").iterdir())
     data = prepare(
         str(tmp_path / "one.txt"), tmp_path / "out", tokenizer=byte_tokenizer(), val_fraction=0.0
     )
-    assert stored_documents(data, "train") == ["é" * 9000]
+    assert stored_documents(data, "train") == ["é"]
     assert stored_documents(data, "val") == []
 
 
@@ -175,6 +217,49 @@ def test_errors_in_the_source_leave_the_old_data(corpus, tmp_path):
     with pytest.raises(ValueError, match="unknown source"):
         prepare("nowhere", tmp_path / "other")
     assert not (tmp_path / "other").exists()
+
+
+def test_what_cannot_be_read_is_left_out_on_request_and_counted(corpus, tmp_path):
+    (corpus / "bad.txt").write_bytes(b"\xff")
+    (corpus / "copy.txt").write_bytes((corpus / "00.txt").read_bytes())
+    rows = ['{"text": "a lone surrogate: \\ud800, and ? is none"}', '{"te', '{"text": 3}']
+    (corpus / "rows.jsonl").write_text("\n".join(rows))
+    with pytest.raises(ValueError, match=r"bad\.txt is not UTF-8.*--skip-bad.*skip_bad=true"):
+        prepare(str(corpus), tmp_path / "out", tokenizer=byte_tokenizer())
+    data = prepare(str(corpus), tmp_path / "out", tokenizer=byte_tokenizer(), skip_bad=True)
+    texts = stored_documents(data, "train") + stored_documents(data, "val")
+    assert len(texts) == 61 and "a lone surrogate: ?, and ? is none" in texts
+    assert (data.num_duplicates, data.num_replaced, data.num_left_out) == (1, 1, 3)
+    said = data.summary()
+    assert said.startswith("61 documents, 1 duplicates dropped, 1 characters replaced, 3 left out:")
+    assert all(part in said for part in ("bad.txt is not UTF-8", "line 2 is not JSON", "line 3"))
+    again = prepare(str(corpus), tmp_path / "out", tokenizer=byte_tokenizer(), skip_bad=True)
+    assert again.reused and again.summary() == said
+
+
+def test_a_summary_shows_the_first_reasons(tmp_path):
+    rows = [json.dumps({"text": f"fine {i}"}) for i in range(40)] + ["bad"] * 300
+    (tmp_path / "a.jsonl").write_text("\n".join(rows))
+    data = prepare(str(tmp_path / "a.jsonl"), tmp_path / "out", vocab_size=300, skip_bad=True)
+    assert data.num_left_out == 300 and len(data.left_out) == 100
+    assert data.summary().endswith("is not JSON: Expecting value at column 1; and 295 more")
+
+
+def test_data_of_an_older_version_is_read(corpus, tmp_path):
+    data = prepare(str(corpus), tmp_path / "out", vocab_size=300)
+    index = json.loads((tmp_path / "out" / "index.json").read_text())
+    for name in ("num_replaced", "num_left_out", "left_out"):
+        del index[name]
+    (tmp_path / "out" / "index.json").write_text(json.dumps(index))
+    assert read_index(tmp_path / "out") == data
+
+
+def test_standard_input_is_read_every_time(tmp_path, monkeypatch):
+    for word in ("one", "two"):
+        text = f"{word} said. " * 400
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+        data = prepare("-", tmp_path / "out", tokenizer=byte_tokenizer(), val_fraction=0.0)
+        assert not data.reused and stored_documents(data, "train") == [text]
 
 
 # Ends its own process, as a kill would, at the n-th thing that it does to the file system.

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from openmythos.data.source import Document
+from openmythos.data.file import Document
 from openmythos.eval.scoring import Scorer
 from openmythos.model.recurrent import RecurrentDepthLM
 from openmythos.tokenizer import Tokenizer, byte_tokenizer, train_bpe

@@ -1,7 +1,8 @@
 from pathlib import Path
 
+from openmythos.data.file import Document
 from openmythos.data.prepare import prepare
-from openmythos.data.source import Document, load_documents
+from openmythos.data.source import load_documents
 from openmythos.eval import python_docs
 from openmythos.tokenizer import byte_tokenizer
 from tests.eval.examples import TOPICS, documents, sentence

@@ -65,6 +65,11 @@ def test_the_package_names_the_loader() -> None:
 def test_a_folder_of_another_format_is_refused(tmp_path: Path) -> None:
     folder = save_pretrained(RecurrentDepthLM(CONFIG), tmp_path / "saved")
     (folder / "config.json").write_text('{"format": "gguf"}', encoding="utf-8")
+    with pytest.raises(ValueError, match=r"saved is damaged: config\.json has 18 bytes instead of"):
+        load_pretrained(folder)
+    with pytest.raises(ValueError, match="has format 'gguf'"):
+        load_pretrained(folder, verify=False)
+    (folder / "manifest.json").unlink()
     with pytest.raises(ValueError, match="has format 'gguf'"):
         load_pretrained(folder)
     with pytest.raises(ValueError, match="does not exist"):
@@ -83,7 +88,9 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """A good checkpoint in a folder of its own."""
     target = tmp_path / "checkpoints" / request.param
     if request.param == "ours":
-        return save_pretrained(random_model(CONFIG), target)
+        save_pretrained(random_model(CONFIG), target)
+        (target / "manifest.json").unlink()  # without checksums, as the others
+        return target
     if request.param == "parcae-gpt":
         words = ["d_model=32", "vocab_size=40", "attention.num_heads=2", "attention.head_dim=16"]
         words += ["attention.num_kv_heads=2", "feed_forward.d_ff=48", "max_seq_len=32"]

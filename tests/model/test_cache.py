@@ -1,5 +1,6 @@
 from dataclasses import fields, replace
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from openmythos.model.cache import (
     Place,
 )
 from openmythos.model.recurrent import RecurrentDepthLM
-from tests.strategies import GQA, MLA, random_model, random_tokens, small_config
+from tests.strategies import GQA, MLA, random_model, random_tokens, small_config, unchecked
 
 LOOPS = torch.arange(6)
 
@@ -288,6 +289,62 @@ def test_another_batch_size_is_an_error():
     cache = KVCache(model.config, batch_size=2, max_len=4, max_loops=2)
     with pytest.raises(ValueError, match="3 rows given to a cache made for 2"):
         model.context(random_tokens(model.config, 3, 2), cache=cache)
+
+
+def test_what_a_failed_forward_left_is_not_read():
+    """A weight of 0 times NaN is NaN: columns past a row's length must be clean."""
+    model = random_model(small_config(), dtype=torch.float64)
+    tokens = random_tokens(model.config, 2, 6)
+    real = torch.tensor([[1, 1, 1], [1, 0, 0]]).bool()
+    cache = KVCache(model.config, batch_size=2, max_len=8, max_loops=2, dtype=torch.float64)
+    with torch.no_grad():
+        broken = model.context(tokens[:, :5], cache=cache)
+        for tensor in cache.tensors:  # what a forward leaves that overflows and is given up
+            tensor[:, :, :, :5] = torch.nan
+        ctx = model.context(tokens[:, :3], cache=cache, padding_mask=real)
+        got = model(tokens[:, :3], num_loops=2, ctx=ctx).logits
+        one = model.context(tokens[:, 3:4], cache=cache)
+        after = model(tokens[:, 3:4], num_loops=2, ctx=one).logits
+        short = torch.cat((tokens[1:, :1], tokens[1:, 3:4]), dim=1)
+        alone = model(short, num_loops=2).logits
+    torch.testing.assert_close(got[1, :1], alone[0, :1])
+    torch.testing.assert_close(after[1], alone[0, 1:])
+    with pytest.raises(RuntimeError, match="make a context for each chunk"):
+        broken.cache.commit()
+    cache.lengths[0] = 1  # a row that is taken back
+    for tensor in cache.tensors:
+        tensor[:, 0, :, 1:] = torch.nan
+    again = model.context(tokens[:1, 1:2], cache=cache, rows=[0])
+    with torch.no_grad():
+        logits = model(tokens[:1, 1:2], num_loops=2, ctx=again).logits
+    torch.testing.assert_close(logits[0, 0], got[0, 1])
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *({"layout": layout} for layout in ("last_loop", LastLoop, 3, {})),
+        *({"batch_size": size} for size in (0, 2.0, True, "2", [2])),
+        *({"max_len": size} for size in (0, 2.5, "8", None)),
+        *({"max_loops": size} for size in (0, -1, 2.5, torch.tensor([2, 2]))),
+    ],
+    ids=str,
+)
+def test_wrong_arguments_of_a_cache_are_refused_by_name(wrong):
+    given = {"batch_size": 2, "max_len": 8, "max_loops": 2, **wrong}
+    with unchecked(), pytest.raises(ValueError, match=f"^{next(iter(wrong))} is .* must be"):
+        KVCache(small_config(), **given)
+
+
+def test_integers_of_numpy_and_torch_are_integers():
+    two, eight = np.int64(2), torch.tensor(8)
+    with unchecked():
+        cache = KVCache(small_config(), batch_size=two, max_len=eight, max_loops=two)
+        view = cache.view(1, rows=torch.tensor([1]))
+    assert (cache.lengths, cache.max_len, cache.max_loops) == ([0, 0], 8, 2)
+    assert view.lengths == ((1, 0, 1),)
+    with unchecked(), pytest.raises(ValueError, match=r"a row of the cache is 0\.0"):
+        cache.view(1, rows=[0.0])
 
 
 def test_k_is_at_least_one():

@@ -6,7 +6,7 @@ import torch
 from openmythos.config import DepthAttentionConfig
 from openmythos.model.cache import KVCache
 from openmythos.model.context import document_lengths, make_context
-from tests.strategies import random_model, random_tokens, small_config
+from tests.strategies import random_model, random_tokens, small_config, unchecked
 
 CONFIG = small_config(max_seq_len=8)
 
@@ -99,8 +99,8 @@ def test_selecting_rows():
         (torch.tensor([[0, 32]]), {}, r"token id 32 is outside the vocabulary 0\.\.31"),
         (torch.tensor([[-1, 3]]), {}, r"token id -1 is outside the vocabulary 0\.\.31"),
         (torch.zeros(1, 9).long(), {}, "9 tokens exceed max_seq_len=8"),
-        (torch.zeros(2, 0).long(), {}, "there must be at least one token"),
-        (torch.zeros(0, 2).long(), {}, "there must be at least one token"),
+        (torch.zeros(2, 0).long(), {}, "it must be .* with at least one token"),
+        (torch.zeros(0, 2).long(), {}, "it must be .* with at least one token"),
         (
             torch.zeros(1, 2).long(),
             {"documents": torch.zeros(1, 2).long(), "padding_mask": torch.ones(1, 2).bool()},
@@ -131,10 +131,91 @@ def test_a_cache_longer_than_the_model_is_refused_in_time():
 
 def test_what_loops_share_is_made_once_a_forward():
     ctx, made = context(torch.zeros(2, 3, dtype=torch.int64)), []
-    assert ctx.once("key", lambda: made.append(1) or len(made)) == 1
-    assert ctx.once("key", lambda: made.append(1) or len(made)) == 1
-    assert ctx.select(torch.tensor([0])).once("key", lambda: 7) == 1
-    assert context(ctx.tokens).once("key", lambda: 7) == 7
+
+    def make(weight: torch.Tensor) -> int:
+        made.append(weight)
+        return len(made)
+
+    weight = torch.nn.Parameter(torch.zeros(3))
+    assert ctx.once(make, weight) == ctx.once(make, weight) == 1
+    assert ctx.select(torch.tensor([0])).once(make, weight) == 1
+    assert context(ctx.tokens).once(make, weight) == 2
+
+
+def test_other_weights_are_made_anew_within_one_context():
+    ctx, first = context(torch.zeros(2, 3, dtype=torch.int64)), torch.nn.Parameter(torch.zeros(3))
+    make = lambda weight: object()  # noqa: E731
+    seen = [ctx.once(make, first), ctx.once(make, torch.nn.Parameter(torch.zeros(3)))]
+    first.data = torch.ones(3)
+    seen.append(ctx.once(make, first))
+    first.requires_grad_(False)
+    seen.append(ctx.once(make, first))
+    with torch.no_grad():
+        seen.append(ctx.once(make, first))
+        first += 1  # the same memory: what was made reads the new values
+        assert ctx.once(make, first) is seen[-1]
+    assert len(set(seen)) == 5
+
+
+@pytest.mark.parametrize(
+    ("given", "positions", "alone"),
+    [
+        # The number comes again: a new document. Padding inside of a document: it goes on.
+        ([0, 0, 1, 1, 0, 0], [0, 1, 0, 1, 0, 1], [[0, 1], [2, 3], [4, 5]]),
+        ([5, 5, -1, 5, 5, 5], [0, 1, 0, 2, 3, 4], [[0, 1, 3, 4, 5]]),
+        ([-1, 3, -2, 3, 2, -1], [0, 0, 0, 1, 0, 0], [[1, 3], [4]]),
+        ([1, -1, 2, 1, -1, 1], [0, 0, 0, 0, 0, 1], [[0], [2], [3, 5]]),
+    ],
+)
+def test_runs_of_numbers_are_the_documents_everywhere(given, positions, alone):
+    model, documents = random_model(CONFIG, dtype=torch.float64), torch.tensor([given])
+    tokens = random_tokens(CONFIG, 1, len(given))
+    ctx = model.context(tokens, documents=documents)
+    assert ctx.positions.tolist() == [positions]
+    assert ctx.real.tolist() == [[number >= 0 for number in given]]
+    if min(given) >= 0:
+        assert document_lengths(ctx.documents) == (tuple(map(len, alone)),)
+    logits = model(tokens, ctx=ctx).logits
+    for places in alone:
+        torch.testing.assert_close(logits[:, places], model(tokens[:, places]).logits)
+
+
+def test_lists_and_arrays_are_taken_as_tensors():
+    tokens = random_tokens(CONFIG, 2, 3)
+    expected = context(tokens, padding_mask=torch.tensor([[0, 1, 1], [1, 1, 1]]).bool())
+    with unchecked():
+        for given in (tokens.tolist(), tokens.numpy(), tokens.to(torch.int32)):
+            ctx = context(given, padding_mask=[[False, True, True], [True, True, True]])
+            assert torch.equal(ctx.tokens, tokens) and ctx.tokens.dtype == torch.int64
+            assert torch.equal(ctx.positions, expected.positions)
+            assert torch.equal(ctx.mask, expected.mask)
+        packed = context(tokens, documents=[[0, 0, 1], [0, 1, 1]], positions=[[4, 5, 0], [3, 0, 1]])
+        assert packed.positions.tolist() == [[4, 5, 0], [3, 0, 1]]
+
+
+WRONG = [
+    *(
+        {"tokens": x}
+        for x in (None, "abc", b"abc", 3, 2.5, [1, 2], [[1.5]], [[1], [1, 2]], [["a"]])
+    ),
+    *({"tokens": x} for x in (torch.ones(1, 2), torch.ones(1, 2).bool(), torch.ones(2).long())),
+    *({"padding_mask": x} for x in (torch.ones(2, 3), torch.ones(2, 3).long(), "1", True)),
+    *({"padding_mask": x} for x in (torch.ones(3, 2).bool(), torch.ones(3).bool())),
+    *({"documents": x} for x in (torch.ones(2, 3), torch.ones(1, 3).long(), [0, 0, 1], 0)),
+    *({"positions": x} for x in (torch.ones(2, 3), torch.ones(1, 3).long(), range(3), "0")),
+    *({"cache": x} for x in (True, "cache", {})),
+]
+
+
+@pytest.mark.parametrize("wrong", WRONG, ids=str)
+def test_values_of_other_types_and_shapes_are_refused_in_a_line(wrong):
+    given = {"tokens": torch.zeros(2, 3).long(), **wrong}
+    with (
+        unchecked(),
+        pytest.raises(ValueError, match=f"^{next(iter(wrong))} is .* must be") as error,
+    ):
+        context(given.pop("tokens"), **given)
+    assert "\n" not in str(error.value)
 
 
 def test_recent_loops_only_without_a_cache_and_rows_of_them():

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from openmythos.config import schema
+from openmythos.model.context import select_rows
 from openmythos.model.exit import (
     EXIT_RULES,
     AccelerationExit,
@@ -168,7 +169,7 @@ def test_rows_are_independent_when_selected_and_joined(rule: Rule) -> None:
     assert joined.loops.tolist() == [2, 0, 0]
     stop, joined = advance(joined, [3, 1, 1], [0, 1, 2])
     assert stop == [alone[0, 3], alone[1, 1], alone[2, 1]]
-    stop, joined = advance(joined.select(torch.tensor([2, 0])), [2, 4], [2, 0])
+    stop, joined = advance(select_rows(joined, torch.tensor([2, 0])), [2, 4], [2, 0])
     assert stop == [alone[2, 2], alone[0, 4]]
 
 

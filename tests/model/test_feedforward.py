@@ -6,9 +6,11 @@ from unittest import mock
 
 import pytest
 import torch
+from torch.func import functional_call
 from torch.nn import functional
 
 from openmythos.config import FeedForwardConfig, MoEConfig, ReLUSquaredConfig, SwiGLUConfig
+from openmythos.model.cache import KVCache
 from openmythos.model.feedforward import (
     FEED_FORWARDS,
     MoE,
@@ -19,7 +21,7 @@ from openmythos.model.feedforward import (
 )
 from openmythos.model.recurrent import RecurrentDepthLM
 from openmythos.ops.moe import moe_experts
-from tests.strategies import MOE, randomise, seeded, small_config
+from tests.strategies import MOE, random_model, random_tokens, randomise, seeded, small_config
 
 
 @pytest.mark.parametrize("width", [6, 32])  # the second is one pass of our kernel
@@ -273,3 +275,53 @@ def test_experts_shared_by_the_loops_of_a_forward_get_every_loops_gradient():
 
 def whole(moe: MoE, ctx: object) -> partial[torch.Tensor]:
     return partial(moe_experts, gate_up=moe.gate_up, down=moe.down)
+
+
+def test_padding_does_not_count_in_the_load():
+    config = small_config(core_feed_forward=MOE)
+    model = random_model(config).train()
+    tokens = random_tokens(config, 2, 6)
+    (layer, *_) = [module for module in model.modules() if isinstance(module, MoE)]
+    real = torch.tensor([[1, 1, 1, 1, 0, 0], [0, 1, 1, 1, 1, 1]]).bool()
+    found = []
+    for options in (
+        {"padding_mask": real},
+        {"documents": torch.where(real, 3, -1)},
+        {"padding_mask": real, "cache": KVCache(config, batch_size=2, max_len=6, max_loops=4)},
+    ):
+        model(tokens, num_loops=torch.tensor([2, 1]), ctx=model.context(tokens, **options))
+        found.append(layer.load.clone())
+        layer.load.zero_()
+    assert found[0].sum() == (2 * 4 + 1 * 5) * MOE.num_experts_per_token
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+    for row, depth in ((0, 2), (1, 1)):
+        model(tokens[row : row + 1, real[row]], num_loops=depth)
+    assert torch.equal(found[0], layer.load)
+
+
+def test_the_balancing_bias_is_precise_whatever_the_default_dtype():
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        layer = RecurrentDepthLM(small_config(core_feed_forward=MOE)).core[0].feed_forward
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert layer.gate_up.dtype == torch.bfloat16 and layer.bias.dtype == torch.float32
+    layer.bias += 1.0
+    layer.load[0, 0] = 5
+    layer.update_bias(1e-3)
+    assert layer.bias[0].tolist() == pytest.approx([0.999, *[1.001] * 3])
+
+
+def test_one_context_serves_changed_weights():
+    model = random_model(small_config(core_feed_forward=MOE))
+    tokens = random_tokens(model.config, 2, 5)
+    other = random_model(model.config, seed=1)
+    ctx, fresh = model.context(tokens), other(tokens).logits
+    before = model(tokens, ctx=ctx).logits
+    swapped = functional_call(model, other.state_dict(), (tokens,), {"ctx": ctx})
+    torch.testing.assert_close(swapped.logits, fresh)
+    theirs = other.state_dict()
+    for name, ours in model.state_dict(keep_vars=True).items():
+        ours.data = theirs[name].clone()
+    torch.testing.assert_close(model(tokens, ctx=ctx).logits, fresh)
+    assert not torch.allclose(before, fresh)

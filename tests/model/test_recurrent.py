@@ -2,11 +2,14 @@ import copy
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.func import functional_call
+from torch.utils._pytree import tree_map_only
 
 from openmythos.config import (
     ACTConfig,
@@ -35,6 +38,7 @@ from openmythos.config import (
 )
 from openmythos.config.schema import apply_overrides, from_dict, to_dict
 from openmythos.model.cache import KVCache
+from openmythos.model.feedforward import MoE
 from openmythos.model.loop import advance, start_loops
 from openmythos.model.recurrent import ModelOutput, RecurrentDepthLM
 from tests.strategies import (
@@ -737,6 +741,45 @@ def test_a_depth_below_one_is_refused(loops):
         model(tokens, num_loops=loops, ctx=ctx)
 
 
+@pytest.mark.parametrize(
+    "loops", [2, np.int64(2), torch.tensor(2), [2, 2], (2, np.int64(2)), np.array([2, 2])], ids=str
+)
+def test_integers_of_any_kind_are_numbers_of_loops(loops):
+    model = random_model(small_config())
+    tokens = random_tokens(model.config, 2, 4)
+    with unchecked():
+        got = model(tokens.tolist(), num_loops=loops, grad_loops=np.int64(1)).logits
+    assert torch.equal(got, model(tokens, num_loops=2).logits)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *({"num_loops": x} for x in (True, 2.0, "2", b"22", [2], [2, 2.0])),
+        *({"num_loops": x} for x in ([[2, 2]], 10**30, 2**20)),
+        *({"num_loops": x} for x in (torch.tensor([2.0, 2.0]), torch.tensor([True, True]), {})),
+        *({"grad_loops": x} for x in (0, -1, 1.5, True, "1", [1], torch.tensor([1, 1]))),
+        *({"ctx": x} for x in (1, "ctx", {}, torch.zeros(2, 4))),
+        *({"tokens": x} for x in (None, "ab", torch.zeros(2, 4), torch.zeros(4).long())),
+    ],
+    ids=str,
+)
+def test_arguments_of_other_types_are_refused_in_a_line(wrong):
+    model = random_model(small_config())
+    given = {"tokens": random_tokens(model.config, 2, 4), **wrong}
+    start = f"^{next(iter(wrong))} is .* must be"
+    with unchecked(), pytest.raises(ValueError, match=start) as error:
+        model(**given)
+    assert "\n" not in str(error.value)
+
+
+def test_tokens_of_another_shape_than_the_contexts_are_refused():
+    model = random_model(small_config())
+    tokens = random_tokens(model.config, 2, 4)
+    with pytest.raises(ValueError, match=r"tokens is .* \[2, 3\]'; it must be .* \[2, 4\]"):
+        model(tokens[:, :3], ctx=model.context(tokens))
+
+
 def test_more_loops_than_the_cache_has_are_refused():
     model = RecurrentDepthLM(small_config())
     cache = KVCache(model.config, batch_size=1, max_len=8, max_loops=2)
@@ -820,3 +863,141 @@ def test_the_default_compiler_gives_the_eager_logits(compiler, fresh_compiler):
 def test_config_of_a_model_is_the_one_given():
     config: ModelConfig = small_config(injection=AddInjectionConfig())
     assert RecurrentDepthLM(config).config is config
+
+
+# --- transforms ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("experts", [None, MOE])
+def test_gradients_by_torch_func_are_those_of_autograd(tied, experts):
+    config = small_config(
+        tie_embeddings=tied, core_feed_forward=experts, halting=ACTConfig(bias_init=-1.0)
+    )
+    model = random_model(config, dtype=torch.float64).train()
+    tokens = random_tokens(config, 2, 5)
+    params = {name: param.detach() for name, param in model.named_parameters()}
+
+    def loss(params: dict[str, Tensor]) -> Tensor:
+        return functional_call(model, params, (tokens,), {"num_loops": 3}).logits.square().mean()
+
+    with unchecked():
+        found = torch.func.grad(loss)(params)
+        model(tokens, num_loops=3).logits.square().mean().backward()
+    for name, param in model.named_parameters():
+        torch.testing.assert_close(found[name], param.grad, msg=name)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # of torch's attention
+@pytest.mark.parametrize("experts", [None, MOE])
+def test_gradients_per_sample_by_torch_func(experts):
+    config = small_config(halting=ACTConfig(bias_init=-1.0), core_feed_forward=experts)
+    model = random_model(config, dtype=torch.float64)
+    tokens = random_tokens(model.config, 3, 5)
+    params = {name: param.detach() for name, param in model.named_parameters()}
+
+    def loss(params: dict[str, Tensor], row: Tensor) -> Tensor:
+        output = functional_call(model, params, (row[None],), {"num_loops": 2})
+        return output.logits.square().mean()
+
+    with unchecked():
+        found = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(params, tokens)
+        for row, each in enumerate(tokens):
+            alone = torch.func.grad(loss)(params, each)
+            for name, gradient in alone.items():
+                torch.testing.assert_close(found[name][row], gradient, msg=name)
+
+
+def test_a_forward_can_be_exported_and_its_output_is_a_tree():
+    model = random_model(small_config(core_feed_forward=MOE, halting=PonderNetConfig()))
+    tokens = random_tokens(model.config, 2, 5)
+    expected = model(tokens, num_loops=3, keep_states=True)
+    with unchecked(), torch.no_grad():
+        options = {"num_loops": 3, "keep_states": True}
+        program = torch.export.export(model, (tokens,), options, strict=False)
+        output = program.module()(tokens, **options)
+    assert type(output) is ModelOutput and len(output.states) == 3
+    torch.testing.assert_close(output.logits, expected.logits)
+    torch.testing.assert_close(output.exit_weights, expected.exit_weights)
+    doubled = tree_map_only(Tensor, lambda tensor: 2 * tensor, expected)
+    assert torch.equal(doubled.h, 2 * expected.h) and doubled.ponder_cost is not None
+
+
+# --- activation checkpointing --------------------------------------------------------------------
+
+
+RECOMPUTED = {
+    "plain": {},
+    "depth attention": {"depth_attention": DepthAttentionConfig(num_recent_loops=2)},
+    "lora": {"loop_adapter": WeightLoRAConfig(rank=2, num_loops=2)},
+    "act": {"halting": ACTConfig(bias_init=-1.0)},
+    "experts": {"core_feed_forward": MOE},
+}
+RECOMPUTED["all"] = {key: part for parts in RECOMPUTED.values() for key, part in parts.items()}
+
+
+@pytest.mark.parametrize("parts", RECOMPUTED.values(), ids=RECOMPUTED)
+@pytest.mark.parametrize("grad_loops", [None, 2])
+def test_recomputed_loops_have_the_same_gradients_and_load(parts, grad_loops):
+    model = random_model(small_config(**parts), dtype=torch.float64).train()
+    tokens = random_tokens(model.config, 3, 6)
+    ctx = {"documents": torch.tensor([[0, 0, 0, 1, 1, -1]] * 3)}
+    found = []
+    for recompute in (False, True):
+        model.zero_grad()
+        output = model(
+            tokens,
+            num_loops=torch.tensor([4, 2, 3]),
+            grad_loops=grad_loops,
+            ctx=model.context(tokens, **ctx),
+            keep_states=True,
+            recompute=recompute,
+        )
+        loss = output.logits.square().mean() + output.states[-2].square().mean()
+        if output.ponder_cost is not None:
+            loss = loss + output.ponder_cost.mean()
+        loss.backward()
+        load = [part.load.clone() for part in model.modules() if isinstance(part, MoE)]
+        for part in model.modules():
+            if isinstance(part, MoE):
+                part.update_bias(0.0)
+        found.append((loss.detach(), {n: p.grad for n, p in model.named_parameters()}, load))
+    (loss, grads, load), (loss_again, grads_again, load_again) = found
+    assert torch.equal(loss, loss_again)
+    for name, grad in grads.items():
+        assert (grad is None) == (grads_again[name] is None), name
+        if grad is not None:
+            torch.testing.assert_close(grads_again[name], grad, rtol=1e-12, atol=1e-14, msg=name)
+    assert all(map(torch.equal, load, load_again))
+    assert all(part.sum() > 0 for part in load)
+
+
+def test_a_cache_and_recomputed_loops_exclude_each_other():
+    model = random_model(small_config())
+    tokens = random_tokens(model.config, 1, 3)
+    cache = KVCache(model.config, batch_size=1, max_len=4, max_loops=4)
+    with pytest.raises(ValueError, match="recompute is True; it must be False with a cache"):
+        model(tokens, ctx=model.context(tokens, cache=cache), recompute=True)
+    assert cache.lengths == [0]
+
+
+def test_recomputed_loops_keep_their_states_only():
+    """Counted in bytes that autograd stores, so that no allocator has a say."""
+    model = random_model(small_config(core_feed_forward=MOE)).train()
+    tokens = random_tokens(model.config, 2, 32)
+
+    def stored(num_loops: int, recompute: bool) -> int:
+        kept: dict[int, int] = {}
+
+        def keep(tensor: Tensor) -> Tensor:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            output = model(tokens, num_loops=num_loops, recompute=recompute)
+        assert output.logits.requires_grad
+        return sum(kept.values())
+
+    state = 2 * 32 * 16 * 4
+    per_loop = (stored(8, True) - stored(4, True)) / 4
+    assert per_loop <= state < (stored(8, False) - stored(4, False)) / 4 / 10

@@ -28,14 +28,15 @@ def console(terminal: bool) -> tuple[Console, io.StringIO]:
 def test_without_a_terminal_it_prints_a_line_now_and_then() -> None:
     screen, file = console(False)
     with TrainDisplay(screen, "text") as display:
+        display.max_steps = 100
         for step in range(1, 50):
             display.step(step, step / 10, step / 100, METRICS)
         display.validation([{"num_loops": 2, "bits_per_byte": 1.5}])
         display.validation([])
     first, second = file.getvalue().splitlines()
     assert first == (
-        "text:   1%  step 1  loss 2.500  bits/byte 1.250  loops 4.0  |h| 12.3  rho(A) 0.447  "
-        "grad 0.90  tokens/s 12,345  expert load +31%"
+        "text:   1%  step 1/100  10 s left  loss 2.500  bits/byte 1.250  loops 4.0  "
+        "|h| 12.3  rho(A) 0.447  grad 0.90  tokens/s 12,345  expert load +31%"
     )
     assert second == "text: held-out 2 loops 1.500"
     assert "\x1b" not in file.getvalue()

@@ -51,6 +51,34 @@ def test_a_last_line_that_was_cut_is_dropped(tmp_path: Path, cut: int) -> None:
     assert list(read_metrics(recorder.path)) == []
 
 
+def test_held_out_results_are_complete_or_dropped(tmp_path: Path) -> None:
+    recorder = Recorder(tmp_path)
+    for step in (2, 4):
+        recorder.validation(step, 0.0, [{"num_loops": n, "accuracy": 0.5} for n in (1, 2)])
+    assert recorder.start(4) and recorder.start(4, (2, 1))
+    assert len(list(read_metrics(recorder.path))) == 4
+    assert not recorder.start(4, (1, 3))
+    assert [row["step"] for row in read_metrics(recorder.path)] == [2, 2]
+
+
+def test_damage_in_the_middle_costs_its_lines_only(tmp_path: Path) -> None:
+    recorder = Recorder(tmp_path)
+    for step in range(1, 4):
+        recorder.step(step, 0.0, 0.0, {"loss": 1.0}, True)
+    first, second, third = recorder.path.read_bytes().splitlines()
+    recorder.path.write_bytes(b"\n".join((first, b"\xff\xfe" + second[2:], b"7", b"{}", third)))
+    assert [row["step"] for row in read_metrics(recorder.path)] == [1, 3]
+
+
+def test_a_full_disk_is_named(tmp_path: Path) -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full here")
+    recorder = Recorder(tmp_path)
+    recorder.path.symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"No space left on device: '.*metrics\.jsonl'"):
+        recorder.step(1, 0.0, 0.0, {"loss": 1.0}, True)
+
+
 class Board:
     """Stands for TensorBoard's writer."""
 

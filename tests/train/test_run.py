@@ -1,6 +1,8 @@
 import itertools
 import json
+import os
 import shutil
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,18 +10,30 @@ from typing import Any
 import pytest
 import torch
 
+from openmythos.checkpoint.load import checkpoint_folder
 from openmythos.checkpoint.save import save_pretrained
+from openmythos.command.evaluate import held_out
 from openmythos.config import LinearInjectionConfig
-from openmythos.config.schema import from_dict
+from openmythos.config.schema import from_dict, to_dict
 from openmythos.data.prepare import prepare
+from openmythos.folder import locked
 from openmythos.interop.loading import load_config, load_pretrained
 from openmythos.tokenizer import byte_tokenizer
-from openmythos.train.recipe import RunConfig, TextData
+from openmythos.train.metrics import read_metrics
+from openmythos.train.recipe import FREE_FIELDS, RunConfig, TextData
 from openmythos.train.run import set_up
+from openmythos.train.run_folder import RunFolder
 from openmythos.train.task import HopsTask, TextTask
 from tests.strategies import random_model
 from tests.train import examples
-from tests.train.examples import changed, hops_config, text_config, tiny_model, write_text
+from tests.train.examples import (
+    changed,
+    hops_config,
+    measured,
+    text_config,
+    tiny_model,
+    write_text,
+)
 
 
 def test_text_from_a_file(tmp_path: Path) -> None:
@@ -41,7 +55,56 @@ def test_text_from_a_prepared_folder(tmp_path: Path) -> None:
     prepare(str(write_text(tmp_path)), tmp_path / "data", tokenizer=byte_tokenizer())
     run = set_up(text_config(tmp_path / "data"), tmp_path / "run")
     assert run.config.model.vocab_size == 259
-    assert not (tmp_path / "run" / "data").exists()
+    ours, theirs = (
+        {p.relative_to(f): p.stat().st_ino for p in f.rglob("*") if p.is_file()}
+        for f in (tmp_path / "run" / "data", tmp_path / "data")
+    )
+    assert ours == theirs  # links, not copies
+
+
+def test_a_run_without_held_out_text_is_trained_and_measures_nothing(tmp_path: Path) -> None:
+    config = changed(text_config(write_text(tmp_path)), max_steps=2, eval_every=1)
+    config = replace(config, data=replace(config.data, val_fraction=0.0))
+    run = set_up(config, tmp_path / "run")
+    assert run.train().step == 2
+    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert {row["kind"] for row in rows} == {"train"}
+
+
+def test_a_run_inside_its_own_data_folder_goes_on(tmp_path: Path) -> None:
+    config = changed(text_config(write_text(tmp_path).parent), max_steps=1)
+    run = set_up(config, tmp_path / "runs" / "x")
+    run.train()
+    fingerprint = run.task.state_dict()
+    assert set_up(config, tmp_path / "runs" / "x").task.state_dict() == fingerprint
+    assert set_up(config, tmp_path / "runs" / "y").task.state_dict() == fingerprint
+
+
+def test_a_run_does_not_mix_with_other_files(tmp_path: Path) -> None:
+    config = text_config(write_text(tmp_path))
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(ValueError, match=r"other files than a run's \(text\.txt\): choose"):
+        set_up(config, tmp_path)
+    with pytest.raises(ValueError, match=r"text\.txt is a file; a run is a folder"):
+        set_up(config, tmp_path / "text.txt")
+    assert sorted(tmp_path.iterdir()) == before
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".gitignore").write_text("*")  # hidden files are not in the way
+    set_up(config, tmp_path / "run")
+    (tmp_path / "run" / "notes.md").write_text("mine")  # nor what was added to a run
+    set_up(config, tmp_path / "run")
+
+
+def test_bad_rows_stop_a_run_unless_it_skips_them(tmp_path: Path) -> None:
+    config = text_config(write_text(tmp_path).parent)
+    (tmp_path / "bad.txt").write_bytes(b"\xff")
+    with pytest.raises(ValueError, match="skip_bad=true"):
+        set_up(config, tmp_path / "run")
+    config = replace(config, data=replace(config.data, skip_bad=True))
+    run = set_up(config, tmp_path / "run")
+    assert isinstance(run.task, TextTask)
+    first, run_itself = run.task.train.data.left_out[::-1]
+    assert "bad.txt is not UTF-8" in first and run_itself.endswith("is a run")
 
 
 def test_the_written_configuration_makes_the_same_run(tmp_path: Path) -> None:
@@ -88,13 +151,208 @@ def test_another_runs_data_is_not_touched(tmp_path: Path) -> None:
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*") if p.is_file()} == files
 
 
-def test_changed_text_is_noticed_when_the_run_goes_on(tmp_path: Path) -> None:
-    source = write_text(tmp_path)
-    config = text_config(source, max_steps=2)
-    examples.run(config, tmp_path / "run")
-    source.write_text(source.read_text(encoding="utf-8").upper(), encoding="utf-8")
-    with pytest.raises(ValueError, match="changed"):
-        examples.run(config, tmp_path / "run")
+# --- going on -------------------------------------------------------------------------------------
+
+
+def stopped(config: RunConfig, out: Path, at: int = 4) -> Path:
+    """A run folder as Ctrl-C after step ``at`` leaves it."""
+    config = changed(config, save_every=at, keep_checkpoints=100)
+    examples.run(config, out)
+    for folder in RunFolder(out).checkpoints():
+        if not folder.name.endswith(f"{at:08d}"):
+            shutil.rmtree(folder)
+    return out
+
+
+def new_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("openmythos.data.prepare.source_version", lambda source: "another")
+
+
+CHANGES_OF_DATA: dict[str, Callable[[Path, pytest.MonkeyPatch], object]] = {
+    "a file more": lambda f, patch: (f / "more.md").write_text("one more\n\nand another\n"),
+    "a file changed": lambda f, patch: (f / "text.txt").write_text("all of it is new\n\n" * 300),
+    "deleted": lambda f, patch: shutil.rmtree(f),
+    "another version": lambda f, patch: new_python(patch),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES_OF_DATA)
+@pytest.mark.parametrize("is_prepared", [False, True])
+def test_a_run_owns_its_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str, is_prepared: bool
+) -> None:
+    text, source = tmp_path / "text", tmp_path / "text"
+    text.mkdir()
+    write_text(text)
+    if is_prepared:
+        source = tmp_path / "prepared"
+        prepare(str(text), source, tokenizer=byte_tokenizer())
+    config = text_config(source, max_steps=8)
+    examples.run(changed(config, save_every=4), tmp_path / "whole")
+    run = stopped(config, tmp_path / "run")
+    before = contents(run / "data")
+    if change != "another version" or not is_prepared:
+        CHANGES_OF_DATA[change](text, monkeypatch)
+    if is_prepared and change == "deleted":
+        shutil.rmtree(source)
+    elif is_prepared:
+        prepare(str(text), source, tokenizer=byte_tokenizer(), seed=1)
+    examples.run(changed(config, save_every=4), run)
+    assert contents(run / "data") == before
+    examples.assert_equal_runs(tmp_path / "whole", run)
+    assert held_out(checkpoint_folder(run), [1], None, 4, None, 1, "cpu")  # what `eval` does
+
+
+def contents(folder: Path) -> dict[Path, tuple[int, bytes]]:
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
+
+
+def test_a_run_without_links_reads_its_source(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: object) -> None:
+        raise OSError("no links here")
+
+    monkeypatch.setattr(os, "link", refuse)
+    prepare(str(write_text(tmp_path)), tmp_path / "data", tokenizer=byte_tokenizer())
+    config = text_config(tmp_path / "data", max_steps=8)
+    run = stopped(config, tmp_path / "run")
+    assert not (run / "data").exists()
+    assert examples.run(config, run).step == 8
+
+
+def test_lost_data_is_one_clear_error(tmp_path: Path) -> None:
+    config = text_config(write_text(tmp_path), max_steps=8)
+    run = stopped(config, tmp_path / "run")
+    shutil.rmtree(run / "data")
+    with pytest.raises(ValueError, match=r"data is missing, and a run goes on with its own data"):
+        examples.run(config, run)
+    assert not (run / "data").exists()
+
+
+FREE_VALUES: dict[str, Any] = {
+    "max_steps": 12,
+    "max_seconds": 1e6,
+    "grad_accumulation": 2,
+    "compile": False,  # what it changes is tested with the loop
+    "log_every": 3,
+    "save_every": 1,
+    "keep_checkpoints": 7,
+    "eval_every": 2,
+    "eval_loops": (2, 5),
+    "eval_batches": 3,
+    "recompute": True,
+}
+
+
+@pytest.mark.parametrize("name", sorted(FREE_FIELDS))
+def test_what_may_change_while_a_run_goes_on(tmp_path: Path, name: str) -> None:
+    field = name.removeprefix("train.")
+    config = changed(hops_config(), max_steps=8, eval_every=4, save_every=4, keep_checkpoints=100)
+    examples.run(config, tmp_path / "whole")
+    run = stopped(config, tmp_path / "run")
+    other = changed(config, **{field: FREE_VALUES[field]})
+    going_on = set_up(other, run)
+    result = going_on.train()
+    assert json.loads((run / "config.json").read_text())["train"] == to_dict(other.train)
+    assert any(name in said for said in going_on.changes) == (field != "compile")
+    if field == "max_steps":
+        assert result.step == 12
+        assert "after step 4, 33% of the run is done instead of 50%" in going_on.changes[1]
+        assert "at 1 of their full values instead of 0.833" in going_on.changes[1]
+        return
+    expected, got = examples.weights(tmp_path / "whole"), examples.weights(run)
+    for key, tensor in expected.items():
+        close = torch.allclose(tensor, got[key], rtol=1e-3, atol=1e-5)
+        assert (
+            close if field in ("grad_accumulation", "recompute") else torch.equal(tensor, got[key])
+        ), key
+    assert len(RunFolder(run).checkpoints()) == {"save_every": 5, "eval_every": 3}.get(field, 2)
+
+
+def test_everything_else_may_not_change(tmp_path: Path) -> None:
+    """Each field of the configuration, the model's and the data's too."""
+    config = text_config(write_text(tmp_path))
+    folder = RunFolder(tmp_path / "run")
+    folder.write_config(to_dict(config))
+
+    def leaves(data: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str, str]]:
+        for key, value in data.items():
+            if isinstance(value, dict):
+                yield from ((d, k, f"{key}.{name}") for d, k, name in leaves(value))
+            else:
+                yield data, key, key
+
+    for index, (_, _, name) in enumerate(leaves(to_dict(config))):
+        other = to_dict(config)
+        owner, key, _ = list(leaves(other))[index]
+        owner[key] = "another"
+        if name in FREE_FIELDS:
+            assert list(folder.changes(other)) == [name]
+            continue
+        with pytest.raises(ValueError, match="holds a run with another configuration") as caught:
+            folder.changes(other)
+        assert f"{name} (" in str(caught.value)
+
+
+def test_a_finished_run_is_prolonged(tmp_path: Path) -> None:
+    config = changed(hops_config(), max_steps=4)
+    examples.run(config, tmp_path)
+    longer = set_up(changed(config, max_steps=8), tmp_path)
+    assert longer.train().step == 8
+    assert "instead of 100%, and the rates go on at 0.833" in longer.changes[-1]
+    steps = [row["step"] for row in measured(tmp_path) if row["kind"] == "train"]
+    assert steps == list(range(1, 9))
+
+
+def test_paths_are_compared_by_where_they_lead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "text").mkdir()
+    write_text(tmp_path / "text")
+    start = checkpoint(tmp_path / "start")
+    monkeypatch.chdir(tmp_path)
+    config = from_checkpoint(Path("text"), Path("start"), max_steps=8)
+    run = stopped(config, tmp_path / "run")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    for text, weights in (("../text/", "../start"), (tmp_path / "text", f"{start}/.")):
+        again = set_up(from_checkpoint(text, weights, max_steps=8), run)
+        assert not [said for said in again.changes if "source" in said or "init_from" in said]
+    for text, weights, name in ((tmp_path, start, "data.source"), ("../text", run, "init_from")):
+        with pytest.raises(ValueError, match=name):
+            set_up(from_checkpoint(text, weights, max_steps=8), run)
+
+
+def test_a_lost_configuration_is_that_of_the_checkpoint(tmp_path: Path) -> None:
+    config = changed(hops_config(), max_steps=8)
+    run = stopped(config, tmp_path / "run")
+    (run / "config.json").unlink()
+    with pytest.raises(ValueError, match=r"train\.batch_size \(16 there, 4 here\)"):
+        set_up(changed(config, batch_size=4), run)
+    assert examples.run(config, run).step == 8
+    assert json.loads((run / "config.json").read_text())["train"]["max_steps"] == 8
+
+
+def test_a_configuration_of_an_older_version_is_completed(tmp_path: Path) -> None:
+    config = changed(hops_config(), max_steps=4)
+    examples.run(config, tmp_path)
+    stored = json.loads((tmp_path / "config.json").read_text())
+    del stored["train"]["balance_rate"]
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    assert set_up(config, tmp_path).changes == ()
+
+
+def test_two_runs_in_one_folder(tmp_path: Path) -> None:
+    run = set_up(hops_config(), tmp_path)
+    with locked(tmp_path):
+        for start in (run.train, lambda: set_up(hops_config(), tmp_path)):
+            with pytest.raises(ValueError, match=f"is in use by process {os.getpid()} on"):
+                start()
+    assert not (tmp_path / "metrics.jsonl").exists()
+    run.train()
+    assert not (tmp_path / ".lock").exists()
 
 
 def test_a_damaged_shard_is_refused_before_the_first_step(tmp_path: Path) -> None:
@@ -125,7 +383,7 @@ def checkpoint(folder: Path, vocab_size: int = 259) -> Path:
     return save_pretrained(random_model(config), folder, byte_tokenizer())
 
 
-def from_checkpoint(source: Path, start: Path, **changes: Any) -> RunConfig:
+def from_checkpoint(source: str | Path, start: str | Path, **changes: Any) -> RunConfig:
     config = text_config(source, init_from=str(start), **changes)
     return replace(config, model=load_config(start))
 

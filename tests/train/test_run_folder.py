@@ -1,4 +1,6 @@
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,7 @@ import torch
 from openmythos import load_pretrained
 from openmythos.config.schema import to_dict
 from openmythos.model.recurrent import RecurrentDepthLM
+from openmythos.tokenizer import byte_tokenizer
 from openmythos.train.optim import OptimizerConfig, make_optimizers
 from openmythos.train.run import set_up
 from openmythos.train.run_folder import RunFolder, RunState
@@ -94,44 +97,117 @@ def test_half_written_folders_are_ignored_and_removed(tmp_path: Path) -> None:
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000003"]
 
 
-@pytest.mark.parametrize("file", ["training_state.json", "training_state.safetensors"])
-@pytest.mark.parametrize("damage", ["missing", "cut"])
-def test_a_damaged_training_state_is_named(tmp_path: Path, file: str, damage: str) -> None:
-    model, optimizers = trained(0)
-    folder = RunFolder(tmp_path)
-    path = folder.save(model, optimizers, Remembering(), RunState(step=3, seconds=0.0)) / file
-    content = path.read_bytes()
+FILES = (
+    *("training_state.json", "training_state.safetensors", "manifest.json"),
+    *("config.json", "model.safetensors", "tokenizer.json"),
+)
+
+
+def spoil(path: Path, damage: str) -> None:
+    content = bytearray(path.read_bytes())
     path.unlink()
     if damage == "cut":
         path.write_bytes(content[: len(content) // 2])
+    elif damage == "one bit":
+        content[len(content) * 2 // 3] ^= 16
+        path.write_bytes(content)
+
+
+@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("damage", ["missing", "cut", "one bit"])
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(
+    tmp_path: Path, file: str, damage: str
+) -> None:
+    if (file, damage) == ("manifest.json", "missing"):
+        pytest.skip("so older versions wrote checkpoints")
+    folder = RunFolder(tmp_path, tokenizer=byte_tokenizer())
+    for step in (3, 6):
+        model, optimizers = trained(step)
+        folder.save(model, optimizers, Remembering(step), RunState(step=step, seconds=0.0))
+    spoil(tmp_path / "checkpoints" / "step-00000006" / file, damage)
+    message = r"step-00000006 is damaged: .*; .*step-00000003 is used instead"
+    with pytest.warns(UserWarning, match=message):
+        loaded = load_pretrained(tmp_path)
+    assert torch.equal(loaded.embed.weight, trained(3)[0].embed.weight)
+    with pytest.raises(ValueError, match=r"."):
+        load_pretrained(tmp_path / "checkpoints" / "step-00000006")
+
+    model, optimizers = trained(0)
+    task = Remembering()
+    with pytest.warns(UserWarning, match=message):
+        state = folder.resume(model, optimizers, task)
+    assert state is not None and (state.step, task.stage) == (3, 3)
+    assert torch.equal(model.embed.weight, loaded.embed.weight)
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert names == ["damaged-step-00000006", "step-00000003"]
+    assert load_pretrained(tmp_path) is not None
+
+    spoil(tmp_path / "checkpoints" / "step-00000003" / file, damage)
+    message = r"step-00000003 is damaged: .*no other checkpoint is left"
+    with pytest.raises(ValueError, match=message):
+        folder.resume(model, optimizers, task)
+
+
+@pytest.mark.parametrize("file", ["training_state.json", "training_state.safetensors"])
+def test_a_damaged_training_state_without_checksums_is_named(tmp_path: Path, file: str) -> None:
+    model, optimizers = trained(0)
+    folder = RunFolder(tmp_path)
+    path = folder.save(model, optimizers, Remembering(), RunState(step=3, seconds=0.0))
+    (path / "manifest.json").unlink()
+    spoil(path / file, "cut")
     with pytest.raises(ValueError, match="step-00000003 cannot be resumed"):
         folder.resume(model, optimizers, Remembering())
+
+
+@contextlib.contextmanager
+def full_disk(num_bytes: int) -> Iterator[None]:
+    """Files of this process cannot grow beyond so many bytes."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("num_bytes", [0, 2_000, 40_000])
+def test_a_full_disk_loses_nothing_and_is_named(tmp_path: Path, num_bytes: int) -> None:
+    model, optimizers = trained(0)
+    folder = RunFolder(tmp_path, keep=1)
+    kept = folder.save(model, optimizers, Remembering(), RunState(step=3, seconds=0.0))
+    with full_disk(num_bytes), pytest.raises(OSError, match=r"too large") as caught:
+        folder.save(model, optimizers, Remembering(), RunState(step=4, seconds=0.0))
+    assert str(tmp_path / "checkpoints") in str(caught.value) and "\n" not in str(caught.value)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [kept.name]
+    state = folder.resume(model, optimizers, Remembering())
+    assert state is not None and state.step == 3
 
 
 def test_another_configuration_is_refused_and_named(tmp_path: Path) -> None:
     config = hops_config()
     folder = RunFolder(tmp_path)
-    assert not folder.check_config(to_dict(config))
+    assert folder.changes(to_dict(config)) == {}
     folder.write_config(to_dict(config))
     written = (tmp_path / "config.json").read_bytes()
     folder.write_config(to_dict(config))
-    other = to_dict(changed(config, batch_size=8, max_steps=7))
+    other = to_dict(changed(config, batch_size=8, seed=7))
     other["model"]["injection"] = {"kind": "add"}
     with pytest.raises(ValueError, match="holds a run with another configuration") as caught:
         folder.write_config(other)
     message = str(caught.value)
     assert "train.batch_size (16 there, 8 here)" in message
-    assert "train.max_steps (60 there, 7 here)" in message
+    assert "train.seed (3 there, 7 here)" in message
     assert 'model.injection.kind ("lti" there, "add" here)' in message
     assert "model.injection.decay_init (" in message and " there, absent here)" in message
     assert "choose another --out" in message and "\n" not in message
     assert (tmp_path / "config.json").read_bytes() == written
     only = to_dict(config)
     only["model"]["vocab_size"] = 9
-    assert folder.check_config(only, ignore=("model.vocab_size",))
+    assert folder.changes(only, ignore=("model.vocab_size",)) == {}
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match=r"config\.json is not JSON"):
-        folder.check_config(to_dict(config))
+        folder.changes(to_dict(config))
 
 
 def test_a_run_with_another_seed_is_refused(tmp_path: Path) -> None:

@@ -9,23 +9,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 STAGES = ("prelude", "core", "coda")
-COLUMNS = ("q_proj", "k_proj", "v_proj", "q_up_proj", "kv_up_proj", "gate_proj", "up_proj")
-ROWS = ("o_proj", "down_proj")
 DEPTH_FIELDS = ("num_prelude_layers", "num_core_layers", "num_coda_layers", "num_loops")
-
-
-def _tensor_parallel_plan() -> dict[str, str]:
-    places = dict.fromkeys((*COLUMNS[:5], "o_proj"), "self_attn")
-    plan = {}
-    for stage in STAGES:
-        for name in (*COLUMNS, *ROWS):
-            style = "colwise" if name in COLUMNS else "rowwise"
-            for place in (places[name],) if name in places else ("mlp", "mlp.shared_experts"):
-                plan[f"{stage}.*.{place}.{name}"] = style
-        plan[f"{stage}.*.mlp.experts.gate_up_proj"] = "packed_colwise"
-        plan[f"{stage}.*.mlp.experts.down_proj"] = "rowwise"
-        plan[f"{stage}.*.mlp.experts"] = "moe_tp_experts"
-    return plan
 
 
 Part = Any  # a dictionary with a kind, or None; no type of its own to check a file with
@@ -42,7 +26,6 @@ class OpenMythosConfig(PreTrainedConfig):
 
     model_type = "openmythos"
     keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 (transformers' own form)
-    base_model_tp_plan = _tensor_parallel_plan()
     base_model_fsdp_plan = {  # noqa: RUF012
         **{f"{stage}.*": "free_full_weight" for stage in STAGES},
         "embed_tokens": "free_full_weight",
@@ -112,6 +95,66 @@ class OpenMythosConfig(PreTrainedConfig):
         super().__setattr__(name, value)
         if name in DEPTH_FIELDS:
             self._derive_depth()
+
+    @property
+    def base_model_tp_plan(self) -> dict[str, str]:
+        """How each matrix that this kind of model has is split over ranks.
+
+        What a loop adds to a projection and value embeddings are as wide as all heads, and one head
+        of keys cannot be split: such attention is whole on every rank.
+        """
+        plan = {"embed_tokens": "embedding_rowwise"}
+        part = self.attention
+        adapted = self.loop_adapter is not None and self.loop_adapter["kind"] == "weight_lora"
+        whole = adapted or self.value_embedding is not None or self.num_key_value_heads == 1
+        attention = {"o_proj": "rowwise"}
+        if part["kind"] == "gqa":
+            attention |= dict.fromkeys(("q_proj", "k_proj", "v_proj"), "colwise")
+            if part["qk_norm"] == "weighted":  # each rank sees the norms of its own heads
+                attention |= dict.fromkeys(("q_norm", "k_norm"), "replicated_with_grad_allreduce")
+        else:
+            attention |= dict.fromkeys(("q_up_proj", "kv_up_proj"), "colwise")
+            attention["qkv_down_proj"] = "mla_kv_a_proj"
+        for stage in self._stages():
+            if not whole:
+                plan |= {f"{stage}.*.self_attn.{name}": style for name, style in attention.items()}
+            mlp = self._feed_forward_of(stage)
+            place, columns = f"{stage}.*.mlp", ["gate_proj", "up_proj"]
+            if mlp["kind"] == "moe":
+                plan |= {
+                    f"{place}.experts.gate_up_proj": "packed_colwise",
+                    f"{place}.experts.down_proj": "rowwise",
+                    f"{place}.experts": "moe_tp_experts",
+                }
+                if mlp["num_shared_experts"] == 0:
+                    continue
+                place += ".shared_experts"
+            elif mlp["kind"] == "relu_squared":
+                columns = ["up_proj"]
+            if not (adapted and stage == "core"):
+                plan |= {f"{place}.{name}": "colwise" for name in columns}
+                plan[f"{place}.down_proj"] = "rowwise"
+        return plan
+
+    @property
+    def base_model_ep_plan(self) -> dict[str, str] | None:
+        """How routed experts are spread over ranks; None without any."""
+        plan: dict[str, str] = {}
+        for stage in self._stages():
+            if self._feed_forward_of(stage)["kind"] == "moe":
+                plan |= {
+                    f"{stage}.*.mlp.experts.gate_up_proj": "grouped_gemm",
+                    f"{stage}.*.mlp.experts.down_proj": "grouped_gemm",
+                    f"{stage}.*.mlp.experts": "ep_dispatch_experts",
+                }
+        return plan or None
+
+    def _stages(self) -> list[str]:
+        return [stage for stage in STAGES if getattr(self, f"num_{stage}_layers")]
+
+    def _feed_forward_of(self, stage: str) -> dict[str, Any]:
+        core = self.core_feed_forward if stage == "core" else None
+        return core or self.feed_forward
 
     def _derive_depth(self) -> None:
         if all(name in self.__dict__ for name in DEPTH_FIELDS):  # not before the fields exist

@@ -4,6 +4,7 @@
 """
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -169,6 +170,9 @@ class LatentAttention(nn.Module):
         self.q_rank, self.kv_rank = part["q_lora_rank"], part["kv_lora_rank"]
         down, q = self.q_rank + self.kv_rank + self.rope, heads * (self.nope + self.rope)
         self.qkv_down_proj = nn.Linear(dim, down, bias=False)
+        # The tensor-parallel style "mla_kv_a_proj" looks here for the width of the rotary part.
+        rotary: Any = SimpleNamespace(qk_rope_head_dim=self.rope)
+        self.qkv_down_proj.config = rotary
         self.q_latent_norm = RMSNorm(self.q_rank, config.rms_norm_eps)
         self.kv_latent_norm = RMSNorm(self.kv_rank, config.rms_norm_eps)
         self.q_up_proj = nn.Linear(self.q_rank, q, bias=False)

@@ -4,6 +4,7 @@
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,11 @@ CUT = 3.0  # the noise of a random initial state is cut at this many standard de
 
 
 class Injection(nn.Module):
-    """How the prelude's output e re-enters: once ``drive``, then ``mix`` and ``update`` a loop."""
+    """How the prelude's output e re-enters: once per call its drive, then twice per loop.
+
+    Called as ``injection(e)``, ``injection(e, h)``, ``injection(e, h, y)``: where weights are
+    offloaded or sharded, they are there only in ``forward``.
+    """
 
     def __init__(self, config: OpenMythosConfig) -> None:
         super().__init__()
@@ -49,6 +54,11 @@ class Injection(nn.Module):
         elif self.kind == "gate":
             init.constant_(self.gate.bias, self.part["bias_init"])
 
+    def forward(self, e: Tensor, h: Tensor | None = None, y: Tensor | None = None) -> Tensor:
+        if h is None:
+            return self._drive(e)
+        return self._mix(h, e) if y is None else self._update(h, e, y)
+
     def _log_delta(self) -> Tensor:
         bias = self.dt_bias.float()  # softplus itself rounds to zero far below
         return torch.where(bias < -15, bias, functional.softplus(bias.clamp(min=-15)).log())
@@ -57,13 +67,13 @@ class Injection(nn.Module):
         decay = torch.exp(-torch.exp(log_rate.float().clamp(max=80.0))).to(dtype)
         return decay.clamp(max=1 - torch.finfo(dtype).eps / 2)
 
-    def drive(self, e: Tensor) -> Tensor:
+    def _drive(self, e: Tensor) -> Tensor:
         """What of e no loop changes."""
         if self.kind == "lti":
             return self._log_delta().exp().to(e.dtype) * functional.linear(e, self.weight)
         return functional.linear(e, self.e_weight) if self.kind == "linear" else e
 
-    def mix(self, h: Tensor, e: Tensor) -> Tensor:
+    def _mix(self, h: Tensor, e: Tensor) -> Tensor:
         """The core's input."""
         if self.kind == "lti":
             return self._decay(self._log_delta() + self.a_log.float(), h.dtype) * h + e
@@ -73,7 +83,7 @@ class Injection(nn.Module):
             return functional.linear(h, self.h_weight) + e
         return h if self.kind == "none" else h + e
 
-    def update(self, h: Tensor, e: Tensor, y: Tensor) -> Tensor:
+    def _update(self, h: Tensor, e: Tensor, y: Tensor) -> Tensor:
         """The next state, from the core's output y."""
         if self.kind == "original_lti":
             decay = self._decay(self.log_a + self.log_dt, h.dtype)
@@ -128,6 +138,32 @@ class OutputLoRA(nn.Module):
     def forward(self, hidden_states: Tensor, loop: int) -> Tensor:
         scale = self.scale[min(loop, len(self.scale) - 1)]
         return hidden_states + self.up(self.down(hidden_states) * scale)
+
+
+class CarriedGate(nn.Module):
+    """The weights of an exit gate, which no loss reaches here: buffers, so that nobody trains them.
+
+    DistributedDataParallel takes a trainable weight without a gradient as a fault.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.weight: Tensor
+        self.bias: Tensor
+        self.register_buffer("weight", torch.zeros(1, dim))
+        self.register_buffer("bias", torch.zeros(1))
+
+    def reset(self, std: float) -> None:
+        init.normal_(self.weight, std=std)
+        init.zeros_(self.bias)
+
+
+def make_halting(config: OpenMythosConfig) -> Any:
+    """ACT's head, which mixes states; the gate of another kind, which is carried; or None."""
+    if config.halting is None:
+        return None
+    act = config.halting["kind"] == "act"
+    return nn.Linear(config.hidden_size, 1) if act else CarriedGate(config.hidden_size)
 
 
 def initial_state(config: OpenMythosConfig, e: Tensor, position_ids: Tensor) -> Tensor:

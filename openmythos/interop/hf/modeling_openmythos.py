@@ -1,19 +1,21 @@
 """An OpenMythos export for transformers: prelude, a core looped ``num_loops`` times, coda.
 
 The depth is an argument: ``model(ids, num_loops=2)``, ``model.generate(ids, num_loops=2)``. With a
-cache it may be lower than the config's, not higher, and must stay the same within a sequence;
-deeper runs load with ``from_pretrained(folder, num_loops=8)``.
+cache it may be lower than the depth that the model was made with, not higher, and must stay the
+same within a sequence; deeper runs load with ``from_pretrained(folder, num_loops=8)``.
 
 Every loop has keys and values of its own, so the model owns one weightless attention module, a
 slot, for each layer and loop: caches and engines that number attention modules need no change.
+Slots are numbered prelude, coda, first loop, second loop ...: no number depends on the depth.
 """
 
+import inspect
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.generation import GenerationMixin
+from transformers.generation import GenerationConfig, GenerationMixin
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
@@ -23,7 +25,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_openmythos import OpenMythosConfig
 from .layers_openmythos import Block, make_norm, rotary_angles
-from .loop_openmythos import Injection, LoopSignal, OutputLoRA, initial_state
+from .loop_openmythos import Injection, LoopSignal, OutputLoRA, initial_state, make_halting
 
 DEPTH_MARK = "openmythos_num_loops"  # on a cache: the depth at which it was filled
 
@@ -87,7 +89,6 @@ class OpenMythosPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["Block"]  # noqa: RUF012 (transformers' own form, here and below)
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
-    _keep_in_fp32_modules_strict = ["selection_bias"]  # noqa: RUF012
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
@@ -98,6 +99,31 @@ class OpenMythosPreTrainedModel(PreTrainedModel):
     def _can_set_experts_implementation(cls) -> bool:
         """transformers looks for the decorator in this file; it is in ``layers_openmythos``."""
         return True
+
+    def set_experts_implementation(self, experts_implementation: Any, *args: Any) -> None:
+        """As in transformers, and an error for a model without experts: one class serves both."""
+        if self.config.base_model_ep_plan is None:
+            raise ValueError("this model has no experts")
+        super().set_experts_implementation(experts_implementation, *args)
+
+    def resize_token_embeddings(
+        self,
+        new_num_tokens: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        mean_resizing: bool = True,
+    ) -> nn.Embedding:
+        """As in transformers; tables of value embeddings have a row per token too."""
+        embeddings = super().resize_token_embeddings(
+            new_num_tokens, pad_to_multiple_of, mean_resizing
+        )
+        for module in self.modules():
+            table = getattr(module, "value_table", None)
+            if table is not None:
+                resized = self._get_resized_embeddings(
+                    table, len(embeddings.weight), None, mean_resizing
+                )
+                module.value_table = resized.requires_grad_(table.weight.requires_grad)
+        return embeddings
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -112,6 +138,8 @@ class OpenMythosModel(OpenMythosPreTrainedModel):
 
     def __init__(self, config: OpenMythosConfig) -> None:
         super().__init__(config)
+        if config.base_model_ep_plan is not None:
+            self._keep_in_fp32_modules_strict = ["selection_bias"]
         dim, p, c = config.hidden_size, config.num_prelude_layers, config.num_core_layers
         self.embed_tokens = nn.Embedding(config.vocab_size, dim)
         self.prelude = nn.ModuleList(Block(config, "prelude", i) for i in range(p))
@@ -129,8 +157,7 @@ class OpenMythosModel(OpenMythosPreTrainedModel):
         adapter = config.loop_adapter
         outer = adapter is not None and adapter["kind"] == "output_lora"
         self.output_lora = OutputLoRA(config) if outer else None
-        # Only ACT's head changes the output; the others are carried as weights.
-        self.halting: Any = None if config.halting is None else nn.Linear(dim, 1)
+        self.halting = make_halting(config)
         self.readout = nn.Linear(dim, dim, bias=False) if config.readout == "linear" else None
         self.gradient_checkpointing = False
         self.post_init()
@@ -179,7 +206,7 @@ class OpenMythosModel(OpenMythosPreTrainedModel):
             h = self.norm(h)
         elif self.readout is not None:
             h = self.readout(h)
-        h = self._run(self.coda, h, len(self.slots) - len(self.coda), None, shared)
+        h = self._run(self.coda, h, len(self.prelude), None, shared)
         h = h if self.norm is None else self.norm(h)
         return BaseModelOutputWithPast(last_hidden_state=h, past_key_values=past_key_values)
 
@@ -194,19 +221,20 @@ class OpenMythosModel(OpenMythosPreTrainedModel):
     def _loop(self, x: Tensor, position_ids: Tensor, loops: int, shared: dict[str, Any]) -> Tensor:
         """The prelude and all loops; the state that the coda reads."""
         x = self._run(self.prelude, x, 0, None, shared)
-        e = self.injection.drive(x if self.prelude_norm is None else self.prelude_norm(x))
+        e = self.injection(x if self.prelude_norm is None else self.prelude_norm(x))
         h = initial_state(self.config, e, position_ids)
         halting = self.config.halting
         act = halting if halting is not None and halting["kind"] == "act" else None
         mixed, mass = torch.zeros_like(h), torch.zeros_like(h[..., 0]).float()
         running = torch.ones_like(mass, dtype=torch.bool)
+        outer, owned = self.outer_slots(), self._loops_of(len(self.slots))
         for loop in range(loops):
             signalled = h if self.loop_embedding is None else self.loop_embedding(h, loop)
-            # Without a cache a loop past the config's has no slot of its own and needs none.
-            slot = len(self.prelude) + min(loop, self.config.num_loops - 1) * len(self.core)
-            y = self._run(self.core, self.injection.mix(signalled, e), slot, loop, shared)
+            # Without a cache a loop past the last slots has none of its own and needs none.
+            slot = outer + min(loop, owned - 1) * len(self.core)
+            y = self._run(self.core, self.injection(e, signalled), slot, loop, shared)
             y = y if self.output_lora is None else self.output_lora(y, loop)
-            h = self.injection.update(h, e, y)
+            h = self.injection(e, h, y)
             h = h if self.loop_norm is None else self.loop_norm(h)
             if act is not None:
                 prob = self.halting(h)[..., 0].float().sigmoid()
@@ -218,18 +246,37 @@ class OpenMythosModel(OpenMythosPreTrainedModel):
                 mixed = mixed + weight[..., None].to(h.dtype) * h
         return h if act is None else mixed
 
+    def outer_slots(self) -> int:
+        """The number of slots outside the core."""
+        return len(self.prelude) + len(self.coda)
+
+    def _loops_of(self, num_slots: int) -> int:
+        """The number of loops that so many slots are enough for."""
+        return (num_slots - self.outer_slots()) // len(self.core)
+
     def _depth(self, num_loops: int | None, cache: Cache | None) -> int:
-        """The number of loops, refused where the cache could not be true to it."""
-        most = self.config.num_loops
-        loops = most if num_loops is None else num_loops
+        """The number of loops, refused where the cache could not be true to it.
+
+        The config only carries the default, and may have been changed since the model was made; the
+        limit is what the model owns, and what the cache has room for.
+        """
+        loops = self._loops_of(self.config.num_hidden_layers) if num_loops is None else num_loops
         if loops < 1:
             raise ValueError(f"num_loops is {loops}; it must be at least 1")
         if cache is None:
             return loops
+        most = self._loops_of(len(self.slots))
         if loops > most:
             raise ValueError(
-                f"num_loops is {loops}; with a cache it must be at most the config's {most}: load "
-                f"with from_pretrained(folder, num_loops={loops}), or pass use_cache=False"
+                f"num_loops is {loops}; with a cache it must be at most the {most} that this model "
+                f"was made with: load with from_pretrained(folder, num_loops={loops}), or pass "
+                "use_cache=False"
+            )
+        room = len(cache.layers)
+        if cache.layer_class_to_replicate is None and self._loops_of(room) < loops:
+            raise ValueError(
+                f"num_loops is {loops}, but the cache has {room} layers, room for "
+                f"{self._loops_of(room)}: make it when config.num_loops is {loops}"
             )
         filled_at = getattr(cache, DEPTH_MARK, None)
         if filled_at != loops:
@@ -262,6 +309,54 @@ class OpenMythosForCausalLM(OpenMythosPreTrainedModel, GenerationMixin):
         self.model = OpenMythosModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    def _prepare_generation_config(
+        self, generation_config: GenerationConfig | None, **kwargs: Any
+    ) -> tuple[GenerationConfig, dict[str, Any]]:
+        """A generation config may carry ``num_loops``; the argument of the call comes first."""
+        settings, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
+        num_loops = getattr(settings, "num_loops", None)
+        if num_loops is not None:
+            model_kwargs.setdefault("num_loops", num_loops)
+        if settings.assistant_early_exit is not None:
+            self._check_early_exit(settings.assistant_early_exit, model_kwargs.get("num_loops"))
+        return settings, model_kwargs
+
+    def _check_early_exit(self, num_layers: int, num_loops: int | None) -> None:
+        """transformers drafts with the first layers, which here means with fewer loops."""
+        outer, core = self.model.outer_slots(), self.config.num_core_layers
+        allowed = [outer + loops * core for loops in range(1, self.config.num_loops)]
+        if num_layers not in allowed:
+            raise ValueError(
+                f"assistant_early_exit is {num_layers}; for a draft of one loop, two ... it is one "
+                f"of {allowed or 'none, as the model runs one loop'}"
+            )
+        if num_loops is not None:
+            raise ValueError(
+                "assistant_early_exit and num_loops do not go together: set model.config.num_loops"
+            )
+
+    def generate_batch(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers, which drops arguments that it does not know: here they are errors."""
+        self._check_batch_depth(kwargs.pop("num_loops", None))
+        known = inspect.signature(super().generate_batch).parameters
+        if unknown := set(kwargs) - set(known) - {"max_new_tokens"}:
+            raise ValueError(f"generate_batch takes no {', '.join(sorted(unknown))}")
+        return super().generate_batch(inputs, *args, **kwargs)
+
+    def init_continuous_batching(
+        self, generation_config: GenerationConfig | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        settings = self.generation_config if generation_config is None else generation_config
+        self._check_batch_depth(getattr(settings, "num_loops", None))
+        return super().init_continuous_batching(generation_config, *args, **kwargs)
+
+    def _check_batch_depth(self, num_loops: int | None) -> None:
+        if num_loops not in (None, self.config.num_loops):
+            raise ValueError(
+                f"num_loops is {num_loops}, but continuous batching runs every request at the "
+                f"config's {self.config.num_loops}: set model.config.num_loops = {num_loops} before"
+            )
 
     @can_return_tuple
     def forward(

@@ -165,3 +165,11 @@ def eager() -> bool:
     """Whether this is plain eager code: not compiled, not under a transform of ``torch.func``."""
     transformed = torch._C._functorch.peek_interpreter_stack
     return not torch.compiler.is_compiling() and transformed() is None
+
+
+def vmapped() -> bool:
+    """Whether this runs under ``torch.func.vmap``, where no value can be looked at."""
+    if torch.compiler.is_compiling():  # which cannot trace the next line
+        return False
+    stack = torch._C._functorch.get_interpreter_stack() or ()
+    return any(each.key() == torch._C._functorch.TransformType.Vmap for each in stack)

@@ -1,10 +1,14 @@
+import re
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
+from openmythos.config import GQAConfig, ModelConfig
 from openmythos.interop.export import export_hf
-from tests.interop.hf.examples import DENSE, LATENT, SPARSE
+from tests.interop.hf.conftest import Open
+from tests.interop.hf.examples import CONFIGS, DENSE, LATENT, SPARSE
 from tests.strategies import random_model
 
 
@@ -38,3 +42,31 @@ def test_what_engines_read_is_derived(
     names += ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
     assert tuple(getattr(found, name) for name in names) == expected
     assert not hasattr(found, "kv_lora_rank")  # vLLM would cache latents, which slots cannot
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=list(CONFIGS))
+def test_parallel_plans_name_what_this_kind_has(opened: Open, config: ModelConfig) -> None:
+    """A pattern for nothing is a fault to transformers; experts without one are whole."""
+    _, export = opened(config)
+    base, found = export.model, export.config
+    names = {name for name, _ in base.named_modules()} | set(dict(base.named_parameters()))
+    places = {re.sub(r"\.\d+\.", ".*.", name) for name in names}
+    assert set(found.base_model_tp_plan) <= places
+    experts = {name for name in places if name.endswith((".gate_up_proj", ".experts.down_proj"))}
+    assert experts <= set(found.base_model_tp_plan)
+    plan = found.base_model_ep_plan
+    assert (plan is None) == (not experts)
+    assert plan is None or experts < set(plan) <= places
+    assert "base_model_tp_plan" not in found.to_dict()
+    assert set(base._keep_in_fp32_modules_strict) == ({"selection_bias"} if experts else set())
+    if not experts:
+        with pytest.raises(ValueError, match="this model has no experts"):
+            export.set_experts_implementation("eager")
+
+
+def test_norms_of_heads_sum_their_gradient_over_ranks(opened: Open) -> None:
+    heads = GQAConfig(num_heads=4, num_kv_heads=2, head_dim=4, qk_norm="weighted")
+    _, export = opened(replace(DENSE, attention=heads))
+    plan = export.config.base_model_tp_plan
+    assert plan["core.*.self_attn.q_norm"] == "replicated_with_grad_allreduce"
+    assert plan["core.*.self_attn.k_norm"] == "replicated_with_grad_allreduce"

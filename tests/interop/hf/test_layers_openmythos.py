@@ -50,6 +50,21 @@ def test_bf16_keeps_the_routers_bias_in_fp32(opened: Open) -> None:
     assert (found - model.to(torch.bfloat16)(tokens).logits).abs().max() < 0.3
 
 
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=list(CONFIGS))
+@torch.no_grad()
+def test_offloaded_is_not_offloaded(opened: Open, config: ModelConfig) -> None:
+    """accelerate brings a module's weights when its ``forward`` is called, and only then."""
+    import accelerate
+
+    _, export = opened(config)
+    tokens = random_tokens(config, 2, 9)
+    expected = export(tokens).logits
+    accelerate.cpu_offload(export, execution_device=torch.device("cpu"))
+    owners = [module for module in export.modules() if hasattr(module, "_hf_hook")]
+    assert len(owners) > 20 and all(p.is_meta for p in export.parameters())
+    assert torch.equal(export(tokens).logits, expected)
+
+
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
 @pytest.mark.parametrize("config", [SPARSE, LATENT, PARCAE], ids=["sparse", "latent", "parcae"])
 def test_gradients_are_ours(opened: Open, config: ModelConfig) -> None:

@@ -2,6 +2,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,7 +16,7 @@ from openmythos.interop.export import export_hf
 from openmythos.interop.loading import load_pretrained
 from openmythos.tokenizer import byte_tokenizer
 from tests.interop.hf.conftest import Open
-from tests.interop.hf.examples import DENSE, LATENT, ORIGINAL, SPARSE
+from tests.interop.hf.examples import CONFIGS, DENSE, LATENT, ORIGINAL, PARCAE, SPARSE
 from tests.strategies import random_model, random_tokens, small_config
 
 PROMPTS = [[5, 6, 7, 8, 9], [3, 4]]
@@ -79,7 +80,7 @@ def test_depths_that_a_cache_cannot_be_true_to_are_refused(
     opened: Open, transformers: ModuleType
 ) -> None:
     _, export = opened(DENSE)
-    with pytest.raises(ValueError, match=r"num_loops is 5; with a cache it must be at most .* 4"):
+    with pytest.raises(ValueError, match=r"num_loops is 5; with a cache it must be at most the 4"):
         continued(export, num_loops=5)
     with pytest.raises(ValueError, match="num_loops is 0; it must be at least 1"):
         export(PADDED, num_loops=0)
@@ -89,6 +90,93 @@ def test_depths_that_a_cache_cannot_be_true_to_are_refused(
         export(PADDED[:, :1], num_loops=2, past_key_values=cache)
     cache.reset()
     export(PADDED, num_loops=2, past_key_values=cache)
+
+
+def test_a_depth_set_on_the_config_is_the_default_up_to_what_the_model_owns(opened: Open) -> None:
+    """Slots are made once; the config may be changed after that."""
+    model, export = opened(SPARSE)
+    static = {"cache_implementation": "static", "disable_compile": True}
+    for num_loops in (1, 2, 4):
+        export.config.num_loops = num_loops
+        ours = generate(model, PROMPTS, max_new_tokens=8, num_loops=num_loops).tokens
+        assert continued(export) == continued(export, **static) == ours
+        assert continued(export, use_cache=False) == ours
+    export.config.num_loops = 5
+    for call in (continued, lambda model: model(PADDED)):
+        with pytest.raises(ValueError, match="at most the 4 that this model was made with"):
+            call(export)
+    deep = export(PADDED, use_cache=False).logits
+    assert (deep - model(PADDED, num_loops=5).logits).abs().max() < 2e-5
+
+
+def test_a_cache_with_too_few_layers_is_refused(opened: Open, transformers: ModuleType) -> None:
+    _, export = opened(DENSE)
+    export.config.num_loops = 2
+    caches = [
+        transformers.StaticCache(config=export.config, max_cache_len=8),
+        transformers.DynamicCache(config=export.config),
+    ]
+    export.config.num_loops = 4
+    for cache in caches:
+        with pytest.raises(ValueError, match="the cache has 6 layers, room for 2"):
+            export(PADDED, past_key_values=cache)
+        export(PADDED, num_loops=2, past_key_values=cache)
+
+
+def test_a_generation_config_carries_the_depth(opened: Open, transformers: ModuleType) -> None:
+    model, export = opened(DENSE)
+    ours = {n: generate(model, PROMPTS, max_new_tokens=8, num_loops=n).tokens for n in (1, 2, 4)}
+    settings = transformers.GenerationConfig(**GREEDY, num_loops=1)
+
+    def found(**options: Any) -> list[list[int]]:
+        out = export.generate(PADDED, settings, attention_mask=MASK, **options)
+        return out[:, PADDED.shape[1] :].tolist()
+
+    assert found() == ours[1] and found(num_loops=2) == ours[2]
+    export.generation_config.num_loops = 2
+    assert continued(export) == ours[2] and continued(export, num_loops=4) == ours[4]
+
+
+def test_continuous_batching_obeys_the_config_and_ignores_nothing(
+    opened: Open, transformers: ModuleType
+) -> None:
+    model, export = opened(DENSE)
+    settings = transformers.GenerationConfig(eos_token_id=-1, **GREEDY)
+    options = {
+        "generation_config": settings,
+        "continuous_batching_config": transformers.ContinuousBatchingConfig(
+            num_blocks=4, max_batch_tokens=32
+        ),
+    }
+    for wrong, message in (
+        ({"num_loops": 1}, "num_loops is 1, but continuous batching .* model.config.num_loops = 1"),
+        ({"num_beams": 3}, "generate_batch takes no num_beams"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            export.generate_batch(PROMPTS, **options, **wrong)
+    settings.num_loops = 1
+    with pytest.raises(ValueError, match="num_loops is 1, but continuous batching"):
+        export.generate_batch(PROMPTS, **options)
+    export.config.num_loops = 1
+    found = export.generate_batch(PROMPTS, **options, num_loops=1).values()
+    ours = generate(model, PROMPTS, max_new_tokens=8, num_loops=1).tokens
+    assert sorted(out.generated_tokens for out in found) == sorted(ours)
+
+
+def test_drafts_of_fewer_loops_change_no_token(opened: Open) -> None:
+    """``assistant_early_exit`` counts slots: 2 outside the core, then 2 per loop."""
+    model, export = opened(DENSE)
+    prompt = torch.tensor(PROMPTS[:1])
+    ours = generate(model, PROMPTS[:1], max_new_tokens=8).tokens
+    for num_layers in (4, 6):
+        out = export.generate(prompt, assistant_early_exit=num_layers, **GREEDY)
+        assert out[:, prompt.shape[1] :].tolist() == ours
+    for num_layers in (3, 5, 10):
+        with pytest.raises(ValueError, match=rf"exit is {num_layers}; .* one of \[4, 6, 8\]"):
+            export.generate(prompt, assistant_early_exit=num_layers, **GREEDY)
+    with pytest.raises(ValueError, match="assistant_early_exit and num_loops do not go together"):
+        export.generate(prompt, assistant_early_exit=4, num_loops=2, **GREEDY)
+    assert continued(export) == generate(model, PROMPTS, max_new_tokens=8).tokens
 
 
 def test_a_deeper_model_is_a_reload(transformers: ModuleType, tmp_path: Path) -> None:
@@ -152,6 +240,29 @@ def test_a_fresh_process_needs_neither_this_package_nor_a_network(tmp_path: Path
         assert found[: len(expected)] == expected
 
 
+# --- a vocabulary of another size -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("config", [PARCAE, DENSE], ids=["parcae", "dense"])
+@pytest.mark.parametrize("size", [37, 29])
+@torch.no_grad()
+def test_tables_of_values_follow_the_vocabulary(
+    opened: Open, transformers: ModuleType, tmp_path: Path, config: ModelConfig, size: int
+) -> None:
+    _, export = opened(config)
+    tokens = random_tokens(replace(config, vocab_size=min(size, config.vocab_size)), 2, 9)
+    before = export(tokens).logits[..., : min(size, config.vocab_size)]
+    export.resize_token_embeddings(size, mean_resizing=False)
+    new = torch.tensor([[size - 1, 3]])
+    assert (export(tokens).logits[..., : before.shape[-1]] - before).abs().max() < 1e-5
+    export.save_pretrained(tmp_path / "resized")
+    model = load_pretrained(tmp_path / "resized")
+    again = type(export).from_pretrained(tmp_path / "resized")
+    assert model.config == replace(config, vocab_size=size)
+    for found in (model(new).logits, again(new).logits):
+        assert (found - export(new).logits).abs().max() < 1e-5
+
+
 # --- training -------------------------------------------------------------------------------------
 
 
@@ -163,6 +274,17 @@ def test_labels_are_shifted_by_the_loss(opened: Open) -> None:
     logits = model(tokens).logits[:, :-1].reshape(-1, DENSE.vocab_size)
     expected = torch.nn.functional.cross_entropy(logits, labels[:, 1:].reshape(-1))
     assert (export(tokens, labels=labels).loss - expected).abs() < 1e-5
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=list(CONFIGS))
+def test_a_loss_reaches_every_trainable_weight(opened: Open, config: ModelConfig) -> None:
+    """DistributedDataParallel stops at the second step otherwise."""
+    _, export = opened(config)
+    tokens = random_tokens(config, 2, 9)
+    export.train()
+    export(tokens, labels=tokens).loss.backward()
+    assert all(parameter.requires_grad for parameter in export.parameters())
+    assert not [name for name, parameter in export.named_parameters() if parameter.grad is None]
 
 
 def trained(transformers: ModuleType, model: Any, folder: Path, rate: float) -> list[float]:

@@ -1,0 +1,1 @@
+"""Arithmetic on configurations and on this machine's memory; no torch."""

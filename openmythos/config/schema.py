@@ -8,12 +8,14 @@ import dataclasses
 import difflib
 import json
 import math
+import sys
 import types
 import typing
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeVar, cast
 
 ConfigT = TypeVar("ConfigT")
+MAX_SHOWN = 200  # characters of a value in an error, which is one line
 
 
 def to_dict(config: object) -> dict[str, Any]:
@@ -171,7 +173,9 @@ def require(condition: bool, name: str, value: object, allowed: str) -> None:
     It is one line: of a tensor, which is printed in several, it shows the numbers.
     """
     if not condition:
-        raise ValueError(f"{name} is {plain(value)!r}; it must be {allowed}")
+        shown = " ".join(repr(plain(value)).split())
+        shown = shown if len(shown) <= MAX_SHOWN else f"{shown[:MAX_SHOWN]}..."
+        raise ValueError(f"{name} is {shown}; it must be {allowed}")
 
 
 def require_positive(owner: object, *names: str) -> None:
@@ -186,6 +190,7 @@ def require_positive(owner: object, *names: str) -> None:
         fits = type(value) is int or (type(value) is float and not whole)
         require(fits, name, value, f"{'an integer' if whole else 'a number'} of at least 1")
         require(value >= 1, name, value, "at least 1")
+        require(value < 2**63, name, value, "below 2**63")
         object.__setattr__(owner, name, value)
 
 
@@ -207,7 +212,32 @@ def as_integer(name: str, value: Any, least: int | None = None, most: int | None
     if least is not None and most is not None:
         allowed = f"an integer in {least}..{most}"
     require(within, name, number, allowed)
+    allowed += " below 2**64, and not below -2**63"
+    require(-(2**63) <= number < 2**64, name, number, allowed)
     return int(number)
+
+
+def as_number(name: str, value: Any, allowed: str) -> float:
+    """A finite number of Python, numpy or torch as a Python ``float``; the caller checks its range.
+
+    Raises:
+        ValueError: The value is not a number, or not a finite one.
+    """
+    number = plain(value)
+    real = isinstance(number, int | float) and not isinstance(number, bool)
+    require(real and abs(number) <= sys.float_info.max, name, number, allowed)
+    return float(number)
+
+
+def as_flag(name: str, value: Any) -> bool:
+    """True or False of Python, numpy or torch as a Python ``bool``.
+
+    Raises:
+        ValueError: The value is anything else, for example the text "False".
+    """
+    flag = plain(value)
+    require(isinstance(flag, bool), name, flag, "True or False")
+    return bool(flag)
 
 
 def require_literals(owner: object) -> None:

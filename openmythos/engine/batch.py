@@ -43,12 +43,15 @@ class CachedBatch:
     def prefill(self, rows: list[list[int]], depths: list[int], chunk: int | None) -> None:
         """Read tokens of each row (``rows`` may have empty ones) with all of the row's loops.
 
-        ``chunk`` is the number of tokens per row that are read at once; None: all.
+        ``chunk`` is the number of tokens per row that are read at once; None: all. Each row's
+        chunks end at multiples of it, counted from the row's first token.
         """
-        longest = max(map(len, rows))
-        for start in range(0, longest, chunk or max(longest, 1)):
-            stop = longest if chunk is None else start + chunk
-            parts = {row: tokens[start:stop] for row, tokens in enumerate(rows) if tokens[start:]}
+        left = dict(enumerate(rows))
+        while left := {row: tokens for row, tokens in left.items() if tokens}:
+            before = self.cache.lengths
+            ends = {row: None if chunk is None else chunk - before[row] % chunk for row in left}
+            parts = {row: tokens[: ends[row]] for row, tokens in left.items()}
+            left = {row: tokens[len(parts[row]) :] for row, tokens in left.items()}
             chosen = [depths[row] for row in parts]
             ctx = self._context(parts)
             state, _ = self._loop(self.eager, ctx, chosen, Fixed())
@@ -70,6 +73,10 @@ class CachedBatch:
         assert ctx.cache is not None
         ctx.cache.commit()
         return logits, loops
+
+    def rewind(self, lengths: list[int]) -> None:
+        """Forget all but the first ``lengths`` tokens of the rows."""
+        self.cache.lengths = list(lengths)
 
     def _context(self, parts: dict[int, list[int]]) -> ForwardContext:
         """The context for the next tokens of some rows, given by row."""
@@ -147,14 +154,17 @@ class UncachedBatch:
         """Append tokens to the rows; nothing is computed."""
         self.rows = [old + new for old, new in zip(self.rows, rows, strict=True)]
 
+    def rewind(self, lengths: list[int]) -> None:
+        """Forget all but the first ``lengths`` tokens of the rows."""
+        self.rows = [row[:length] for row, length in zip(self.rows, lengths, strict=True)]
+
     def decode(
         self, tokens: dict[int, int], depths: list[int], rule: Rule
     ) -> tuple[Float[Tensor, "N V"], list[int]]:
         """As ``CachedBatch.decode``, always with all loops."""
-        for row, token in tokens.items():
-            self.rows[row].append(token)
+        rows = {row: [*self.rows[row], token] for row, token in tokens.items()}
         device = self.model.embed.weight.device
-        ids, valid = _padded([self.rows[row] for row in tokens], device)
+        ids, valid = _padded(list(rows.values()), device)
         taken = [depths[row] for row in tokens]
         out = self.model(
             ids,
@@ -162,8 +172,9 @@ class UncachedBatch:
             ctx=self.model.context(ids, padding_mask=valid),
             generator=torch.Generator().manual_seed(self.seed),
         )
-        self.core_applications += sum(len(self.rows[row]) * depths[row] for row in tokens)
-        last = torch.tensor([len(self.rows[row]) - 1 for row in tokens], device=device)
+        self.core_applications += sum(len(rows[row]) * depths[row] for row in rows)
+        last = torch.tensor([len(row) - 1 for row in rows.values()], device=device)
+        self.rows = [rows.get(row, old) for row, old in enumerate(self.rows)]
         return out.logits[torch.arange(len(last), device=device), last], taken
 
 

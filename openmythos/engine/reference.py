@@ -3,18 +3,18 @@
 Faster engines must give the same tokens.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from openmythos.config.counts import kv_bytes_per_token
-from openmythos.config.schema import plain, require
+from openmythos.config.schema import as_flag, as_integer, plain, require
 from openmythos.engine.batch import CachedBatch, UncachedBatch
-from openmythos.engine.request import Request, token_ids
+from openmythos.engine.request import TEXT, Request, token_ids
 from openmythos.engine.sampling import (
     Logprobs,
     SamplingConfig,
@@ -83,7 +83,7 @@ def generate(
     temperature: Numbers = 0.0,
     top_k: OptionalCounts = None,
     top_p: OptionalNumbers = None,
-    stop_tokens: Iterable[int] = (),
+    stop_tokens: Collection[int] = (),
     seed: int = 0,
     cache_layout: CacheLayout | None = None,
     prefill_chunk: int | None = None,
@@ -99,7 +99,7 @@ def generate(
         prompts: Token ids, at least one per prompt; lengths may differ.
         seed: Seed of the initial states and, together with the prompt's index, of the sampling.
         cache_layout: Default ``PerLoop``, the same results as without a cache; others approximate.
-        prefill_chunk: Number of prompt tokens read at once; None: all.
+        prefill_chunk: Number of prompt tokens read at once; None: all. See ``Session.stream``.
         use_cache: False computes all tokens again for each new one; not possible with an exit rule.
         max_loops: The most loops that the cache has room for; default: the largest ``num_loops``.
         compiled: Whether to compile decoding; see ``Session``.
@@ -116,7 +116,8 @@ def generate(
         _per_row("top_k", top_k, len(rows)),
         _per_row("top_p", top_p, len(rows)),
     )
-    stops = frozenset(token_ids("stop_tokens", stop_tokens))
+    return_logits = as_flag("return_logits", return_logits)
+    stops = Request(tokens=(), stop_tokens=stop_tokens).stop_tokens  # an iterator is read once
     requests = [
         Request(
             tokens=tokens,
@@ -166,8 +167,8 @@ class Session:
     first tokens of a model or of a new batch size wait for the compiler. Prompts are read eagerly.
     It needs the cache, a model whose settings do not change and, on a CPU, a C++ compiler.
 
-    Attributes:
-        lengths: Number of tokens of each row, including one that has not been read.
+    A call that fails, wherever it fails, leaves the session as it was after the last token that it
+    yielded (the tokens of its requests included) or, if there is none, as before the call.
     """
 
     def __init__(
@@ -181,18 +182,20 @@ class Session:
         use_cache: bool = True,
         compiled: bool = False,
     ) -> None:
+        _checked(model, [Request(tokens=())])
+        use_cache, compiled = as_flag("use_cache", use_cache), as_flag("compiled", compiled)
         require(use_cache or not compiled, "compiled", compiled, "False without a cache")
         native.require_compiler("compiled", compiled)
         self.model, self.use_cache = model, use_cache
-        self.max_len = model.config.max_seq_len if max_len is None else max_len
-        self.max_loops = model.config.num_loops if max_loops is None else max_loops
-        require(batch_size >= 1, "batch_size", batch_size, "at least 1")
-        require(self.max_loops >= 1, "max_loops", max_loops, "at least 1")
-        require(self.max_len >= 1, "max_len", max_len, "at least 1")
-        self.lengths = [0] * batch_size
-        self._pending: list[list[int]] = [[] for _ in range(batch_size)]
-        self._generators: dict[tuple[int, int], torch.Generator] = {}  # by row and sample_idx
-        self._seed: int | None = None  # the seed of the first requests, then of the session
+        longest = model.config.max_seq_len if max_len is None else max_len
+        deepest = model.config.num_loops if max_loops is None else max_loops
+        batch_size = as_integer("batch_size", batch_size, 1, 2**20)
+        self.max_len = as_integer("max_len", longest, 1)
+        self.max_loops = as_integer("max_loops", deepest, 1)
+        made = "None or a layout of openmythos.model.cache, for example LastLoop()"
+        known = cache_layout is None or isinstance(cache_layout, CacheLayout)
+        require(known, "cache_layout", cache_layout, made)
+        self._done = _Done(((),) * batch_size)
         self.batch: CachedBatch | UncachedBatch = UncachedBatch(model, batch_size, seed=0)
         if use_cache:
             _require_room(model, batch_size, self.max_len, self.max_loops, cache_layout)
@@ -223,8 +226,8 @@ class Session:
         Raises:
             ValueError: A request that the model cannot serve, or a bad argument.
         """
+        _checked(model, requests)
         config = model.config
-        require(len(requests) > 0, "requests", requests, "at least one")
         for row, request in enumerate(requests):
             request.check(config, row=row)
         budgets = [request.budget(config.max_seq_len - len(request.tokens)) for request in requests]
@@ -245,7 +248,17 @@ class Session:
     @property
     def core_applications(self) -> int:
         """Number of core applications (one loop of one token) since the session began."""
-        return self.batch.core_applications
+        return self._done.core_applications
+
+    @property
+    def tokens(self) -> list[list[int]]:
+        """The tokens of each row: given, sampled, and including the last, which is not read yet."""
+        return [list(row) for row in self._done.tokens]
+
+    @property
+    def lengths(self) -> list[int]:
+        """Number of tokens of each row, including one that has not been read."""
+        return [len(row) for row in self._done.tokens]
 
     def room(self, row: int = 0) -> int:
         """Number of tokens, given and new together, that a row still has room for."""
@@ -267,11 +280,16 @@ class Session:
             requests: One per row. All must have the same ``exit_rule``, and the same ``seed`` in
                 all calls. A row's random numbers continue those of its last request with the same
                 ``sample_idx``.
-            prefill_chunk: Number of given tokens read at once; None: all.
+            prefill_chunk: Number of given tokens read at once; None: all. Chunks end at multiples
+                of it, counted from the row's first token, so a row does not depend on the others.
+                With a layout that approximates, a token reads its own chunk at its own loop and
+                earlier chunks at the kept loops, so the results depend on the chunk's size.
 
         Raises:
-            ValueError: A bad number or combination; raised before anything is computed.
+            ValueError: A bad number or combination; raised before anything is computed. Later, from
+                the stream: another stream of this session has gone on since.
         """
+        _checked(self.model, requests)
         num_rows, config = len(self.lengths), self.model.config
         given = len(requests)
         require(given == num_rows, "the number of requests", given, f"{num_rows} here")
@@ -281,12 +299,15 @@ class Session:
         rule = _shared("exit_rule", rules, "give all rows of a call the same")
         if not self.use_cache and not isinstance(rule, Fixed):
             raise ValueError(f"exit rule {rule.kind!r} needs use_cache=True")
-        begun = [] if self._seed is None else [self._seed]
+        begun = [] if self._done.seed is None else [self._done.seed]
         draws = "give all rows of a session the same, and sample_idx to make them draw differently"
         seed = _shared("seed", [*begun, *(request.seed for request in requests)], draws)
         if prefill_chunk is not None:
-            require(prefill_chunk >= 1, "prefill_chunk", prefill_chunk, "at least 1, or None")
-        return self._stream(requests, self._budgets(requests), rule, seed, prefill_chunk)
+            prefill_chunk = as_integer("prefill_chunk", prefill_chunk, 1)
+        done = replace(self._done, seed=seed)
+        return self._stream(
+            list(requests), self._budgets(requests), rule, self._done, done, prefill_chunk
+        )
 
     def _budgets(self, requests: Sequence[Request]) -> list[int]:
         """The maximum number of new tokens of each row."""
@@ -303,44 +324,47 @@ class Session:
             budgets.append(budget)
         return budgets
 
-    def _unread(self, requests: Sequence[Request]) -> list[list[int]]:
-        """Each row's tokens that the model has not read yet."""
-        return [
-            [*pending, *request.tokens]
-            for pending, request in zip(self._pending, requests, strict=True)
-        ]
-
     def _stream(
         self,
         requests: Sequence[Request],
         budgets: list[int],
         rule: Rule,
-        seed: int,
+        expected: "_Done",
+        done: "_Done",
         chunk: int | None,
     ) -> Iterator[NewToken]:
-        unread = self._unread(requests)
+        """Yield tokens; ``expected`` is what this stream left the session as, ``done`` it goes on.
+
+        The session moves by the one assignment to ``_done``, after a step's work: whatever stops
+        the work, even between two lines, what the batch did since is undone before the next step.
+        """
         depths = [request.depth(self.model.config) for request in requests]
-        self._pending = [row[-1:] for row in unread]
-        self.lengths = [old + len(r.tokens) for old, r in zip(self.lengths, requests, strict=True)]
-        self._seed = self.batch.seed = seed  # of initial states; not known before
-        generators = [
-            self._generators.setdefault((row, r.sample_idx), row_generator(seed, r.sample_idx))
-            for row, r in enumerate(requests)
-        ]
-        with inference(self.model):
-            self.batch.prefill([row[:-1] for row in unread], depths, chunk)
+        modules = list(self.model.modules())
+        given = [request.tokens for request in requests]
         running, left = list(range(len(requests))), list(budgets)
         while running:
-            with inference(self.model):
-                tokens = {row: self._pending[row][0] for row in running}
+            if self._done is not expected:
+                raise ValueError(
+                    "another stream of this session has gone on since this one was last read; "
+                    "read one to its end, or give each a session of its own"
+                )
+            texts = [(*old, *new) for old, new in zip(done.tokens, given, strict=True)]
+            with inference(self.model, modules):
+                unread = self._rewind(texts)
+                assert done.seed is not None
+                self.batch.seed = done.seed  # of initial states; not known before
+                before = self.batch.core_applications
+                self.batch.prefill([row[:-1] for row in unread], depths, chunk)
+                tokens = {row: texts[row][-1] for row in running}
                 logits, loops = self.batch.decode(tokens, depths, rule)
+                keys = {row: (row, requests[row].sample_idx) for row in running}
+                drawn = {key: done.generator(key) for key in keys.values()}
                 settings = [requests[row].sampling for row in running]
-                sampled = sample(logits, settings, [generators[row] for row in running])
+                sampled = sample(logits, settings, list(drawn.values())).tolist()
             new = []
-            for i, (row, token) in enumerate(zip(running, sampled.tolist(), strict=True)):
+            for i, (row, token) in enumerate(zip(running, sampled, strict=True)):
                 request = requests[row]
-                self._pending[row] = [token]
-                self.lengths[row] += 1
+                texts[row] = (*texts[row], token)
                 left[row] -= 1
                 reason: FinishReason | None = "length" if left[row] == 0 else None
                 reason = "stop" if token in request.stop_tokens else reason
@@ -348,8 +372,44 @@ class Session:
                 if request.logprobs is not None:
                     report = token_logprobs(logits[i], token, request.logprobs)
                 new.append(NewToken(row, token, loops[i], reason, logits[i], report))
+            work = self.batch.core_applications - before
+            done = _Done(
+                tuple(texts),
+                done.seed,
+                done.generators | drawn,
+                done.core_applications + work,
+            )
+            expected = self._done = done
             yield from new
+            given = [()] * len(requests)
             running = [item.row for item in new if item.finish_reason is None]
+
+    def _rewind(self, texts: Sequence[tuple[int, ...]]) -> list[list[int]]:
+        """Undo what the batch did since the last whole step; return each row's unread tokens."""
+        read = [max(0, length - 1) for length in self.lengths]
+        self.batch.rewind(read)
+        return [list(text[start:]) for text, start in zip(texts, read, strict=True)]
+
+
+@dataclass(frozen=True)
+class _Done:
+    """What a session has done: replaced as a whole, never changed.
+
+    All tokens of a row but the last have been read. The generators, by row and ``sample_idx``, are
+    copied before they draw.
+    """
+
+    tokens: tuple[tuple[int, ...], ...]
+    seed: int | None = None  # the seed of the first requests, then of the session
+    generators: dict[tuple[int, int], torch.Generator] = field(default_factory=dict)
+    core_applications: int = 0
+
+    def generator(self, key: tuple[int, int]) -> torch.Generator:
+        """A copy of the generator of a row and ``sample_idx``."""
+        if key in self.generators:
+            return self.generators[key].clone_state()
+        assert self.seed is not None
+        return row_generator(self.seed, key[1])
 
 
 def _require_room(
@@ -369,16 +429,28 @@ def _require_room(
 
 
 def _token_rows(prompts: Prompts) -> list[tuple[int, ...]]:
-    if isinstance(prompts, str) or any(isinstance(prompt, str) for prompt in prompts):
+    given = prompts if isinstance(prompts, TEXT) else plain(prompts)
+    many = isinstance(given, Iterable) and not isinstance(given, Set | Mapping)
+    rows = list(given) if many and not isinstance(given, TEXT) else []
+    if isinstance(given, TEXT) or any(isinstance(row, TEXT) for row in rows):
         raise ValueError("prompts hold text; give token ids: encode it with a tokenizer first")
-    require(len(prompts) > 0, "prompts", prompts, "at least one list of token ids")
+    require(len(rows) > 0, "prompts", given, "at least one list of token ids, in a list or tensor")
     allowed = "a list of token ids, and prompts a list of such lists or a 2-D tensor"
-    return [token_ids(f"prompt {row}", prompt, allowed) for row, prompt in enumerate(prompts)]
+    return [token_ids(f"prompt {row}", prompt, allowed) for row, prompt in enumerate(rows)]
+
+
+def _checked(model: RecurrentDepthLM, requests: Sequence[Request]) -> None:
+    """Refuse what is no model, or no list of requests."""
+    made = "a RecurrentDepthLM, for example from load_pretrained"
+    require(isinstance(model, nn.Module) and hasattr(model, "embed"), "model", model, made)
+    made = "at least one Request, in a list"
+    known = isinstance(requests, Sequence) and all(isinstance(r, Request) for r in requests)
+    require(known and len(requests) > 0, "requests", requests, made)
 
 
 def _per_row(name: str, value: Any, num_rows: int) -> list[Any]:
-    values = plain(value)
-    if not isinstance(values, Sequence):
+    values = value if isinstance(value, TEXT) else plain(value)
+    if isinstance(values, TEXT) or not isinstance(values, Sequence):
         return [values] * num_rows
     require(len(values) == num_rows, name, value, f"one value, or one for each of {num_rows} rows")
     return list(values)

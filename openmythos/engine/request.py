@@ -1,6 +1,6 @@
 """A generation request for one row, checked and converted to Python's own types."""
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,6 +8,8 @@ from openmythos.config import ModelConfig
 from openmythos.config.schema import as_integer, plain, require
 from openmythos.engine.sampling import SamplingConfig
 from openmythos.model.exit import Rule
+
+TEXT = str | bytes | bytearray | memoryview  # what is text, although it can be read as numbers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,14 +50,13 @@ class Request:
     def __post_init__(self) -> None:
         set_field = object.__setattr__  # the dataclass is frozen
         set_field(self, "tokens", token_ids("tokens", self.tokens))
-        set_field(self, "stop_tokens", frozenset(token_ids("stop_tokens", self.stop_tokens)))
+        stops = list(self.stop_tokens) if isinstance(self.stop_tokens, Set) else self.stop_tokens
+        set_field(self, "stop_tokens", frozenset(token_ids("stop_tokens", stops)))
         for name, least in (("max_new_tokens", 1), ("num_loops", 1), ("logprobs", 0)):
             if getattr(self, name) is not None:
                 set_field(self, name, as_integer(name, getattr(self, name), least))
         set_field(self, "sample_idx", as_integer("sample_idx", self.sample_idx, 0))
         set_field(self, "seed", as_integer("seed", self.seed))
-        inside = -(2**63) <= self.seed < 2**64  # what torch.Generator takes
-        require(inside, "seed", self.seed, "an integer below 2**64, and not below -2**63")
         rule, made = self.exit_rule, "None or a rule of openmythos.model.exit, for example KLExit()"
         require(rule is None or isinstance(rule, Rule), "exit_rule", rule, made)
         made = "a SamplingConfig of openmythos.engine.sampling"
@@ -131,12 +132,13 @@ def token_ids(name: str, value: Any, allowed: str = "a list of token ids") -> tu
     Raises:
         ValueError: The value is text, or anything else that is not a list of integers.
     """
-    ids = plain(value)
+    ids = value if isinstance(value, TEXT) else plain(value)
     words = ids if isinstance(ids, Sequence) else ()
-    if isinstance(ids, str | bytes) or any(isinstance(word, str | bytes) for word in words):
+    if isinstance(ids, TEXT) or any(isinstance(word, TEXT) for word in words):
         raise ValueError(f"{name} is text; give token ids: encode it with a tokenizer first")
-    if isinstance(ids, Iterable):
+    if isinstance(ids, Iterable) and not isinstance(ids, Set | Mapping):  # those have no order
         ids = [plain(token) for token in ids]
         if all(type(token) is int for token in ids):  # excludes bool
             return tuple(ids)
-    raise ValueError(f"{name} is {ids!r}; it must be {allowed}")
+    require(False, name, ids, allowed)
+    raise AssertionError

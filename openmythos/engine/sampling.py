@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from openmythos.config.schema import as_integer, plain, require
+from openmythos.config.schema import as_integer, as_number, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,21 +36,18 @@ class SamplingConfig:
 
     def __post_init__(self) -> None:
         if self.num_ids is not None:
-            num_ids = as_integer("num_ids", self.num_ids)
-            require(num_ids >= 1, "num_ids", num_ids, "at least 1, or None for all ids")
-            object.__setattr__(self, "num_ids", num_ids)
-        temperature, top_p = plain(self.temperature), plain(self.top_p)
-        finite = isinstance(temperature, int | float) and 0 <= temperature < math.inf
-        require(finite, "temperature", temperature, "a number of at least 0 (0 is greedy)")
-        object.__setattr__(self, "temperature", float(temperature))
+            object.__setattr__(self, "num_ids", as_integer("num_ids", self.num_ids, 1))
+        allowed = "a number of at least 0 (0 is greedy)"
+        temperature = as_number("temperature", self.temperature, allowed)
+        require(temperature >= 0, "temperature", temperature, allowed)
+        object.__setattr__(self, "temperature", temperature)
         if self.top_k is not None:
-            top_k = as_integer("top_k", self.top_k)
-            require(top_k >= 1, "top_k", top_k, "at least 1, or None for all tokens")
-            object.__setattr__(self, "top_k", top_k)
-        if top_p is not None:
-            inside = isinstance(top_p, int | float) and 0 < top_p <= 1
-            require(inside, "top_p", top_p, "in (0, 1], or None for all tokens")
-            object.__setattr__(self, "top_p", float(top_p))
+            object.__setattr__(self, "top_k", as_integer("top_k", self.top_k, 1))
+        if self.top_p is not None:
+            allowed = "a number in (0, 1], or None for all tokens"
+            top_p = as_number("top_p", self.top_p, allowed)
+            require(0 < top_p <= 1, "top_p", top_p, allowed)
+            object.__setattr__(self, "top_p", top_p)
 
 
 @dataclass(frozen=True)
@@ -80,6 +77,7 @@ def row_generator(seed: int, row: int) -> torch.Generator:
     It is a CPU generator, so that the numbers are the same for every device. The pair is hashed,
     because the first numbers of generators whose seeds differ by one are correlated.
     """
+    seed, row = as_integer("seed", seed), as_integer("row", row, 0)
     digest = hashlib.sha256(f"{seed} {row}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
 
@@ -90,8 +88,9 @@ def token_probs(
     """The distribution that each row is sampled from, in fp64; one-hot for greedy rows.
 
     Raises:
-        ValueError: A row's largest logit is not finite.
+        ValueError: Not one config per row, or a row's largest logit is not finite.
     """
+    _check_rows(logits, configs)
     _check_finite(logits)
     logits = _with_tokens(logits, configs)
     wide = logits.double()
@@ -119,6 +118,17 @@ def _with_tokens(
     return logits.masked_fill(ids >= ids.new_tensor(limits)[:, None], -math.inf)
 
 
+def _check_rows(logits: Tensor, configs: Sequence[SamplingConfig]) -> None:
+    known = isinstance(logits, Tensor) and logits.ndim == 2 and logits.is_floating_point()
+    require(known, "logits", logits, "a tensor of floats, [B, V]")
+    known = isinstance(configs, Sequence) and all(isinstance(c, SamplingConfig) for c in configs)
+    require(known, "configs", configs, "a list of SamplingConfig, one per row")
+    if len(configs) != len(logits):
+        raise ValueError(
+            f"{len(logits)} rows of logits came with {len(configs)} configs; give one per row"
+        )
+
+
 def _check_finite(logits: Float[Tensor, "B V"]) -> None:
     finite = logits.amax(dim=-1).isfinite()
     if not bool(finite.all()):
@@ -131,7 +141,7 @@ def _filtered(
 ) -> Float[Tensor, "B V"]:
     """Apply each row's top-k, renormalise, apply its top-p, and renormalise again."""
     vocab_size = probs.shape[-1]
-    top_k = [vocab_size if config.top_k is None else config.top_k for config in configs]
+    top_k = [min(vocab_size, config.top_k or vocab_size) for config in configs]
     top_p = [1.0 if config.top_p is None else config.top_p for config in configs]
     ranked, token = probs.sort(dim=-1, descending=True, stable=True)
     rank = torch.arange(vocab_size, device=probs.device)
@@ -161,12 +171,15 @@ def sample(
     Raises:
         ValueError: Not one config and one generator per row, or logits that are not finite.
     """
-    num_rows = logits.shape[0]
-    if not num_rows == len(configs) == len(generators):
+    _check_rows(logits, configs)
+    if len(generators) != len(configs):
         raise ValueError(
-            f"{num_rows} rows of logits came with {len(configs)} configs and {len(generators)} "
-            "generators; give one of each a row"
+            f"{len(configs)} rows of logits came with {len(generators)} generators; "
+            "give one per row"
         )
+    made = "a list of torch.Generator, one per row (see row_generator)"
+    known = all(isinstance(generator, torch.Generator) for generator in generators)
+    require(known, "generators", generators, made)
     draws = [torch.rand((), dtype=torch.float64, generator=generator) for generator in generators]
     if all(config.temperature == 0 for config in configs):
         _check_finite(logits)

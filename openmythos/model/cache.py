@@ -274,8 +274,10 @@ class CacheView:
             RuntimeError: Another chunk was committed since this view was made.
         """
         self.check()
+        lengths = list(self.cache.lengths)
         for row, before, count in self.lengths:
-            self.cache.lengths[row] = before + count
+            lengths[row] = before + count
+        self.cache.lengths = lengths  # in one assignment: all rows or none
 
     def mask(self, dtype: torch.dtype) -> Float[Tensor, "B 1 T S"] | None:
         """0 where a token attends to a column, else -inf; None if the causal order is enough."""

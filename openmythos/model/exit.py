@@ -7,7 +7,7 @@ loops that was asked for.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar, get_args
 
 import torch
@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from openmythos.config import schema
-from openmythos.config.schema import require, require_positive
+from openmythos.config.schema import as_integer, as_number, require
 from openmythos.model.loop import ExitState, Memory
 
 
@@ -32,7 +32,8 @@ def join_states(states: Sequence[ExitState]) -> ExitState:
 class Rule:
     """Base of all rules: ``_memory`` is what a rule remembers, ``_decide`` says when to stop.
 
-    No token stops before ``min_loops`` loops, but the rule is updated in these loops too.
+    No token stops before ``min_loops`` loops, but the rule is updated in these loops too. Every
+    integer field is at least 1, and every other number above 0.
     """
 
     kind: ClassVar[str]
@@ -41,7 +42,14 @@ class Rule:
     min_loops: int = 1
 
     def __post_init__(self) -> None:
-        require_positive(self, "min_loops")
+        for field in fields(self):
+            name, value = f"exit_rule.{field.name}", getattr(self, field.name)
+            if field.type is int:
+                value = as_integer(name, value, 1)
+            else:
+                value = as_number(name, value, "a number above 0")
+                require(value > 0, name, value, "a number above 0")
+            object.__setattr__(self, field.name, value)  # the dataclass is frozen
 
     def start(self, h: Float[Tensor, "B D"]) -> ExitState:
         """The state before the first loop, from h_0."""
@@ -106,7 +114,7 @@ class CumulativeThreshold(Rule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(0 < self.threshold <= 1, "exit_rule.threshold", self.threshold, "in (0, 1]")
+        require(self.threshold <= 1, "exit_rule.threshold", self.threshold, "in (0, 1]")
 
     def _decide(
         self, memory: Memory, h: Tensor, logits: Tensor | None, mass: Tensor | None
@@ -125,10 +133,6 @@ class KLExit(Rule):
     kind: ClassVar[str] = "kl"
     needs_logits: ClassVar[bool] = True
     threshold: float = 5e-4
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self.threshold > 0, "exit_rule.threshold", self.threshold, "above 0")
 
     def _memory(self, h: Tensor) -> Memory:
         return (_wide(h).new_zeros(h.shape[0], 1),)
@@ -156,11 +160,6 @@ class EntropyKLExit(Rule):
     kl: float = 0.01
     entropy: float = 3.0
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self.kl > 0, "exit_rule.kl", self.kl, "above 0")
-        require(self.entropy > 0, "exit_rule.entropy", self.entropy, "above 0")
-
     def _memory(self, h: Tensor) -> Memory:
         return (_wide(h).new_zeros(h.shape[0], 1),)
 
@@ -182,10 +181,6 @@ class LatentDifferenceExit(Rule):
 
     kind: ClassVar[str] = "latent_difference"
     threshold: float = 0.03
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self.threshold > 0, "exit_rule.threshold", self.threshold, "above 0")
 
     def _memory(self, h: Tensor) -> Memory:
         return (_wide(h),)
@@ -209,11 +204,6 @@ class AccelerationExit(Rule):
     kind: ClassVar[str] = "acceleration"
     threshold: float
     patience: int = 2
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self.threshold > 0, "exit_rule.threshold", self.threshold, "above 0")
-        require_positive(self, "patience")
 
     def _memory(self, h: Tensor) -> Memory:
         # An infinite D_0 makes the acceleration of loop 1 infinite, hence never small.
@@ -239,10 +229,6 @@ class ArgmaxStableExit(Rule):
     kind: ClassVar[str] = "argmax_stable"
     needs_logits: ClassVar[bool] = True
     patience: int = 5
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_positive(self, "patience")
 
     def _memory(self, h: Tensor) -> Memory:
         return _zero_streak(h) - 1, _zero_streak(h)  # -1 differs from every token

@@ -5,7 +5,7 @@ import math
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from openmythos.data.packing import IGNORED_TARGET, Batch, on_device
 from openmythos.model.feedforward import MoE, max_violation
 from openmythos.model.recurrent import RecurrentDepthLM
 from openmythos.ops.cpu import build as native
+from openmythos.ops.cpu import choice
 from openmythos.train.metrics import Recorder
 from openmythos.train.optim import make_optimizers
 from openmythos.train.recipe import TrainConfig
@@ -55,15 +56,16 @@ def train(
         # with a depth per sequence more than the 8 that torch allows.
         limits: dict[str, Any] = {"recompile_limit": 64, "isolate_recompiles": True}
         model.step = torch.compile(model.step, fullgraph=True, **limits)  # type: ignore[method-assign]
-    if model.embed.weight.device.type == "cpu" and not config.compile:
-        native.load("attention")  # builds all kernels now, so that no step waits for it
+    own = model.embed.weight.device.type == "cpu" and not config.compile
+    # Builds what is missing now, so that no step waits for it.
+    keeping = choice.keeping(state.kernels) if own else nullcontext(state.kernels)
     model.train()
     batches = task.batches(state.step, config.batch_size)
     guard = DivergenceGuard(state.first_nats, state.bad_steps)
     before, started, saved = state.seconds, time.perf_counter(), state.step
     done = config.progress(state.step, state.seconds)
     due = config.eval_loops if _evaluates(config, state.step, done) else ()
-    with closing(recorder), closing(batches), _interruptible(recorder) as stop:
+    with keeping as kernels, closing(recorder), closing(batches), _interruptible(recorder) as stop:
         if not recorder.start(state.step, due):  # the run was killed after it had saved
             recorder.validation(state.step, state.seconds, task.evaluate(model, config))
         while done < 1 and not stop.requested:
@@ -82,7 +84,7 @@ def train(
             metrics["tokens_per_second"] = batch.tokens.numel() / (now - step_started)
             step, seconds = state.step + 1, before + now - started
             metrics |= task.after_step(model, step)
-            state = RunState(step, seconds, guard.first_nats, guard.bad_steps)
+            state = RunState(step, seconds, guard.first_nats, guard.bad_steps, kernels)
             done = config.progress(step, seconds)
             logged = step % config.log_every == 0 or step == 1 or done == 1
             recorder.step(step, seconds, done, metrics, logged)

@@ -6,6 +6,7 @@ Training state is stored as safetensors and JSON, never as a pickle.
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -60,13 +61,15 @@ def refuse_foreign(path: Path) -> None:
 class RunState:
     """What resuming needs besides the states of model, optimisers and task.
 
-    ``first_nats`` and ``bad_steps`` are the state of the ``DivergenceGuard``.
+    ``first_nats`` and ``bad_steps`` are the state of the ``DivergenceGuard``. ``kernels`` are our
+    kernels for CPUs that the run uses; None: those of the machine, as in older runs.
     """
 
     step: int
     seconds: float
     first_nats: float | None = None
     bad_steps: int = 0
+    kernels: Sequence[str] | None = None
 
 
 class RunFolder:

@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -20,11 +21,21 @@ from openmythos.config import (
     PonderNetConfig,
     SwiGLUConfig,
 )
+from openmythos.engine import reference
+from openmythos.engine.batch import CachedBatch
 from openmythos.engine.reference import GenerationResult, NewToken, Session, generate
 from openmythos.engine.request import Request
 from openmythos.engine.sampling import SamplingConfig
-from openmythos.model.cache import EveryK, LastLoop
-from openmythos.model.exit import CumulativeThreshold, KLExit, LatentDifferenceExit
+from openmythos.model.cache import EveryK, FirstLoop, KVCache, LastLoop
+from openmythos.model.exit import (
+    AccelerationExit,
+    ArgmaxStableExit,
+    CumulativeThreshold,
+    EntropyKLExit,
+    Fixed,
+    KLExit,
+    LatentDifferenceExit,
+)
 from openmythos.model.recurrent import RecurrentDepthLM
 from tests.strategies import unchecked
 
@@ -650,3 +661,268 @@ def test_compile_needs_a_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ValueError, match=r"False without a C\+\+ compiler: install g\+\+"):
         generate(make_model(), [[1]], max_new_tokens=1, compiled=True)
+
+
+# --- a call that fails ---------------------------------------------------------------------------
+
+
+class Stopped(KeyboardInterrupt):
+    """What stands for Ctrl-C."""
+
+
+@pytest.mark.parametrize(
+    ("error", "options"),
+    [(Stopped, {"cache_layout": LastLoop()}), (RuntimeError, {"use_cache": False})],
+)
+def test_a_failure_anywhere_changes_nothing(
+    options: dict[str, Any], error: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At every call of the model and of the sampler in turn, before and after its work."""
+    model = make_model(num_core_layers=1).eval()
+    hot = SamplingConfig(temperature=1.5)
+    left = {"calls": 10**9, "after": False}
+
+    def failing(name: str, call: Any) -> Any:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            left["calls"] -= 1
+            result = call(*args, **kwargs) if left["after"] or left["calls"] != 0 else None
+            if left["calls"] == 0:
+                raise error(name)
+            return result
+
+        return run
+
+    for name in ("encode", "step", "decode"):
+        monkeypatch.setattr(RecurrentDepthLM, name, failing(name, getattr(RecurrentDepthLM, name)))
+    monkeypatch.setattr(reference, "sample", failing("sample", reference.sample))
+
+    def two_turns(stop_at: int, after: bool) -> tuple[Any, int]:
+        """What was said and is left after both turns, with a failure at one call of the second."""
+        session = Session(model, batch_size=2, **options)
+        rows: list[list[int]] = [[], []]
+        failures = 0
+        for turn_idx, prompts in enumerate(([[1, 2, 3], [4]], [[5, 6, 7], [8]])):
+            said, given = [0, 0], prompts
+            left.update(calls=stop_at if turn_idx else 10**9, after=after)
+            while min(said) < 2:
+                budgets = [2 - count for count in said]
+                before = session.tokens
+                try:
+                    for new in session.stream(
+                        asked(given, budgets, sampling=hot, num_loops=2), prefill_chunk=2
+                    ):
+                        rows[new.row].append(new.token)
+                        said[new.row] += 1
+                        given = [[], []]
+                except error:
+                    failures += 1
+                    if given != [[], []]:
+                        assert session.tokens == before
+        return (rows, session.tokens, session.core_applications), failures
+
+    expected, failures = two_turns(10**9, after=False)
+    assert failures == 0
+    calls = 0
+    for after in (False, True):
+        for stop_at in range(1, 200):
+            with unchecked():
+                found, failures = two_turns(stop_at, after)
+            if failures == 0:
+                break
+            calls += 1
+            assert found == expected, f"call {stop_at} of the turn, after={after}"
+            assert not any(module.training for module in model.modules())
+    assert calls >= 2 * (8 if options.get("use_cache", True) else 6)
+
+
+def test_a_diverged_model_leaves_the_session_as_it_was() -> None:
+    model = make_model()
+    session = Session(model)
+    first = turn(session, [[1, 2]], max_new_tokens=2)[0]
+    weight, before = model.embed.weight.detach().clone(), session.core_applications
+    with torch.no_grad():
+        model.embed.weight.fill_(float("nan"))
+    with pytest.raises(ValueError, match="not finite"):
+        turn(session, [[3]], max_new_tokens=2)
+    assert session.tokens == [[1, 2, *first]] and session.core_applications == before
+    with torch.no_grad():
+        model.embed.weight.copy_(weight)
+    expected = generate(model, [[1, 2, *first, 3]], max_new_tokens=2).tokens
+    assert turn(session, [[3]], max_new_tokens=2) == expected
+
+
+def test_a_stream_that_another_has_overtaken_is_refused() -> None:
+    session = Session(make_model())
+    one = session.stream(asked([[1, 2]], max_new_tokens=5))
+    two = session.stream(asked([[3]], max_new_tokens=5))
+    next(one)
+    with pytest.raises(ValueError, match="another stream of this session has gone on since"):
+        next(two)
+    next(one)
+    three = session.stream(asked([[]], max_new_tokens=2))
+    next(three)
+    with pytest.raises(ValueError, match="another stream of this session has gone on since"):
+        next(one)
+    next(three)
+    assert session.lengths == [6]
+
+
+@pytest.mark.parametrize("layout", [LastLoop(), EveryK(2), FirstLoop()], ids=str)
+@pytest.mark.parametrize("chunk", [1, 2, 3])
+def test_chunks_are_positions_of_the_row(layout: Any, chunk: int) -> None:
+    """A row's numbers depend neither on its neighbours nor on how it was cut into calls."""
+    model = make_model()
+    text = [3, 14, 15, 9, 2, 6, 5, 8, 7]
+    options: dict[str, Any] = {"max_new_tokens": 3, "return_logits": True}
+    options |= {"cache_layout": layout, "prefill_chunk": chunk}
+    alone = generate(model, [text], **options)
+    beside = generate(model, [[5], text, text[:4]], num_loops=[2, 3, 5], **options)
+    assert alone.logits is not None and beside.logits is not None
+    assert beside.tokens[1] == alone.tokens[0]
+    torch.testing.assert_close(beside.logits[1], alone.logits[0], rtol=0, atol=1e-9)
+    by_parts = []
+    for parts in ([text[1:-1]], [text[1:chunk], text[chunk:-1]]):
+        memory = KVCache(
+            model.config, batch_size=1, max_len=12, max_loops=3, layout=layout, dtype=torch.float64
+        )
+        batch = CachedBatch(model, memory, seed=0)
+        with torch.no_grad():
+            for part in ([text[:1]], *([part] for part in parts)):
+                batch.prefill(part, [3], chunk)
+            by_parts.append(batch.decode({0: text[-1]}, [3], Fixed())[0])
+    torch.testing.assert_close(by_parts[0], by_parts[1], rtol=0, atol=1e-9)
+
+
+# --- wrong values at every entry point -----------------------------------------------------------
+
+TEXTS: list[Any] = ["2", b"2", bytearray(b"2")]
+NO_INTEGER: list[Any] = [*TEXTS, 2.5, True, [], {}, object(), 10**30, -1, float("nan"), len]
+NO_INTEGER += [torch.tensor(2.0), torch.tensor([[2]]), np.float64(2), "LastLoop"]
+NO_NUMBER: list[Any] = [*TEXTS, True, {}, object(), 10**400, -1, float("nan"), float("inf"), 1j]
+NO_FLAG: list[Any] = ["False", 1, 0.0, None, torch.tensor([True, False])]
+NO_IDS: list[Any] = [None, 5, *TEXTS, "", [1.5], [True], [None], ["1"], [[[1]]], {1: 2}, object()]
+NO_IDS += [torch.tensor(3), torch.tensor([1.0]), [10**30]]
+NO_OBJECT: list[Any] = ["last_loop", 5, 0.5, [1], LastLoop, KLExit, {}, torch.tensor(1), object()]
+WRONG: dict[str, list[Any]] = {
+    "prompts": [*NO_IDS, ["ab", "c"], [], [[]], {1}, [{1}], (x for x in "ab"), [b"a"]],
+    "max_new_tokens": [*NO_INTEGER, 0, [1, 1, 1]],
+    "num_loops": [*NO_INTEGER, 0],
+    "max_loops": [*NO_INTEGER, 0, 2**62],
+    "prefill_chunk": [*NO_INTEGER, 0],
+    "seed": [x for x in NO_INTEGER if not (isinstance(x, int) and x == -1)],
+    "top_k": [*NO_INTEGER, 0],
+    "temperature": NO_NUMBER,
+    "top_p": [*NO_NUMBER, 0, 1.5],
+    "exit_rule": NO_OBJECT,
+    "cache_layout": NO_OBJECT,
+    "stop_tokens": [x for x in NO_IDS if not isinstance(x, list) or x != [10**30]],
+    "use_cache": NO_FLAG,
+    "compiled": NO_FLAG,
+    "return_logits": NO_FLAG,
+    "model": ["tiny", None, 5, torch.nn.Linear(2, 2)],
+}
+SESSION: dict[str, list[Any]] = {
+    name: [*NO_INTEGER, 0, 2**62] for name in ("batch_size", "max_len", "max_loops")
+} | {name: WRONG[name] for name in ("cache_layout", "use_cache", "compiled", "model")}
+REQUEST = {name: WRONG[name] for name in ("max_new_tokens", "num_loops", "seed", "exit_rule")} | {
+    "tokens": [
+        x for x in [*NO_IDS, {1}] if not isinstance(x, list) or x != [10**30]
+    ],  # whose vocabulary is not known yet
+    "stop_tokens": WRONG["stop_tokens"],
+    "sampling": [None, *NO_OBJECT],
+    "sample_idx": NO_INTEGER,
+    "logprobs": NO_INTEGER,
+}
+RULE_FIELDS: list[tuple[Any, dict[str, Any], str, list[Any]]] = [
+    (KLExit, {}, "threshold", [*NO_NUMBER, 0, None]),
+    (EntropyKLExit, {}, "kl", [*NO_NUMBER, 0, None]),
+    (EntropyKLExit, {}, "entropy", [*NO_NUMBER, 0, None]),
+    (LatentDifferenceExit, {}, "threshold", [*NO_NUMBER, 0, None]),
+    (AccelerationExit, {}, "threshold", [*NO_NUMBER, 0, None]),
+    (AccelerationExit, {"threshold": 1.0}, "patience", [*NO_INTEGER, 0, None]),
+    (ArgmaxStableExit, {}, "patience", [*NO_INTEGER, 0, None]),
+    (CumulativeThreshold, {}, "threshold", [*NO_NUMBER, 0, 1.5, None]),
+    (Fixed, {}, "min_loops", [*NO_INTEGER, 0, None]),
+    (EveryK, {}, "k", [*NO_INTEGER, 0, None]),
+]
+
+
+def assert_one_line(what: str, call: Any) -> None:
+    said = "nothing: it was accepted"
+    try:
+        with unchecked():
+            call()
+    except Exception as error:  # of which class is the question
+        said = f"{type(error).__name__}: {error}"
+    one_line = said.startswith("ValueError: ") and "\n" not in said and len(said) < 600
+    assert one_line, f"{what} gave {said}"
+
+
+def each(table: dict[str, list[Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
+    for name, values in table.items():
+        for value in values:
+            shown = " ".join(f"{name}={value!r}".split())
+            yield shown[:100], {name: value}
+
+
+def test_generate_refuses_wrong_values_in_one_line() -> None:
+    model = make_model().train()
+    before = torch.random.get_rng_state()
+    for what, wrong in each(WRONG):
+        values = {"model": model, "prompts": [[1, 2]], "max_new_tokens": 1} | wrong
+        assert_one_line(what, partial(generate, **values))
+    assert all(module.training for module in model.modules())
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_sessions_refuse_wrong_values_in_one_line() -> None:
+    model = make_model()
+    for what, wrong in each(SESSION):
+        assert_one_line(f"Session({what})", partial(Session, **({"model": model} | wrong)))
+    session = Session(model)
+    turn(session, [[1, 2]], max_new_tokens=2)
+    before = (session.tokens, session.core_applications)
+    fine = Request(tokens=[1], max_new_tokens=1)
+    for requests in (None, 5, "ab", [], [1], [[1]], fine, {fine: 1}, (x for x in [fine]), [None]):
+        assert_one_line(f"stream({requests!r})", partial(session.stream, requests))
+        assert_one_line(f"fitting({requests!r})", partial(Session.fitting, model, requests))
+    for chunk in WRONG["prefill_chunk"]:
+        call = partial(session.stream, [fine], prefill_chunk=chunk)
+        assert_one_line(f"prefill_chunk={chunk!r}", call)
+    assert (session.tokens, session.core_applications) == before
+    expected = generate(model, [[*session.tokens[0], 1]], max_new_tokens=1).tokens
+    assert turn(session, [[1]], max_new_tokens=1) == expected
+
+
+def test_requests_rules_and_layouts_refuse_wrong_values_in_one_line() -> None:
+    for what, wrong in each(REQUEST):
+        assert_one_line(f"Request({what})", partial(Request, **({"tokens": [1]} | wrong)))
+    sampling = {name: WRONG[name] for name in ("temperature", "top_k", "top_p")}
+    for what, wrong in each(sampling):
+        assert_one_line(f"SamplingConfig({what})", partial(SamplingConfig, **wrong))
+    for kind, others, name, values in RULE_FIELDS:
+        for what, wrong in each({name: values}):
+            assert_one_line(f"{kind.__name__}({what})", partial(kind, **others, **wrong))
+
+
+def test_numbers_of_other_libraries_are_accepted() -> None:
+    model = make_model()
+    expected = generate(model, [[1, 2]], max_new_tokens=3, num_loops=2, stop_tokens=[5])
+    for kind in (np.int64, np.int32, torch.tensor):
+        call = partial(
+            generate,
+            model,
+            iter([torch.tensor([1, 2])]),
+            max_new_tokens=kind(3),
+            num_loops=kind(2),
+            stop_tokens=torch.tensor([5]),
+            prefill_chunk=kind(1),
+            max_loops=kind(2),
+            seed=kind(0),
+        )
+        with unchecked():
+            found = call()
+        assert found.tokens == expected.tokens
+    with unchecked():
+        assert KLExit(threshold=torch.tensor(0.5)) == KLExit(threshold=np.float64(0.5))
+        assert EveryK(np.int64(2)) == EveryK(2)

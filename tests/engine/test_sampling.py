@@ -130,10 +130,10 @@ def test_half_precision_logits() -> None:
         ({"temperature": float("nan")}, "temperature is nan"),
         ({"temperature": float("inf")}, "temperature is inf"),
         ({"temperature": "hot"}, "temperature is 'hot'"),
-        ({"top_k": 0}, "top_k is 0; it must be at least 1"),
+        ({"top_k": 0}, "top_k is 0; it must be an integer of at least 1"),
         ({"top_k": 2.5}, "top_k is 2.5; it must be an integer"),
         ({"top_p": None, "top_k": "3"}, "top_k is '3'"),
-        ({"top_p": 0.0}, r"top_p is 0.0; it must be in \(0, 1\]"),
+        ({"top_p": 0.0}, r"top_p is 0.0; it must be a number in \(0, 1\]"),
         ({"top_p": 1.1}, "top_p is 1.1"),
     ],
 )

@@ -199,8 +199,8 @@ def test_what_a_rule_needs_is_stated_and_missed_clearly() -> None:
 @pytest.mark.parametrize(
     ("kind", "fields", "message"),
     [
-        ("kl", {"threshold": 0.0}, "threshold is 0.0; it must be above 0"),
-        ("kl", {"min_loops": 0}, "min_loops is 0; it must be at least 1"),
+        ("kl", {"threshold": 0.0}, "threshold is 0.0; it must be a number above 0"),
+        ("kl", {"min_loops": 0}, "min_loops is 0; it must be an integer of at least 1"),
         ("entropy_kl", {"entropy": -1.0}, "entropy is -1.0"),
         ("entropy_kl", {"kl": 0.0}, "kl is 0.0"),
         ("latent_difference", {"threshold": -0.1}, "threshold is -0.1"),

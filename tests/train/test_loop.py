@@ -24,6 +24,7 @@ from openmythos.config import (
 )
 from openmythos.model.feedforward import MoE, max_violation
 from openmythos.model.recurrent import RecurrentDepthLM
+from openmythos.ops.cpu import build as native
 from openmythos.train import loop
 from openmythos.train.depth_schedule import DepthSchedule, FixedDepth, PoissonDepth
 from openmythos.train.loop import DivergenceGuard, TrainingStopped, train
@@ -234,6 +235,22 @@ def test_one_interrupt_saves_two_end_at_once(tmp_path: Path) -> None:
     assert measured(tmp_path / "eval")[-1]["kind"] == "validation"
     result = run_fixed(tmp_path / "end", Interrupting(batch, at=(8,)))
     assert not result.interrupted  # it was done anyway
+
+
+def test_a_run_keeps_its_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[str] = []
+    monkeypatch.setattr(native, "_load", lambda name: loaded.append(name) or True)
+    task = FixedTask(random_batch(small_config(), 4, 8))
+    monkeypatch.setenv(native.OFF, "experts")
+    run_fixed(tmp_path, task, max_steps=2)
+    state = RunFolder(tmp_path).last_state()
+    assert state is not None and state.kernels == ["attention"]
+    monkeypatch.delenv(native.OFF)
+    loaded.clear()
+    run_fixed(tmp_path, task, max_steps=4)
+    state = RunFolder(tmp_path).last_state()
+    assert state is not None and state.step == 4 and state.kernels == ["attention"]
+    assert "experts" not in loaded
 
 
 class Failing(FixedTask):

@@ -15,7 +15,9 @@ import sys
 import tempfile
 import threading
 import warnings
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
 from pathlib import Path
 
 import torch
@@ -29,6 +31,7 @@ KERNELS = (*EAGER, "narrow")
 OFF = "OPENMYTHOS_KERNELS_OFF"
 FLAGS = ("-O3", "-march=native", "-std=c++20", "-shared", "-fPIC")
 _LOCK = threading.RLock()
+KEPT: ContextVar[Sequence[str] | None] = ContextVar("KEPT", default=None)  # eager ones; None: all
 
 
 def find_compiler() -> list[str] | None:
@@ -61,7 +64,8 @@ def load(name: str) -> bool:
     Raises:
         ValueError: ``OPENMYTHOS_KERNELS_OFF`` names no kernel.
     """
-    if name in switched_off():
+    kept = KEPT.get()
+    if name in switched_off() or (kept is not None and name in EAGER and name not in kept):
         return False
     with _LOCK:
         return _load(name)

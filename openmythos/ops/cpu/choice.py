@@ -5,10 +5,12 @@
 threads; the library's name tells the processor, torch and the source.
 """
 
+import contextlib
 import json
 import os
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -65,6 +67,29 @@ def ours_wins(product: str, measure: Callable[[], Timing]) -> bool:
         known[product] = measure()
         _remember(path, known)
     return known[product].ours_wins
+
+
+@contextlib.contextmanager
+def keeping(names: Sequence[str] | None) -> Iterator[list[str]]:
+    """Use these of the eager kernels inside, and no others; None: all that this machine has.
+
+    Kernels add in different orders, so a run that goes on keeps the ones that it began with.
+
+    Yields:
+        The kernels in use. A warning names those that are missing here.
+    """
+    token = build.KEPT.set(names)
+    try:
+        used = [name for name in build.EAGER if build.load(name)]
+        if missing := [name for name in names or () if name not in used]:
+            warnings.warn(
+                f"the run used our kernels for {', '.join(missing)} so far, which are switched off "
+                "or cannot be built here; torch's operators go on, equal up to rounding",
+                stacklevel=3,
+            )
+        yield used
+    finally:
+        build.KEPT.reset(token)
 
 
 def race(ours: Callable[[], object], theirs: Callable[[], object], num_calls: int) -> Timing:

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from openmythos.ops.cpu import choice
+from openmythos.ops.cpu import build, choice
 from openmythos.ops.cpu.choice import Timing
 
 
@@ -59,3 +59,17 @@ def test_a_race_alternates_and_leaves_the_first_run_out() -> None:
     timing = choice.race(lambda: order.append("ours"), lambda: order.append("torch"), 2)
     assert order == ["ours", "torch"] * (1 + choice.REPEATS)
     assert 0 <= timing.ours < 1 and 0 <= timing.torch < 1
+
+
+def test_kept_kernels_are_used_and_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "_load", lambda name: name != "experts")
+    with choice.keeping(None) as used:
+        assert used == ["attention"]
+    with choice.keeping([]) as used:
+        assert used == [] and not build.load("attention") and build.load("narrow")
+    assert build.load("attention")
+    with (
+        pytest.warns(UserWarning, match="our kernels for experts so far"),
+        choice.keeping(["attention", "experts"]) as used,
+    ):
+        assert used == ["attention"]

@@ -17,11 +17,13 @@ from urllib.parse import unquote
 import pytest
 import torch
 
+from openmythos.checkpoint.save import save_pretrained
 from openmythos.config.schema import from_dict, to_dict
 from openmythos.model.exit import EXIT_RULES
+from openmythos.tokenizer import byte_tokenizer
 from openmythos.train.depth_schedule import DepthConfig
 from openmythos.train.objective import ObjectiveConfig
-from tests.strategies import SEAMS
+from tests.strategies import SEAMS, random_model, small_config
 
 ROOT = Path(__file__).parent.parent
 REPOSITORY_FOLDERS = (
@@ -277,6 +279,22 @@ def test_the_seams_page_lists_every_member() -> None:
     text = (ROOT / "docs" / "seams.md").read_text(encoding="utf-8")
     complaints = seam_complaints(text, {**kinds, **outer_seams()})
     assert not complaints, "\n" + "\n".join(complaints)
+
+
+def test_the_readmes_code_runs_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text, names = (ROOT / "README.md").read_text(encoding="utf-8"), dict[str, Any]()
+    tokenizer = byte_tokenizer()
+    model = random_model(small_config(vocab_size=tokenizer.vocab_size, max_seq_len=256), seed=0)
+    save_pretrained(model, tmp_path / "runs" / "demo" / "text", tokenizer)
+    monkeypatch.chdir(tmp_path)
+    blocks = [content for language, content in split_code(text)[1] if language == "python"]
+    for block in blocks:
+        exec(block, names)
+    assert len(blocks) == 3
+    assert names["out"].logits.shape == (2, 32, names["config"].vocab_size)
+    assert [len(row) for row in names["result"].tokens] == [32]
+    assert names["cache"].lengths == [32, 32]
+    assert names["new"].num_loops == 8
 
 
 def test_the_models_of_the_seams_page_are_one_class() -> None:

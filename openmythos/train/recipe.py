@@ -117,6 +117,11 @@ class HopsData:
     check_loops: int = 8
 
     @property
+    def seq_len(self) -> int:
+        """Tokens of the longest walk: where it starts, and its relations."""
+        return 1 + self.max_train_hops
+
+    @property
     def in_words(self) -> str:
         """What a run trains on."""
         return f"walks over {self.num_entities} entities and {self.num_relations} permutations"

@@ -127,6 +127,10 @@ def set_up(config: RunConfig, out: Path, device: str = "cpu") -> Run:
     if torch.device(device).type == "cpu":
         needed = training_bytes(config.model, moment_bytes=2)  # Muon keeps one moment
         require_memory(needed, "training this model", "choose a smaller preset, or --set its sizes")
+        rows = config.train.batch_size
+        states = 8 * rows * config.data.seq_len * config.model.d_model  # at least h and e, in fp32
+        advice = "lower train.batch_size and raise train.grad_accumulation"
+        require_memory(needed + states, f"training on {rows} rows at once", advice)
     refuse_foreign(out)
     with locked(out):
         return _set_up(config, out, device)

@@ -76,6 +76,9 @@ def test_a_model_that_cannot_fit_is_refused_before_anything_is_built(
 ) -> None:
     message = refused(invoke, "train", "mythos-1t", "--out", tmp_path / "run")
     assert "training this model needs" in message and "TiB of memory" in message
+    command = ["train", "--data", "hops", "--out", tmp_path / "run"]
+    message = refused(invoke, *command, "--set", "train.batch_size=1000000000")
+    assert "training on 1000000000 rows at once needs" in message
     assert not (tmp_path / "run").exists()
 
 

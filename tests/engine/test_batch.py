@@ -14,7 +14,6 @@ from openmythos.config import (
     CopyInitConfig,
     DepthAttentionConfig,
     GQAConfig,
-    MLAConfig,
     ModelConfig,
     MoEConfig,
     NormalInitConfig,
@@ -38,16 +37,9 @@ from openmythos.model.exit import (
     Rule,
 )
 from openmythos.model.recurrent import RecurrentDepthLM
+from tests.strategies import MLA
 
 GQA = GQAConfig(num_heads=4, num_kv_heads=2, head_dim=4, qk_norm="weightless")
-MLA = MLAConfig(
-    num_heads=2,
-    q_lora_rank=6,
-    kv_lora_rank=5,
-    qk_nope_head_dim=4,
-    qk_rope_head_dim=4,
-    v_head_dim=3,
-)
 MOE = MoEConfig(num_experts=4, num_experts_per_token=2, d_expert=6, bias_loops=2)
 
 

@@ -14,7 +14,6 @@ import openmythos as om
 from openmythos.config import (
     ACTConfig,
     GQAConfig,
-    MLAConfig,
     ModelConfig,
     MoEConfig,
     NormalInitConfig,
@@ -37,16 +36,8 @@ from openmythos.model.exit import (
     LatentDifferenceExit,
 )
 from openmythos.model.recurrent import RecurrentDepthLM
-from tests.strategies import unchecked
+from tests.strategies import MLA, unchecked
 
-MLA = MLAConfig(
-    num_heads=2,
-    q_lora_rank=6,
-    kv_lora_rank=5,
-    qk_nope_head_dim=4,
-    qk_rope_head_dim=4,
-    v_head_dim=3,
-)
 MOE = MoEConfig(num_experts=4, num_experts_per_token=2, d_expert=6)
 KINDS = {
     "gqa": {},

@@ -1,6 +1,7 @@
 import contextlib
 import json
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,8 @@ FILES = (
     *("config.json", "model.safetensors", "tokenizer.json"),
 )
 
+DAMAGES = ("missing", "cut", "one bit")
+
 
 def spoil(path: Path, damage: str) -> None:
     content = bytearray(path.read_bytes())
@@ -113,13 +116,14 @@ def spoil(path: Path, damage: str) -> None:
         path.write_bytes(content)
 
 
-@pytest.mark.parametrize("file", FILES)
-@pytest.mark.parametrize("damage", ["missing", "cut", "one bit"])
+# Without a manifest a checkpoint is one of an older version, or one that was changed on purpose.
+@pytest.mark.parametrize(
+    ("file", "damage"),
+    [pair for pair in product(FILES, DAMAGES) if pair != ("manifest.json", "missing")],
+)
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(
     tmp_path: Path, file: str, damage: str
 ) -> None:
-    if (file, damage) == ("manifest.json", "missing"):
-        pytest.skip("so older versions wrote checkpoints")
     folder = RunFolder(tmp_path, tokenizer=byte_tokenizer())
     for step in (3, 6):
         model, optimizers = trained(step)

@@ -2,16 +2,19 @@
 
 Every id stands for a fixed string of bytes, so `decode(encode(text)) == text` for any text. A loss
 summed over tokens can be divided by their bytes (bits per byte), which makes models with different
-vocabularies comparable. Encoding never gives a special token, even for text that spells one.
+vocabularies comparable. A file of another project can promise less: see `Tokenizer.change`.
+Encoding gives special tokens, even for text that spells one, only where they are asked for.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +22,30 @@ import numpy as np
 import tokenizers
 from jaxtyping import Int
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
+from tokenizers.processors import TemplateProcessing
 
+from openmythos.chat_template import Message, render_chat
 from openmythos.folder import write_json, write_whole
+from openmythos.tokenizer_folder import (
+    GENERATION_FILE,
+    SETTINGS_FILE,
+    SPECIAL_NAMES,
+    TOKENIZER_FILE,
+    Facts,
+    add_missing,
+    default_template,
+    end_ids,
+    find_file,
+    read_backend,
+    read_facts,
+    read_file,
+    special_names,
+)
 
 BOS_TOKEN = "<|bos|>"
 EOS_TOKEN = "<|eos|>"
 PAD_TOKEN = "<|pad|>"
 SPECIAL_TOKENS = (BOS_TOKEN, EOS_TOKEN, PAD_TOKEN)
-FILE_NAME = "tokenizer.json"
-NAMES_FILE = "tokenizer_config.json"  # the file in which transformers names the special tokens
 MIN_BPE_VOCAB = 256 + len(SPECIAL_TOKENS)
 
 # GPT-4's pattern (cl100k) with two changes that suit a small vocabulary and Python code. Digits are
@@ -46,6 +64,20 @@ SPLIT_PATTERN = (
 # Training takes quadratic time in the length of a piece (a run of letters without a boundary), so
 # longer pieces are cut there. Encoding takes linear time and cuts nothing.
 MAX_TRAINING_PIECE = 256
+
+
+# Every byte that UTF-8 can hold; then what normalizers compose, decompose, fold, strip or drop.
+PROBES = (
+    "a",
+    " Two  spaces,\tA TAB \r\n\r\n and white space at both ends \n ",
+    "".join(map(chr, range(0xC0))),
+    "".join(chr(lead << 6) for lead in range(3, 32)),
+    "".join(chr(lead << 12 | 0x800 * (lead == 0)) for lead in range(16)),
+    "".join(map(chr, (0x10000, 0x40000, 0x80000, 0xC0000, 0x10FFFF))),
+    "e\u0301 \u00e9 \u212b \ufb01 \uff21 \u1100\u1161 \ud55c \u0958",
+    "\u0130 \u00df \u00ad \u200b \ufeff",
+    "It's 1234567890 'quoted' ``text'' ... don't , here . we 've",
+)
 
 
 def _byte_characters() -> list[str]:
@@ -71,6 +103,16 @@ class Tokenizer:
         bos_token: Text of the token that begins a document.
         eos_token: Text of the token that ends a document.
         pad_token: Text of the token that fills short rows.
+        facts: What else its folder says, which `save` writes again.
+
+    Attributes:
+        bos_id: Id of the token that begins a document in training.
+        eos_id: Id of the token that ends a document in training.
+        pad_id: Id of the token that fills short rows.
+        names: Text of these three tokens by transformers' names, such as `eos_token`.
+        begin_ids: Ids that the tokenizer puts before a text that is to be continued; may be empty.
+        end_ids: Every id that ends a generated text, `eos_id` among them.
+        chat_template: The Jinja2 template of conversations, if there is one.
 
     Raises:
         ValueError: A special token is not in the vocabulary, or the tokenizer is not byte-level.
@@ -83,20 +125,55 @@ class Tokenizer:
         bos_token: str = BOS_TOKEN,
         eos_token: str = EOS_TOKEN,
         pad_token: str = PAD_TOKEN,
+        facts: Facts | None = None,
     ) -> None:
         self._backend = backend
-        # Text that spells a special token must be encoded as ordinary text, because decoding skips
-        # special tokens. The library does not save this setting, so it is set here every time.
-        self._backend.encode_special_tokens = True
-        self._config: dict[str, Any] = json.loads(backend.to_str())
+        self.names = dict(zip(SPECIAL_NAMES, (bos_token, eos_token, pad_token), strict=True))
+        ours = tuple(self.names.values()) == SPECIAL_TOKENS
+        self._facts = Facts(settings={} if ours else self.names) if facts is None else facts
+        self._prepare_backend()
+        self._config = _check_byte_level(backend)
         self._token_bytes = self._read_token_bytes()
-        self._names = {"bos_token": bos_token, "eos_token": eos_token, "pad_token": pad_token}
         self.bos_id = self._special_id(bos_token)
         self.eos_id = self._special_id(eos_token)
         self.pad_id = self._special_id(pad_token)
+        self.begin_ids = self._read_begin_ids()
+        # An id without a token has no text and is never generated.
+        known = {i for i in end_ids(self._facts) if 0 <= i < self.vocab_size}
+        self.end_ids = frozenset({self.eos_id, *known})
+        self.chat_template = default_template(self._facts.settings.get("chat_template"))
         sizes = np.array([len(token) for token in self._token_bytes], dtype=np.int64)
         sizes.setflags(write=False)
         self._token_num_bytes = sizes
+
+    def _prepare_backend(self) -> None:
+        """Undo what is no property of a tokenizer, and apply what stands beside its file."""
+        backend = self._backend
+        # Text that spells a special token must be encoded as ordinary text, because decoding skips
+        # special tokens. The library does not save this setting, so it is set here every time.
+        backend.encode_special_tokens = True
+        backend.no_truncation()  # what the program that saved the file last asked for
+        backend.no_padding()
+        special = {t.content for t in backend.get_added_tokens_decoder().values() if t.special}
+        for name in {*self.names.values()} - special:
+            if backend.token_to_id(name) is not None:
+                backend.add_special_tokens([AddedToken(name, special=True, normalized=False)])
+        ours = tuple(self.names.values()) == SPECIAL_TOKENS
+        if ours and backend.post_processor is None:  # a file of our first versions
+            _mark_begin(backend, BOS_TOKEN)
+
+    def marking_begin(self) -> Tokenizer:
+        """This tokenizer with the begin token before every text, as training documents have it."""
+        if self.begin_ids:
+            return self
+        backend = tokenizers.Tokenizer.from_str(self._backend.to_str())
+        _mark_begin(backend, self.names["bos_token"])
+        return Tokenizer(backend, **self.names, facts=self._facts)
+
+    def _read_begin_ids(self) -> tuple[int, ...]:
+        bare = self._backend.encode("a", add_special_tokens=False).ids
+        whole = self._backend.encode("a", add_special_tokens=True).ids
+        return tuple(whole[: whole.index(bare[0])]) if bare else ()
 
     @property
     def vocab_size(self) -> int:
@@ -128,14 +205,78 @@ class Tokenizer:
         text = json.dumps(parts, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of `text`, without special tokens.
+    def encode(self, text: str, *, special: bool = False) -> list[int]:
+        """Token ids of `text`; those of special tokens only with `special`, where it spells them.
 
         Raises:
             ValueError: `text` holds a lone surrogate, which has no UTF-8 form.
         """
         _check_encodable(text)
+        if special:
+            return self._encode_marked(text, {})
         ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def encode_prompt(self, text: str, *, special: bool = False) -> list[int]:
+        """Token ids of a text to continue: as `encode`, after the ids that begin a text.
+
+        They are not put before a text that begins with them. There is at least one id.
+        """
+        ids, begin = self.encode(text, special=special), [*self.begin_ids]
+        return (ids if special and ids[: len(begin)] == begin else begin + ids) or [self.bos_id]
+
+    def encode_chat(self, messages: Sequence[Message], *, special: bool = False) -> list[int]:
+        """Token ids of a conversation in the chat template, up to where an answer begins.
+
+        Text in a message that spells a special token stays text unless `special` is set.
+
+        Raises:
+            ValueError: There is no chat template, or it refuses the messages.
+        """
+        if self.chat_template is None:
+            raise ValueError("the tokenizer has no chat template")
+        stands_for: dict[str, str] = {}
+        if not special:
+            everything = "".join(message["content"] for message in messages)
+            # Characters of private use stand for the marks until the template's own are cut out.
+            free = (chr(code) for code in range(0xF0000, 0xFFFFD) if chr(code) not in everything)
+            spelt = [mark for mark in self._marks if mark in everything]
+            stands_for = {character: mark for mark, character in zip(spelt, free, strict=False)}
+        for character, mark in stands_for.items():
+            messages = [{**m, "content": m["content"].replace(mark, character)} for m in messages]
+        settings = self.settings or self.names
+        names = {name: text for name, text in settings.items() if name.endswith("_token")}
+        text = render_chat(self.chat_template, messages, **names)
+        _check_encodable(text)
+        return self._encode_marked(text, stands_for)
+
+    @cached_property
+    def _marks(self) -> dict[str, tuple[int, AddedToken]]:
+        """Id and settings of the special tokens by their text, longest first."""
+        added = [(i, t) for i, t in self._backend.get_added_tokens_decoder().items() if t.special]
+        return {t.content: (i, t) for i, t in sorted(added, key=lambda one: -len(one[1].content))}
+
+    def _encode_marked(self, text: str, stands_for: Mapping[str, str]) -> list[int]:
+        """Ids of a text whose special tokens are meant; then characters become what they stand for.
+
+        The library cuts a text at special tokens in the same way before it does anything else.
+        """
+        white = {True: r"\s*", False: ""}
+        pattern = "|".join(
+            f"{white[t.lstrip]}{re.escape(mark)}{white[t.rstrip]}"
+            for mark, (_, t) in self._marks.items()
+        )
+        ids: list[int] = []
+        start = 0
+        for found in [*re.finditer(pattern, text), None]:
+            piece = text[start : found.start() if found else len(text)]
+            for character, mark in stands_for.items():
+                piece = piece.replace(character, mark)
+            ids += self._backend.encode(piece, add_special_tokens=False).ids if piece else []
+            if found is not None:
+                mark = found[0] if found[0] in self._marks else found[0].strip()
+                ids.append(self._marks[mark][0])
+                start = found.end()
         return ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -150,39 +291,75 @@ class Tokenizer:
         return [encoding.ids for encoding in encodings]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of `ids`; special tokens are skipped and bytes that are not UTF-8 become U+FFFD.
+        """Text of `ids`, as `decode_bytes`; bytes that are not UTF-8 become U+FFFD.
 
         Raises:
-            ValueError: An id is outside the vocabulary.
+            ValueError: An id is negative.
         """
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """Exact bytes of `ids`; special tokens are skipped. A prefix may end inside a character.
 
+        Ids past the vocabulary are skipped too: a model's is often padded to a round number.
+
         Raises:
-            ValueError: An id is outside the vocabulary.
+            ValueError: An id is negative.
         """
         pieces = []
         for token_id in ids:
-            if not 0 <= token_id < self.vocab_size:
-                raise ValueError(
-                    f"token id {int(token_id)} is outside the vocabulary: ids go from 0 to "
-                    f"{self.vocab_size - 1}"
-                )
-            pieces.append(self._token_bytes[token_id])
+            if token_id < 0:
+                raise ValueError(f"token id {int(token_id)} is negative: ids start at 0")
+            pieces.append(self._token_bytes[token_id] if token_id < self.vocab_size else b"")
         return b"".join(pieces)
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """`temperature`, `top_k` and `top_p` that the checkpoint asks for; empty if it asks none.
+
+        The defaults of `generation_config.json` are transformers'.
+        """
+        given = self._facts.generation
+        if not given.get("do_sample"):
+            return {}
+        return {
+            "temperature": given.get("temperature") or 1.0,
+            "top_k": given.get("top_k", 50) or None,
+            "top_p": given.get("top_p"),
+        }
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The fields of `tokenizer_config.json`; empty for a tokenizer that was made here.
+
+        Only tokens that have a name of their own are named, because templates ask for that.
+        """
+        if not self._facts.settings and tuple(self.names.values()) == SPECIAL_TOKENS:
+            return {}
+        return {**self._facts.settings, "eos_token": self.names["eos_token"]}
+
+    @property
+    def generation(self) -> dict[str, Any]:
+        """The fields of `generation_config.json`: sampling, and the ids that no name says."""
+        given = dict(self._facts.generation)
+        for name, token_id in (("bos_token", self.bos_id), ("pad_token", self.pad_id)):
+            if self.settings and token_id != self.eos_id and not self.settings.get(name):
+                given[f"{name}_id"] = token_id
+        if len(self.end_ids) > 1:
+            given["eos_token_id"] = [self.eos_id, *sorted(self.end_ids - {self.eos_id})]
+        return given
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write `tokenizer.json`, in the `tokenizers` library's format, into `folder`.
 
-        Returns its path. If the special tokens do not have our default names, their names are
-        written to `tokenizer_config.json`. Each file is written atomically.
+        Returns its path. `settings` and `generation` are written beside it unless they are empty.
+        Each file is written atomically.
         """
-        target = Path(folder) / FILE_NAME
+        target = Path(folder) / TOKENIZER_FILE
         write_whole(target, self._backend.to_str(pretty=True))
-        if tuple(self._names.values()) != SPECIAL_TOKENS:
-            write_json(target.parent / NAMES_FILE, self._names)
+        for name, fields in ((SETTINGS_FILE, self.settings), (GENERATION_FILE, self.generation)):
+            if fields:
+                write_json(target.parent / name, fields)
         return target
 
     @classmethod
@@ -198,8 +375,10 @@ class Tokenizer:
 
         The folder may be a checkpoint, prepared data, or a run: its newest checkpoint or its data.
 
-        The names of the special tokens are the arguments; those not given are taken from
-        `tokenizer_config.json` beside the file or, without that file, are our defaults.
+        The files beside it are read as well; a folder of GPT-2's `vocab.json` and `merges.txt` will
+        do. The names of the special tokens are the arguments; those not given are as these files
+        say, else our defaults if it has them, else its end token: the only special token, or
+        `<|endoftext|>`.
 
         Args:
             path: The file or its folder.
@@ -211,45 +390,40 @@ class Tokenizer:
             ValueError: No such file, not a tokenizer, not byte-level, or a special token is
                 missing.
         """
-        file = _find_file(Path(path))
-        if not file.is_file():
-            raise ValueError(
-                f"no tokenizer at {file}: give a {FILE_NAME} file or a folder that holds one"
-            )
-        try:
-            backend = tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))
-        except UnicodeDecodeError as error:
-            raise ValueError(
-                f"{file} is not UTF-8 text at byte {error.start}: not a tokenizer.json"
-            ) from None
-        except (
-            Exception
-        ) as error:  # the library raises bare Exception for a file that it cannot parse
-            reason = str(error).splitlines()[0]
-            raise ValueError(f"{file} is not a tokenizer.json that can be read: {reason}") from None
+        file = find_file(Path(path))
+        facts = read_facts(file.parent)
         given = {"bos_token": bos_token, "eos_token": eos_token, "pad_token": pad_token}
-        names = _special_names(file.parent / NAMES_FILE)
-        return cls(backend, **{**names, **{key: name for key, name in given.items() if name}})
+        named = {key: name for key, name in given.items() if name}
+        facts = replace(facts, settings={**facts.settings, **named})
+        backend = None if file.is_file() else read_backend(file.parent, facts)
+        backend = read_file(file) if backend is None else backend
+        _check_byte_level(backend)
+        add_missing(backend, facts)
+        names = {name: facts.settings[name] for name in SPECIAL_NAMES if facts.settings.get(name)}
+        ours = all(backend.token_to_id(token) is not None for token in SPECIAL_TOKENS)
+        if not ours or "eos_token" in names:
+            names = special_names(backend, facts)
+        else:
+            names = dict(zip(SPECIAL_NAMES, SPECIAL_TOKENS, strict=True)) | names
+        if "eos_token" not in names:
+            special = [t.content for t in backend.get_added_tokens_decoder().values() if t.special]
+            raise ValueError(
+                f"{file.parent} does not say which token ends a text; its special tokens are "
+                f"{special}: write the name as eos_token into {SETTINGS_FILE} there"
+            )
+        return cls(backend, **names, facts=facts)
 
     def _special_id(self, token: str) -> int:
         token_id = self._backend.token_to_id(token)
         if token_id is None or self._token_bytes[token_id]:
             names = [t["content"] for t in self._config["added_tokens"] if t["special"]]
             raise ValueError(
-                f"the tokenizer has no special token {token!r}; it has {names}: "
-                f"name them with bos_token=, eos_token=, pad_token="
+                f"the tokenizer has no special token {token!r}; it has {names}: write the right "
+                f"names as {', '.join(SPECIAL_NAMES)} into its {SETTINGS_FILE}"
             )
         return int(token_id)
 
     def _read_token_bytes(self) -> list[bytes]:
-        decoder = self._config["decoder"] or {}
-        kinds = [decoder.get("type")] + [part["type"] for part in decoder.get("decoders", [])]
-        model = self._config["model"].get("type")
-        if "ByteLevel" not in kinds or model != "BPE":
-            raise ValueError(
-                f"the tokenizer is not a byte-level BPE (model {model}, decoder "
-                f"{decoder.get('type')}): give one that is, only it gives back every byte"
-            )
         byte_of = {character: byte for byte, character in enumerate(_byte_characters())}
         added = {t["id"]: t for t in self._config["added_tokens"]}
         vocab = self._backend.get_vocab(with_added_tokens=True)
@@ -257,41 +431,65 @@ class Tokenizer:
         for token, token_id in vocab.items():
             if token_id in added:
                 table[token_id] = b"" if added[token_id]["special"] else token.encode()
-            else:
+            elif all(character in byte_of for character in token):
                 table[token_id] = bytes(byte_of[character] for character in token)
+            else:
+                table[token_id] = token.encode()  # as the library decodes it
         return table
 
+    @cached_property
+    def change(self) -> str | None:
+        """How a text changes when it is encoded and decoded; None if it comes back unchanged.
 
-def _find_file(path: Path) -> Path:
-    """The tokenizer.json of a folder, which may be missing; any other path as it is."""
-    file = path / FILE_NAME
-    if not path.is_dir() or file.is_file():
-        return file if path.is_dir() else path
-    for checkpoint in sorted(path.glob("checkpoints/step-????????"), reverse=True):
-        if (checkpoint / FILE_NAME).is_file():
-            return checkpoint / FILE_NAME
-    for index in (path / "index.json", path / "data" / "index.json"):  # prepared data
-        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-            return index.parent / json.loads(index.read_text(encoding="utf-8"))["tokenizer_file"]
-    return file
+        Found on texts that hold every byte, and what normalizers and careless splitting change.
+        """
+        added = [t.content for t in self._backend.get_added_tokens_decoder().values()]
+        for text in (*PROBES, *(f" a  {content}  B " for content in added)):
+            back = self.decode(self.encode(text))
+            if back != text:
+                at = next(
+                    (i for i, (a, b) in enumerate(zip(text, back, strict=False)) if a != b),
+                    min(len(text), len(back)),
+                )
+                return f"{text[at : at + 8]!r} becomes {back[at : at + 8]!r}"
+        return None
+
+    def require_lossless(self, purpose: str) -> None:
+        """Check that a text comes back unchanged from its ids.
+
+        Raises:
+            ValueError: It does not; says what this is needed for.
+        """
+        if self.change is not None:
+            raise ValueError(
+                f"the tokenizer changes text ({self.change}), so {purpose} would be wrong; use one "
+                f"without a normalizer or prefix space in its {TOKENIZER_FILE}"
+            )
 
 
-def _special_names(file: Path) -> dict[str, str]:
-    """The special tokens named in transformers' file; its end token replaces those not named."""
-    ours = dict(zip(("bos_token", "eos_token", "pad_token"), SPECIAL_TOKENS, strict=True))
-    if not file.is_file():
-        return ours
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from None
-    found = {}
-    for key in ours:
-        token = data.get(key) if isinstance(data, dict) else None
-        text = token.get("content") if isinstance(token, dict) else token
-        if isinstance(text, str):
-            found[key] = text
-    return ours if "eos_token" not in found else dict.fromkeys(ours, found["eos_token"]) | found
+def _mark_begin(backend: tokenizers.Tokenizer, bos: str) -> None:
+    """Let the begin token stand before every text that is encoded with special tokens."""
+    if backend.token_to_id(bos) is not None:
+        single, pair = f"{bos}:0 $A:0", f"{bos}:0 $A:0 {bos}:1 $B:1"
+        specials = [(bos, backend.token_to_id(bos))]
+        backend.post_processor = TemplateProcessing(single, pair, specials)
+
+
+def _check_byte_level(backend: tokenizers.Tokenizer) -> dict[str, Any]:
+    """The tokenizer's file as JSON.
+
+    Raises:
+        ValueError: It is not a byte-level BPE.
+    """
+    config: dict[str, Any] = json.loads(backend.to_str())
+    decoder, model = config["decoder"] or {}, config["model"].get("type")
+    kinds = [decoder.get("type")] + [part["type"] for part in decoder.get("decoders", [])]
+    if "ByteLevel" not in kinds or model != "BPE":
+        raise ValueError(
+            f"the tokenizer is not a byte-level BPE (model {model}, decoder "
+            f"{decoder.get('type')}): give one that is, only it gives back every byte"
+        )
+    return config
 
 
 def byte_tokenizer() -> Tokenizer:

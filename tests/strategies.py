@@ -241,3 +241,25 @@ def model_fields(draw: st.DrawFn) -> Json:
         "embed_scale": draw(st.sampled_from([1.0, 3.0])),
         "tie_embeddings": draw(st.booleans()),
     }
+
+
+@torch.no_grad()
+def scripted_model(vocab_size: int, follows: dict[int, int]) -> RecurrentDepthLM:
+    """A model whose most likely next token depends on the last token alone, as ``follows`` says."""
+    config = small_config(
+        vocab_size=vocab_size,
+        d_model=128,
+        injection=configs.NoInjectionConfig(),
+        tie_embeddings=False,
+        max_seq_len=256,
+    )
+    model = random_model(config)
+    for name, weight in model.named_parameters():
+        if name.endswith(("attention.out.weight", "feed_forward.down.weight", "head.weight")):
+            weight.zero_()
+        elif weight.ndim == 1:
+            weight.fill_(1.0)
+    model.embed.weight.copy_(torch.randn(vocab_size, 128, generator=seeded(1)))
+    for last, token in follows.items():
+        model.head.weight[token] += model.embed.weight[last]
+    return model

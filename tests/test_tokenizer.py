@@ -9,6 +9,7 @@ import pytest
 import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import AddedToken, normalizers, pre_tokenizers
 
 from openmythos.tokenizer import (
     BOS_TOKEN,
@@ -20,7 +21,9 @@ from openmythos.tokenizer import (
     byte_tokenizer,
     train_bpe,
 )
+from tests.foreign import CHATML, END, START_TURN, backend, write_chat_folder, write_folder
 
+NAMED = {"bos_token": END, "eos_token": END, "pad_token": END}
 SAMPLE = [
     "def greet(name):\n    if name:\n        return f'hello {name}'\n    return None\n",
     "The quick brown fox jumps over the lazy dog. It's 2024, they're running: été, 漢字, 😀.\n\n",
@@ -66,10 +69,10 @@ def test_decoding_skips_specials_and_replaces_half_characters():
     assert BYTES.decode(euro[:2]) == "\ufffd"
 
 
-@pytest.mark.parametrize("token_id", [-1, 259])
-def test_an_id_outside_the_vocabulary_is_named(token_id):
-    with pytest.raises(ValueError, match=rf"token id {token_id} .* 0 to 258"):
-        BYTES.decode([token_id])
+def test_ids_past_the_vocabulary_have_no_text_and_negative_ones_are_refused():
+    assert BYTES.decode([259, *BYTES.encode("a"), 100_000]) == "a"
+    with pytest.raises(ValueError, match="token id -1 is negative"):
+        BYTES.decode([-1])
 
 
 def test_training_is_deterministic_and_fills_the_vocabulary():
@@ -103,7 +106,7 @@ def test_saved_tokenizer_is_the_same_here_and_in_the_tokenizers_library(tmp_path
         assert loaded.fingerprint == BPE.fingerprint
         assert loaded.encode("hello world" + BOS_TOKEN) == BPE.encode("hello world" + BOS_TOKEN)
     library = tokenizers.Tokenizer.from_file(str(path))
-    assert library.encode("hello world").ids == BPE.encode("hello world")
+    assert library.encode("hello world").ids == BPE.encode_prompt("hello world")
     assert library.decode(BPE.encode("hello world")) == "hello world"
 
 
@@ -117,9 +120,13 @@ def test_fingerprint_tells_tokenizers_apart_and_not_formatting(tmp_path):
 def test_another_projects_names_for_the_specials(tmp_path):
     path = BPE.save(tmp_path)
     path.write_text(path.read_text().replace(BOS_TOKEN, "<s>").replace(PAD_TOKEN, "<unk>"))
-    with pytest.raises(ValueError, match=r"no special token '<\|bos\|>'; it has \['<s>'"):
+    with pytest.raises(
+        ValueError, match=r"not say which .* \['<s>', .*eos_token into tokenizer_co"
+    ):
         Tokenizer.load(path)
-    loaded = Tokenizer.load(path, bos_token="<s>", pad_token=EOS_TOKEN)
+    with pytest.raises(ValueError, match=r"no special token '</s>'; it has \['<s>',"):
+        Tokenizer.load(path, eos_token="</s>")
+    loaded = Tokenizer.load(path, bos_token="<s>", eos_token=EOS_TOKEN)
     assert loaded.bos_id == BPE.bos_id
     assert loaded.pad_id == loaded.eos_id
 
@@ -225,3 +232,112 @@ def test_a_damaged_file_of_names_is_one_clear_error(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text("{", encoding="utf-8")
     with pytest.raises(ValueError, match=r"tokenizer_config\.json is not JSON"):
         Tokenizer.load(tmp_path)
+
+
+# --- tokenizers that change text ------------------------------------------------------------------
+
+LOSSY = {
+    "NFC": {"normalizer": normalizers.NFC()},
+    "NFD": {"normalizer": normalizers.NFD()},
+    "NFKC": {"normalizer": normalizers.NFKC()},
+    "lower case": {"normalizer": normalizers.Lowercase()},
+    "strip": {"normalizer": normalizers.Strip(left=False, right=True)},
+    "accents": {"normalizer": normalizers.StripAccents()},
+    "control characters": {
+        "normalizer": normalizers.BertNormalizer(
+            clean_text=True, handle_chinese_chars=False, strip_accents=False, lowercase=False
+        )
+    },
+    "quotes": {"normalizer": normalizers.Replace("``", '"')},
+    "prefix": {"prefix_space": True},
+}
+
+
+@pytest.mark.parametrize("kind", LOSSY)
+def test_a_tokenizer_that_changes_text_is_known_and_not_trained_with(
+    tmp_path: Path, kind: str
+) -> None:
+    found = Tokenizer.load(write_folder(tmp_path, backend(END, **LOSSY[kind])))
+    assert found.change is not None and " becomes " in found.change
+    with pytest.raises(ValueError, match=r"changes text \(.* becomes .*\), so training would be"):
+        found.require_lossless("training")
+
+
+def test_other_ways_to_lose_text(tmp_path: Path) -> None:
+    holes = backend(END)
+    file = json.loads(holes.to_str())
+    lost = next(token for token in file["model"]["vocab"] if token == "~")
+    file["model"]["vocab"]["unused~"] = file["model"]["vocab"].pop(lost)
+    assert Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(file)), **NAMED).change is not None
+    splits = backend(END)
+    splits.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), splits.pre_tokenizer]
+    )
+    assert Tokenizer(splits, **NAMED).change is not None
+    strips = backend(END)
+    strips.add_tokens([AddedToken("<tool>", lstrip=True)])
+    assert Tokenizer(strips, **NAMED).change is not None
+
+
+def test_what_a_program_asked_for_last_is_no_loss(tmp_path: Path) -> None:
+    """Truncation and padding are saved in the file, and are none of the tokenizer's business."""
+    made = backend(END, START_TURN)
+    made.add_tokens([AddedToken("<tool>")])
+    made.enable_truncation(4)
+    made.enable_padding(length=16)
+    found = Tokenizer.load(write_folder(tmp_path, made, tokenizer_config={"eos_token": END}))
+    assert found.change is None and len(found.encode("a text of letters")) > 10
+    assert BYTES.change is None and BPE.change is None
+
+
+def test_facts_of_a_folder_are_kept_beside_the_file(tmp_path: Path) -> None:
+    theirs = Tokenizer.load(write_chat_folder(tmp_path / "theirs"))
+    theirs.save(tmp_path / "ours")
+    for folder in ("theirs", "ours"):
+        found = Tokenizer.load(tmp_path / folder)
+        assert found.chat_template == CHATML and found.end_ids == {258, 260}
+        assert found.sampling == {"temperature": 0.6, "top_k": 50, "top_p": 0.9}
+        assert found.fingerprint == theirs.fingerprint and found.begin_ids == ()
+    assert BPE.sampling == {} and BPE.settings == {} and BPE.generation == {}
+    assert BPE.begin_ids == (BPE.bos_id,) and BPE.end_ids == {BPE.eos_id}
+
+
+def test_named_templates_have_a_default(tmp_path: Path) -> None:
+    named = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": CHATML}]
+    settings = {"eos_token": END, "chat_template": named}
+    folder = write_folder(tmp_path / "a", backend(END), tokenizer_config=settings)
+    assert Tokenizer.load(folder).chat_template == CHATML
+    Tokenizer.load(folder).save(tmp_path / "b")
+    assert Tokenizer.load(tmp_path / "b").settings["chat_template"] == named
+
+
+# --- special tokens on request --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("lstrip", "rstrip"), [(False, False), (True, False), (True, True)])
+def test_marks_are_read_as_by_the_library(lstrip: bool, rstrip: bool) -> None:
+    made = backend(END)
+    added = [AddedToken(n, special=True, lstrip=lstrip, rstrip=rstrip) for n in ("<a>", "<a><b>")]
+    made.add_special_tokens(added)
+    library = tokenizers.Tokenizer.from_str(made.to_str())
+    ours = Tokenizer(made, **NAMED)
+    for text in ("", "<a>", "x <a> y", "<a><b>\n the<a>", f"{END}  <b> <a>", "<a", " <a><a> \n"):
+        assert ours.encode(text, special=True) == library.encode(text).ids
+        assert ours.decode(ours.encode(text)) == text
+
+
+def test_prompts_begin_as_texts_do() -> None:
+    ids = BPE.encode("the")
+    assert BPE.encode_prompt("the") == [BPE.bos_id, *ids]
+    assert BPE.encode_prompt(f"{BOS_TOKEN}the", special=True) == [BPE.bos_id, *ids]
+    plain = Tokenizer(backend(END), **NAMED)
+    assert plain.encode_prompt("the") == plain.encode("the")
+    assert plain.encode_prompt("") == [plain.bos_id]
+
+
+def test_files_of_the_first_versions_begin_texts_as_before(tmp_path: Path) -> None:
+    path = BPE.save(tmp_path)
+    file = json.loads(path.read_text())
+    file["post_processor"] = None
+    path.write_text(json.dumps(file))
+    assert Tokenizer.load(path).begin_ids == (BPE.bos_id,)

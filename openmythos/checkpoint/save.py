@@ -1,4 +1,4 @@
-"""Write a checkpoint folder: model.safetensors, config.json and, optionally, tokenizer.json.
+"""Write a checkpoint folder: model.safetensors, config.json and, optionally, a tokenizer.
 
 Its manifest.json, which is written last, holds the SHA-256 of each of them.
 """
@@ -21,11 +21,12 @@ from openmythos.folder import (
 )
 from openmythos.model.recurrent import RecurrentDepthLM
 from openmythos.tokenizer import Tokenizer
+from openmythos.tokenizer_folder import GENERATION_FILE, SETTINGS_FILE, TOKENIZER_FILE
 
 FORMAT, FORMAT_VERSION = "openmythos", 1
 OWN_FILES = {
     *(CONFIG_FILE, WEIGHTS_FILE, MANIFEST_FILE),
-    *("tokenizer.json", "tokenizer_config.json"),
+    *(TOKENIZER_FILE, SETTINGS_FILE, GENERATION_FILE),
 }
 
 

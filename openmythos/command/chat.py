@@ -11,18 +11,22 @@ from openmythos.command.decoding import (
     Layout,
     NewTokens,
     NumLoops,
+    Special,
+    Stop,
     Temperature,
     TopK,
     TopP,
     coloured,
     decoding_of,
     load,
+    sampling_of,
 )
 from openmythos.command.option import Device, Overrides, Seed
 from openmythos.terminal import console
 
 if TYPE_CHECKING:
     from openmythos.engine.reference import Session
+    from openmythos.tokenizer import Tokenizer
 
 MIN_ANSWER = 8  # tokens of the context that must be left for an answer
 
@@ -34,13 +38,15 @@ def chat(
     exit_rule: ExitKind = "fixed",
     cache_layout: Layout = "per_loop",
     overrides: Overrides = None,
-    temperature: Temperature = 0.8,
-    top_k: TopK = 50,
+    temperature: Temperature = None,
+    top_k: TopK = None,
     top_p: TopP = None,
+    stop: Stop = None,
+    special: Special = False,
     seed: Seed = 0,
     device: Device = "cpu",
 ) -> None:
-    """Talk to a model: each line goes on where the last answer ended."""
+    """Talk to a model, in its chat template; without one, each line continues the text."""
     rule, layout = decoding_of(exit_rule, cache_layout, overrides or [])
     model, tokenizer = load(checkpoint, device)
     from openmythos.engine.reference import Session
@@ -48,7 +54,8 @@ def chat(
     from openmythos.engine.sampling import SamplingConfig
     from openmythos.text_stream import TextStream
 
-    sampling = SamplingConfig(temperature=temperature, top_k=top_k, top_p=top_p)
+    default = SamplingConfig(temperature=0.8, top_k=50)
+    sampling = sampling_of(tokenizer, default, temperature, top_k, top_p)
     screen, notes = console(), console(notes=True)
     depth = model.config.num_loops if num_loops is None else num_loops
     deepest = max(4 * model.config.num_loops, depth)
@@ -56,41 +63,70 @@ def chat(
     def fresh() -> "Session":
         return Session(model, max_loops=deepest, cache_layout=layout)
 
-    session, prefix = fresh(), [tokenizer.bos_id]
-    notes.print(Text("/loops N, /reset, /quit; a base model continues text.", "dim"))
+    session, talk = fresh(), Talk(tokenizer, special)
+    how = "each line continues the text" if tokenizer.chat_template is None else "in its template"
+    notes.print(Text(f"/loops N, /reset, /quit; {how}.", "dim"))
     while (line := ask(notes)) is not None and line != "/quit":
         if line == "/reset":
-            session, prefix = fresh(), [tokenizer.bos_id]
+            session, talk = fresh(), Talk(tokenizer, special)
             continue
         if line.startswith("/"):
             depth = read_depth(notes, line, depth, deepest)
             continue
-        words = tokenizer.encode(f"{line}\n")
-        if len(words) > session.max_len - MIN_ANSWER:
-            said = f"that line has {len(words)} tokens: too long for this model"
+        alone = len(Talk(tokenizer, special).prompt(line))
+        if alone > session.max_len - MIN_ANSWER:
+            said = f"that line has {alone} tokens: too long for this model"
             notes.print(Text(said, "red"))
             continue
-        if 1 + len(words) + MIN_ANSWER > session.room():
+        whole = talk.prompt(line)
+        if len(whole) + MIN_ANSWER > session.max_len:
             notes.print(Text("the context is full; starting again", "dim"))
-            session, prefix = fresh(), [tokenizer.bos_id]
-        prompt = [*prefix, *words]
+            session, talk = fresh(), Talk(tokenizer, special)
+            whole = talk.prompt(line)
+        if whole[: len(talk.seen)] != talk.seen:  # the template writes earlier turns otherwise
+            session, talk.seen = fresh(), []
         request = Request(
-            tokens=prompt,
-            max_new_tokens=min(max_new_tokens, session.room() - len(prompt)),
+            tokens=whole[len(talk.seen) :],
+            max_new_tokens=min(max_new_tokens, session.max_len - len(whole)),
             num_loops=depth,
             exit_rule=rule,
             sampling=sampling,
-            stop_tokens=[tokenizer.eos_id],
+            stop_tokens=tokenizer.end_ids,
             seed=seed,
         )
-        answer, loops, ended = TextStream(tokenizer), list[int](), False
+        talk.seen, answer, loops = whole, TextStream(tokenizer, stop or ()), list[int]()
         for new in session.stream([request]):
+            talk.seen.append(new.token)
             loops.append(new.num_loops)
             screen.print(coloured(answer.push(new.token), loops, deepest), end="")
-            ended = new.finish_reason == "stop"
+            if answer.stopped:
+                break
         screen.print(coloured(answer.finish(), loops, deepest))
-        # In training, an eos is always followed by the bos of another document.
-        prefix = [tokenizer.bos_id] if ended else []
+        talk.answered(line, answer.text)
+
+
+class Talk:
+    """What has been said, and the tokens of it that the session has."""
+
+    def __init__(self, tokenizer: "Tokenizer", special: bool) -> None:
+        self.tokenizer, self.special = tokenizer, special
+        self.messages: list[dict[str, str]] = []
+        self.seen: list[int] = []
+
+    def prompt(self, line: str) -> list[int]:
+        """The tokens of everything up to the answer to ``line``."""
+        if self.tokenizer.chat_template is not None:
+            messages = [*self.messages, {"role": "user", "content": line}]
+            return self.tokenizer.encode_chat(messages, special=self.special)
+        if self.seen and self.seen[-1] not in self.tokenizer.end_ids:
+            return [*self.seen, *self.tokenizer.encode(f"{line}\n", special=self.special)]
+        # In training, an end is always followed by the beginning of another document.
+        return [*self.seen, *self.tokenizer.encode_prompt(f"{line}\n", special=self.special)]
+
+    def answered(self, line: str, answer: str) -> None:
+        """Keep a line and its answer."""
+        self.messages.append({"role": "user", "content": line})
+        self.messages.append({"role": "assistant", "content": answer})
 
 
 def ask(notes: Console) -> str | None:

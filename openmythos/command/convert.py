@@ -1,5 +1,6 @@
 """``openmythos convert``: write a checkpoint under another family's names."""
 
+import sys
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -22,11 +23,14 @@ def convert(
     wanted = parse_dtype(dtype)
     from openmythos.checkpoint.save import save_pretrained
     from openmythos.interop.hub import local_folder
-    from openmythos.interop.loading import load_pretrained, own_tokenizer
+    from openmythos.interop.loading import load_pretrained, usable_tokenizer
     from openmythos.interop.writing import save_as
 
     family = None if to == "openmythos" else family_named(to)
-    model, tokenizer = load_pretrained(path, dtype=wanted), own_tokenizer(local_folder(path))
+    folder = local_folder(path)
+    model, (tokenizer, note) = load_pretrained(folder, dtype=wanted), usable_tokenizer(folder)
+    if note:
+        print(f"note: {note}", file=sys.stderr)
     if family is None:
         save_pretrained(model, out, tokenizer)
     else:

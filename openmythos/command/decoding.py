@@ -11,6 +11,7 @@ from rich.text import Text
 from openmythos.command.option import check_device
 
 if TYPE_CHECKING:
+    from openmythos.engine.sampling import SamplingConfig
     from openmythos.model.cache import CacheLayout
     from openmythos.model.exit import Rule
     from openmythos.model.recurrent import RecurrentDepthLM
@@ -35,9 +36,18 @@ Layout = Annotated[
         help="per_loop (exact), last_loop, first_loop or every_k (--set cache_layout.k=2).",
     ),
 ]
-Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
+Temperature = Annotated[
+    float | None, typer.Option(help="0 is greedy. Default: as the checkpoint asks to be sampled.")
+]
 TopK = Annotated[int | None, typer.Option(help="Keep the K most likely tokens.")]
 TopP = Annotated[float | None, typer.Option(help="Keep the fewest tokens of this probability.")]
+Stop = Annotated[
+    list[str] | None, typer.Option(help="Text that ends an answer, not shown. Repeatable.")
+]
+Special = Annotated[
+    bool,
+    typer.Option("--special", help="Read marks such as <|im_start|> in the text as the tokens."),
+]
 
 
 def decoding_of(
@@ -80,6 +90,27 @@ def decoding_of(
     return make_exit_rule(exit_rule, **fields["exit_rule"]), layout
 
 
+def sampling_of(
+    tokenizer: "Tokenizer",
+    default: "SamplingConfig",
+    temperature: float | None,
+    top_k: int | None,
+    top_p: float | None,
+) -> "SamplingConfig":
+    """How to sample: as the options say, else as the checkpoint does, else the default.
+
+    A temperature that is given leaves the checkpoint's top-k and top-p out. Ids without a token are
+    never sampled.
+    """
+    from openmythos.engine.sampling import SamplingConfig
+
+    fields = {name: getattr(default, name) for name in ("temperature", "top_k", "top_p")}
+    fields |= tokenizer.sampling if temperature is None else {}
+    given = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    fields |= {name: value for name, value in given.items() if value is not None}
+    return SamplingConfig(**fields, num_ids=tokenizer.vocab_size)
+
+
 def load(checkpoint: Path, device: str) -> tuple["RecurrentDepthLM", "Tokenizer"]:
     """A checkpoint's model and tokenizer.
 
@@ -90,11 +121,15 @@ def load(checkpoint: Path, device: str) -> tuple["RecurrentDepthLM", "Tokenizer"
     from openmythos import load_pretrained
     from openmythos.interop.hub import local_folder
     from openmythos.tokenizer import Tokenizer
+    from openmythos.tokenizer_folder import TOKENIZER_FILE, VOCAB_FILE
 
     folder = local_folder(checkpoint)
-    if not (folder / "tokenizer.json").exists():
+    if not any((folder / name).exists() for name in (TOKENIZER_FILE, VOCAB_FILE)):
         raise ValueError(f"{folder} has no tokenizer.json; the model was not trained on text")
-    return load_pretrained(folder, device=device), Tokenizer.load(folder)
+    tokenizer = Tokenizer.load(folder)
+    if tokenizer.change is not None:
+        typer.echo(f"note: the tokenizer changes text: {tokenizer.change}", err=True)
+    return load_pretrained(folder, device=device), tokenizer
 
 
 def coloured(pieces: "Iterable[TextPiece]", loops: Sequence[int], most: int) -> Text:

@@ -1,8 +1,9 @@
 """``openmythos generate``: continue prompts, each token coloured by the loops it took."""
 
 import json
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.text import Text
@@ -13,16 +14,23 @@ from openmythos.command.decoding import (
     Layout,
     NewTokens,
     NumLoops,
+    Special,
+    Stop,
     Temperature,
     TopK,
     TopP,
     coloured,
     decoding_of,
     load,
+    sampling_of,
 )
 from openmythos.command.option import AsJson, Device, Overrides, Seed
 from openmythos.folder import write_whole
 from openmythos.terminal import console
+from openmythos.text_stream import TextPiece, TextStream
+
+if TYPE_CHECKING:
+    from openmythos.engine.reference import NewToken
 
 
 def generate(
@@ -33,9 +41,11 @@ def generate(
     exit_rule: ExitKind = "fixed",
     cache_layout: Layout = "per_loop",
     overrides: Overrides = None,
-    temperature: Temperature = 0.0,
+    temperature: Temperature = None,
     top_k: TopK = None,
     top_p: TopP = None,
+    stop: Stop = None,
+    special: Special = False,
     compiled: Annotated[
         bool, typer.Option("--compiled", help="Wait for the compiler, then decode faster.")
     ] = False,
@@ -44,31 +54,38 @@ def generate(
     out: Annotated[Path | None, typer.Option(help="Write the JSON to this file too.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Continue prompts, all in one batch."""
+    """Continue prompts, all in one batch; greedily, unless the checkpoint asks to be sampled."""
     if not prompt:
         raise ValueError('give at least one --prompt "..."')
     rule, layout = decoding_of(exit_rule, cache_layout, overrides or [])
     model, tokenizer = load(checkpoint, device)
-    from openmythos import generate as run
-    from openmythos.text_stream import decode_pieces
+    from openmythos.engine.reference import Session
+    from openmythos.engine.request import Request
+    from openmythos.engine.sampling import SamplingConfig
 
-    result = run(
-        model,
-        [[tokenizer.bos_id, *tokenizer.encode(text)] for text in prompt],
-        max_new_tokens=max_new_tokens,
-        num_loops=num_loops,
-        exit_rule=rule,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        stop_tokens=[tokenizer.eos_id],
-        cache_layout=layout,
-        compiled=compiled,
-        seed=seed,
-    )
+    sampling = sampling_of(tokenizer, SamplingConfig(), temperature, top_k, top_p)
+    requests = [
+        Request(
+            tokens=tokenizer.encode_prompt(text, special=special),
+            max_new_tokens=max_new_tokens,
+            num_loops=num_loops,
+            exit_rule=rule,
+            sampling=sampling,
+            stop_tokens=tokenizer.end_ids,
+            seed=seed,
+            sample_idx=row,
+        )
+        for row, text in enumerate(prompt)
+    ]
+    session = Session.fitting(model, requests, cache_layout=layout, compiled=compiled)
+    answers = [Answer(TextStream(tokenizer, stop or ())) for _ in prompt]
+    for new in session.stream(requests):
+        answers[new.row].add(new)
+        if all(answer.ended for answer in answers):
+            break
     rows = [
-        {"prompt": text, "text": tokenizer.decode(tokens), "tokens": tokens, "loops": loops}
-        for text, tokens, loops in zip(prompt, result.tokens, result.loops, strict=True)
+        {"prompt": text, "text": a.stream.text, "tokens": a.tokens, "loops": a.loops}
+        for text, a in zip(prompt, answers, strict=True)
     ]
     if out is not None:
         write_whole(out, json.dumps(rows, indent=2) + "\n")
@@ -76,11 +93,32 @@ def generate(
         typer.echo(json.dumps(rows))
         return
     most = model.config.num_loops if num_loops is None else num_loops
-    answers, notes = console(), console(notes=True)
-    for text, tokens, loops in zip(prompt, result.tokens, result.loops, strict=True):
-        answers.print(Text(text, style="bold"), end="")
-        pieces = decode_pieces(tokenizer, tokens)
-        answers.print(coloured(pieces, loops, most))
-        if loops:
-            said = f"{sum(loops) / len(loops):.2f} of {most} loops per token"
-            notes.print(Text(said, "dim"))
+    screen, notes = console(), console(notes=True)
+    for text, answer in zip(prompt, answers, strict=True):
+        screen.print(Text(text, style="bold"), end="")
+        screen.print(coloured(answer.pieces, answer.loops, most))
+        if answer.loops:
+            mean = sum(answer.loops) / len(answer.loops)
+            notes.print(Text(f"{mean:.2f} of {most} loops per token", "dim"))
+
+
+@dataclass
+class Answer:
+    """What one prompt got: its tokens, their loops and the text, up to a stop text or end token."""
+
+    stream: TextStream
+    tokens: list[int] = field(default_factory=list)
+    loops: list[int] = field(default_factory=list)
+    pieces: list[TextPiece] = field(default_factory=list)
+    ended: bool = False
+
+    def add(self, new: "NewToken") -> None:
+        """Take a new token, unless the answer has ended."""
+        if self.ended:
+            return
+        self.tokens.append(new.token)
+        self.loops.append(new.num_loops)
+        self.pieces += self.stream.push(new.token)
+        self.ended = self.stream.stopped or new.finish_reason is not None
+        if self.ended:
+            self.pieces += self.stream.finish()

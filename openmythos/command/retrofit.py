@@ -12,7 +12,6 @@ from openmythos.command.option import AsJson, Out
 if TYPE_CHECKING:
     from openmythos.config import StateInitConfig
     from openmythos.retrofit.split import Layers
-    from openmythos.tokenizer import Tokenizer
 
 RECIPE_STD = 0.0087  # standard deviation of h_0 in the published retrofits
 STATE_INITS = ("zeros", "copy", "normal")
@@ -59,7 +58,7 @@ def retrofit(
 
     from openmythos.checkpoint.save import save_pretrained
     from openmythos.interop.hub import local_folder
-    from openmythos.interop.loading import load_pretrained
+    from openmythos.interop.loading import load_pretrained, usable_tokenizer
     from openmythos.retrofit.split import retrofit as split
     from openmythos.retrofit.tie import tie as tie_layers
 
@@ -79,7 +78,7 @@ def retrofit(
         if num_loops not in (None, fits):
             raise ValueError(f"--num-loops is {num_loops}; {tie} tied layers need {fits} loops")
         said |= {"tied_layers": tie, "rank": chosen, "relative_error": result.error}
-    tokenizer, note = tokenizer_of(folder)
+    tokenizer, note = usable_tokenizer(folder)
     if note:
         print(f"note: {note}", file=sys.stderr)
     save_pretrained(made, out, tokenizer)
@@ -148,18 +147,6 @@ def state_init_of(kind: str) -> "StateInitConfig":
     if kind == "normal":
         return NormalInitConfig(std=RECIPE_STD)
     return CopyInitConfig() if kind == "copy" else ZerosInitConfig()
-
-
-def tokenizer_of(folder: Path) -> tuple["Tokenizer | None", str]:
-    """The source's tokenizer, or None and the reason: a tokenizer is optional here."""
-    from openmythos.tokenizer import Tokenizer
-
-    if not (folder / "tokenizer.json").is_file():
-        return None, f"{folder} has no tokenizer.json; the result has none either"
-    try:
-        return Tokenizer.load(folder), ""
-    except ValueError as error:
-        return None, f"the tokenizer is left out: {error}"
 
 
 def shown(value: object) -> str:

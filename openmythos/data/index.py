@@ -94,6 +94,7 @@ class PreparedData:
                 f"{tokenizer.fingerprint[:12]}, the "
                 f"tokens were made with {self.tokenizer_fingerprint[:12]}; prepare the data again"
             )
+        tokenizer.require_lossless("bits per byte of these tokens")
         return tokenizer
 
     def link(self, folder: Path) -> bool:

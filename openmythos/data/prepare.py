@@ -106,9 +106,7 @@ def prepare(
         ValueError: An argument is out of range, the source cannot be read or split, or `out` holds
             other files.
     """
-    _check_arguments(
-        vocab_size if tokenizer is None else None, val_fraction, seed, max_shard_tokens
-    )
+    _check_arguments(tokenizer, vocab_size, val_fraction, seed, max_shard_tokens)
     folder = Path(out)
     old = _existing(folder)
     settings: dict[str, Any] = {
@@ -138,7 +136,7 @@ def prepare(
         is_val = spool.arrange(seed, val_fraction)
         if tokenizer is None:
             tokenizer = train_bpe(spool.texts(~is_val, MAX_BPE_TRAINING_BYTES), vocab_size)
-        tokenizer.save(building)
+        tokenizer.marking_begin().save(building)  # as every document has it from here on
         splits = {
             split: _write_split(spool, chosen, tokenizer, building, split, max_shard_tokens)
             for split, chosen in zip(SPLITS, (~is_val, is_val), strict=True)
@@ -150,9 +148,15 @@ def prepare(
 
 
 def _check_arguments(
-    vocab_size: int | None, val_fraction: float, seed: int, max_shard_tokens: int
+    tokenizer: Tokenizer | None,
+    vocab_size: int,
+    val_fraction: float,
+    seed: int,
+    max_shard_tokens: int,
 ) -> None:
-    if vocab_size is not None and vocab_size < MIN_BPE_VOCAB:
+    if tokenizer is not None:
+        tokenizer.require_lossless("training data and bits per byte")
+    elif vocab_size < MIN_BPE_VOCAB:
         raise ValueError(
             f"vocab_size={vocab_size} is too small: the 256 bytes and the special tokens need at "
             f"least {MIN_BPE_VOCAB}"

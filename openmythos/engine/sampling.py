@@ -6,6 +6,7 @@ random numbers.
 """
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -23,13 +24,19 @@ class SamplingConfig:
     The logits are divided by ``temperature`` (0 means greedy). Then only the ``top_k`` most likely
     tokens are kept (all, if it exceeds the vocabulary), and of these the smallest set of most
     likely ones whose probabilities, renormalised, sum to at least ``top_p``.
+
+    Only ids below ``num_ids`` are sampled: a model's vocabulary is often padded past that of its
+    tokenizer, and an id without a token means nothing. None: all ids.
     """
 
     temperature: float = 0.0
     top_k: int | None = None
     top_p: float | None = None
+    num_ids: int | None = None
 
     def __post_init__(self) -> None:
+        if self.num_ids is not None:
+            object.__setattr__(self, "num_ids", as_integer("num_ids", self.num_ids, 1))
         allowed = "a number of at least 0 (0 is greedy)"
         temperature = as_number("temperature", self.temperature, allowed)
         require(temperature >= 0, "temperature", temperature, allowed)
@@ -85,6 +92,7 @@ def token_probs(
     """
     _check_rows(logits, configs)
     _check_finite(logits)
+    logits = _with_tokens(logits, configs)
     wide = logits.double()
     top = wide.amax(dim=-1, keepdim=True)
     best = torch.zeros_like(wide).scatter_(1, logits.argmax(dim=-1, keepdim=True), 1.0)
@@ -96,6 +104,18 @@ def token_probs(
         probs = _filtered(probs, configs)
     greedy = torch.tensor([[config.temperature == 0] for config in configs], device=logits.device)
     return torch.where(greedy, best, probs)
+
+
+def _with_tokens(
+    logits: Float[Tensor, "B V"], configs: Sequence[SamplingConfig]
+) -> Float[Tensor, "B V"]:
+    """The logits with -inf at ids from each row's ``num_ids`` on."""
+    size = logits.shape[-1]
+    limits = [size if config.num_ids is None else config.num_ids for config in configs]
+    if min(limits) >= size:
+        return logits
+    ids = torch.arange(size, device=logits.device)
+    return logits.masked_fill(ids >= ids.new_tensor(limits)[:, None], -math.inf)
 
 
 def _check_rows(logits: Tensor, configs: Sequence[SamplingConfig]) -> None:
@@ -163,7 +183,7 @@ def sample(
     draws = [torch.rand((), dtype=torch.float64, generator=generator) for generator in generators]
     if all(config.temperature == 0 for config in configs):
         _check_finite(logits)
-        return logits.argmax(dim=-1)
+        return _with_tokens(logits, configs).argmax(dim=-1)
     probs = token_probs(logits, configs)
     uniform = torch.stack(draws).to(logits.device)[:, None]
     cumulative = probs.cumsum(dim=-1)

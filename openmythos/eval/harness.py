@@ -48,7 +48,7 @@ class HarnessModel(TemplateLM):
         batch_size: Rows per batch; does not change scores.
         max_batch_size: Unused; the harness' command line passes it.
         device: Device of a model loaded from a folder.
-        add_bos: Whether contexts begin with bos.
+        add_bos: Whether contexts begin with the ids that the tokenizer begins a text with.
         seed: Seed of random initial states and of samples.
     """
 

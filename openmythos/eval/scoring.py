@@ -29,6 +29,18 @@ class Codec(ByteDecoder, Protocol):
     """Text to token ids and back, as a ``Tokenizer``; an id is None if the token does not exist."""
 
     @property
+    def vocab_size(self) -> int:
+        """Number of ids; the model may have more, which are not generated."""
+
+    @property
+    def begin_ids(self) -> tuple[int, ...]:
+        """The ids before a text that is to be continued."""
+
+    @property
+    def end_ids(self) -> frozenset[int]:
+        """The ids that end a generated text."""
+
+    @property
     def bos_id(self) -> int | None:
         """The token that begins a document."""
 
@@ -38,6 +50,9 @@ class Codec(ByteDecoder, Protocol):
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, without special tokens."""
+
+    def require_lossless(self, purpose: str) -> None:
+        """Raise a ValueError if a text does not come back unchanged from its ids."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +80,7 @@ class Scorer:
         codec: The model's tokenizer.
         num_loops: Loops per token.
         batch_size: Rows per batch; does not change results.
-        add_bos: Whether contexts begin with the codec's bos, as documents in training do.
+        add_bos: Whether contexts begin with the ids that the codec begins a text with.
         seed: Seed of random initial states and of samples.
         exit_rule: Stops single tokens earlier; used in generation only.
         cache_layout: The cache layout of generation; default: the exact one.
@@ -105,9 +120,8 @@ class Scorer:
     # --- text to tokens --------------------------------------------------------------------------
 
     def encode_context(self, text: str) -> list[int]:
-        """Token ids of a context, with bos if ``add_bos`` is set and the codec has one."""
-        bos = self.codec.bos_id if self.add_bos else None
-        return [*([] if bos is None else [bos]), *self.codec.encode(text)]
+        """Token ids of a context, after the codec's ``begin_ids`` if ``add_bos`` is set."""
+        return [*(self.codec.begin_ids if self.add_bos else ()), *self.codec.encode(text)]
 
     def encode_pair(self, context: str, continuation: str) -> Pair:
         """Token ids of both, split from the ids of the two texts encoded as one.
@@ -133,7 +147,12 @@ class Scorer:
         return self.score_tokens([self.encode_pair(*pair) for pair in pairs])
 
     def rolling(self, texts: Sequence[str]) -> list[float]:
-        """Log-likelihood of each whole text in nats, in windows of the model's maximum length."""
+        """Log-likelihood of each whole text in nats, in windows of the model's maximum length.
+
+        Raises:
+            ValueError: The tokenizer changes text, so that the nats are those of another text.
+        """
+        self.codec.require_lossless("bits per byte")
         windows: list[Pair] = []
         owners: list[int] = []
         for index, text in enumerate(texts):
@@ -229,9 +248,12 @@ class Scorer:
             num_loops=self.num_loops,
             exit_rule=self.exit_rule,
             sampling=SamplingConfig(
-                temperature=request.temperature, top_k=request.top_k, top_p=request.top_p
+                temperature=request.temperature,
+                top_k=request.top_k,
+                top_p=request.top_p,
+                num_ids=self.codec.vocab_size,
             ),
-            stop_tokens=[] if self.codec.eos_id is None else [self.codec.eos_id],
+            stop_tokens=self.codec.end_ids,
             seed=self.seed,
             sample_idx=index,
         )

@@ -17,11 +17,18 @@ class WalkCodec:
 
     bos_id: int | None = None
     eos_id: int | None = None
+    begin_ids: tuple[int, ...] = ()
+    end_ids: frozenset[int] = frozenset()
 
     def __init__(self, walks: Walks) -> None:
         entities = [f"e{number}" for number in range(walks.config.num_entities)]
         self.words = [*entities, *(f"r{number}" for number in range(walks.config.num_relations))]
         self._ids = {word: index for index, word in enumerate(self.words)}
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids, one for each word."""
+        return len(self.words)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of words separated by white space.
@@ -37,6 +44,9 @@ class WalkCodec:
                     f"{self.words[-1]} and can be asked hops_1, hops_2 ... only"
                 )
         return [self._ids[word] for word in words]
+
+    def require_lossless(self, purpose: str) -> None:
+        """Nothing: words come back as they are, but for the white space between them."""
 
     def decode(self, ids: Iterable[int]) -> str:
         """The words, separated by spaces."""

@@ -12,9 +12,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-import tokenizers
 import torch
-from tokenizers.processors import TemplateProcessing
 
 from openmythos import config as configs
 from openmythos.checkpoint.load import empty_model
@@ -33,6 +31,16 @@ from openmythos.interop.writing import (
 )
 from openmythos.model.recurrent import RecurrentDepthLM
 from openmythos.tokenizer import Tokenizer
+from openmythos.tokenizer_folder import (
+    GENERATION_FILE,
+    MERGES_FILE,
+    SETTINGS_FILE,
+    SPECIAL_NAMES,
+    TEMPLATE_FILE,
+    TOKENIZER_FILE,
+    VOCAB_FILE,
+    read_facts,
+)
 
 MODEL_TYPE = "openmythos"
 SOURCES = Path(__file__).parent / "hf"
@@ -40,12 +48,11 @@ CODE_FILES = tuple(
     f"{name}_openmythos.py" for name in ("configuration", "layers", "loop", "modeling")
 )
 TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("vocab.json", "merges.txt", "chat_template.jinja"),
+    *(TOKENIZER_FILE, SETTINGS_FILE, "special_tokens_map.json", "added_tokens.json"),
+    *(VOCAB_FILE, MERGES_FILE, TEMPLATE_FILE),
 )
-CARD_FILE, GENERATION_FILE = "README.md", "generation_config.json"
-SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token")
-SPECIAL_IDS = tuple(f"{name}_id" for name in SPECIAL_TOKENS)
+CARD_FILE = "README.md"
+SPECIAL_IDS = tuple(f"{name}_id" for name in SPECIAL_NAMES)
 AUTO_MAP = {
     "AutoConfig": "configuration_openmythos.OpenMythosConfig",
     "AutoModel": "modeling_openmythos.OpenMythosModel",  # needed by vLLM
@@ -260,7 +267,8 @@ def export_hf(
     written = export_config(FAMILY, config)
     own_files = _own_files(Path(folder))
     with replaced_folder(folder, own_files) as fresh:
-        ids = {} if tokenizer is None else _write_tokenizer(tokenizer, fresh, config)
+        said = {} if tokenizer is None else _write_tokenizer(tokenizer, fresh, config)
+        ids = {name: said[name] for name in SPECIAL_IDS if name in said}
         write_weights(FAMILY, model, fresh, dtype=dtype, max_shard_bytes=max_shard_bytes)
         stored = dtype or model.embed.weight.dtype
         head = {
@@ -270,7 +278,7 @@ def export_hf(
             "dtype": str(stored).removeprefix("torch."),
         }
         write_json(fresh / CONFIG_FILE, {**head, **written, **ids})
-        write_json(fresh / GENERATION_FILE, {**ids, "do_sample": False})
+        write_json(fresh / GENERATION_FILE, {"do_sample": False, **said})
         for name in CODE_FILES:
             shutil.copyfile(SOURCES / name, fresh / name)
         write_whole(fresh / CARD_FILE, _card(config))
@@ -301,34 +309,34 @@ def _own_files(target: Path) -> set[str]:
 def _write_tokenizer(
     tokenizer: Tokenizer | PathLike, fresh: Path, config: ModelConfig
 ) -> dict[str, Any]:
-    """Write the tokenizer's files; return its special tokens' ids under transformers' names."""
+    """Write the tokenizer's files; return the fields of its generation_config.json.
+
+    Special tokens' ids are among them.
+    """
     if isinstance(tokenizer, Tokenizer):
-        path = tokenizer.save(fresh)
-        backend = tokenizers.Tokenizer.from_file(str(path))
-        ids = (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id)
-        bos, eos, pad = (backend.id_to_token(token_id) for token_id in ids)
-        backend.post_processor = TemplateProcessing(  # adds bos, as in training
-            single=f"{bos}:0 $A:0",
-            pair=f"{bos}:0 $A:0 {bos}:1 $B:1",
-            special_tokens=[(bos, tokenizer.bos_id)],
-        )
-        write_whole(path, backend.to_str(pretty=True))
-        settings = {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            **dict(zip(SPECIAL_TOKENS, (bos, eos, pad), strict=True)),
+        tokenizer.save(fresh)
+        # What another project's tokenizer does with text must stay as it is.
+        made_here = {
+            **tokenizer.names,
             "split_special_tokens": True,  # never parse special tokens in text
             "clean_up_tokenization_spaces": False,
             "padding_side": "left",
-            "model_max_length": config.max_seq_len,
         }
-        write_json(fresh / "tokenizer_config.json", settings)
-        return dict(zip(SPECIAL_IDS, ids, strict=True))
+        settings = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "model_max_length": config.max_seq_len,
+            **(tokenizer.settings or made_here),
+        }
+        write_json(fresh / SETTINGS_FILE, settings)
+        own = (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id)
+        return {**dict(zip(SPECIAL_IDS, own, strict=True)), **tokenizer.generation}
     source = Path(tokenizer)
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, fresh / name)
-    data = read_stored_config(source)
-    return {name: data[name] for name in SPECIAL_IDS if data.get(name) is not None}
+    facts = read_facts(source)
+    ids = {name: value for name, value in facts.ids.items() if value is not None}
+    return {**ids, **facts.generation}
 
 
 def _card(config: ModelConfig) -> str:

@@ -23,7 +23,8 @@ from openmythos.interop.families import huginn, llama, openmythos_original, ouro
 from openmythos.interop.hub import local_folder
 from openmythos.interop.mapping import read_tensors
 from openmythos.model.recurrent import RecurrentDepthLM
-from openmythos.tokenizer import FILE_NAME, Tokenizer
+from openmythos.tokenizer import Tokenizer
+from openmythos.tokenizer_folder import TOKENIZER_FILE, VOCAB_FILE
 
 FAMILIES = (
     openmythos_original.FAMILY,
@@ -86,7 +87,17 @@ def own_tokenizer(folder: Path) -> Tokenizer | None:
     """The tokenizer of one of our checkpoints or exports; None for other families' folders."""
     data = read_config(folder)
     ours = "format" in data or data.get("model_type") == export.MODEL_TYPE
-    return Tokenizer.load(folder) if ours and (folder / FILE_NAME).is_file() else None
+    return Tokenizer.load(folder) if ours and (folder / TOKENIZER_FILE).is_file() else None
+
+
+def usable_tokenizer(folder: Path) -> tuple[Tokenizer | None, str]:
+    """The tokenizer of a folder of any family; or None, and the reason for a person."""
+    if not any((folder / name).is_file() for name in (TOKENIZER_FILE, VOCAB_FILE)):
+        return None, f"{folder} has no {TOKENIZER_FILE}; the result has none either"
+    try:
+        return Tokenizer.load(folder), ""
+    except ValueError as error:
+        return None, f"the tokenizer is left out: {error}"
 
 
 def _open_foreign(

@@ -2,12 +2,19 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
+from openmythos import Tokenizer, save_pretrained
 from openmythos.cli import app
 from openmythos.command import chat
+from openmythos.engine.reference import Session
+from openmythos.tokenizer import byte_tokenizer
+from tests.command.conftest import Invoke
+from tests.foreign import write_chat_folder
+from tests.strategies import scripted_model
 
 
 def test_chat_over_a_pipe(text_run: Path) -> None:
@@ -50,3 +57,62 @@ def test_depth_is_read_from_a_line(capsys: pytest.CaptureFixture[str]) -> None:
     for line in ("/loops", "/loops 9", "/loops 0", "/loops x", "/loop 3", "/loops 1 2"):
         assert chat.read_depth(console, line, 4, 8) == 4
     assert capsys.readouterr().out.count("give /loops 1..8") == 6
+
+
+# --- chat templates -------------------------------------------------------------------------------
+
+
+class Recorder:
+    """Sessions that note what they are asked."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.sessions: list[list[list[int]]] = []
+        begin, stream = Session.__init__, Session.stream
+
+        def begins(session: Session, *arguments: Any, **options: Any) -> None:
+            self.sessions.append([])
+            begin(session, *arguments, **options)
+
+        def streams(session: Session, requests: list[Any], **options: Any) -> Any:
+            self.sessions[-1].append(list(requests[0].tokens))
+            return stream(session, requests, **options)
+
+        monkeypatch.setattr(Session, "__init__", begins)
+        monkeypatch.setattr(Session, "stream", streams)
+
+
+def test_a_conversation_is_written_in_the_template(
+    invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model sees what transformers' template gives, and turns that it has read only once."""
+    tokenizer = Tokenizer.load(write_chat_folder(tmp_path / "tokenizer"))
+    (newline,), (o,), (k,) = (tokenizer.encode(letter) for letter in "\nok")
+    model = scripted_model(300, {newline: o, o: k, k: tokenizer.eos_id})
+    folder = save_pretrained(model, tmp_path / "model", tokenizer)
+    recorder = Recorder(monkeypatch)
+    lines = "hello <|im_end|>\nagain\n/quit\n"
+    said = invoke("chat", folder, "--temperature", 0, stdin=lines)
+    assert said.count("ok") == 2
+    talk = [{"role": "user", "content": "hello <|im_end|>"}]
+    first = tokenizer.encode_chat(talk)
+    talk += [{"role": "assistant", "content": "ok"}, {"role": "user", "content": "again"}]
+    whole = tokenizer.encode_chat(talk)
+    assert recorder.sessions == [[first, whole[len(first) + 3 :]]]
+    assert first.count(tokenizer.eos_id) == 1  # what the user typed is text
+    recorder.sessions.clear()
+    invoke("chat", folder, "--temperature", 0, "--stop", "k", "--special", stdin=lines)
+    assert [len(session) for session in recorder.sessions] == [1, 1]  # "o" is not what it read
+    assert recorder.sessions[0][0].count(tokenizer.eos_id) == 2
+
+
+def test_without_a_template_lines_continue_the_text(
+    invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = byte_tokenizer()
+    (newline,), (o,) = (tokenizer.encode(letter) for letter in "\no")
+    model = scripted_model(259, {newline: o, o: tokenizer.eos_id})
+    folder = save_pretrained(model, tmp_path / "model", tokenizer)
+    recorder = Recorder(monkeypatch)
+    invoke("chat", folder, "--temperature", 0, stdin="a\nb\n")
+    a, b = ([tokenizer.bos_id, *tokenizer.encode(f"{letter}\n")] for letter in "ab")
+    assert recorder.sessions == [[a, b]]

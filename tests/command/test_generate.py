@@ -1,10 +1,19 @@
 import json
 from pathlib import Path
+from typing import Any
 
+import pytest
+from tokenizers import normalizers
 from typer.testing import CliRunner
 
+from openmythos import Tokenizer, save_pretrained
 from openmythos.cli import app
+from openmythos.command.decoding import sampling_of
+from openmythos.engine.sampling import SamplingConfig
+from openmythos.tokenizer import byte_tokenizer
 from tests.command.conftest import Invoke, refused, sets
+from tests.foreign import END, backend, write_chat_folder, write_folder
+from tests.strategies import scripted_model
 
 PROMPTS = ("--prompt", "the list", "--prompt", "a")
 
@@ -76,3 +85,72 @@ def test_generate_refuses(invoke: Invoke, text_run: Path, hops_run: Path, tmp_pa
     ):
         message = refused(invoke, "generate", *arguments)
         assert said in message and "\n" not in message
+
+
+# --- what a checkpoint says besides its config ----------------------------------------------------
+
+PADDED = 300  # the model's vocabulary, past the tokenizer's 261 ids
+
+
+@pytest.fixture(scope="module")
+def scripted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """After "a": b, c, an id without a token; after "d": its second end id; after it: "e"."""
+    folder = tmp_path_factory.mktemp("scripted") / "model"
+    tokenizer = Tokenizer.load(write_chat_folder(folder.parent / "tokenizer"))
+    a, b, c, d, e = (tokenizer.encode(letter)[0] for letter in "abcde")
+    (start,) = tokenizer.encode("<|im_start|>", special=True)
+    assert tokenizer.end_ids == {258, 260} and tokenizer.eos_id == 260
+    follows = {a: b, b: c, c: PADDED - 1, d: 258, 258: e, e: e, start: b}
+    return save_pretrained(scripted_model(PADDED, follows), folder, tokenizer)
+
+
+def answer(invoke: Invoke, folder: Path, prompt: str, *options: object) -> dict[str, Any]:
+    greedy = ("--temperature", 0, "--max-new-tokens", 6, "--json")
+    (row,) = json.loads(invoke("generate", folder, "--prompt", prompt, *greedy, *options))
+    return row
+
+
+def test_every_end_id_ends_an_answer(invoke: Invoke, scripted: Path) -> None:
+    row = answer(invoke, scripted, "d")
+    assert row["tokens"] == [258] and row["text"] == ""
+    assert len(answer(invoke, scripted, "e")["tokens"]) == 6
+
+
+def test_an_id_without_a_token_is_not_generated(invoke: Invoke, scripted: Path) -> None:
+    row = answer(invoke, scripted, "a")
+    assert row["text"].startswith("bc") and max(row["tokens"]) < 261
+
+
+def test_stop_texts_end_an_answer_wherever_tokens_end(invoke: Invoke, scripted: Path) -> None:
+    row = answer(invoke, scripted, "e", "--stop", "zz", "--stop", "eee")
+    assert row["text"] == "" and len(row["tokens"]) == 3 == len(row["loops"])
+    said = invoke("generate", scripted, "--prompt", "e", "--temperature", 0, "--stop", "eee")
+    assert said.startswith("e\n")
+    assert "texts that are not empty" in refused(
+        invoke, "generate", scripted, "--prompt", "e", "--stop", ""
+    )
+
+
+def test_marks_in_a_prompt_are_read_as_tokens_on_request(invoke: Invoke, scripted: Path) -> None:
+    asked = answer(invoke, scripted, "x<|im_start|>", "--special")
+    assert asked["text"].startswith("bc")
+    assert not answer(invoke, scripted, "x<|im_start|>")["text"].startswith("bc")
+
+
+def test_sampling_is_as_the_checkpoint_asks(scripted: Path) -> None:
+    tokenizer, default = Tokenizer.load(scripted), SamplingConfig()
+    asked = sampling_of(tokenizer, default, None, None, 0.5)
+    assert (asked.temperature, asked.top_k, asked.top_p, asked.num_ids) == (0.6, 50, 0.5, 261)
+    greedy = sampling_of(tokenizer, default, 0.0, None, None)
+    assert (greedy.temperature, greedy.top_k, greedy.top_p) == (0.0, None, None)
+    own = sampling_of(byte_tokenizer(), SamplingConfig(temperature=0.8), None, 7, None)
+    assert (own.temperature, own.top_k) == (0.8, 7)
+
+
+def test_a_tokenizer_that_changes_text_is_said_and_used(scripted: Path, tmp_path: Path) -> None:
+    folder = save_pretrained(scripted_model(259, {}), tmp_path / "model")
+    write_folder(folder, backend(END, normalizer=normalizers.NFC()))
+    arguments = ["generate", str(folder), "--prompt", "a", "--max-new-tokens", "2"]
+    ran = CliRunner().invoke(app, arguments)
+    assert ran.exit_code == 0 and "note: the tokenizer changes text" in ran.stderr
+    assert "changes text" not in ran.stdout

@@ -1,10 +1,14 @@
 import json
 from pathlib import Path
 
+from tokenizers import normalizers
 from typer.testing import CliRunner
 
+from openmythos import Tokenizer
 from openmythos.cli import app
+from openmythos.data.index import read_index
 from tests.command.conftest import Invoke, refused
+from tests.foreign import END, backend, write_folder
 
 
 def test_prepare_as_json_and_as_a_table(invoke: Invoke, tmp_path: Path, text_file: Path) -> None:
@@ -40,3 +44,28 @@ def test_prepare_refuses_what_it_cannot_read(invoke: Invoke, tmp_path: Path) -> 
     empty.touch()
     assert "empty.txt" in refused(invoke, "prepare", empty, "--out", tmp_path / "data")
     assert "absent" in refused(invoke, "prepare", tmp_path / "absent", "--out", tmp_path / "data")
+
+
+def test_a_tokenizer_in_gpt2s_form_needs_no_more_words(
+    invoke: Invoke, tmp_path: Path, text_file: Path
+) -> None:
+    """Only tokenizer.json and the length of the model's context; and one end token."""
+    folder = write_folder(tmp_path / "gpt2", backend(END), tokenizer_config={"model_max_length": 9})
+    out = tmp_path / "data"
+    report = json.loads(invoke("prepare", text_file, "--tokenizer", folder, "--out", out, "--json"))
+    assert report["vocab_size"] == 259
+    found = read_index(out).load_tokenizer()
+    assert (found.bos_id, found.eos_id) == (258, 258)
+    assert found.begin_ids == (258,)  # a model of this data has seen texts begin so
+    assert found.fingerprint == Tokenizer.load(folder).fingerprint
+
+
+def test_a_tokenizer_that_changes_text_is_refused(
+    invoke: Invoke, tmp_path: Path, text_file: Path
+) -> None:
+    folder = write_folder(tmp_path / "lower", backend(END, normalizer=normalizers.Lowercase()))
+    message = refused(
+        invoke, "prepare", text_file, "--tokenizer", folder, "--out", tmp_path / "data"
+    )
+    assert "the tokenizer changes text" in message and "\n" not in message
+    assert not (tmp_path / "data").exists()

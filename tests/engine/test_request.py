@@ -31,7 +31,7 @@ def test_the_defaults_ask_for_greedy_text_at_the_models_depth() -> None:
         "max_new_tokens": None,
         "num_loops": None,
         "exit_rule": None,
-        "sampling": {"temperature": 0.0, "top_k": None, "top_p": None},
+        "sampling": {"temperature": 0.0, "top_k": None, "top_p": None, "num_ids": None},
         "stop_tokens": frozenset(),
         "seed": 0,
         "sample_idx": 0,
@@ -155,9 +155,11 @@ def test_budget_is_what_was_asked_for_or_all_that_fits() -> None:
 
 
 def test_sampling_is_converted_too() -> None:
-    given = SamplingConfig(temperature=np.float32(0.5), top_k=torch.tensor(3), top_p=1)
-    assert given == SamplingConfig(temperature=0.5, top_k=3, top_p=1.0)
-    assert [type(v) for v in dataclasses.astuple(given)] == [float, int, float]
+    given = SamplingConfig(
+        temperature=np.float32(0.5), top_k=torch.tensor(3), top_p=1, num_ids=np.int64(9)
+    )
+    assert given == SamplingConfig(temperature=0.5, top_k=3, top_p=1.0, num_ids=9)
+    assert [type(v) for v in dataclasses.astuple(given)] == [float, int, float, int]
 
 
 def test_token_ids_name_what_was_given() -> None:

@@ -170,3 +170,21 @@ def test_logprobs_of_none_and_of_more_than_there_are() -> None:
     ties = token_logprobs(torch.zeros(4, dtype=torch.bfloat16), 0, 2)
     assert [token for token, _ in ties.top] == [0, 1]
     assert ties.chosen == pytest.approx(-math.log(4))
+
+
+def test_ids_past_the_tokenizers_are_never_sampled() -> None:
+    """Greedily, sampled, and in one batch with a row that may take all ids."""
+    logits = torch.tensor([[0.0, 1.0, 2.0, 50.0]]).expand(2, 4)
+    for temperature in (0.0, 1.0):
+        cut = SamplingConfig(temperature=temperature, num_ids=3)
+        every = SamplingConfig(temperature=temperature)
+        drawn = [
+            sample(logits, [cut, every], [row_generator(seed, 0), row_generator(seed, 1)]).tolist()
+            for seed in range(20)
+        ]
+        assert all(first < 3 and second == 3 for first, second in drawn)
+        assert len({first for first, _ in drawn}) == (1 if temperature == 0 else 3)
+    probs = token_probs(logits[:1], [SamplingConfig(temperature=1.0, num_ids=3)])
+    assert torch.allclose(probs[0, :3], torch.tensor([0.0, 1.0, 2.0]).double().softmax(0))
+    with pytest.raises(ValueError, match="num_ids is 0"):
+        SamplingConfig(num_ids=0)

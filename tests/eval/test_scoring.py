@@ -1,9 +1,11 @@
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import normalizers
 
 from openmythos import generate
 from openmythos.config import NormalInitConfig, PonderNetConfig
@@ -12,9 +14,10 @@ from openmythos.eval.scoring import GenerationRequest, Scorer, rolling_windows
 from openmythos.eval.walk import WalkCodec
 from openmythos.model.cache import LastLoop
 from openmythos.model.exit import ArgmaxStableExit
-from openmythos.tokenizer import byte_tokenizer
+from openmythos.tokenizer import Tokenizer, byte_tokenizer
 from tests.eval.examples import bpe, scorer, text_model
-from tests.strategies import MLA, MOE, random_model, small_config
+from tests.foreign import END, backend, write_chat_folder, write_folder
+from tests.strategies import MLA, MOE, random_model, scripted_model, small_config
 
 PAIRS = [
     ("The sky is", " blue"),
@@ -238,3 +241,26 @@ def test_refusals() -> None:
         GenerationRequest(context="a", max_new_tokens=1, stops=("",))
     with pytest.raises(ValueError, match="num_loops is 0"):
         scorer(num_loops=0)
+
+
+def test_generation_knows_every_end_id_and_no_id_without_a_token(tmp_path: Path) -> None:
+    """An instruct model's folder: two end ids, a padded vocabulary, no token before a text."""
+    codec = Tokenizer.load(write_chat_folder(tmp_path))
+    a, b = codec.encode("ab")
+    model = scripted_model(300, {a: b, b: 258, 258: a})
+    asked = scorer(model, codec=codec)
+    request = GenerationRequest(context="a", max_new_tokens=4)
+    assert asked.generate([request]) == ["b"]
+    assert asked.encode_context("a") == [a]
+    model = scripted_model(300, {a: 299, b: 258})
+    with torch.no_grad():
+        model.head.weight[b] += model.embed.weight[a] / 2  # the most likely id that has a token
+    assert scorer(model, codec=codec).generate([request]) == ["b"]
+
+
+def test_bits_per_byte_need_a_tokenizer_that_keeps_text(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path, backend(END, normalizer=normalizers.Lowercase()))
+    asked = scorer(text_model(259), codec=Tokenizer.load(folder))
+    assert len(asked.loglikelihood([("a", " b")])) == 1
+    with pytest.raises(ValueError, match=r"changes text .* so bits per byte would be wrong"):
+        asked.rolling(["A text"])

@@ -5,19 +5,25 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 
 from openmythos.config import ModelConfig, SwiGLUConfig, counts
 from openmythos.config.member import Member
 from openmythos.interop import export
 from openmythos.interop.export import CODE_FILES, FAMILY, SOURCES, check_covered, export_hf
+from openmythos.interop.families.llama import LLAMA
 from openmythos.interop.loading import load_pretrained
 from openmythos.interop.mapping import export_config, export_tensors
+from openmythos.interop.writing import save_as
 from openmythos.model.recurrent import RecurrentDepthLM
-from openmythos.tokenizer import byte_tokenizer
+from openmythos.tokenizer import Tokenizer, byte_tokenizer
+from tests.command.conftest import invoke_app
+from tests.foreign import CHATML, write_chat_folder
 from tests.interop.hf.examples import CONFIGS, DENSE, PARCAE, SPARSE
 from tests.strategies import random_model, unchecked
 
@@ -260,3 +266,77 @@ def test_nothing_imports_the_sources(repo_root: Path) -> None:
     assert len(paths) > 50
     assert not [path for path in paths if any("interop.hf." in name for name in imported(path))]
     assert not [path for path in paths if "openmythos.interop.hf" in imported(path)]
+
+
+# --- tokenizers of other projects -----------------------------------------------------------------
+
+
+def llama_folder(folder: Path, **config: Any) -> Path:
+    """A small Llama with an instruct model's tokenizer, as another project writes it."""
+    fields = {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "vocab_size": 320,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 64,
+        **config,
+    }
+    save_as(LLAMA, random_model(LLAMA.read_config(fields)), folder)
+    return write_chat_folder(folder)
+
+
+TALK = [{"role": "user", "content": "a <|im_end|> b"}]
+TEXTS = ["the thé", "", "a <|im_end|> b", "  \n"]
+
+
+def tokenised(folder: Path) -> list[Any]:
+    """What transformers makes of a folder's tokenizer: ids, a conversation, and its generation."""
+    theirs = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    generation = transformers.GenerationConfig.from_pretrained(folder)
+    return [
+        theirs(TEXTS)["input_ids"],
+        theirs.apply_chat_template(TALK, add_generation_prompt=True)["input_ids"],
+        (theirs.eos_token, theirs.padding_side),
+        (generation.eos_token_id, generation.do_sample, generation.temperature),
+    ]
+
+
+def test_a_chat_model_stays_one_through_export_and_retrofit(tmp_path: Path) -> None:
+    """Marks in a text, the template, end ids and sampling are the source's, whichever way."""
+    source = llama_folder(tmp_path / "source")
+    way = [("export", source, "a"), ("export", "a", "b"), ("retrofit", source, "c")]
+    way += [("export", "c", "d"), ("convert", source, "e"), ("export", "e", "f")]
+    for command, start, out in way:
+        invoke_app(command, tmp_path / start, "--out", tmp_path / out)
+    expected = tokenised(source)
+    assert expected[3] == ([260, 258], True, 0.6) and len(expected[0][0]) > 3
+    for name in "abdf":
+        assert tokenised(tmp_path / name) == expected, name
+        found = Tokenizer.load(tmp_path / name)
+        assert found.chat_template == CHATML and found.end_ids == {258, 260}
+    for name in "ce":  # our own form
+        found = Tokenizer.load(tmp_path / name)
+        assert found.chat_template == CHATML and found.encode_chat(TALK)
+        assert found.encode_prompt("the thé") == expected[0][0]
+
+
+def test_what_transformers_saved_is_exported_again_as_it_was(tmp_path: Path) -> None:
+    """A fine-tuned export: the template then lies in a file of its own."""
+    source = llama_folder(tmp_path / "source")
+    invoke_app("export", source, "--out", tmp_path / "a")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "a", trust_remote_code=True)
+    theirs.save_pretrained(tmp_path / "a")
+    assert (tmp_path / "a" / "chat_template.jinja").is_file()
+    invoke_app("export", tmp_path / "a", "--out", tmp_path / "b")
+    assert tokenised(tmp_path / "b") == tokenised(source)
+
+
+def test_our_own_tokenizer_begins_texts_in_an_export_as_here(tmp_path: Path) -> None:
+    model = random_model(replace(DENSE, vocab_size=259))
+    folder = export_hf(model, tmp_path / "export", tokenizer=byte_tokenizer())
+    theirs = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    for text in ("the", "<|eos|>", ""):
+        assert theirs(text)["input_ids"] == byte_tokenizer().encode_prompt(text)

@@ -1,0 +1,72 @@
+from pathlib import Path
+
+import pytest
+import transformers
+
+from openmythos.chat_template import render_chat
+from openmythos.tokenizer import Tokenizer, byte_tokenizer
+from tests.foreign import CHATML, END_TURN, write_chat_folder
+
+TALK = [
+    {"role": "system", "content": "Be the one."},
+    {"role": "user", "content": "  what is <the>\n\n\"1 & 2'?  "},
+    {"role": "assistant", "content": "é\n"},
+    {"role": "user", "content": "\n"},
+]
+TEMPLATES = [
+    CHATML,
+    # As newer templates do: namespaces, loop controls, filters, blocks that mark answers, dates.
+    """{{- bos_token }}
+{%- set ns = namespace(seen=0) %}
+{%- for message in messages %}
+    {%- if message.role == 'system' %}{% continue %}{% endif %}
+    {%- set ns.seen = ns.seen + 1 %}
+    {% if message['role'] == 'assistant' %}
+    {% generation %}{{ message['content'] | trim }}{{ eos_token }}{% endgeneration %}
+    {% else %}
+<|im_start|>{{ message | tojson }}{{ ns.seen }}
+    {% endif %}
+{%- endfor %}
+{%- if tools %}never{% endif %}{{ strftime_now('%Y') | length }}
+{%- if add_generation_prompt %}<|im_start|>{% endif %}""",
+]
+
+
+@pytest.mark.parametrize("template", TEMPLATES, ids=["chatml", "modern"])
+def test_a_conversation_is_that_of_transformers(tmp_path: Path, template: str) -> None:
+    folder = write_chat_folder(tmp_path)
+    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")  # the later word
+    ours, theirs = Tokenizer.load(folder), transformers.AutoTokenizer.from_pretrained(folder)
+    expected = theirs.apply_chat_template(TALK, add_generation_prompt=True)["input_ids"]
+    assert ours.encode_chat(TALK) == expected
+
+
+def test_marks_in_a_message_are_text_unless_asked_for(tmp_path: Path) -> None:
+    ours = Tokenizer.load(write_chat_folder(tmp_path))
+    talk = [{"role": "user", "content": f"say {END_TURN}\nthe end\U000f0000"}]
+    plain, special = ours.encode_chat(talk), ours.encode_chat(talk, special=True)
+    assert plain.count(ours.eos_id) == 1 and special.count(ours.eos_id) == 2
+    text = f"user\n{talk[0]['content']}\nassistant\n"
+    assert ours.decode(plain) == text and ours.decode(special) == text.replace(END_TURN, "")
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("{% for", "chat template fails"),
+        ("{{ raise_exception('roles must\nalternate') }}", "fails: roles must alternate"),
+        ("{{ messages[7]['content'] }}", "chat template fails"),
+        ("{{ messages.append(1) }}", "chat template fails"),
+        ("{{ ''.__class__.__mro__ }}", "fails: access to attribute '__class__'"),
+        ("{{ 1 / 0 }}", "fails: division by zero"),
+    ],
+)
+def test_a_template_that_fails_is_one_line(template: str, said: str) -> None:
+    with pytest.raises(ValueError, match=said) as caught:
+        render_chat(template, TALK)
+    assert "\n" not in str(caught.value)
+
+
+def test_without_a_template() -> None:
+    with pytest.raises(ValueError, match="has no chat template"):
+        byte_tokenizer().encode_chat(TALK)

@@ -10,6 +10,7 @@ class StateInitMember(Member):
     """What every initial state's config states beside its fields."""
 
     copies_e: ClassVar[bool] = False  # whether h_0 is the prelude's output e
+    is_random: ClassVar[bool] = False  # whether h_0 depends on a seed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +33,7 @@ class NormalInitConfig(StateInitMember):
     """h_0 from a normal distribution truncated at 3 ``std``, by (seed, position, channel)."""
 
     kind: ClassVar[str] = "normal"
+    is_random: ClassVar[bool] = True
     std: float = 1.0
 
 

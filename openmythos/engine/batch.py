@@ -5,20 +5,19 @@ Both kinds have the same calls. ``prefill`` reads tokens whose predictions are n
 loops taken.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from openmythos.engine.compile import compile_call
+from openmythos.engine.compile import EAGER, Calls, compiled_calls
 from openmythos.model.cache import KVCache
 from openmythos.model.context import ForwardContext
 from openmythos.model.exit import Fixed, Rule
-from openmythos.model.loop import advance, readout, run_loop, start_loops
+from openmythos.model.loop import advance, readout, start_loops
 from openmythos.model.recurrent import RecurrentDepthLM
 
 
@@ -31,8 +30,7 @@ class CachedBatch:
     def __init__(self, model: RecurrentDepthLM, cache: KVCache, *, compiled: bool = False) -> None:
         self.model, self.cache, self.core_applications = model, cache, 0
         self.seeds: Sequence[int] = [0] * len(cache.lengths)  # of the rows' initial states
-        self.eager = _Calls(RecurrentDepthLM.encode, run_loop, RecurrentDepthLM.decode)
-        self.fast = _compiled_calls(model) if compiled else self.eager
+        self.fast = compiled_calls(model) if compiled else EAGER
 
     @property
     def length(self) -> int:
@@ -53,7 +51,7 @@ class CachedBatch:
             left = {row: tokens[len(parts[row]) :] for row, tokens in left.items()}
             chosen = [depths[row] for row in parts]
             ctx = self._context(parts)
-            state, _ = self._loop(self.eager, ctx, chosen, Fixed())
+            state, _ = self._loop(EAGER, ctx, chosen, Fixed())
             if self.model.config.num_coda_layers:
                 self.model.decode(state, ctx)  # for the coda's keys and values
             assert ctx.cache is not None
@@ -90,7 +88,7 @@ class CachedBatch:
         )
 
     def _loop(
-        self, calls: "_Calls", ctx: ForwardContext, depths: list[int], rule: Rule
+        self, calls: Calls, ctx: ForwardContext, depths: list[int], rule: Rule
     ) -> tuple[Float[Tensor, "N T D"], list[int]]:
         """Loop until the rule or its depth stops every row; return readouts and loops taken."""
         model, view = self.model, ctx.cache
@@ -125,7 +123,7 @@ class CachedBatch:
         return readouts, loops
 
     def _ask(
-        self, calls: "_Calls", state: Any, live: ForwardContext, rule: Rule
+        self, calls: Calls, state: Any, live: ForwardContext, rule: Rule
     ) -> tuple[list[bool], Any]:
         """Which rows the exit rule stops after this loop, and the state with the rule's updated."""
         logits = None
@@ -175,29 +173,6 @@ class UncachedBatch:
         last = torch.tensor([len(row) - 1 for row in rows.values()], device=device)
         self.rows = [rows.get(row, old) for row, old in enumerate(self.rows)]
         return out.logits[torch.arange(len(last), device=device), last], taken
-
-
-@dataclass(frozen=True)
-class _Calls:
-    """The functions that decode a token, either eager or compiled; ``run`` is ``run_loop``."""
-
-    encode: Callable[..., Tensor]
-    run: Callable[..., tuple[Any, ...]]
-    decode: Callable[..., Tensor]
-
-
-# A model is compiled once for all its sessions; the entry is dropped when the model is freed.
-_COMPILED: WeakKeyDictionary[RecurrentDepthLM, _Calls] = WeakKeyDictionary()
-
-
-def _compiled_calls(model: RecurrentDepthLM) -> _Calls:
-    if model not in _COMPILED:
-        _COMPILED[model] = _Calls(
-            compile_call(RecurrentDepthLM.encode),
-            compile_call(run_loop),
-            compile_call(RecurrentDepthLM.decode),
-        )
-    return _COMPILED[model]
 
 
 def _padded(

@@ -1,16 +1,41 @@
 """Compiled decoding: ``torch.compile``, with our CPU kernels for matrix products of few rows."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 from torch.nn import functional
 
+from openmythos.model.loop import run_loop
+from openmythos.model.recurrent import RecurrentDepthLM
 from openmythos.ops.cpu import narrow
 from openmythos.ops.moe import gathered_experts
 
 RECOMPILE_LIMIT = 64  # compiled graphs per function; past this number it runs eagerly
+
+
+@dataclass(frozen=True)
+class Calls:
+    """The functions that decode a token, either eager or compiled; ``run`` is ``run_loop``."""
+
+    encode: Callable[..., Tensor]
+    run: Callable[..., tuple[Any, ...]]
+    decode: Callable[..., Tensor]
+
+
+EAGER = Calls(RecurrentDepthLM.encode, run_loop, RecurrentDepthLM.decode)
+# A model is compiled once for all its users; the entry is dropped when the model is freed.
+_COMPILED: WeakKeyDictionary[RecurrentDepthLM, Calls] = WeakKeyDictionary()
+
+
+def compiled_calls(model: RecurrentDepthLM) -> Calls:
+    """The compiled calls of a model."""
+    if model not in _COMPILED:
+        _COMPILED[model] = Calls(*map(compile_call, (EAGER.encode, EAGER.run, EAGER.decode)))
+    return _COMPILED[model]
 
 
 def compile_call(call: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,0 +1,237 @@
+"""The rows of an engine, each one token of one request, and the model's calls on some of them.
+
+Rows are addressed by seat. A call may take any seats, at different loops: it gathers their state,
+computes, and puts it back.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from openmythos.engine.compile import EAGER, compiled_calls
+from openmythos.engine.page_pool import SCRATCH
+from openmythos.engine.paged_cache import PagedCache, PagedContext
+from openmythos.model.context import select_rows
+from openmythos.model.exit import Fixed, Rule, join_states
+from openmythos.model.loop import (
+    ExitState,
+    Halted,
+    LoopState,
+    advance,
+    readout,
+    start_loops,
+    unroll,
+)
+from openmythos.model.recurrent import RecurrentDepthLM
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A token that begins to loop in a seat, at most ``depth`` times.
+
+    ``pages`` hold the tokens of its text up to itself; ``seed`` is that of its initial state.
+    """
+
+    seat: int
+    token: int
+    position: int
+    pages: Sequence[int]
+    depth: int
+    rule: Rule
+    seed: int
+
+
+class Runner:
+    """The state of ``num_seats`` rows with room for ``max_len`` tokens each.
+
+    Compiled calls get row counts that are powers of two, or all rows, so that few graphs serve
+    them: a seat of nobody, in the page of nobody, fills up the others.
+
+    ``core_applications`` counts the loops of all tokens.
+    """
+
+    def __init__(
+        self,
+        model: RecurrentDepthLM,
+        cache: PagedCache,
+        num_seats: int,
+        max_len: int,
+        *,
+        compiled: bool = False,
+    ) -> None:
+        self.model, self.cache, self.num_seats = model, cache, num_seats
+        self.calls = compiled_calls(model) if compiled else EAGER
+        self.compiled, self.core_applications = compiled, 0
+        weight, width = model.embed.weight, -(-max_len // cache.page_size)
+        self.device, rows = weight.device, num_seats + 1
+        self._h = torch.zeros(rows, 1, weight.shape[1], dtype=weight.dtype, device=self.device)
+        self._e = torch.zeros_like(self._h)
+        self._halted = None if model.halting is None else Halted.start(model.halting, self._h)
+        self._tokens = torch.zeros(rows, 1, dtype=torch.int64, device=self.device)
+        self._positions = torch.zeros_like(self._tokens)
+        self._seeds = torch.zeros_like(self._tokens)
+        self._tables = torch.full_like(self._tokens.expand(-1, width), SCRATCH)
+        # The same and more on the host, by seat.
+        self._pages: list[list[int]] = [[] for _ in range(rows)]
+        self._loops, self._depths = [0] * rows, [1] * rows
+        self._rules: list[Rule] = [Fixed()] * rows
+        self._exits: dict[int, ExitState] = {}
+        self._logits: dict[int, Tensor] = {}  # of tokens that stopped by a rule that needs them
+
+    # --- prompts ----------------------------------------------------------------------------------
+
+    def read(
+        self, tokens: Sequence[int], start: int, pages: Sequence[int], depth: int, seed: int
+    ) -> None:
+        """Read a chunk of one text, whose first token is at position ``start``, with all loops."""
+        model, end = self.model, start + len(tokens)
+        ctx = self.cache.context(
+            self._integers([tokens]),
+            self._integers([range(start, end)]),
+            self._integers([pages[: -(-end // self.cache.page_size)]]),
+            self._integers([[_signed(seed)]]),
+        )
+        begun = start_loops(model, model.encode(ctx.tokens, ctx), ctx, [depth])
+        *_, state = unroll(model, begun, ctx)
+        self.core_applications += depth * len(tokens)
+        self._fill_forward(ctx, [depth])
+        if model.config.num_coda_layers:
+            model.decode(readout(model, state), ctx)  # for the coda's keys and values
+
+    # --- tokens -----------------------------------------------------------------------------------
+
+    def enter(self, entries: Sequence[Entry]) -> None:
+        """Encode a token in each of some seats."""
+        for entry in entries:
+            seat, pages = entry.seat, list(entry.pages)
+            self._loops[seat], self._depths[seat] = 0, entry.depth
+            self._rules[seat] = entry.rule
+            self._logits.pop(seat, None)
+            if pages != self._pages[seat]:
+                self._pages[seat] = pages
+                self._tables[seat, : len(pages)] = self._integers(pages)
+        seats = [entry.seat for entry in entries]
+        index = self._integers(seats)
+        self._tokens[index, 0] = self._integers([entry.token for entry in entries])
+        self._positions[index, 0] = self._integers([entry.position for entry in entries])
+        self._seeds[index, 0] = self._integers([_signed(entry.seed) for entry in entries])
+        rows = self._padded(seats)
+        ctx = self._context(rows)
+        e = self.calls.encode(self.model, ctx.tokens, ctx)
+        state = start_loops(self.model, e, ctx, [self._depths[row] for row in rows])
+        self._e[index] = e[: len(seats)]
+        self._put(index, state)
+        for place, entry in enumerate(entries):
+            self._exits[entry.seat] = entry.rule.start(state.h[place : place + 1, -1])
+
+    def advance(self, seats: Sequence[int]) -> list[int]:
+        """Run one loop in each of some seats; return the seats whose token stops there."""
+        rows = self._padded(seats)
+        state = advance(self.model, self._state(rows), self._context(rows), self.calls.run)
+        self._put(self._integers(seats), state)
+        self.core_applications += len(seats)
+        for seat in seats:
+            self._loops[seat] += 1
+        stopped = {seat for seat in seats if self._loops[seat] >= self._depths[seat]}
+        ruled = [s for s in seats if s not in stopped and not isinstance(self._rules[s], Fixed)]
+        if ruled:
+            stopped |= self._ask(ruled)
+        return [seat for seat in seats if seat in stopped]
+
+    def leave(self, seats: Sequence[int]) -> tuple[Float[Tensor, "N V"], list[int]]:
+        """End the tokens of some seats; return the next tokens' logits and the loops taken."""
+        loops = [self._loops[seat] for seat in seats]
+        self._fill_forward(self._context(seats), loops)
+        found = {seat: self._logits.pop(seat) for seat in seats if seat in self._logits}
+        others = [seat for seat in seats if seat not in found]
+        if others:
+            found |= dict(zip(others, self._decode(others), strict=True))
+        return torch.stack([found[seat] for seat in seats]), loops
+
+    def _ask(self, seats: list[int]) -> set[int]:
+        """The seats whose exit rule stops the token after the loop that they have run."""
+        wanted = [seat for seat in seats if self._rules[seat].needs_logits]
+        logits = dict(zip(wanted, self._decode(wanted), strict=True)) if wanted else {}
+        by_rule: dict[Rule, list[int]] = {}
+        for seat in seats:
+            by_rule.setdefault(self._rules[seat], []).append(seat)
+        stopped = set()
+        for rule, group in by_rule.items():
+            state = self._state(group)
+            stop, exits = rule.check(
+                join_states([self._exits[seat] for seat in group]),
+                state.h[:, -1],
+                torch.stack([logits[seat] for seat in group]) if rule.needs_logits else None,
+                None if state.halted is None else state.halted.tracker.mass[:, -1],
+            )
+            for place, (seat, ends) in enumerate(zip(group, stop.tolist(), strict=True)):
+                index = self._integers([place])
+                self._exits[seat] = select_rows(exits, index)
+                if ends:
+                    stopped.add(seat)
+                    if rule.needs_logits:
+                        self._logits[seat] = logits[seat]
+        return stopped
+
+    def _decode(self, seats: Sequence[int]) -> Float[Tensor, "N V"]:
+        """The logits if the tokens of some seats stopped now."""
+        rows = self._padded(seats)
+        h = readout(self.model, self._state(rows))
+        return self.calls.decode(self.model, h, self._context(rows))[: len(seats), -1]
+
+    # --- rows -------------------------------------------------------------------------------------
+
+    def _padded(self, seats: Sequence[int]) -> Sequence[int]:
+        """The seats, filled up with the seat of nobody for compiled calls."""
+        if not self.compiled:
+            return seats
+        bucket = min(1 << (len(seats) - 1).bit_length(), self.num_seats)
+        return [*seats, *[self.num_seats] * (bucket - len(seats))]
+
+    def _context(self, rows: Sequence[int]) -> PagedContext:
+        """The context of the rows' tokens."""
+        index = self._integers(rows)
+        tables = self._tables
+        if not self.compiled:  # whose graphs would depend on the width
+            tables = tables[:, : max(1, *(len(self._pages[row]) for row in rows))]
+        parts = (part[index] for part in (self._tokens, self._positions, tables, self._seeds))
+        return self.cache.context(*parts)
+
+    def _state(self, rows: Sequence[int]) -> LoopState:
+        """The state of the rows."""
+        index = self._integers(rows)
+        loops = [self._loops[row] for row in rows]
+        return LoopState(
+            h=self._h[index],
+            e=self._e[index],
+            loop_idx=self._integers(loops),
+            loops=tuple(loops),
+            depths=tuple(self._depths[row] for row in rows),
+            halted=select_rows(self._halted, index),
+        )
+
+    def _put(self, index: Int[Tensor, "N"], state: LoopState) -> None:
+        """Write back the first rows of a state: of as many as there are in ``index``."""
+        put = lambda old, new: old.index_copy_(0, index, new[: len(index)])  # noqa: E731
+        put(self._h, state.h)
+        if self._halted is not None:
+            tree_map(put, self._halted, state.halted)
+
+    def _fill_forward(self, ctx: PagedContext, loops: list[int]) -> None:
+        """Show each token's last loop at the later ones."""
+        assert ctx.cache is not None
+        if min(loops) < self.cache.max_loops:
+            ctx.cache.fill_forward(torch.tensor(loops))
+
+    def _integers(self, numbers: Sequence[Any]) -> Int[Tensor, "..."]:
+        return torch.tensor(numbers, dtype=torch.int64, device=self.device)
+
+
+def _signed(seed: int) -> int:
+    """A seed of up to 64 bits as the signed integer of the same bits."""
+    return (seed + 2**63) % 2**64 - 2**63

@@ -1,0 +1,309 @@
+"""Which request does what next: seats, pages and order, decided from counters alone. No tensors.
+
+A job goes through these stages, the last three for each of its tokens:
+
+    waiting    it has no seat and no pages, before it begins or after it was preempted
+    prefill    its prompt is read in chunks, except for the last token
+    ready      the next token is to be encoded
+    core       the token loops
+    exited     the token has taken its loops; it is to be decoded
+"""
+
+import bisect
+import math
+from collections.abc import Hashable, Iterable
+from dataclasses import dataclass, field
+from operator import attrgetter
+from typing import Literal, NamedTuple
+
+from openmythos.engine.page_pool import PagePool
+
+Stage = Literal["waiting", "prefill", "ready", "core", "exited"]
+
+
+@dataclass(eq=False, kw_only=True)
+class Job:
+    """A request in the engine: what it wants, what was done, and what it holds.
+
+    Attributes:
+        id: The request's number.
+        prompt: Its tokens.
+        num_new: The most tokens to sample.
+        depth: The most loops per token.
+        settings: All that the keys and values of prompts depend on, besides the tokens.
+        order: Jobs with smaller ones go first.
+        deadline: When it ends at the latest, on the clock of ``now``, in seconds.
+        new: The tokens sampled so far.
+        loops: The loops that each of them took.
+        num_read: Number of tokens whose keys and values are in its pages.
+        pages: Its pages in the order of its text.
+        seat: Its place among the rows; -1 without one.
+        since: When it reached its stage, in seconds.
+        num_cached: Number of prompt tokens that were found in pages when it began.
+    """
+
+    id: int
+    prompt: tuple[int, ...]
+    num_new: int
+    depth: int
+    settings: Hashable = ()
+    order: tuple[float, int] = (0.0, 0)
+    deadline: float = math.inf
+    stage: Stage = "waiting"
+    new: list[int] = field(default_factory=list)
+    loops: list[int] = field(default_factory=list)
+    num_read: int = 0
+    pages: list[int] = field(default_factory=list)
+    seat: int = -1
+    since: float = 0.0
+    num_cached: int = 0
+
+    @property
+    def text(self) -> tuple[int, ...]:
+        """The prompt and the tokens sampled so far."""
+        return (*self.prompt, *self.new)
+
+    @property
+    def token(self) -> int:
+        """The next token to decode."""
+        place = self.num_read - len(self.prompt)
+        return self.prompt[place] if place < 0 else self.new[place]
+
+    @property
+    def recorded_loops(self) -> int | None:
+        """The loops that the next token took before the job was preempted; None: it is new."""
+        place = self.num_read + 1 - len(self.prompt)
+        return self.loops[place] if place < len(self.loops) else None
+
+
+class Chunk(NamedTuple):
+    """Tokens ``start`` to ``stop`` of a job's text, which are read at once."""
+
+    job: Job
+    start: int
+    stop: int
+
+
+class Scheduler:
+    """The jobs of an engine and their order.
+
+    Jobs are admitted in order, as long as there are seats and pages, and none is overtaken because
+    it needs many. If the pages run out later, the last job in order is preempted: it gives its
+    pages back, waits, and computes again what it had, each token with the loops that it took.
+
+    Args:
+        pages: The pages of the cache.
+        num_seats: Number of rows.
+        prefill_chunk: Number of tokens of a prompt that are read at once; chunks end at multiples
+            of it, whatever the load, and one step reads about as many tokens in all.
+        exact: Whether the cache layout keeps every loop. If not, what a token reads depends on
+            where its chunk begins, and only whole chunks are found in kept pages.
+        hold: The number of rows that tokens wait for at the boundary between two tokens, where coda
+            and prelude run, as long as other rows loop.
+        max_hold: The longest that a token waits there, in seconds.
+        reuse: Whether jobs with the same beginning and settings share pages.
+    """
+
+    def __init__(
+        self,
+        pages: PagePool,
+        *,
+        num_seats: int,
+        prefill_chunk: int,
+        exact: bool = True,
+        hold: int = 1,
+        max_hold: float = math.inf,
+        reuse: bool = True,
+    ) -> None:
+        self.pages, self.prefill_chunk, self.exact = pages, prefill_chunk, exact
+        self.hold, self.max_hold, self.reuse = hold, max_hold, reuse
+        self.waiting: list[Job] = []  # in order
+        self.running: list[Job] = []
+        self.copies: list[tuple[int, int]] = []  # pages to copy before anything is read or written
+        self.num_preempted = 0
+        self._seats = list(range(num_seats - 1, -1, -1))
+
+    def num_pages(self, num_tokens: int) -> int:
+        """Number of pages that hold so many tokens."""
+        return -(-num_tokens // self.pages.page_size)
+
+    def add(self, job: Job) -> None:
+        """Let a job wait for its turn."""
+        bisect.insort(self.waiting, job, key=attrgetter("order"))
+
+    def remove(self, job: Job) -> None:
+        """End a job, wherever it is; its pages and its seat are free."""
+        if job in self.waiting:
+            self.waiting.remove(job)
+        else:
+            self._release(job)
+
+    def expire(self, now: float) -> list[Job]:
+        """Remove and return the jobs whose deadline has passed."""
+        late = [job for job in (*self.waiting, *self.running) if job.deadline <= now]
+        for job in late:
+            self.remove(job)
+        return late
+
+    def at(self, stage: Stage) -> list[Job]:
+        """The running jobs at a stage, in order."""
+        return sorted((j for j in self.running if j.stage == stage), key=attrgetter("order"))
+
+    # --- waiting -> prefill or ready --------------------------------------------------------------
+
+    def admit(self, now: float) -> list[Job]:
+        """Give waiting jobs a seat and pages for what they are to read; return those admitted."""
+        admitted = []
+        for job in list(self.waiting):
+            if not self._seats:
+                break
+            twin = self._twin(job)
+            if twin is not None and twin.stage == "prefill":
+                continue  # it is reading the very same
+            if not self._give_pages(job, twin):
+                break
+            self.waiting.remove(job)
+            self.running.append(job)
+            job.seat = self._seats.pop()
+            self._move(job, "ready" if job.num_read >= self._target(job) else "prefill", now)
+            admitted.append(job)
+        return admitted
+
+    def _twin(self, job: Job) -> Job | None:
+        """A running job whose prompt is the same and was read in the same way."""
+        if len(job.prompt) < 2 or job.new or not self.reuse:
+            return None  # there is nothing to read before the first new token, or more than that
+        twins = (
+            other
+            for other in self.running
+            if other.prompt == job.prompt and other.settings == job.settings
+        )
+        return next(twins, None)
+
+    def _give_pages(self, job: Job, twin: Job | None) -> bool:
+        """Find or take the pages of what the job reads first; False: too few are free."""
+        size, target = self.pages.page_size, self._target(job)
+        if twin is not None:
+            num_found = len(job.prompt) - 1
+            found = twin.pages[: self.num_pages(num_found)]
+            self.pages.share(found)
+        else:
+            found = self.pages.find(job.settings, job.text[:target]) if self.reuse else []
+            num_found = len(found) * size
+            if not self.exact:
+                num_found -= num_found % self.prefill_chunk
+                self.pages.drop(found[num_found // size :])
+                del found[num_found // size :]
+        # For the token after the target too, and one for each running job: it may soon need one.
+        # A shared page that is not full will be copied.
+        needed = self.num_pages(target + 1) - num_found // size
+        if needed + len(self.running) > self.pages.num_free:
+            self.pages.drop(found)
+            return False
+        more = self.num_pages(target) - len(found)
+        job.pages = [*found, *(self.pages.take() for _ in range(more))]
+        job.num_read = num_found
+        if not job.new:
+            job.num_cached = num_found
+        return True
+
+    def _target(self, job: Job) -> int:
+        """Number of tokens that are read as a prompt.
+
+        After a preemption these include tokens that were sampled, if all have taken all loops.
+        """
+        whole = self.exact and all(loops == job.depth for loops in job.loops)
+        return len(job.prompt) - 1 + (len(job.new) if whole else 0)
+
+    # --- prefill -> ready -------------------------------------------------------------------------
+
+    def chunks(self) -> list[Chunk]:
+        """The chunks to read in this step: one, or several that are not longer together."""
+        found: list[Chunk] = []
+        left = self.prefill_chunk
+        for job in self.at("prefill"):
+            start = job.num_read
+            end = (start // self.prefill_chunk + 1) * self.prefill_chunk
+            chunk = Chunk(job, start, min(end, self._target(job)))
+            left -= chunk.stop - chunk.start
+            if found and left < 0:
+                break
+            found.append(chunk)
+        return found
+
+    def has_read(self, chunk: Chunk, now: float) -> None:
+        """A chunk's keys and values are in the job's pages."""
+        job = chunk.job
+        job.num_read = chunk.stop
+        if self.reuse:
+            self.pages.keep(job.settings, job.text[: chunk.stop], job.pages)
+        if chunk.stop == self._target(job):
+            self._move(job, "ready", now)
+
+    # --- ready -> core -> exited -> ready ---------------------------------------------------------
+
+    def boundary_is_due(self, now: float) -> bool:
+        """Whether the tokens at the boundary go on, or are held back for more to come."""
+        held = [job for job in self.running if job.stage in ("exited", "ready")]
+        others = any(job.stage == "core" for job in self.running)
+        if not held:
+            return False
+        oldest = min(job.since for job in held)
+        return not others or len(held) >= self.hold or now - oldest >= self.max_hold
+
+    def enter(self, now: float) -> list[Job]:
+        """Move the ready jobs to the core, each with a page of its own for the next token."""
+        entered = []
+        for job in self.at("ready"):
+            if job.stage == "ready" and self._claim_page(job):  # a job before it may have preempted
+                self._move(job, "core", now)
+                entered.append(job)
+        return [job for job in entered if job.stage == "core"]
+
+    def exit(self, job: Job, now: float) -> None:
+        """The job's token has taken its loops."""
+        self._move(job, "exited", now)
+
+    def has_decoded(self, job: Job, loops: int, token: int | None, now: float) -> None:
+        """The job's token was decoded; ``token`` is the next one, None if it is known already."""
+        job.num_read += 1
+        if token is not None:
+            job.new.append(token)
+            job.loops.append(loops)
+        self._move(job, "ready", now)
+
+    def preempt(self, jobs: Iterable[Job]) -> None:
+        """Let running jobs wait again; they lose their pages and keep their tokens and loops."""
+        for job in list(jobs):
+            self._release(job)
+            job.num_read = 0
+            self.num_preempted += 1
+            self.add(job)
+
+    def _claim_page(self, job: Job) -> bool:
+        """Have the page of the job's next token, for itself; False: the job was preempted."""
+        index = job.num_read // self.pages.page_size
+        if index < len(job.pages) and not self.pages.is_shared(job.pages[index]):
+            return True
+        while not self.pages.num_free:
+            last = max(self.running, key=attrgetter("order"))
+            self.preempt([last])
+            if last is job:
+                return False
+        page = self.pages.take()
+        if index < len(job.pages):
+            self.copies.append((job.pages[index], page))
+            self.pages.drop([job.pages[index]])
+            job.pages[index] = page
+        else:
+            job.pages.append(page)
+        return True
+
+    def _release(self, job: Job) -> None:
+        self.running.remove(job)
+        self.pages.drop(job.pages)
+        self._seats.append(job.seat)
+        job.pages, job.seat, job.stage = [], -1, "waiting"
+
+    def _move(self, job: Job, stage: Stage, now: float) -> None:
+        job.stage, job.since = stage, now

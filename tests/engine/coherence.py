@@ -1,0 +1,287 @@
+"""Random schedules of requests, and whether each request gives what it gives alone.
+
+``python -m tests.engine.coherence --schedules 1000`` runs many, beginning at ``--first``; the tests
+run some. Everything is in fp64, and every weight is random: with zero output projections, as in a
+new model, the cache would not matter.
+"""
+
+import argparse
+import random
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from openmythos.config import (
+    ACTConfig,
+    CopyInitConfig,
+    DepthAttentionConfig,
+    ModelConfig,
+    NormalInitConfig,
+    PonderNetConfig,
+    SinusoidalLoopConfig,
+    SwiGLUConfig,
+    UniversalACTConfig,
+    WeightLoRAConfig,
+)
+from openmythos.engine.engine import Engine, EngineConfig, Event
+from openmythos.engine.reference import NewToken, Session
+from openmythos.engine.request import Request
+from openmythos.engine.sampling import Logprobs, SamplingConfig
+from openmythos.model.cache import EveryK, FirstLoop, LastLoop, PerLoop
+from openmythos.model.exit import (
+    AccelerationExit,
+    ArgmaxStableExit,
+    CumulativeThreshold,
+    EntropyKLExit,
+    KLExit,
+    LatentDifferenceExit,
+    Rule,
+)
+from openmythos.model.recurrent import RecurrentDepthLM
+from tests.strategies import GQA, MLA, MOE, random_model
+
+MAX_LOOPS, VOCAB, TOLERANCE = 5, 19, 1e-9
+KINDS: dict[str, dict[str, Any]] = {
+    "gqa": {"loop_embedding": SinusoidalLoopConfig(num_channels=4)},
+    "mla": {"attention": MLA, "loop_adapter": WeightLoRAConfig(rank=2, num_loops=3)},
+    "moe": {"core_feed_forward": MOE, "halting": PonderNetConfig(bias_init=-1.0)},
+    "act": {"halting": ACTConfig(bias_init=-1.0)},
+    "universal act, moe, mla": {
+        "halting": UniversalACTConfig(bias_init=-1.0),
+        "attention": MLA,
+        "core_feed_forward": MOE,
+    },
+    "depth attention": {"depth_attention": DepthAttentionConfig(num_recent_loops=2)},
+    "copied state, no coda": {"state_init": CopyInitConfig(), "num_coda_layers": 0},
+}
+LAYOUTS = [PerLoop(), PerLoop(), EveryK(2), EveryK(3), LastLoop(), FirstLoop()]
+RULES: list[Rule | None] = [
+    None,
+    KLExit(threshold=0.05),
+    EntropyKLExit(kl=0.1, entropy=2.5),
+    LatentDifferenceExit(threshold=0.5),
+    AccelerationExit(threshold=0.5, patience=1),
+    ArgmaxStableExit(patience=1),
+]
+SAMPLING = [
+    SamplingConfig(),
+    SamplingConfig(temperature=0.8),
+    SamplingConfig(temperature=1.2, top_k=7, top_p=0.9),
+]
+
+
+def make_model(kind: str) -> RecurrentDepthLM:
+    """A model of some thousand parameters, all random."""
+    fields: dict[str, Any] = {
+        "vocab_size": VOCAB,
+        "d_model": 12,
+        "num_prelude_layers": 1,
+        "num_core_layers": 2,
+        "num_coda_layers": 1,
+        "num_loops": 4,
+        "max_seq_len": 64,
+        "attention": GQA,
+        "feed_forward": SwiGLUConfig(d_ff=16),
+        "state_init": NormalInitConfig(),
+    }
+    return random_model(ModelConfig(**fields | KINDS[kind]), dtype=torch.float64)
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """A request, when it comes, and after how many steps more its client hangs up (None: never)."""
+
+    step: int
+    request: Request
+    priority: int = 0
+    salt: str = ""
+    patience: int | None = None
+
+
+@dataclass
+class Schedule:
+    """A model, an engine and its requests; ``follow_ups`` tokens come after some answers."""
+
+    kind: str
+    config: EngineConfig
+    arrivals: list[Arrival]
+    follow_ups: list[list[int]] = field(default_factory=list)
+
+
+def draw_schedule(number: int) -> Schedule:
+    """The schedule of this number."""
+    draw = random.Random(number)
+    kind = draw.choice(list(KINDS))
+    layouts = LAYOUTS[:1] if kind == "depth attention" else LAYOUTS
+    page = draw.choice([1, 2, 3, 4])
+    config = EngineConfig(
+        max_rows=draw.randint(1, 6),
+        max_len=40,
+        max_loops=MAX_LOOPS,
+        page_size=page,
+        num_pages=1 + -(-40 // page) + draw.choice([0, 2, 60]),
+        cache_layout=draw.choice(layouts),
+        prefill_chunk=page * draw.randint(1, 4),
+        reuse_prefixes=draw.random() < 0.8,
+        hold_rows=draw.choice([1, 1, 2, 4]),
+        max_hold_ms=draw.choice([0, 1, 1e6]),
+    )
+    rules = RULES if not hasattr(KINDS[kind].get("halting"), "bias_init") else [
+        *RULES, CumulativeThreshold(threshold=0.6)
+    ]  # fmt: skip
+    common = [draw.randrange(VOCAB) for _ in range(16)]
+    arrivals: list[Arrival] = []
+    for _ in range(draw.randint(2, 7)):
+        own = [draw.randrange(VOCAB) for _ in range(draw.randint(1, 6))]
+        request = Request(
+            tokens=common[: draw.choice([0, 0, 5, 11, 16])] + own,
+            max_new_tokens=draw.randint(1, 12),
+            num_loops=draw.randint(1, MAX_LOOPS),
+            exit_rule=draw.choice(rules),
+            sampling=draw.choice(SAMPLING),
+            stop_tokens=[draw.randrange(VOCAB)] if draw.random() < 0.3 else [],
+            seed=draw.choice([0, 0, 3, 2**63 + 1, -5]),
+            logprobs=3,
+        )
+        step = draw.choice([0, 0, draw.randrange(60)])
+        for sample_idx in range(draw.choice([1, 1, 1, 3])):
+            patience = draw.randrange(80) if draw.random() < 0.15 else None
+            again = replace(request, sample_idx=sample_idx)
+            salt = draw.choice(["", "", "", "other"])
+            arrivals.append(Arrival(step, again, draw.choice([0, 0, 1, -1]), salt, patience))
+    follow_ups = [
+        [draw.randrange(VOCAB) for _ in range(draw.randint(1, 3))]
+        for _ in range(draw.choice([0, 1, 2]))
+    ]
+    return Schedule(kind, config, arrivals, follow_ups)
+
+
+@dataclass
+class Played:
+    """What an engine gave: requests and events by number, and its state at the end."""
+
+    requests: dict[int, Request]
+    events: dict[int, list[Event]]
+    engine: Engine
+
+
+def play(model: RecurrentDepthLM, schedule: Schedule, most_steps: int = 20_000) -> Played:
+    """Run a schedule until all its requests have ended."""
+    engine = Engine(model, schedule.config)
+    requests: dict[int, Request] = {}
+    events: dict[int, list[Event]] = {}
+    hang_ups: dict[int, int] = {}
+    coming = sorted(schedule.arrivals, key=lambda arrival: arrival.step)
+    follow_ups, step = list(schedule.follow_ups), 0
+
+    def add(request: Request, **options: Any) -> int:
+        number = engine.add(request, **options)
+        requests[number], events[number] = request, []
+        return number
+
+    while coming or not engine.is_idle:
+        while coming and coming[0].step <= step:
+            arrival = coming.pop(0)
+            number = add(arrival.request, priority=arrival.priority, salt=arrival.salt)
+            if arrival.patience is not None:
+                hang_ups[step + arrival.patience] = number
+        if step in hang_ups:
+            engine.abort(hang_ups[step])
+        for event in engine.step():
+            events[event.id].append(event)
+            answered = event.finish_reason in ("stop", "length")
+            if answered and follow_ups:  # a second turn, after an answer with early exits
+                request = requests[event.id]
+                answer = [each.token for each in events[event.id]]
+                text = [*request.tokens, *answer, *follow_ups.pop()]
+                if len(text) < schedule.config.max_len:
+                    add(replace(request, tokens=text, max_new_tokens=40 - len(text)))
+        step += 1
+        if step > most_steps:
+            raise RuntimeError(f"{len(requests)} requests do not end: {engine.stats}")
+    return Played(requests, events, engine)
+
+
+def alone(model: RecurrentDepthLM, config: EngineConfig, request: Request) -> list[NewToken]:
+    """What the reference generates for this request, with a cache of its own."""
+    session = Session.fitting(
+        model, [request], max_loops=MAX_LOOPS, cache_layout=config.cache_layout
+    )
+    return list(session.stream([request], prefill_chunk=config.prefill_chunk))
+
+
+def differences(events: list[Event], tokens: list[NewToken]) -> Iterator[str]:
+    """How a request's events differ from what it gives alone; an aborted one gives less."""
+    given = [event for event in events if event.token is not None]
+    ends = [event.finish_reason for event in events if event.finish_reason is not None]
+    if ends not in (["abort"], [tokens[-1].finish_reason]):
+        yield f"ended with {ends}, alone with {tokens[-1].finish_reason}"
+    if len(given) != len(tokens) and ends != ["abort"]:
+        yield f"{len(given)} tokens, alone {len(tokens)}"
+    for place, (event, new) in enumerate(zip(given, tokens, strict=False)):
+        pairs = (("token", event.token, new.token), ("loops", event.num_loops, new.num_loops))
+        for name, here, there in pairs:
+            if here != there:
+                yield f"{name} {place} is {here}, alone {there}"
+        gap = _gap(event.logprobs, new.logprobs)
+        if not gap <= TOLERANCE:
+            yield f"log-probabilities of token {place} differ by {gap:.1e}"
+
+
+def _gap(here: Logprobs | None, there: Logprobs | None) -> float:
+    assert here is not None and there is not None
+    gaps = [abs(here.chosen - there.chosen)]
+    gaps += [abs(a - b) for (_, a), (_, b) in zip(here.top, there.top, strict=True)]
+    return max(gaps)
+
+
+def check(schedule: Schedule) -> tuple[list[str], Played]:
+    """Run a schedule; every difference in words, and what was played."""
+    model = make_model(schedule.kind)
+    played = play(model, schedule)
+    found = []
+    for number, request in played.requests.items():
+        tokens = alone(model, schedule.config, request)
+        found += [
+            f"request {number}: {each}" for each in differences(played.events[number], tokens)
+        ]
+    stats = played.engine.stats
+    if stats.num_free_pages != stats.num_pages or stats.num_running or stats.num_waiting:
+        found.append(f"not all came back: {stats}")
+    return found, played
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--schedules", type=int, default=1000)
+    parser.add_argument("--first", type=int, default=0)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    begun, bad, counts = time.monotonic(), 0, Counter()
+    for number in range(options.first, options.first + options.schedules):
+        found, played = check(draw_schedule(number))
+        bad += bool(found)
+        for each in found[:5]:
+            print(f"schedule {number}: {each}", flush=True)
+        stats = played.engine.stats
+        counts.update(stats.finished)
+        counts["tokens"] += stats.num_new_tokens
+        counts["preempted"] += stats.num_preempted
+        counts["prompt tokens found"] += stats.num_prompt_tokens_found
+        counts["early exits"] += sum(
+            0 < event.num_loops < played.requests[event.id].num_loops
+            for events in played.events.values()
+            for event in events
+        )
+    print(f"{options.schedules} schedules, {bad} with differences, {dict(counts)}, "
+          f"{time.monotonic() - begun:.0f} s")  # fmt: skip
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

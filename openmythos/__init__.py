@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from openmythos.config import ModelConfig
     from openmythos.config.matched_baseline import baseline
     from openmythos.config.presets import preset
+    from openmythos.engine.engine import Engine, EngineConfig
     from openmythos.engine.reference import generate
     from openmythos.engine.request import Request
     from openmythos.interop.loading import load_pretrained
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Engine",
+    "EngineConfig",
     "ModelConfig",
     "RecurrentDepthLM",
     "Request",
@@ -32,6 +35,8 @@ __all__ = [
 ]
 
 _HOME = {
+    "Engine": "openmythos.engine.engine",
+    "EngineConfig": "openmythos.engine.engine",
     "ModelConfig": "openmythos.config",
     "RecurrentDepthLM": "openmythos.model.recurrent",
     "Request": "openmythos.engine.request",

@@ -342,11 +342,9 @@ class Engine:
                 scheduler.exit(looping[seat], now)
 
     def _entry(self, job: Job) -> Entry:
-        live, recorded = self._live[job.id], job.recorded_loops
-        depth = job.depth if recorded is None else recorded
-        rule = live.rule if recorded is None else Fixed()
-        seed = live.request.seed
-        return Entry(job.seat, job.token, job.num_read, tuple(job.pages), depth, rule, seed)
+        live = self._live[job.id]
+        where = job.seat, job.token, job.num_read, tuple(job.pages)
+        return Entry(*where, job.depth, live.rule, live.request.seed, job.recorded_loops)
 
     def _decode(self, jobs: list[Job], now: float) -> None:
         """End the jobs' tokens, and sample the next ones where they are not known yet."""

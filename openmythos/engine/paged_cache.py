@@ -184,17 +184,28 @@ class PagedView(CacheView):
         entry = slots[..., None] * self.cache.num_pages + self.page
         return tuple(pool[entry, self.offset].transpose(2, 3) for pool in self.cache.pools)
 
-    def fill_forward(self, num_loops: Int[Tensor, "B"]) -> None:
-        """See ``CacheView.fill_forward``; one copy per tensor for all layers and loops."""
+    def fill_forward(
+        self, num_loops: Int[Tensor, "B"], depths: Int[Tensor, "B"] | None = None
+    ) -> None:
+        """See ``CacheView.fill_forward``; one copy per tensor for all layers and loops.
+
+        ``depths``: the loops that later tokens of each row take at most; None: all. The copy ends
+        there.
+        """
         cache = self.cache
         source = cache.layout.slot(num_loops - 1)
         target = torch.arange(cache.layout.num_slots(cache.max_loops), device=source.device)
-        row, missing = (target > source[:, None]).nonzero(as_tuple=True)
-        kept, row, missing = (index.to(self.page.device) for index in (source[row], row, missing))
+        missing = target > source[:, None]
+        if depths is not None:
+            missing &= target <= cache.layout.slot(depths - 1)[:, None]
+        row, new_slot = missing.nonzero(as_tuple=True)
+        old_slot, row, new_slot = (
+            index.to(self.page.device) for index in (source[row], row, new_slot)
+        )
         layer = torch.arange(cache.num_core_layers, device=self.page.device)[:, None]
         old, new = (
-            (cache.core_start + loop * cache.num_core_layers + layer) * cache.num_pages
-            for loop in (kept, missing)
+            (cache.core_start + slot * cache.num_core_layers + layer) * cache.num_pages
+            for slot in (old_slot, new_slot)
         )
         page, offset = self.page[row], self.offset[row]
         for pool in cache.pools:

@@ -32,9 +32,17 @@ from openmythos.model.recurrent import RecurrentDepthLM
 
 @dataclass(frozen=True)
 class Entry:
-    """A token that begins to loop in a seat, at most ``depth`` times.
+    """A token that begins to loop in a seat.
 
-    ``pages`` hold the tokens of its text up to itself; ``seed`` is that of its initial state.
+    Attributes:
+        seat: Its row.
+        token: The token.
+        position: Its place in the text.
+        pages: Those of the text up to the token.
+        depth: The most loops that any token of the text may take.
+        rule: Stops this one earlier.
+        seed: Of its initial state.
+        loops: How many it takes, if that is known; the rule is then not asked.
     """
 
     seat: int
@@ -44,6 +52,7 @@ class Entry:
     depth: int
     rule: Rule
     seed: int
+    loops: int | None = None
 
 
 class Runner:
@@ -71,14 +80,17 @@ class Runner:
         self.device, rows = weight.device, num_seats + 1
         self._h = torch.zeros(rows, 1, weight.shape[1], dtype=weight.dtype, device=self.device)
         self._e = torch.zeros_like(self._h)
-        self._halted = None if model.halting is None else Halted.start(model.halting, self._h)
+        self._halted: Halted | None = None
+        if model.halting is not None:
+            begun = Halted.start(model.halting, self._h)
+            self._halted = tree_map(torch.clone, begun)  # some of its tensors are one and the same
         self._tokens = torch.zeros(rows, 1, dtype=torch.int64, device=self.device)
         self._positions = torch.zeros_like(self._tokens)
         self._seeds = torch.zeros_like(self._tokens)
         self._tables = torch.full_like(self._tokens.expand(-1, width), SCRATCH)
         # The same and more on the host, by seat.
         self._pages: list[list[int]] = [[] for _ in range(rows)]
-        self._loops, self._depths = [0] * rows, [1] * rows
+        self._loops, self._limits, self._depths = [0] * rows, [1] * rows, [1] * rows
         self._rules: list[Rule] = [Fixed()] * rows
         self._exits: dict[int, ExitState] = {}
         self._logits: dict[int, Tensor] = {}  # of tokens that stopped by a rule that needs them
@@ -88,7 +100,10 @@ class Runner:
     def read(
         self, tokens: Sequence[int], start: int, pages: Sequence[int], depth: int, seed: int
     ) -> None:
-        """Read a chunk of one text, whose first token is at position ``start``, with all loops."""
+        """Read a chunk of one text, whose first token is at position ``start``, with all loops.
+
+        Its keys and values are for tokens that loop no deeper.
+        """
         model, end = self.model, start + len(tokens)
         ctx = self.cache.context(
             self._integers([tokens]),
@@ -99,7 +114,6 @@ class Runner:
         begun = start_loops(model, model.encode(ctx.tokens, ctx), ctx, [depth])
         *_, state = unroll(model, begun, ctx)
         self.core_applications += depth * len(tokens)
-        self._fill_forward(ctx, [depth])
         if model.config.num_coda_layers:
             model.decode(readout(model, state), ctx)  # for the coda's keys and values
 
@@ -110,7 +124,8 @@ class Runner:
         for entry in entries:
             seat, pages = entry.seat, list(entry.pages)
             self._loops[seat], self._depths[seat] = 0, entry.depth
-            self._rules[seat] = entry.rule
+            self._limits[seat] = entry.depth if entry.loops is None else entry.loops
+            self._rules[seat] = entry.rule if entry.loops is None else Fixed()
             self._logits.pop(seat, None)
             if pages != self._pages[seat]:
                 self._pages[seat] = pages
@@ -123,11 +138,11 @@ class Runner:
         rows = self._padded(seats)
         ctx = self._context(rows)
         e = self.calls.encode(self.model, ctx.tokens, ctx)
-        state = start_loops(self.model, e, ctx, [self._depths[row] for row in rows])
+        state = start_loops(self.model, e, ctx, [self._limits[row] for row in rows])
         self._e[index] = e[: len(seats)]
         self._put(index, state)
         for place, entry in enumerate(entries):
-            self._exits[entry.seat] = entry.rule.start(state.h[place : place + 1, -1])
+            self._exits[entry.seat] = self._rules[entry.seat].start(state.h[place : place + 1, -1])
 
     def advance(self, seats: Sequence[int]) -> list[int]:
         """Run one loop in each of some seats; return the seats whose token stops there."""
@@ -137,7 +152,7 @@ class Runner:
         self.core_applications += len(seats)
         for seat in seats:
             self._loops[seat] += 1
-        stopped = {seat for seat in seats if self._loops[seat] >= self._depths[seat]}
+        stopped = {seat for seat in seats if self._loops[seat] >= self._limits[seat]}
         ruled = [s for s in seats if s not in stopped and not isinstance(self._rules[s], Fixed)]
         if ruled:
             stopped |= self._ask(ruled)
@@ -146,7 +161,7 @@ class Runner:
     def leave(self, seats: Sequence[int]) -> tuple[Float[Tensor, "N V"], list[int]]:
         """End the tokens of some seats; return the next tokens' logits and the loops taken."""
         loops = [self._loops[seat] for seat in seats]
-        self._fill_forward(self._context(seats), loops)
+        self._fill_forward(seats)
         found = {seat: self._logits.pop(seat) for seat in seats if seat in self._logits}
         others = [seat for seat in seats if seat not in found]
         if others:
@@ -211,7 +226,7 @@ class Runner:
             e=self._e[index],
             loop_idx=self._integers(loops),
             loops=tuple(loops),
-            depths=tuple(self._depths[row] for row in rows),
+            depths=tuple(self._limits[row] for row in rows),
             halted=select_rows(self._halted, index),
         )
 
@@ -222,11 +237,15 @@ class Runner:
         if self._halted is not None:
             tree_map(put, self._halted, state.halted)
 
-    def _fill_forward(self, ctx: PagedContext, loops: list[int]) -> None:
-        """Show each token's last loop at the later ones."""
-        assert ctx.cache is not None
-        if min(loops) < self.cache.max_loops:
-            ctx.cache.fill_forward(torch.tensor(loops))
+    def _fill_forward(self, seats: Sequence[int]) -> None:
+        """Show the last loop of each token at the later ones that its text may reach."""
+        early = [seat for seat in seats if self._loops[seat] < self._depths[seat]]
+        if not early:
+            return
+        loops, depths = ([each[seat] for seat in early] for each in (self._loops, self._depths))
+        view = self._context(early).cache
+        assert view is not None
+        view.fill_forward(torch.tensor(loops), torch.tensor(depths))
 
     def _integers(self, numbers: Sequence[Any]) -> Int[Tensor, "..."]:
         return torch.tensor(numbers, dtype=torch.int64, device=self.device)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from openmythos.engine import batch
+from openmythos.engine import compile as compiling
 from openmythos.engine.compile import compile_call
 from openmythos.engine.reference import generate
 from openmythos.model.recurrent import RecurrentDepthLM
@@ -68,7 +68,7 @@ def test_models_do_not_share_graphs() -> None:
 def test_sessions_share_graphs_and_a_model_is_forgotten() -> None:
     model = RecurrentDepthLM(small_config()).eval()
     settings: dict[str, Any] = {"max_new_tokens": 2, "num_loops": 2, "compiled": True}
-    with unchecked(), mock.patch.object(batch, "compile_call", wraps=compile_call) as compiler:
+    with unchecked(), mock.patch.object(compiling, "compile_call", wraps=compile_call) as compiler:
         for _ in range(2):
             generate(model, [[1, 2]], **settings)
     assert compiler.call_count == 3

@@ -138,6 +138,29 @@ def compare(kind: str, layout: PerLoop) -> None:
 
 
 @torch.no_grad()
+def test_the_last_loop_is_shown_up_to_the_depth_of_the_text_and_no_further() -> None:
+    model = make_model("gqa")
+    for layout in (PerLoop(), EveryK(2)):
+        cache = make_cache(model, layout)
+        rows = Rows(model, cache)
+        for pool in cache.pools:
+            pool.fill_(7.0)
+        ctx = rows.context(random_tokens(model.config, 1, 1), torch.ones(1, 1) > 0, [0])
+        place = slice(cache.core_start, cache.coda_start)
+        entries = torch.arange(cache.num_slots)[place] * cache.num_pages + rows.tables[0][0]
+        for pool in cache.pools:
+            pool[entries, 0] = torch.arange(len(entries), dtype=torch.float64)[:, None, None]
+        ctx.cache.fill_forward(torch.tensor([2]), torch.tensor([4]))
+        kept = [layout.slot(min(loop, 1)) if loop < 4 else layout.slot(loop) for loop in range(5)]
+        wanted = {layout.slot(loop): slot for loop, slot in enumerate(kept)}
+        for pool in cache.pools:
+            found = pool[entries, 0, 0, 0].view(-1, cache.num_core_layers)
+            for slot, shown in wanted.items():
+                source = shown * cache.num_core_layers
+                assert found[slot].tolist() == [source, source + 1]
+
+
+@torch.no_grad()
 def test_padding_and_loops_that_are_not_kept_touch_scratch_only() -> None:
     model = make_model("gqa")
     cache = make_cache(model, FirstLoop())

@@ -1,0 +1,431 @@
+"""The engine: coherence with the reference, and what a client is told."""
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+import openmythos as om
+from openmythos.engine.engine import Engine, EngineConfig, Event
+from openmythos.engine.paged_cache import PagedView
+from openmythos.engine.request import Request
+from openmythos.engine.runner import Runner
+from openmythos.engine.sampling import SamplingConfig
+from openmythos.model.cache import LastLoop, PerLoop
+from openmythos.model.exit import CumulativeThreshold, KLExit, LatentDifferenceExit
+from openmythos.model.recurrent import RecurrentDepthLM
+from tests.engine.coherence import (
+    MAX_LOOPS,
+    Arrival,
+    Schedule,
+    alone,
+    check,
+    differences,
+    draw_schedule,
+    make_model,
+)
+from tests.strategies import unchecked
+
+CONFIG = EngineConfig(
+    max_rows=4, max_len=40, max_loops=MAX_LOOPS, page_size=2, num_pages=60, prefill_chunk=4
+)
+PROMPT = [3, 1, 4, 1, 5, 9, 2, 6, 5]
+RULE = LatentDifferenceExit(threshold=0.5)
+
+
+def make_request(**changes: Any) -> Request:
+    fields = {"tokens": PROMPT, "max_new_tokens": 6, "num_loops": 4, "logprobs": 2}
+    return Request(**fields | changes)
+
+
+def make_engine(kind: str = "gqa", **changes: Any) -> Engine:
+    return Engine(make_model(kind), replace(CONFIG, **changes))
+
+
+def run(engine: Engine, steps: int = 5000) -> dict[int, list[Event]]:
+    """The events of each request until all have ended."""
+    events: dict[int, list[Event]] = {}
+    for _ in range(steps):
+        if engine.is_idle:
+            return events
+        for event in engine.step():
+            events.setdefault(event.id, []).append(event)
+    raise AssertionError(engine.stats)
+
+
+def same(engine: Engine, request: Request, events: list[Event]) -> bool:
+    wanted = alone(engine.model, engine.config, request)
+    return not list(differences(events, wanted))
+
+
+@pytest.fixture(autouse=True)
+def without_type_checks(request: pytest.FixtureRequest) -> Iterator[None]:
+    """They take several times as long as the models; one test keeps them."""
+    if request.node.name == "test_public_names":
+        yield
+        return
+    with unchecked():
+        yield
+
+
+# --- coherence: a request's tokens, loops and log-probabilities depend on the request alone -------
+
+
+@pytest.mark.parametrize("number", range(20))
+def test_random_schedules_give_what_each_request_gives_alone(number: int) -> None:
+    found, _ = check(draw_schedule(number))
+    assert found == []
+
+
+def test_the_schedules_cover_what_they_should() -> None:
+    drawn = [draw_schedule(number) for number in range(20)]
+    assert len({schedule.kind for schedule in drawn}) == 7
+    assert {str(PerLoop()), str(LastLoop())} <= {str(s.config.cache_layout) for s in drawn}
+    requests = [arrival.request for schedule in drawn for arrival in schedule.arrivals]
+    assert len({type(request.exit_rule) for request in requests}) == 7
+    assert any(request.sample_idx for request in requests)
+    assert any(arrival.patience is not None for s in drawn for arrival in s.arrivals)
+
+
+MUTANT = Schedule(
+    "gqa",
+    replace(CONFIG, cache_layout=PerLoop(), hold_rows=2, max_hold_ms=1e6),
+    [
+        Arrival(0, make_request(exit_rule=LatentDifferenceExit(threshold=0.35), num_loops=5)),
+        Arrival(0, make_request(tokens=PROMPT[::-1], num_loops=5)),
+    ],
+)
+
+
+def test_what_the_mutations_change_is_coherent_without_them() -> None:
+    found, played = check(MUTANT)
+    assert found == []
+    loops = [event.num_loops for event in played.events[0]]
+    assert min(loops[:2]) < max(loops[2:]), f"no token reads past an earlier exit: {loops}"
+
+
+def test_two_swapped_pages_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two requests: the keys of one carry their positions, and may be in any order."""
+    enter = Runner.enter
+
+    def swapped(runner: Runner, entries: list[Any]) -> None:
+        if len(entries) == 2:
+            (first, *rest), (other, *others) = (entry.pages for entry in entries)
+            pages = (other, *rest), (first, *others)
+            entries = [replace(e, pages=p) for e, p in zip(entries, pages, strict=True)]
+        enter(runner, entries)
+
+    monkeypatch.setattr(Runner, "enter", swapped)
+    found, _ = check(MUTANT)
+    assert any("log-probabilities" in each for each in found)
+
+
+@pytest.mark.parametrize("left_out", [1, 2])
+def test_one_forward_fill_left_out_is_noticed(monkeypatch, left_out: int) -> None:
+    fill, calls = PagedView.fill_forward, []
+
+    def fill_most(view: PagedView, *loops: torch.Tensor) -> None:
+        calls.append(loops)
+        if len(calls) != left_out:
+            fill(view, *loops)
+
+    monkeypatch.setattr(PagedView, "fill_forward", fill_most)
+    found, _ = check(MUTANT)
+    assert len(calls) > left_out and any("log-probabilities" in each for each in found)
+
+
+# --- what is shared -------------------------------------------------------------------------------
+
+
+def test_a_prompt_is_read_once_for_several_samples() -> None:
+    engine = make_engine()
+    requests = [
+        make_request(sampling=SamplingConfig(temperature=1.0), sample_idx=index)
+        for index in range(3)
+    ]
+    numbers = [engine.add(request) for request in requests]
+    events = run(engine)
+    assert engine.stats.num_prompt_tokens_read == len(PROMPT) - 1
+    assert engine.stats.num_prompt_tokens_found == 2 * (len(PROMPT) - 1)
+    for number, request in zip(numbers, requests, strict=True):
+        assert same(engine, request, events[number])
+    assert len({tuple(e.token for e in events[n]) for n in numbers}) > 1
+
+
+def test_a_second_turn_reads_the_answer_again_and_finds_the_prompt() -> None:
+    """Pages of an answer with early exits are not those of the same tokens as a prompt."""
+    engine = make_engine()
+    first = make_request(exit_rule=RULE, max_new_tokens=7)
+    number = engine.add(first)
+    answer = [event.token for event in run(engine)[number]]
+    assert any(event.num_loops < 4 for event in alone(engine.model, engine.config, first)[:-1])
+    second = replace(first, tokens=[*PROMPT, *answer, 7, 8], max_new_tokens=5)
+    number = engine.add(second)
+    events = run(engine)[number]
+    assert same(engine, second, events)
+    found = len(PROMPT) - 1  # full pages of the first prompt, without its last token
+    assert engine.stats.num_prompt_tokens_found == found
+    assert engine.stats.num_prompt_tokens_read == len(PROMPT) - 1 + len(second.tokens) - 1 - found
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "found"),
+    [
+        ({}, {}, True),
+        ({"sampling": SamplingConfig(temperature=1.0)}, {}, True),
+        ({"max_new_tokens": 2}, {}, True),
+        ({"num_loops": 3}, {}, False),
+        ({"exit_rule": KLExit()}, {}, False),
+        ({"seed": 1}, {}, False),
+        ({}, {"salt": "mine"}, False),
+    ],
+)
+def test_what_a_prompts_pages_depend_on(change: Any, options: Any, found: bool) -> None:
+    engine = make_engine()
+    engine.add(make_request())
+    run(engine)
+    engine.add(make_request(**change), **options)
+    run(engine)
+    assert (engine.stats.num_prompt_tokens_found > 0) == found
+
+
+def test_a_seed_matters_to_a_prompt_only_if_the_state_is_random() -> None:
+    engine = make_engine("copied state, no coda")
+    for seed in (0, 1):
+        engine.add(make_request(seed=seed))
+        run(engine)
+    assert engine.stats.num_prompt_tokens_found == len(PROMPT) - 1
+
+
+def test_without_reuse_every_prompt_is_read() -> None:
+    engine = make_engine(reuse_prefixes=False)
+    for _ in range(2):
+        engine.add(make_request())
+    run(engine)
+    assert engine.stats.num_prompt_tokens_found == 0
+    assert engine.stats.num_prompt_tokens_read == 2 * (len(PROMPT) - 1)
+
+
+# --- pages ----------------------------------------------------------------------------------------
+
+
+def test_out_of_pages_a_request_waits_and_gives_the_same() -> None:
+    engine = make_engine(num_pages=14)
+    requests = [make_request(seed=seed, exit_rule=RULE, max_new_tokens=12) for seed in range(3)]
+    for request in requests:
+        engine.add(request)
+    events = run(engine)
+    assert engine.stats.num_preempted > 0
+    assert all(same(engine, request, events[n]) for n, request in enumerate(requests))
+
+
+def test_a_request_that_can_never_fit_is_refused_at_once() -> None:
+    engine = make_engine(num_pages=6, max_len=30)
+    engine.add(make_request(max_new_tokens=2))  # 8 + 2 columns
+    with pytest.raises(ValueError, match=r"9 tokens and max_new_tokens=3.* at most 10 .*enlarge"):
+        engine.add(make_request(max_new_tokens=3))
+    assert len(run(engine)) == 1
+    number = engine.add(make_request(max_new_tokens=None))  # as many as fit
+    assert len(run(engine)[number]) == 2
+    with pytest.raises(ValueError, match=r"12 tokens and max_new_tokens=1, which need 12 columns"):
+        engine.add(make_request(tokens=[1] * 12, max_new_tokens=None))
+
+
+def test_all_pages_come_back_after_aborts_at_random_instants() -> None:
+    engine, draw = make_engine(num_pages=24), random.Random(0)
+    aborted, numbers = 0, []
+    while aborted < 120:
+        if draw.random() < 0.5:
+            text = PROMPT[: draw.randint(1, 9)]
+            request = make_request(tokens=text, exit_rule=RULE, num_loops=draw.randint(1, 3))
+            numbers.append(engine.add(request))
+        if numbers and draw.random() < 0.4:
+            aborted += engine.abort(numbers.pop(draw.randrange(len(numbers))))
+        engine.step()
+    for number in numbers:
+        engine.abort(number)
+    stats = engine.stats
+    assert (stats.num_running, stats.num_waiting, stats.num_free_pages) == (0, 0, 23)
+    assert stats.finished["abort"] >= 120
+
+
+# --- order, time and ends -------------------------------------------------------------------------
+
+
+def test_a_lower_priority_number_goes_first_and_waiting_makes_up_for_it() -> None:
+    now = [0.0]
+    engine = Engine(make_model("gqa"), replace(CONFIG, max_rows=1), clock=lambda: now[0])
+    late = engine.add(make_request(max_new_tokens=1), priority=1)
+    first = engine.add(make_request(max_new_tokens=1))
+    now[0] = 10.5  # more than the ten seconds that a priority is worth
+    last = engine.add(make_request(max_new_tokens=1))
+    assert list(run(engine)) == [first, late, last]
+
+
+def test_a_request_ends_at_its_deadline_wherever_it_is() -> None:
+    now = [0.0]
+    engine = Engine(make_model("gqa"), replace(CONFIG, max_rows=1), clock=lambda: now[0])
+    running = engine.add(make_request(max_new_tokens=20), timeout=5)
+    waiting = engine.add(make_request(), timeout=4.5)
+    other = engine.add(make_request())
+    events = [event for _ in range(40) for event in engine.step()]
+    assert {event.id for event in events} == {running}
+    now[0] = 5.0
+    rest = run(engine)
+    assert [event.finish_reason for event in rest[running]] == ["deadline"]
+    assert [event.finish_reason for event in rest[waiting]] == ["deadline"]
+    assert same(engine, make_request(), rest[other])
+
+
+def test_stop_tokens_end_a_request_and_are_given_out() -> None:
+    engine = make_engine()
+    tokens = [new.token for new in alone(engine.model, CONFIG, make_request())]
+    request = make_request(stop_tokens=[tokens[2]])
+    number = engine.add(request)
+    events = run(engine)[number]
+    assert same(engine, request, events)
+    assert events[-1].finish_reason == "stop" and len(events) <= 3
+
+
+def test_a_request_that_diverges_fails_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, leave = make_engine(), Runner.leave
+    bad, good = engine.add(make_request(seed=1)), engine.add(make_request(seed=2))
+
+    def diverge(runner: Runner, seats: list[int]) -> Any:
+        logits, loops = leave(runner, seats)
+        for job in engine._scheduler.running:
+            if job.id == bad and len(job.new) == 2 and job.seat in seats:
+                logits[seats.index(job.seat)] = torch.nan
+        return logits, loops
+
+    monkeypatch.setattr(Runner, "leave", diverge)
+    events = run(engine)
+    assert [event.finish_reason for event in events[bad]] == [None, None, "error"]
+    assert "diverged" in events[bad][-1].error
+    assert same(engine, make_request(seed=2), events[good])
+    assert engine.stats.num_free_pages == engine.stats.num_pages
+
+
+@pytest.mark.parametrize("call", ["read", "enter", "advance", "leave"])
+def test_a_failed_step_loses_nothing(call: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = make_engine(hold_rows=2)
+    requests = [
+        make_request(sampling=SamplingConfig(temperature=1.0), seed=seed, exit_rule=RULE)
+        for seed in range(3)
+    ]
+    for request in requests:
+        engine.add(request)
+    work, calls, events = getattr(Runner, call), [0], {}
+
+    def fail_sometimes(runner: Runner, *args: Any) -> Any:
+        calls[0] += 1
+        result = work(runner, *args)
+        if calls[0] in (3, 7):
+            raise RuntimeError("no memory left")
+        return result
+
+    monkeypatch.setattr(Runner, call, fail_sometimes)
+    failures = 0
+    while not engine.is_idle:
+        try:
+            for event in engine.step():
+                events.setdefault(event.id, []).append(event)
+        except RuntimeError:
+            failures += 1
+    assert failures >= 1
+    assert all(same(engine, request, events[n]) for n, request in enumerate(requests))
+
+
+# --- streams --------------------------------------------------------------------------------------
+
+
+def test_streams_are_read_in_turn_and_one_that_is_closed_aborts() -> None:
+    engine = make_engine()
+    requests = [make_request(seed=seed) for seed in range(3)]
+    streams = [engine.stream(engine.add(request)) for request in requests]
+    first = [next(stream) for stream in streams]
+    streams[2].close()
+    assert engine.stats.finished == {"abort": 1}
+    rest = [list(stream) for stream in streams[:2]]
+    for request, begin, end in zip(requests, first, rest, strict=False):
+        assert same(engine, request, [begin, *end])
+    assert not engine.abort(0)
+
+
+def test_a_stream_of_a_request_that_has_ended_is_refused() -> None:
+    engine = make_engine()
+    number = engine.add(make_request(max_new_tokens=1))
+    run(engine)
+    with pytest.raises(ValueError, match="number is 0; it must be the number of a request that"):
+        engine.stream(number)
+
+
+# --- bad input ------------------------------------------------------------------------------------
+
+
+@contextmanager
+def refused(message: str) -> Iterator[None]:
+    with pytest.raises(ValueError, match=message) as caught:
+        yield
+    assert "\n" not in str(caught.value)
+
+
+def test_requests_are_refused_in_one_line() -> None:
+    engine = make_engine()
+    for request, message in (
+        (make_request(tokens=[]), "at least one token long"),
+        (make_request(tokens=[99]), r"token ids in 0..18"),
+        (make_request(num_loops=6), "num_loops is 6; it must be at most 5"),
+        (make_request(max_new_tokens=60), "exceed max_seq_len=64"),
+        (make_request(exit_rule=CumulativeThreshold(threshold=0.5)), "needs a halting head"),
+        ("text", "request is 'text'; it must be a Request"),
+    ):
+        with refused(message):
+            engine.add(request)
+    with refused("priority is 0.5; it must be an integer"):
+        engine.add(make_request(), priority=0.5)
+    with refused("timeout is 'soon'; it must be a number of seconds"):
+        engine.add(make_request(), timeout="soon")
+    assert engine.is_idle and engine.stats.num_waiting == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"max_rows": 0}, "max_rows is 0"),
+        ({"prefill_chunk": 3}, "prefill_chunk is 3; it must be a multiple of page_size=2"),
+        ({"num_pages": 1}, "num_pages is 1; it must be an integer of at least 2"),
+        ({"max_hold_ms": -1}, "max_hold_ms is -1"),
+        ({"cache_layout": "last"}, "cache_layout is 'last'"),
+        ({"compiled": "no"}, "compiled is 'no'; it must be True or False"),
+        ({"max_len": 65}, "max_len is 65; it must be at most 64, the max_seq_len of the model"),
+        ({"num_pages": 10**12}, "a cache of 1000000000000 pages .* lower num_pages"),
+    ],
+)
+def test_configs_are_refused_in_one_line(changes: Any, message: str) -> None:
+    with refused(message):
+        make_engine(**changes)
+
+
+def test_sizes_that_are_left_open_are_the_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model("gqa")
+    engine = Engine(model, EngineConfig(max_rows=3))
+    assert engine.capacity == (64, 4, 1 + 3 * 4)
+    monkeypatch.setattr("openmythos.engine.engine.free_bytes", lambda: 1_000_000)
+    monkeypatch.setattr("openmythos.plan.memory.free_bytes", lambda: 1_000_000)
+    num_pages = Engine(model, EngineConfig(max_rows=1000)).capacity.num_pages
+    pools = Engine(model, EngineConfig(max_rows=1000))._cache.pools
+    assert 2 < num_pages < 1000 and sum(pool.nbytes for pool in pools) <= 500_000
+
+
+def test_public_names() -> None:
+    model: RecurrentDepthLM = make_model("mla")
+    engine = om.Engine(model)
+    number = engine.add(om.Request(tokens=[1, 2, 3], max_new_tokens=3, num_loops=2))
+    tokens = [event.token for event in engine.stream(number)]
+    assert tokens == om.generate(model, [[1, 2, 3]], max_new_tokens=3, num_loops=2).tokens[0]
+    assert om.EngineConfig().max_rows == engine.config.max_rows

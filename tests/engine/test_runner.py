@@ -1,0 +1,114 @@
+"""Rows of the runner against the reference's batch: one request per seat, any seats in a call."""
+
+import pytest
+import torch
+
+from openmythos.engine.batch import CachedBatch
+from openmythos.engine.paged_cache import PagedCache
+from openmythos.engine.runner import Entry, Runner
+from openmythos.model.cache import KVCache
+from openmythos.model.exit import Fixed, KLExit, LatentDifferenceExit, Rule
+from openmythos.model.recurrent import RecurrentDepthLM
+from tests.engine.coherence import MAX_LOOPS, make_model
+
+TEXTS = [[3, 1, 4, 1, 5, 9, 2], [6, 5], [3, 5, 8, 9], [7, 9, 3, 2, 3]]
+DEPTHS = [4, 5, 2, 3]
+RULES: list[Rule] = [Fixed(), KLExit(threshold=0.05), Fixed(), LatentDifferenceExit(threshold=0.6)]
+PAGES = [[9, 2, 4], [1], [7, 3], [5, 8]]
+SEEDS = [0, 5, 2**64 - 1, -7]
+
+
+def make_runner(model: RecurrentDepthLM, **options: bool) -> Runner:
+    sizes = {"num_pages": 12, "page_size": 3, "max_loops": MAX_LOOPS}
+    cache = PagedCache(model.config, dtype=model.embed.weight.dtype, **sizes)
+    return Runner(model, cache, num_seats=5, max_len=12, **options)
+
+
+def entry(row: int, seat: int) -> Entry:
+    """The last token of a text."""
+    text = TEXTS[row]
+    return Entry(seat, text[-1], len(text) - 1, PAGES[row], DEPTHS[row], RULES[row], SEEDS[row])
+
+
+def read(runner: Runner, row: int, chunk: int = 4) -> None:
+    """All tokens of a text but the last."""
+    text = TEXTS[row][:-1]
+    for start in range(0, len(text), chunk):
+        part = text[start : start + chunk]
+        runner.read(part, start, PAGES[row], DEPTHS[row], SEEDS[row])
+
+
+def reference(model: RecurrentDepthLM, row: int) -> tuple[torch.Tensor, int, int]:
+    """Logits and loops of one text alone, and the core applications."""
+    sizes = {"batch_size": 1, "max_len": 12, "max_loops": MAX_LOOPS}
+    batch = CachedBatch(model, KVCache(model.config, dtype=torch.float64, **sizes))
+    batch.seeds = [SEEDS[row]]
+    batch.prefill([TEXTS[row][:-1]], [DEPTHS[row]], 4)
+    logits, loops = batch.decode({0: TEXTS[row][-1]}, [DEPTHS[row]], RULES[row])
+    return logits[0], loops[0], batch.core_applications
+
+
+@pytest.mark.parametrize("kind", ["gqa", "universal act, moe, mla", "depth attention"])
+@torch.no_grad()
+def test_rows_that_enter_at_different_times_equal_each_alone(kind: str) -> None:
+    model = make_model(kind)
+    runner = make_runner(model)
+    seats = {4: 0, 0: 1, 2: 2, 1: 3}  # the row in each seat
+    waiting, looping, left, done = list(seats), [], [], {}
+    applications = 0
+    while len(done) < len(seats):
+        for seat in waiting[:1]:
+            read(runner, seats[seat])
+            runner.enter([entry(seats[seat], seat)])
+            looping.append(seat)
+        waiting = waiting[1:]
+        stopped = runner.advance(looping)
+        looping, left = [seat for seat in looping if seat not in stopped], left + stopped
+        if len(left) > 1 or not (looping or waiting):
+            logits, loops = runner.leave(left)
+            done |= {s: each for s, *each in zip(left, logits, loops, strict=True)}
+            left = []
+    for seat, (logits, loops) in done.items():
+        wanted, taken, work = reference(model, seats[seat])
+        torch.testing.assert_close(logits, wanted, rtol=0, atol=1e-10)
+        assert loops == taken
+        applications += work
+    assert runner.core_applications == applications
+
+
+@torch.no_grad()
+def test_logits_that_a_rule_needed_are_the_output(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model("gqa")
+    runner = make_runner(model)
+    read(runner, 1)
+    runner.enter([entry(1, 0)])
+    calls: list[int] = []
+    decode = runner._decode
+    monkeypatch.setattr(runner, "_decode", lambda seats: calls.append(1) or decode(seats))
+    loops = 1
+    while not runner.advance([0]):
+        loops += 1
+    assert loops < DEPTHS[1] and len(calls) == loops
+    logits, _ = runner.leave([0])
+    assert len(calls) == loops
+    assert torch.equal(logits, decode([0]))
+
+
+@torch.no_grad()
+def test_seats_of_nobody_fill_up_a_call_and_change_nothing(monkeypatch) -> None:
+    """The row counts of compiled calls, run eagerly."""
+    model, seen = make_model("act"), []
+    plain, padded = make_runner(model), make_runner(model)
+    padded.compiled = True
+    context = padded._context
+    monkeypatch.setattr(padded, "_context", lambda rows: seen.append(len(rows)) or context(rows))
+    for runner in (plain, padded):
+        for row in (0, 2, 3):
+            read(runner, row)
+        runner.enter([entry(row, seat) for seat, row in enumerate((0, 2, 3))])
+        for _ in range(2):
+            runner.advance([0, 1, 2])
+    assert set(seen) == {4}
+    for one, other in zip(plain.leave([2, 0, 1])[0], padded.leave([2, 0, 1])[0], strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-10)
+    assert [len(padded._padded(range(n))) for n in range(1, 6)] == [1, 2, 4, 4, 5]

@@ -52,6 +52,7 @@ def chat(
     from openmythos.engine.reference import Session
     from openmythos.engine.request import Request
     from openmythos.engine.sampling import SamplingConfig
+    from openmythos.report.page import LoopScale
     from openmythos.text_stream import TextStream
 
     default = SamplingConfig(temperature=0.8, top_k=50)
@@ -94,14 +95,15 @@ def chat(
             stop_tokens=tokenizer.end_ids,
             seed=seed,
         )
+        scale = LoopScale(1, depth)
         talk.seen, answer, loops = whole, TextStream(tokenizer, stop or ()), list[int]()
         for new in session.stream([request]):
             talk.seen.append(new.token)
             loops.append(new.num_loops)
-            screen.print(coloured(answer.push(new.token), loops, deepest), end="")
+            screen.print(coloured(answer.push(new.token), loops, scale), end="")
             if answer.stopped:
                 break
-        screen.print(coloured(answer.finish(), loops, deepest))
+        screen.print(coloured(answer.finish(), loops, scale))
         talk.answered(line, answer.text)
 
 

@@ -1,11 +1,12 @@
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 from torch.nn import functional
 
 from openmythos.model.recurrent import RecurrentDepthLM
-from openmythos.train.validation import held_out_bits_per_byte, hops_accuracy
+from openmythos.train.validation import held_out_bits, held_out_bits_per_byte, hops_accuracy
 from tests.strategies import random_model
 from tests.train.examples import loader, oracle, small_walks, tiny_model
 
@@ -29,6 +30,21 @@ def test_bits_per_byte_by_hand(prepared: Path) -> None:
     split = loader(prepared)
     assert num_bytes == split.num_bytes
     assert bits == pytest.approx(nats / math.log(2) / num_bytes, rel=1e-5)
+
+
+def test_bits_are_counted_by_document(prepared: Path) -> None:
+    """Documents go on over rows and batches: each alone, in one row, has the same bytes."""
+    model, split = random_model(tiny_model(max_seq_len=32)), loader(prepared)
+    documents = held_out_bits(model, split, 2)
+    sizes = (
+        np.bincount(split.document_of(np.arange(split.num_tokens))) - 2
+    )  # bos and eos; ids are bytes
+    assert [size for _, size in documents] == sizes.tolist() and len(sizes) > 1
+    assert len(split.text()) == split.num_bytes == sum(sizes)
+    total = sum(bits for bits, _ in documents) / split.num_bytes
+    assert total == held_out_bits_per_byte(model, split, 2)
+    few = held_out_bits(model, loader(prepared, batch_size=1), 2)
+    assert few == [pytest.approx(pair, rel=1e-5) for pair in documents]
 
 
 def test_bits_per_byte_does_not_depend_on_the_batch(prepared: Path) -> None:

@@ -1,11 +1,19 @@
 """``openmythos train``: start or continue a training run."""
 
+import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from openmythos.command.option import Device, Out, Overrides, check_device
+from openmythos.command.option import (
+    AsJson,
+    Device,
+    Out,
+    Overrides,
+    check_device,
+    with_shorthands,
+)
 from openmythos.terminal import console, note
 
 
@@ -27,23 +35,48 @@ def train(
         typer.Option("--from", help="Checkpoint whose model and weights to start from."),
     ] = None,
     out: Out = Path("runs/train"),
-    overrides: Overrides = None,
-    device: Device = "cpu",
+    steps: Annotated[
+        int | None,
+        typer.Option(help="Optimiser steps in all; short for --set train.max_steps=N."),
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Rows of a step; short for --set train.batch_size=N.")
+    ] = None,
+    lr: Annotated[
+        float | None,
+        typer.Option(
+            help="AdamW's learning rate; short for --set train.optimizer.lr=X. The blocks' "
+            "matrices have a rate of their own, train.optimizer.muon_lr."
+        ),
+    ] = None,
     seed: Annotated[
         int | None,
-        typer.Option(help="Seed of everything that is random; default: --config's, or 0."),
+        typer.Option(
+            help="Seed of everything that is random, --config's or 0 by default; short for "
+            "--set train.seed=N."
+        ),
     ] = None,
+    overrides: Overrides = None,
+    device: Device = "cpu",
+    as_json: AsJson = False,
 ) -> None:
     """Train a model; run the same command again to continue an interrupted run."""
     note("preparing the run ...")
     from openmythos.train.display import TrainDisplay
     from openmythos.train.loop import TrainingStopped
+    from openmythos.train.metrics import last_validation
     from openmythos.train.run import DEFAULT_DATA, resolve, set_up
     from openmythos.train.task import HopsTask, TextTask
 
-    resolved = resolve(preset, data, config, overrides or [], seed, init_from)
+    short = {
+        "--steps": ("train.max_steps", steps),
+        "--batch-size": ("train.batch_size", batch_size),
+        "--lr": ("train.optimizer.lr", lr),
+        "--seed": ("train.seed", seed),
+    }
+    resolved = resolve(preset, data, config, with_shorthands(overrides or [], short), init_from)
     check_device(device)
-    screen = console()
+    screen = console(notes=as_json)
     run = set_up(resolved, out, device)
     screen.print(run.in_words((data or DEFAULT_DATA) if config is None else str(config)))
     for change in run.changes:
@@ -62,5 +95,9 @@ def train(
     kept = run.folder.last_checkpoint()
     said = f"{state}: step {result.step}, {result.seconds:.0f} s, checkpoint {kept}"
     screen.print(said)
+    if as_json:
+        held_out = last_validation(run.folder.path / "metrics.jsonl")
+        summary = {"folder": str(out), "checkpoint": str(kept), **vars(result)}
+        typer.echo(json.dumps({**summary, "held_out": held_out}))
     if result.interrupted:
         raise typer.Exit(130)

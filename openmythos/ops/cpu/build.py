@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from openmythos.config.schema import require
 from openmythos.folder import put_in_place
+from openmythos.terminal import note
 
 EAGER = ("attention", "experts")  # what any eager forward may use
 KERNELS = (*EAGER, "narrow")
@@ -89,8 +90,10 @@ def _load(name: str) -> bool:
     if sys.platform != "linux" or compiler is None:
         return False
     try:
+        names = EAGER if name in EAGER else (name,)
+        if not all(library(each, compiler).exists() for each in names):
+            note("building kernels for this CPU, once ...")
         with ThreadPoolExecutor() as pool:
-            names = EAGER if name in EAGER else (name,)
             built = {each: pool.submit(_build, each, compiler) for each in names}
         torch.ops.load_library(built[name].result())  # one after the other: it changes global flags
     except (OSError, subprocess.CalledProcessError) as error:

@@ -2,9 +2,10 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import Console
 
 from openmythos.command.option import (
     AsJson,
@@ -15,6 +16,10 @@ from openmythos.command.option import (
     with_shorthands,
 )
 from openmythos.terminal import console, note
+
+if TYPE_CHECKING:
+    from openmythos.train.loop import TrainResult
+    from openmythos.train.run import Run
 
 
 def train(
@@ -62,11 +67,8 @@ def train(
 ) -> None:
     """Train a model; run the same command again to continue an interrupted run."""
     note("preparing the run ...")
-    from openmythos.train.display import TrainDisplay
     from openmythos.train.loop import TrainingStopped
-    from openmythos.train.metrics import last_validation
     from openmythos.train.run import DEFAULT_DATA, resolve, set_up
-    from openmythos.train.task import HopsTask, TextTask
 
     short = {
         "--steps": ("train.max_steps", steps),
@@ -79,25 +81,40 @@ def train(
     screen = console(notes=as_json)
     run = set_up(resolved, out, device)
     screen.print(run.in_words((data or DEFAULT_DATA) if config is None else str(config)))
+    try:
+        result = train_shown(run, screen)
+    except TrainingStopped as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from None
+    summary = ended(run, result, screen)
+    if as_json:
+        typer.echo(json.dumps(summary))
+    if result.interrupted:
+        raise typer.Exit(130)
+
+
+def train_shown(run: "Run", screen: Console) -> "TrainResult":
+    """Say what a run begins with, and train it with its progress on the screen."""
+    from openmythos.train.display import TrainDisplay
+    from openmythos.train.task import HopsTask, TextTask
+
     for change in run.changes:
         screen.print(change)
     if isinstance(run.task, TextTask):
         typer.echo(run.task.train.data.summary(), err=True)
     if isinstance(run.task, HopsTask):
         screen.print(run.task.leaks_in_words())
-    try:
-        with TrainDisplay(screen, "training") as display:
-            result = run.train(display)
-    except TrainingStopped as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from None
+    with TrainDisplay(screen, "training") as display:
+        return run.train(display)
+
+
+def ended(run: "Run", result: "TrainResult", screen: Console) -> dict[str, Any]:
+    """Say how a run ended; returns that as ``--json`` prints it."""
+    from openmythos.train.metrics import last_validation
+
     state = "interrupted and saved" if result.interrupted else "done"
-    kept = run.folder.last_checkpoint()
-    said = f"{state}: step {result.step}, {result.seconds:.0f} s, checkpoint {kept}"
-    screen.print(said)
-    if as_json:
-        held_out = last_validation(run.folder.path / "metrics.jsonl")
-        summary = {"folder": str(out), "checkpoint": str(kept), **vars(result)}
-        typer.echo(json.dumps({**summary, "held_out": held_out}))
-    if result.interrupted:
-        raise typer.Exit(130)
+    folder, kept = run.folder.path, run.folder.last_checkpoint()
+    screen.print(f"{state}: step {result.step}, {result.seconds:.0f} s, checkpoint {kept}")
+    held_out = last_validation(folder / "metrics.jsonl")
+    places = {"folder": str(folder), "checkpoint": str(kept)}
+    return {**places, **vars(result), "held_out": held_out}

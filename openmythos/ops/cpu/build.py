@@ -90,10 +90,8 @@ def _load(name: str) -> bool:
     if sys.platform != "linux" or compiler is None:
         return False
     try:
-        names = EAGER if name in EAGER else (name,)
-        if not all(library(each, compiler).exists() for each in names):
-            note("building kernels for this CPU, once ...")
         with ThreadPoolExecutor() as pool:
+            names = EAGER if name in EAGER else (name,)
             built = {each: pool.submit(_build, each, compiler) for each in names}
         torch.ops.load_library(built[name].result())  # one after the other: it changes global flags
     except (OSError, subprocess.CalledProcessError) as error:
@@ -117,6 +115,7 @@ def _build(name: str, compiler: list[str]) -> Path:
     """The library's file, built if it is not there."""
     target = library(name, compiler)
     if not target.exists():
+        note(f"building kernels of {name} for this CPU, once ...")
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:
             fresh = Path(folder, target.name)

@@ -58,7 +58,9 @@ def test_threads_that_load_the_same_kernel_build_it_once(monkeypatch, tmp_path):
     with ThreadPoolExecutor(4) as pool:
         assert all(pool.map(native.load, ["narrow"] * 4))
     assert calls.read_text(encoding="utf-8") == "called\n"
-    assert said == [("building kernels for this CPU, once ...", False)]  # said before it is done
+    assert said == [
+        ("building kernels of narrow for this CPU, once ...", False)
+    ]  # said before it is done
     native._load.__wrapped__("narrow")
     assert len(said) == 1  # it is there now
 

@@ -26,7 +26,7 @@ from openmythos.command.decoding import (
 )
 from openmythos.command.option import AsJson, Device, Overrides, Seed
 from openmythos.folder import write_whole
-from openmythos.terminal import console
+from openmythos.terminal import console, note
 from openmythos.text_stream import TextPiece, TextStream
 
 if TYPE_CHECKING:
@@ -57,6 +57,7 @@ def generate(
     """Continue prompts, all in one batch; greedily, unless the checkpoint asks to be sampled."""
     if not prompt:
         raise ValueError('give at least one --prompt "..."')
+    note("loading the model ...")
     rule, layout = decoding_of(exit_rule, cache_layout, overrides or [])
     model, tokenizer = load(checkpoint, device)
     from openmythos.engine.reference import Session

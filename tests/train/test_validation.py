@@ -33,18 +33,19 @@ def test_bits_per_byte_by_hand(prepared: Path) -> None:
 
 
 def test_bits_are_counted_by_document(prepared: Path) -> None:
-    """Documents go on over rows and batches: each alone, in one row, has the same bytes."""
-    model, split = random_model(tiny_model(max_seq_len=32)), loader(prepared)
-    documents = held_out_bits(model, split, 2)
-    sizes = (
-        np.bincount(split.document_of(np.arange(split.num_tokens))) - 2
-    )  # bos and eos; ids are bytes
-    assert [size for _, size in documents] == sizes.tolist() and len(sizes) > 1
-    assert len(split.text()) == split.num_bytes == sum(sizes)
-    total = sum(bits for bits, _ in documents) / split.num_bytes
-    assert total == held_out_bits_per_byte(model, split, 2)
-    few = held_out_bits(model, loader(prepared, batch_size=1), 2)
-    assert few == [pytest.approx(pair, rel=1e-5) for pair in documents]
+    """Documents go on over rows and batches; a batch's bytes are shared among them."""
+    model, split = random_model(tiny_model(max_seq_len=32)), loader(prepared, "train")
+    numbers = split.document_of(np.arange(split.num_tokens))
+    second = int(np.argmax(numbers == 1))  # where the second document begins
+    num_batches = second // (4 * 32) + 1
+    documents = held_out_bits(model, split, 1, num_batches)
+    sizes = [size for _, size in documents]
+    assert len(sizes) == 2 and sizes[0] == second - 2  # without bos and eos; ids are bytes
+    assert sum(sizes) == sum(batch.num_bytes for batch in split.validation_batches(num_batches))
+    total = sum(bits for bits, _ in documents) / sum(sizes)
+    assert total == held_out_bits_per_byte(model, split, 1, num_batches)
+    first = held_out_bits(model, loader(prepared, "train", 1), 1, second // 32 + 1)[0]
+    assert first == pytest.approx(documents[0], rel=1e-5)
 
 
 def test_bits_per_byte_does_not_depend_on_the_batch(prepared: Path) -> None:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from openmythos.command.option import Device, Out, Overrides, check_device
+from openmythos.command.option import Device, Out, TrainSeed, check_device, set_option
 from openmythos.terminal import console, note
 
 
@@ -27,12 +27,9 @@ def train(
         typer.Option("--from", help="Checkpoint whose model and weights to start from."),
     ] = None,
     out: Out = Path("runs/train"),
-    overrides: Overrides = None,
+    overrides: Annotated[list[str] | None, set_option("model.num_loops=8")] = None,
     device: Device = "cpu",
-    seed: Annotated[
-        int | None,
-        typer.Option(help="Seed of everything that is random; default: --config's, or 0."),
-    ] = None,
+    seed: TrainSeed = None,
 ) -> None:
     """Train a model; run the same command again to continue an interrupted run."""
     note("preparing the run ...")

@@ -23,7 +23,7 @@ from openmythos.command.decoding import (
     sampling_of,
 )
 from openmythos.command.option import Device, Seed
-from openmythos.terminal import console
+from openmythos.terminal import console, note
 
 if TYPE_CHECKING:
     from openmythos.engine.reference import Session
@@ -48,6 +48,7 @@ def chat(
     device: Device = "cpu",
 ) -> None:
     """Talk to a model, in its chat template; without one, each line continues the text."""
+    note("loading the model ...")
     rule, layout = decoding_of(exit_rule, cache_layout, overrides or [])
     model, tokenizer = load(checkpoint, device)
     from openmythos.engine.reference import Session

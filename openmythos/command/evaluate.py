@@ -11,7 +11,7 @@ from rich.table import Table
 
 from openmythos.command.option import AsJson, Device, Loops, Seed, check_device, parse_loops
 from openmythos.folder import require_writable, write_json
-from openmythos.terminal import console, print_table
+from openmythos.terminal import console, note, print_table
 
 if TYPE_CHECKING:
     from openmythos.config import ModelConfig
@@ -64,6 +64,7 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Scores by number of loops: held-out bits per byte, or --tasks."""
+    note("loading the model ...")
     loops = parse_loops(num_loops)
     check_device(device)
     of_text = {"--data": data, "--seq-len": seq_len, "--max-batches": max_batches}

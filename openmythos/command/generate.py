@@ -27,7 +27,7 @@ from openmythos.command.decoding import (
 )
 from openmythos.command.option import AsJson, Device, Seed
 from openmythos.folder import require_writable, write_whole
-from openmythos.terminal import console
+from openmythos.terminal import console, note
 from openmythos.text_stream import TextPiece, TextStream
 
 if TYPE_CHECKING:
@@ -60,6 +60,7 @@ def generate(
         raise ValueError('give at least one --prompt "..."')
     if out is not None:
         require_writable(out)
+    note("loading the model ...")
     rule, layout = decoding_of(exit_rule, cache_layout, overrides or [])
     model, tokenizer = load(checkpoint, device)
     from openmythos.engine.reference import Session

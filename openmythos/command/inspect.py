@@ -21,7 +21,7 @@ from openmythos.config import ModelConfig, counts
 from openmythos.config.matched_baseline import MATCHES, baseline
 from openmythos.config.presets import PRESETS, preset
 from openmythos.config.schema import apply_overrides, from_dict, in_words, require, to_dict
-from openmythos.terminal import console, print_table
+from openmythos.terminal import console, note, print_table
 
 INSPECTED_CONTEXT = 4096  # tokens; or the model's max_seq_len if that is less
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float8": 1}
@@ -157,6 +157,7 @@ def read_config(source: str) -> ModelConfig:
             raise ValueError(f"{source!r} is neither a file nor a folder, and {error}") from None
     if path.is_dir():
         if any(file.suffix in WEIGHT_SUFFIXES or is_index(file) for file in path.iterdir()):
+            note("reading the shapes of the weights ...")
             from openmythos.interop.loading import load_config
 
             return load_config(path)
@@ -282,6 +283,7 @@ def _baselines_table(report: dict[str, Any]) -> Table:
 
 def _print_kernels(as_json: bool) -> None:
     """Which kernels are built, and the timings by which products were chosen."""
+    note("looking for kernels ...")
     import torch
 
     from openmythos.ops.cpu import build, choice

@@ -1,5 +1,6 @@
 """Options that several commands share; importing this module does not load torch."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -34,11 +35,14 @@ Seed = Annotated[
 TrainSeed = Annotated[
     int | None,
     typer.Option(
-        help="Seed of everything that is random; default: --config's, or 0.",
+        help="Seed of everything that is random, --config's or 0 by default; short for "
+        "--set train.seed=N.",
         callback=_seed_in_range,
     ),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+AsJson = Annotated[
+    bool, typer.Option("--json", help="Print JSON and nothing else; notes go to standard error.")
+]
 Loops = Annotated[str, typer.Option(help="Numbers of loops, separated by commas.")]
 
 
@@ -55,6 +59,32 @@ def parse_loops(text: str) -> tuple[int, ...]:
     if not loops or min(loops) < 1:
         raise ValueError(f"--num-loops is {text!r}; give positive whole numbers like 1,2,4")
     return loops
+
+
+def with_shorthands(
+    overrides: list[str], short: Mapping[str, tuple[str, object | None]]
+) -> list[str]:
+    """The overrides, and those that options such as ``--steps`` stand for.
+
+    Args:
+        overrides: What ``--set`` was given.
+        short: The field and the value of each option; None if it was not given.
+
+    Raises:
+        ValueError: A field is set in both ways.
+    """
+    made = []
+    for option, (name, value) in short.items():
+        if value is None:
+            continue
+        for override in overrides:
+            key = override.partition("=")[0]
+            if f"{name}.".startswith(f"{key}."):
+                raise ValueError(
+                    f"{option} {value} and --set {override} set the same field; give one of them"
+                )
+        made.append(f"{name}={value}")
+    return [*overrides, *made]
 
 
 def check_device(device: str) -> str:

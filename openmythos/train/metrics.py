@@ -98,3 +98,10 @@ def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
             row = json.loads(line)
             if isinstance(row, dict) and {"kind", "step"} <= row.keys():
                 yield row
+
+
+def last_validation(path: Path) -> list[dict[str, Any]]:
+    """The newest held-out results of a metrics file, one row per number of loops."""
+    rows = [row for row in read_metrics(path) if row["kind"] == "validation"]
+    newest = max((row["step"] for row in rows), default=0)
+    return [row for row in rows if row["step"] == newest]

@@ -74,7 +74,6 @@ def resolve(
     data: str | None,
     config: Path | None,
     overrides: list[str],
-    seed: int | None,
     init_from: Path | None = None,
 ) -> RunConfig:
     """The run's configuration: defaults, then preset, checkpoint or file, then overrides.
@@ -110,8 +109,7 @@ def resolve(
         text = TextData(source=data or DEFAULT_DATA, seq_len=seq_len)
         source = HopsData() if data == "hops" else text
         base = RunConfig(model=model, train=settings, data=source)
-    seeds = [] if seed is None else [f"train.seed={seed}"]
-    return apply_overrides(base, [*seeds, *overrides])
+    return apply_overrides(base, overrides)
 
 
 def set_up(config: RunConfig, out: Path, device: str = "cpu") -> Run:

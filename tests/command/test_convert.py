@@ -1,3 +1,4 @@
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,17 @@ def test_a_published_checkpoint_is_converted_there_and_back(
     assert torch.equal(load_pretrained(theirs)(tokens).logits, logits)
     invoke("convert", source, "--out", ours, "--dtype", "float16")
     assert load_pretrained(ours).embed.weight.dtype == torch.float16
+
+
+def test_convert_reports_as_json(invoke: Invoke, text_run: Path, tmp_path: Path) -> None:
+    said = json.loads(invoke("convert", text_run, "--out", tmp_path / "out", "--json"))
+    count = sum(p.numel() for p in load_pretrained(text_run).parameters())
+    assert said == {
+        "folder": str(tmp_path / "out"),
+        "format": "openmythos",
+        "tokenizer": True,
+        "total_params": count,
+    }
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,9 @@ def examples_of_set() -> dict[str, list[str]]:
         name = command.name or command.callback.__name__
         words = CliRunner().invoke(app, [name, "--help"]).output.split()
         given = [word.strip(".,()") for word in words if word.count("=") == 1]
-        found[name] = [word for word in given if "--set" in words and "FIELD" not in word]
+        found[name] = [
+            word for word in given if "--set" in words and not word.rpartition("=")[2].isupper()
+        ]
     return {name: given for name, given in found.items() if given}
 
 

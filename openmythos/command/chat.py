@@ -7,6 +7,7 @@ from rich.text import Text
 
 from openmythos.command.decoding import (
     Checkpoint,
+    DecodingFields,
     ExitKind,
     Layout,
     NewTokens,
@@ -21,7 +22,7 @@ from openmythos.command.decoding import (
     load,
     sampling_of,
 )
-from openmythos.command.option import Device, Overrides, Seed
+from openmythos.command.option import Device, Seed
 from openmythos.terminal import console, note
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ def chat(
     num_loops: NumLoops = None,
     exit_rule: ExitKind = "fixed",
     cache_layout: Layout = "per_loop",
-    overrides: Overrides = None,
+    overrides: DecodingFields = None,
     temperature: Temperature = None,
     top_k: TopK = None,
     top_p: TopP = None,

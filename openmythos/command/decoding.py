@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.text import Text
 
-from openmythos.command.option import check_device
+from openmythos.command.option import check_device, set_option
 
 if TYPE_CHECKING:
     from openmythos.engine.sampling import SamplingConfig
@@ -36,6 +36,9 @@ Layout = Annotated[
         "--cache-layout",
         help="per_loop (exact), last_loop, first_loop or every_k (--set cache_layout.k=2).",
     ),
+]
+DecodingFields = Annotated[
+    list[str] | None, set_option("exit_rule.threshold=0.01 or cache_layout.k=2")
 ]
 Temperature = Annotated[
     float | None, typer.Option(help="0 is greedy. Default: as the checkpoint asks to be sampled.")

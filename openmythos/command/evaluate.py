@@ -10,7 +10,7 @@ import typer
 from rich.table import Table
 
 from openmythos.command.option import AsJson, Device, Loops, Seed, check_device, parse_loops
-from openmythos.folder import write_json
+from openmythos.folder import require_writable, write_json
 from openmythos.terminal import console, note, print_table
 
 if TYPE_CHECKING:
@@ -77,6 +77,7 @@ def evaluate(
         from openmythos.analysis.picture import require_matplotlib
 
         require_matplotlib()  # fail before the evaluation rather than after it
+        require_writable(out / RESULTS_FILE)
     from openmythos.config.counts import count
     from openmythos.interop.hub import local_folder
 

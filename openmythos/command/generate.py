@@ -10,6 +10,7 @@ from rich.text import Text
 
 from openmythos.command.decoding import (
     Checkpoint,
+    DecodingFields,
     ExitKind,
     Layout,
     NewTokens,
@@ -24,8 +25,8 @@ from openmythos.command.decoding import (
     load,
     sampling_of,
 )
-from openmythos.command.option import AsJson, Device, Overrides, Seed
-from openmythos.folder import write_whole
+from openmythos.command.option import AsJson, Device, Seed
+from openmythos.folder import require_writable, write_whole
 from openmythos.terminal import console, note
 from openmythos.text_stream import TextPiece, TextStream
 
@@ -40,7 +41,7 @@ def generate(
     num_loops: NumLoops = None,
     exit_rule: ExitKind = "fixed",
     cache_layout: Layout = "per_loop",
-    overrides: Overrides = None,
+    overrides: DecodingFields = None,
     temperature: Temperature = None,
     top_k: TopK = None,
     top_p: TopP = None,
@@ -57,6 +58,8 @@ def generate(
     """Continue prompts, all in one batch; greedily, unless the checkpoint asks to be sampled."""
     if not prompt:
         raise ValueError('give at least one --prompt "..."')
+    if out is not None:
+        require_writable(out)
     note("loading the model ...")
     rule, layout = decoding_of(exit_rule, cache_layout, overrides or [])
     model, tokenizer = load(checkpoint, device)

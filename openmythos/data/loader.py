@@ -223,7 +223,7 @@ def _check_arguments(split: str, seq_len: int, batch_size: int, rank: int, world
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}: choose one of {', '.join(SPLITS)}")
     if seq_len < 1:
-        raise ValueError(f"seq_len={seq_len} is too small: give at least 1 token")
+        raise ValueError(f"seq_len is {seq_len}; it must be at least 1")
     if world_size < 1 or not 0 <= rank < world_size:
         raise ValueError(
             f"rank={rank} of world_size={world_size} is out of range: ranks go from 0 to "

@@ -20,6 +20,7 @@ from openmythos.engine.page_pool import SCRATCH, PagePool
 from openmythos.model.cache import CacheLayout, CacheView, PerLoop, Place
 from openmythos.model.context import ForwardContext, KeysValues, Own, Recent
 from openmythos.model.rope import rope_angles
+from openmythos.ops.cpu.paged import beats_gather
 from openmythos.ops.paged import gather_pages, paged_attention
 
 
@@ -59,6 +60,7 @@ class PagedCache:
             torch.zeros(*shape, heads, dim, dtype=dtype, device=device)
             for heads, dim in config.attention.cache_shapes
         )
+        self.native = beats_gather(self.pools, config.attention.num_heads)
         self._dtype, self._rope = dtype, None
         if config.rope is not None:
             positions = torch.arange(config.max_seq_len, device=device)[None]
@@ -251,5 +253,7 @@ class PagedKeysValues(NamedTuple):
     ) -> Float[Tensor, "B H 1 W"]:
         """See ``KeysValues.attend``."""
         pools, length = self.view.cache.pools, self.view.length
-        y = paged_attention(q[:, :, 0], pools, self.table, length, scale, own)[:, :, None]
-        return y if v_dim is None else y[..., :v_dim]
+        choice = {"v_dim": v_dim, "native": self.view.cache.native}
+        return paged_attention(q[:, :, 0], pools, self.table, length, scale, own, **choice)[
+            :, :, None
+        ]

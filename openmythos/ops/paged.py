@@ -51,6 +51,9 @@ def paged_attention(
     length: Int[Tensor, "N"],
     scale: float,
     own: Own | None = None,
+    *,
+    v_dim: int | None = None,
+    native: bool = False,
 ) -> Float[Tensor, "N H W"]:
     """Attention of one query per row to the row's pages, by a fast path where there is one.
 
@@ -65,12 +68,19 @@ def paged_attention(
         scale: Factor of the scores.
         own: Keys and values of each token's own earlier loops, and whether each row has run that
             loop, for depth attention.
+        v_dim: Only the first ``v_dim`` channels are values; None: all.
+        native: Use our kernel for CPUs, as ``ops.cpu.paged.beats_gather`` says for these pools.
 
     Source: torch.nn.attention.varlen (torch 2.13).
     """
+    width = pools[-1].shape[-1] if v_dim is None else v_dim
+    if own is None and native:
+        kernel = torch.ops.openmythos_paged.attend
+        y: Tensor = kernel(q.contiguous(), pools[0], pools[-1], table, length, scale, width)
+        return y
     if own is None and suits_flash(q, pools):
-        return _flash(q, pools, table, length, scale)
-    return paged_attention_reference(q, pools, table, length, scale, own)
+        return _flash(q, pools, table, length, scale)[..., :width]
+    return paged_attention_reference(q, pools, table, length, scale, own)[..., :width]
 
 
 def suits_flash(q: Float[Tensor, "N H K"], pools: Pools) -> bool:

@@ -28,7 +28,7 @@ from openmythos.folder import put_in_place
 from openmythos.terminal import note
 
 EAGER = ("attention", "experts")  # what any eager forward may use
-KERNELS = (*EAGER, "narrow")
+KERNELS = (*EAGER, "narrow", "paged")
 OFF = "OPENMYTHOS_KERNELS_OFF"
 FLAGS = ("-O3", "-march=native", "-std=c++20", "-shared", "-fPIC")
 _LOCK = threading.RLock()

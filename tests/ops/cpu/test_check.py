@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from openmythos.ops.cpu import build, narrow
+from openmythos.ops.cpu import build, narrow, paged
 
 Case = dict[str, object]
 
 
 @pytest.fixture(autouse=True)
 def kernels(compiler: None) -> None:
-    assert narrow.load() and all(build.load(name) for name in build.EAGER)
+    assert narrow.load() and paged.load() and all(build.load(name) for name in build.EAGER)
 
 
 def integers(*values: int) -> Tensor:
@@ -73,6 +73,12 @@ def attend_backward() -> Case:
     return {"grad": torch.ones(2, 4, 5, 64), "q": q, "k": k, "v": v, "kept": kept, "scale": 1.0}
 
 
+def attend_pages() -> Case:
+    pools = {"k": torch.ones(5, 3, 2, 6), "v": torch.ones(5, 3, 2, 7)}
+    where = {"table": torch.tensor([[4, 2], [1, 0]]), "length": integers(6, 2)}
+    return {"q": torch.ones(2, 4, 6), **pools, **where, "scale": 1.0, "width": 7}
+
+
 OPERATORS: dict[str, tuple[str, Callable[[], Case]]] = {
     "linear": ("openmythos_narrow::linear", linear),
     "narrow experts": ("openmythos_narrow::experts", narrow_experts),
@@ -81,6 +87,7 @@ OPERATORS: dict[str, tuple[str, Callable[[], Case]]] = {
     "gradient": ("openmythos_experts::gradient", gradient),
     "attention": ("openmythos_attention::forward", attend),
     "attention backward": ("openmythos_attention::backward", attend_backward),
+    "pages": ("openmythos_paged::attend", attend_pages),
 }
 
 
@@ -180,6 +187,14 @@ BAD: dict[str, tuple[str, Case, str]] = {
         {"mask": torch.ones(2, 1, 5, 5).mT.contiguous().mT},
         "last stride of 1",
     ),
+    "a page too many": ("pages", {"table": torch.tensor([[4, 5], [1, 0]])}, "table holds 5"),
+    "a page below": ("pages", {"table": torch.tensor([[-1, 2], [1, 0]])}, "table holds -1"),
+    "tokens too many": ("pages", {"length": integers(7, 2)}, r"length holds 7; .* 1\.\.6"),
+    "no token": ("pages", {"length": integers(6, 0)}, "length holds 0"),
+    "a table of other rows": ("pages", {"table": torch.tensor([[4, 2]])}, "table has the shape"),
+    "pages of other heads": ("pages", {"v": torch.ones(5, 3, 1, 7)}, "v has the shape"),
+    "pages in no groups": ("pages", {"q": torch.ones(2, 3, 6)}, "a multiple of the 2 heads of k"),
+    "too wide": ("pages", {"width": 8}, r"width is 8; it must be in 1\.\.7"),
     "fewer weights": ("attention backward", {"kept": torch.ones(2, 4, 5)}, "kept has the shape"),
     "another gradient": ("attention backward", {"grad": torch.ones(2, 4, 5, 32)}, "grad has the"),
 }

@@ -252,8 +252,9 @@ class PagedKeysValues(NamedTuple):
         own: Own | None = None,
     ) -> Float[Tensor, "B H 1 W"]:
         """See ``KeysValues.attend``."""
-        pools, length = self.view.cache.pools, self.view.length
-        choice = {"v_dim": v_dim, "native": self.view.cache.native}
-        return paged_attention(q[:, :, 0], pools, self.table, length, scale, own, **choice)[
-            :, :, None
-        ]
+        cache, length = self.view.cache, self.view.length
+        pools, native = cache.pools, cache.native
+        y = paged_attention(
+            q[:, :, 0], pools, self.table, length, scale, own, v_dim=v_dim, native=native
+        )
+        return y[:, :, None]

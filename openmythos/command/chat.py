@@ -56,6 +56,7 @@ def chat(
     from openmythos.engine.reference import Session
     from openmythos.engine.request import Request
     from openmythos.engine.sampling import SamplingConfig
+    from openmythos.report.page import LoopScale
     from openmythos.text_stream import TextStream
 
     default = SamplingConfig(temperature=0.8, top_k=50)
@@ -108,14 +109,15 @@ def chat(
             max_new_tokens=min(max_new_tokens, session.max_len - len(whole)),
             num_loops=depth,
         )
+        scale = LoopScale(1, depth)
         answer, loops = TextStream(tokenizer, stop or ()), list[int]()
         with contextlib.suppress(KeyboardInterrupt):  # ends the answer, not the talk
             for new in session.stream([request]):
                 loops.append(new.num_loops)
-                screen.print(coloured(answer.push(new.token), loops, deepest), end="")
+                screen.print(coloured(answer.push(new.token), loops, scale), end="")
                 if answer.stopped:
                     break
-        screen.print(coloured(answer.finish(), loops, deepest))
+        screen.print(coloured(answer.finish(), loops, scale))
         (talk.seen,) = session.tokens
         talk.answered(line, answer.text)
 

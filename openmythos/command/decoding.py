@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from openmythos.model.cache import CacheLayout
     from openmythos.model.exit import Rule
     from openmythos.model.recurrent import RecurrentDepthLM
+    from openmythos.report.page import LoopScale
     from openmythos.text_stream import TextPiece
     from openmythos.tokenizer import Tokenizer
 
@@ -134,15 +135,15 @@ def load(checkpoint: Path, device: str) -> tuple["RecurrentDepthLM", "Tokenizer"
     return load_pretrained(folder, device=device), tokenizer
 
 
-def coloured(pieces: "Iterable[TextPiece]", loops: Sequence[int], most: int) -> Text:
+def coloured(pieces: "Iterable[TextPiece]", loops: Sequence[int], scale: "LoopScale") -> Text:
     """Text whose background colours show the loops that each piece took.
 
     Args:
         pieces: The pieces of a ``TextStream``.
         loops: Loops of each token that the stream was given.
-        most: Number of loops at the top of the colour scale.
+        scale: The colours.
     """
     from openmythos.report.page import Piece, Sample, render_sample
 
     shown = [Piece(text=piece.text, loops=loops[piece.tokens[-1]]) for piece in pieces]
-    return render_sample(Sample(prompt="", pieces=shown), most)
+    return render_sample(Sample(prompt="", pieces=shown), scale)

@@ -81,6 +81,7 @@ def demo(
                 found.holds
             ]
             screen.print(Text.assemble("  ", (mark, style), f"  {found.text}"))
+    screen.print("\n  ±: one standard error; clear: more than two of the paired differences")
     screen.print(Text("\nDone\n", "bold"))
     for name in ("depth_curve.png", "hops_grid.png", report.name):
         screen.print(f"  {folder / name}")

@@ -66,6 +66,7 @@ def generate(
     from openmythos.engine.reference import Session
     from openmythos.engine.request import Request
     from openmythos.engine.sampling import SamplingConfig
+    from openmythos.report.page import LoopScale
 
     sampling = sampling_of(tokenizer, SamplingConfig(), temperature, top_k, top_p)
     requests = [
@@ -97,10 +98,11 @@ def generate(
         typer.echo(json.dumps(rows))
         return
     most = model.config.num_loops if num_loops is None else num_loops
+    scale = LoopScale.of(n for answer in answers for n in answer.loops)
     screen, notes = console(), console(notes=True)
     for text, answer in zip(prompt, answers, strict=True):
         screen.print(Text(text, style="bold"), end="")
-        screen.print(coloured(answer.pieces, answer.loops, most))
+        screen.print(coloured(answer.pieces, answer.loops, scale))
         if answer.loops:
             mean = sum(answer.loops) / len(answer.loops)
             notes.print(Text(f"{mean:.2f} of {most} loops per token", "dim"))

@@ -1,6 +1,7 @@
 """``openmythos chat``: talk to a model, each token coloured by the loops it took."""
 
 import contextlib
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -28,7 +29,9 @@ from openmythos.command.option import Device, Seed
 from openmythos.terminal import console, note
 
 if TYPE_CHECKING:
-    from openmythos.engine.reference import Session
+    from openmythos.engine.reference import NewToken, Session
+    from openmythos.report.page import LoopScale
+    from openmythos.text_stream import TextStream
     from openmythos.tokenizer import Tokenizer
 
 MIN_ANSWER = 8  # tokens of the context that must be left for an answer
@@ -109,17 +112,24 @@ def chat(
             max_new_tokens=min(max_new_tokens, session.max_len - len(whole)),
             num_loops=depth,
         )
-        scale = LoopScale(1, depth)
-        answer, loops = TextStream(tokenizer, stop or ()), list[int]()
-        with contextlib.suppress(KeyboardInterrupt):  # ends the answer, not the talk
-            for new in session.stream([request]):
-                loops.append(new.num_loops)
-                screen.print(coloured(answer.push(new.token), loops, scale), end="")
-                if answer.stopped:
-                    break
-        screen.print(coloured(answer.finish(), loops, scale))
+        answer = TextStream(tokenizer, stop or ())
+        say(screen, session.stream([request]), answer, LoopScale(1, depth))
         (talk.seen,) = session.tokens
         talk.answered(line, answer.text)
+
+
+def say(
+    screen: Console, stream: Iterator["NewToken"], answer: "TextStream", scale: "LoopScale"
+) -> None:
+    """Print an answer while it comes, up to its end, a stop text or Ctrl-C."""
+    loops: list[int] = []
+    with contextlib.suppress(KeyboardInterrupt):
+        for new in stream:
+            loops.append(new.num_loops)
+            screen.print(coloured(answer.push(new.token), loops, scale), end="")
+            if answer.stopped:
+                break
+    screen.print(coloured(answer.finish(), loops, scale))
 
 
 class Talk:

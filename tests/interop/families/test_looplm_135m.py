@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from openmythos.config import (
     AddInjectionConfig,
@@ -18,9 +18,15 @@ from openmythos.config import (
 from openmythos.config.schema import apply_overrides
 from openmythos.interop.families.looplm_135m import FAMILY, read_config, rules
 from openmythos.interop.loading import load_pretrained
-from openmythos.interop.mapping import export_config, export_tensors
+from openmythos.interop.mapping import export_config
 from openmythos.model.recurrent import RecurrentDepthLM
-from tests.interop.families.examples import cached_logits, check_generation, check_round_trip
+from tests.interop.families.examples import (
+    cached_logits,
+    check_generation,
+    check_round_trip,
+    check_same_bytes,
+    write_folder,
+)
 
 GoldenDir = Callable[[str], Path]
 GOLDENS = ("looplm-naive", "looplm-parcae")
@@ -61,19 +67,20 @@ def test_goldens_are_both_variants(golden_dir: GoldenDir) -> None:
 
 
 @pytest.mark.parametrize("name", GOLDENS)
-def test_export_gives_the_same_bytes(golden_dir: GoldenDir, name: str, tmp_path: Path) -> None:
-    """Without the hub's prefix, which is read but not written; a checkpoint has none."""
-    stored = load_file(golden_dir(name) / "model.safetensors")
-    plain = {key.removeprefix("model."): tensor for key, tensor in stored.items()}
-    model = load_pretrained(golden_dir(name))
-    written = export_tensors(FAMILY, model)
-    assert written.keys() == plain.keys()
-    assert all(torch.equal(written[key], tensor) for key, tensor in plain.items())
+def test_export_gives_the_same_bytes(golden_dir: GoldenDir, name: str) -> None:
+    check_same_bytes(FAMILY, golden_dir(name))
     config = json.loads((golden_dir(name) / "config.json").read_text(encoding="utf-8"))
-    assert export_config(FAMILY, model.config) == {k: v for k, v in config.items() if k != "preset"}
-    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    save_file(plain, tmp_path / "model.safetensors")
-    assert load_pretrained(tmp_path).config == model.config
+    written = export_config(FAMILY, load_pretrained(golden_dir(name)).config)
+    assert written == {k: v for k, v in config.items() if k != "preset"}
+
+
+def test_the_hubs_prefix_is_dropped(golden_dir: GoldenDir, tmp_path: Path) -> None:
+    golden = golden_dir("looplm-naive")
+    config = json.loads((golden / "config.json").read_text(encoding="utf-8"))
+    stored = load_file(golden / "model.safetensors")
+    released = {f"model.{key}": tensor for key, tensor in stored.items()}
+    model = load_pretrained(write_folder(tmp_path / "hub", config, released))
+    assert torch.equal(model.core[0].attention.qkv.weight, stored["loop.attn.qkv.weight"])
 
 
 SHAPES = {

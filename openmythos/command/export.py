@@ -25,7 +25,7 @@ def export(
 ) -> None:
     """Write a folder for Hugging Face transformers, and through it for vLLM and others."""
     if to != "hf":
-        raise ValueError(f"--to is {to!r}; allowed: 'hf'; for other families use convert")
+        raise ValueError(f"--to is {to!r}; allowed: hf; for other families use convert")
     note("reading the checkpoint ...")
     wanted = parse_dtype(dtype)
     from openmythos.interop.export import TOKENIZER_FILES, export_hf

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from openmythos.config import ModelConfig
-from openmythos.config.schema import as_integer, plain, require
+from openmythos.config.schema import as_integer, as_seed, plain, require
 from openmythos.engine.sampling import SamplingConfig
 from openmythos.model.exit import Rule
 
@@ -56,7 +56,7 @@ class Request:
             if getattr(self, name) is not None:
                 set_field(self, name, as_integer(name, getattr(self, name), least))
         set_field(self, "sample_idx", as_integer("sample_idx", self.sample_idx, 0))
-        set_field(self, "seed", as_integer("seed", self.seed))
+        set_field(self, "seed", as_seed("seed", self.seed))
         rule, made = self.exit_rule, "None or a rule of openmythos.model.exit, for example KLExit()"
         require(rule is None or isinstance(rule, Rule), "exit_rule", rule, made)
         made = "a SamplingConfig of openmythos.engine.sampling"
@@ -102,13 +102,14 @@ class Request:
         limit = config.max_seq_len
         if self.max_new_tokens is not None and length + self.max_new_tokens > limit:
             raise ValueError(
-                f"{whole} has {length} tokens and max_new_tokens={self.max_new_tokens}, which "
-                f"together exceed max_seq_len={limit}; shorten one of them"
+                f"{whole} has {length} tokens and asks for {self.max_new_tokens} new ones, and the "
+                f"model has room for {limit} in all (max_seq_len): lower max_new_tokens or shorten "
+                "the prompt"
             )
         if length >= limit:
             raise ValueError(
-                f"{whole} has {length} tokens, which leave no room for a new one in "
-                f"max_seq_len={limit}; shorten it"
+                f"{whole} has {length} tokens, which leave no room for a new one: the model has "
+                f"room for {limit} (max_seq_len); shorten the prompt"
             )
         depth = self.depth(config)
         if max_loops is not None:
@@ -117,7 +118,7 @@ class Request:
         if self.exit_rule is not None and self.exit_rule.needs_halting and config.halting is None:
             raise ValueError(
                 f"exit rule {self.exit_rule.kind!r} needs a halting head and the model has none; "
-                "use a rule that reads states or logits, or a model with config.halting"
+                "use a rule that reads states or logits, or a model that was trained with one"
             )
 
 

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from openmythos.config.schema import as_integer, as_number, require
+from openmythos.config.schema import as_integer, as_number, as_seed, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +44,7 @@ class SamplingConfig:
         if self.top_k is not None:
             object.__setattr__(self, "top_k", as_integer("top_k", self.top_k, 1))
         if self.top_p is not None:
-            allowed = "a number in (0, 1], or None for all tokens"
+            allowed = "a number above 0 and at most 1 (1 keeps all tokens)"
             top_p = as_number("top_p", self.top_p, allowed)
             require(0 < top_p <= 1, "top_p", top_p, allowed)
             object.__setattr__(self, "top_p", top_p)
@@ -77,7 +77,7 @@ def row_generator(seed: int, row: int) -> torch.Generator:
     It is a CPU generator, so that the numbers are the same for every device. The pair is hashed,
     because the first numbers of generators whose seeds differ by one are correlated.
     """
-    seed, row = as_integer("seed", seed), as_integer("row", row, 0)
+    seed, row = as_seed("seed", seed), as_integer("row", row, 0)
     digest = hashlib.sha256(f"{seed} {row}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
 

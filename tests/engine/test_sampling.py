@@ -113,7 +113,7 @@ def test_seed_and_row_choose_the_draws() -> None:
         return float(torch.rand((), generator=row_generator(seed, row)))
 
     assert first(1, 2) == first(1, 2)
-    assert len({first(seed, row) for seed in range(-2, 3) for row in range(5)}) == 25
+    assert len({first(seed, row) for seed in range(5) for row in range(5)}) == 25
 
 
 def test_half_precision_logits() -> None:
@@ -133,7 +133,7 @@ def test_half_precision_logits() -> None:
         ({"top_k": 0}, "top_k is 0; it must be an integer of at least 1"),
         ({"top_k": 2.5}, "top_k is 2.5; it must be an integer"),
         ({"top_p": None, "top_k": "3"}, "top_k is '3'"),
-        ({"top_p": 0.0}, r"top_p is 0.0; it must be a number in \(0, 1\]"),
+        ({"top_p": 0.0}, r"top_p is 0.0; it must be a number above 0 and at most 1"),
         ({"top_p": 1.1}, "top_p is 1.1"),
     ],
 )

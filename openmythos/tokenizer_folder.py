@@ -14,6 +14,8 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
+from openmythos.config.schema import in_words
+
 TOKENIZER_FILE, SETTINGS_FILE = "tokenizer.json", "tokenizer_config.json"
 GENERATION_FILE, TEMPLATE_FILE = "generation_config.json", "chat_template.jinja"
 VOCAB_FILE, MERGES_FILE = "vocab.json", "merges.txt"
@@ -220,7 +222,7 @@ def _read(path: Path) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
     if not isinstance(data, dict):
-        raise ValueError(f"{path} holds {type(data).__name__}, not a JSON object")
+        raise ValueError(f"{path} holds {in_words(data)}, not an object")
     return data
 
 

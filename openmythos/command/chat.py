@@ -7,6 +7,7 @@ from rich.text import Text
 
 from openmythos.command.decoding import (
     Checkpoint,
+    DecodingFields,
     ExitKind,
     Layout,
     NewTokens,
@@ -21,8 +22,8 @@ from openmythos.command.decoding import (
     load,
     sampling_of,
 )
-from openmythos.command.option import Device, Overrides, Seed
-from openmythos.terminal import console
+from openmythos.command.option import Device, Seed
+from openmythos.terminal import console, note
 
 if TYPE_CHECKING:
     from openmythos.engine.reference import Session
@@ -37,7 +38,7 @@ def chat(
     num_loops: NumLoops = None,
     exit_rule: ExitKind = "fixed",
     cache_layout: Layout = "per_loop",
-    overrides: Overrides = None,
+    overrides: DecodingFields = None,
     temperature: Temperature = None,
     top_k: TopK = None,
     top_p: TopP = None,
@@ -47,11 +48,13 @@ def chat(
     device: Device = "cpu",
 ) -> None:
     """Talk to a model, in its chat template; without one, each line continues the text."""
+    note("loading the model ...")
     rule, layout = decoding_of(exit_rule, cache_layout, overrides or [])
     model, tokenizer = load(checkpoint, device)
     from openmythos.engine.reference import Session
     from openmythos.engine.request import Request
     from openmythos.engine.sampling import SamplingConfig
+    from openmythos.report.page import LoopScale
     from openmythos.text_stream import TextStream
 
     default = SamplingConfig(temperature=0.8, top_k=50)
@@ -94,14 +97,15 @@ def chat(
             stop_tokens=tokenizer.end_ids,
             seed=seed,
         )
+        scale = LoopScale(1, depth)
         talk.seen, answer, loops = whole, TextStream(tokenizer, stop or ()), list[int]()
         for new in session.stream([request]):
             talk.seen.append(new.token)
             loops.append(new.num_loops)
-            screen.print(coloured(answer.push(new.token), loops, deepest), end="")
+            screen.print(coloured(answer.push(new.token), loops, scale), end="")
             if answer.stopped:
                 break
-        screen.print(coloured(answer.finish(), loops, deepest))
+        screen.print(coloured(answer.finish(), loops, scale))
         talk.answered(line, answer.text)
 
 

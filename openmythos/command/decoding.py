@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.text import Text
 
-from openmythos.command.option import check_device
+from openmythos.command.option import check_device, set_option
 
 if TYPE_CHECKING:
     from openmythos.engine.sampling import SamplingConfig
     from openmythos.model.cache import CacheLayout
     from openmythos.model.exit import Rule
     from openmythos.model.recurrent import RecurrentDepthLM
+    from openmythos.report.page import LoopScale
     from openmythos.text_stream import TextPiece
     from openmythos.tokenizer import Tokenizer
 
@@ -35,6 +36,9 @@ Layout = Annotated[
         "--cache-layout",
         help="per_loop (exact), last_loop, first_loop or every_k (--set cache_layout.k=2).",
     ),
+]
+DecodingFields = Annotated[
+    list[str] | None, set_option("exit_rule.threshold=0.01 or cache_layout.k=2")
 ]
 Temperature = Annotated[
     float | None, typer.Option(help="0 is greedy. Default: as the checkpoint asks to be sampled.")
@@ -132,15 +136,15 @@ def load(checkpoint: Path, device: str) -> tuple["RecurrentDepthLM", "Tokenizer"
     return load_pretrained(folder, device=device), tokenizer
 
 
-def coloured(pieces: "Iterable[TextPiece]", loops: Sequence[int], most: int) -> Text:
+def coloured(pieces: "Iterable[TextPiece]", loops: Sequence[int], scale: "LoopScale") -> Text:
     """Text whose background colours show the loops that each piece took.
 
     Args:
         pieces: The pieces of a ``TextStream``.
         loops: Loops of each token that the stream was given.
-        most: Number of loops at the top of the colour scale.
+        scale: The colours.
     """
     from openmythos.report.page import Piece, Sample, render_sample
 
     shown = [Piece(text=piece.text, loops=loops[piece.tokens[-1]]) for piece in pieces]
-    return render_sample(Sample(prompt="", pieces=shown), most)
+    return render_sample(Sample(prompt="", pieces=shown), scale)

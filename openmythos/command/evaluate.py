@@ -10,8 +10,8 @@ import typer
 from rich.table import Table
 
 from openmythos.command.option import AsJson, Device, Loops, Seed, check_device, parse_loops
-from openmythos.folder import write_json
-from openmythos.terminal import console, print_table
+from openmythos.folder import require_writable, write_json
+from openmythos.terminal import console, note, print_table
 
 if TYPE_CHECKING:
     from openmythos.config import ModelConfig
@@ -64,6 +64,7 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Scores by number of loops: held-out bits per byte, or --tasks."""
+    note("loading the model ...")
     loops = parse_loops(num_loops)
     check_device(device)
     of_text = {"--data": data, "--seq-len": seq_len, "--max-batches": max_batches}
@@ -76,6 +77,7 @@ def evaluate(
         from openmythos.analysis.picture import require_matplotlib
 
         require_matplotlib()  # fail before the evaluation rather than after it
+        require_writable(out / RESULTS_FILE)
     from openmythos.config.counts import count
     from openmythos.interop.hub import local_folder
 
@@ -121,9 +123,9 @@ def held_out(
     """Bits per byte of the validation split by number of loops, and the model's config."""
     from openmythos import load_pretrained
     from openmythos.data.loader import TokenLoader
-    from openmythos.eval.score import Measured, Score, sweep
+    from openmythos.eval.score import Measured, summarise, sweep
     from openmythos.tokenizer import Tokenizer
-    from openmythos.train.validation import held_out_bits_per_byte
+    from openmythos.train.validation import held_out_bits
 
     expected = Tokenizer.load(folder).fingerprint
     source = run_data(folder) if data is None else data
@@ -135,12 +137,11 @@ def held_out(
         batch_size=batch_size,
         tokenizer_fingerprint=expected,
     )
-    rows = loader.num_windows if max_batches is None else max_batches * batch_size
 
     def measure_at(n: int) -> "Results":
-        bits = held_out_bits_per_byte(model, loader, n, max_batches)
-        score = Score(bits, None, min(rows, loader.num_windows))
-        return {("held-out text", "bits_per_byte"): Measured(score=score, higher_is_better=False)}
+        documents = held_out_bits(model, loader, n, max_batches)
+        found = Measured(score=summarise(documents), outcomes=documents, higher_is_better=False)
+        return {("held-out text", "bits_per_byte"): found}
 
     return sweep(loops, measure_at), model.config
 
@@ -278,11 +279,13 @@ def write_results(report: dict[str, Any], curves: "Sequence[ScoreCurve]", out: P
 
 def show(curves: "Sequence[ScoreCurve]", flops: dict[int, int]) -> None:
     """Print one table: a row per depth, a column per score, and the FLOPs per token."""
+    from openmythos.eval.score import in_words
+
     screen = console()
     table = Table(title="scores by number of loops, with standard errors")
     table.add_column("loops", justify="right")
     for curve in curves:
-        heading = f"{curve.task}\n{curve.metric.replace('_', ' ')}"
+        heading = f"{curve.task}\n{in_words(curve.metric)}"
         table.add_column(heading, justify="right", overflow="fold", min_width=14)
     table.add_column("MFLOPs\nper token", justify="right")
     for n, cost in flops.items():
@@ -297,7 +300,7 @@ def show(curves: "Sequence[ScoreCurve]", flops: dict[int, int]) -> None:
     for curve in curves:
         if curve.baselines:
             said = ", ".join(f"{name} {value:.3f}" for name, value in curve.baselines.items())
-            screen.print(f"without a model, {curve.task} {curve.metric}: {said}")
+            screen.print(f"without a model, {curve.task} {in_words(curve.metric)}: {said}")
 
 
 def cell(score: "Score", sign: str = "") -> str:

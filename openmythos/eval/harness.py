@@ -29,6 +29,7 @@ from openmythos.checkpoint.load import checkpoint_folder
 from openmythos.eval.score import Measured, Outcomes, Score, summarise
 from openmythos.eval.scoring import GenerationRequest, Scorer
 from openmythos.eval.task import SHIPPED, choice_baselines
+from openmythos.folder import in_a_sentence
 from openmythos.interop.loading import load_pretrained
 from openmythos.tokenizer import Tokenizer
 
@@ -319,8 +320,8 @@ def _load(manager: TaskManager, spec: str, what: Any) -> Mapping[str, Any]:
         raise ValueError(f"task file {spec} cannot be loaded ({reason})") from None
 
 
-def _first_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]
+def _first_line(error: Exception) -> str:
+    return " ".join(in_a_sentence(error).split())[:200]
 
 
 # --- results --------------------------------------------------------------------------------------

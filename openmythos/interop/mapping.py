@@ -15,7 +15,7 @@ from torch import Tensor
 
 from openmythos.checkpoint.weights import StoredWeights, check_shapes, tensor_shapes
 from openmythos.config import ModelConfig
-from openmythos.config.schema import to_dict
+from openmythos.config.schema import WORDS, to_dict
 from openmythos.model.recurrent import RecurrentDepthLM
 
 # --- rules ----------------------------------------------------------------------------------------
@@ -293,7 +293,7 @@ def check_fields(
         if kind is float and type(value) is int:
             value = float(value)
         if type(value) is not kind:
-            complaints.append(f"{name} is {value!r}, expected {kind.__name__}")
+            complaints.append(f"{name} is {value!r}, expected {WORDS[kind]}")
         values[name] = value
     for name, allowed in fixed.items():
         if data.get(name, allowed) != allowed:

@@ -74,7 +74,7 @@ def test_eval_on_tasks_that_ship(
     table = " ".join(invoke(*command, "--batch-size", 1).split())
     for said in ("python_docs_choice", "bits per byte", "MFLOPs", "last - first", "± 0."):
         assert said in table
-    assert "without a model, python_docs_choice acc: chance 0.250" in table
+    assert "without a model, python_docs_choice accuracy: chance 0.250" in table
 
 
 def test_eval_on_walks(invoke: Invoke, hops_run: Path) -> None:

@@ -294,7 +294,7 @@ def test_config_fields_are_checked() -> None:
     for part in (
         "missing b",
         "unknown e",
-        "a is True, expected int",
+        "a is True, expected a whole number",
         "c is 'y'; only 'x' is supported",
     ):
         assert part in text

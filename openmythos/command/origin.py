@@ -16,9 +16,9 @@ def require_text(checkpoint: Path) -> None:
         ValueError: It holds no checkpoint, one of a run on walks, or one without a tokenizer.
     """
     from openmythos.checkpoint.load import read_config
-    from openmythos.tokenizer_folder import TOKENIZER_FILE, VOCAB_FILE
+    from openmythos.tokenizer_folder import TOKENIZER_FILE, has_tokenizer
 
-    if any((checkpoint / name).is_file() for name in (TOKENIZER_FILE, VOCAB_FILE)):
+    if has_tokenizer(checkpoint):
         return
     read_config(checkpoint)  # refuses what is no checkpoint
     if walks_of(checkpoint) is not None:

@@ -13,7 +13,13 @@ import openmythos as om
 from openmythos import config as configs
 from openmythos.config import ModelConfig
 from openmythos.config.schema import from_dict
-from openmythos.engine.sampling import SamplingConfig, row_generator, sample, token_logprobs
+from openmythos.engine.sampling import (
+    SamplingConfig,
+    adjusted,
+    row_generator,
+    sample,
+    token_logprobs,
+)
 from openmythos.model.cache import EveryK, FirstLoop, LastLoop, PerLoop
 from openmythos.model.exit import EXIT_RULES, make_exit_rule
 from openmythos.train.objective import (
@@ -101,9 +107,11 @@ def test_generation(kind: str) -> None:
 
 def test_sampling_is_as_exact_as_elsewhere() -> None:
     logits = torch.randn(2, 50, generator=torch.Generator().manual_seed(0))
-    ways = [SamplingConfig(temperature=0.7, top_p=0.8), SamplingConfig(num_ids=9)]
+    penalties = {"repetition_penalty": 1.3, "presence_penalty": 0.5, "logit_bias": [(3, 1.0)]}
+    ways = [SamplingConfig(temperature=0.7, top_p=0.8, **penalties), SamplingConfig(num_ids=9)]
 
     def draw(x: Tensor) -> Tensor:
+        x = adjusted(x, ways, [[1, 2, 2], [4]], [2, 0])
         return sample(x, ways, [row_generator(1, row) for row in range(2)])
 
     expected, report = draw(logits), token_logprobs(logits[0], 3, 4)

@@ -16,7 +16,7 @@ from openmythos.config.schema import from_dict
 from openmythos.folder import holder, write_whole
 from openmythos.report import page as kit
 from openmythos.report import picture
-from openmythos.report.page import Piece, Sample
+from openmythos.report.page import LoopScale, Piece, Sample
 from openmythos.report.picture import Curve
 from openmythos.train.metrics import read_metrics
 
@@ -313,10 +313,10 @@ def _loads(rows: Iterable[dict[str, Any]]) -> dict[str, Curve]:
 def _samples(run: RunRecord) -> list[str]:
     if not run.samples:
         return []
-    most = max((piece.loops for sample in run.samples for piece in sample.pieces), default=1)
+    scale = LoopScale.of(piece.loops for sample in run.samples for piece in sample.pieces)
     said = "<p>Bold is the prompt. Each token is tinted by the loops that it took.</p>"
-    pages = [kit.render_html(sample, most) for sample in run.samples]
-    return ["<section>", "<h2>What it writes</h2>", said, kit.legend(most), *pages, "</section>"]
+    pages = [kit.render_html(sample, scale) for sample in run.samples]
+    return ["<section>", "<h2>What it writes</h2>", said, kit.legend(scale), *pages, "</section>"]
 
 
 def _config(run: RunRecord) -> list[str]:

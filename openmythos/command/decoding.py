@@ -125,10 +125,10 @@ def load(checkpoint: Path, device: str) -> tuple["RecurrentDepthLM", "Tokenizer"
     from openmythos import load_pretrained
     from openmythos.interop.hub import local_folder
     from openmythos.tokenizer import Tokenizer
-    from openmythos.tokenizer_folder import TOKENIZER_FILE, VOCAB_FILE
+    from openmythos.tokenizer_folder import has_tokenizer
 
     folder = local_folder(checkpoint)
-    if not any((folder / name).exists() for name in (TOKENIZER_FILE, VOCAB_FILE)):
+    if not has_tokenizer(folder):
         raise ValueError(f"{folder} has no tokenizer.json; the model was not trained on text")
     tokenizer = Tokenizer.load(folder)
     if tokenizer.change is not None:

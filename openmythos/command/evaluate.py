@@ -225,10 +225,11 @@ def codec_of(folder: Path) -> "tuple[Codec, Walks | None]":
     from openmythos.config.schema import from_dict
     from openmythos.eval.walk import WalkCodec
     from openmythos.tokenizer import Tokenizer
+    from openmythos.tokenizer_folder import has_tokenizer
     from openmythos.train.recipe import HopsData, RunConfig
     from openmythos.train.run import hops_task
 
-    if (folder / "tokenizer.json").is_file():
+    if has_tokenizer(folder):
         return Tokenizer.load(folder), None
     run = folder.parent.parent
     if _run_field(run, "data", "kind") == HopsData.kind:

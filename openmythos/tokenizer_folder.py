@@ -78,11 +78,21 @@ def default_template(given: Any) -> str | None:
     return given if isinstance(given, str) else None
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a checkpoint's folder holds a tokenizer, of whichever files."""
+    return find_file(folder).is_file() or (folder / VOCAB_FILE).is_file()
+
+
 def find_file(path: Path) -> Path:
-    """The tokenizer.json of a folder, which may be missing; any other path as it is."""
+    """The tokenizer.json of a folder, which may be missing; any other path as it is.
+
+    It may stand in a folder ``tokenizer``, as in IFM's checkpoints.
+    """
     file = path / TOKENIZER_FILE
     if not path.is_dir() or file.is_file():
         return file if path.is_dir() else path
+    if (path / "tokenizer" / TOKENIZER_FILE).is_file():
+        return path / "tokenizer" / TOKENIZER_FILE
     for checkpoint in sorted(path.glob("checkpoints/step-????????"), reverse=True):
         if (checkpoint / TOKENIZER_FILE).is_file():
             return checkpoint / TOKENIZER_FILE

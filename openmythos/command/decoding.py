@@ -9,6 +9,7 @@ import typer
 from rich.text import Text
 
 from openmythos.command.option import check_device, set_option
+from openmythos.command.origin import require_text
 
 if TYPE_CHECKING:
     from openmythos.engine.sampling import SamplingConfig
@@ -125,11 +126,9 @@ def load(checkpoint: Path, device: str) -> tuple["RecurrentDepthLM", "Tokenizer"
     from openmythos import load_pretrained
     from openmythos.interop.hub import local_folder
     from openmythos.tokenizer import Tokenizer
-    from openmythos.tokenizer_folder import TOKENIZER_FILE, VOCAB_FILE
 
     folder = local_folder(checkpoint)
-    if not any((folder / name).exists() for name in (TOKENIZER_FILE, VOCAB_FILE)):
-        raise ValueError(f"{folder} has no tokenizer.json; the model was not trained on text")
+    require_text(folder)
     tokenizer = Tokenizer.load(folder)
     if tokenizer.change is not None:
         typer.echo(f"note: the tokenizer changes text: {tokenizer.change}", err=True)

@@ -19,6 +19,7 @@ from openmythos.command import (
     presets,
     report,
     retrofit,
+    serve,
     train,
 )
 from openmythos.folder import in_a_sentence
@@ -68,6 +69,7 @@ app.command()(inspect.inspect)
 app.command()(report.report)
 app.command()(export.export)
 app.command()(convert.convert)
+app.command()(serve.serve)
 
 
 def main() -> None:

@@ -21,7 +21,13 @@ from openmythos.config.schema import as_flag, as_integer, as_number, require
 from openmythos.engine.paged_cache import PagedCache
 from openmythos.engine.request import Request
 from openmythos.engine.runner import Entry, Runner
-from openmythos.engine.sampling import Logprobs, row_generator, sample, token_logprobs
+from openmythos.engine.sampling import (
+    Logprobs,
+    adjusted,
+    row_generator,
+    sample,
+    token_logprobs,
+)
 from openmythos.engine.scheduler import Job, Scheduler
 from openmythos.model.cache import CacheLayout, PerLoop
 from openmythos.model.exit import Fixed, Rule
@@ -99,6 +105,7 @@ class Event:
         finish_reason: Why the request ended; None: it goes on.
         logprobs: If the request asks for them.
         error: What went wrong, if the reason is ``error``.
+        num_cached: With the first token: how many of the prompt's were found in kept pages.
     """
 
     id: int
@@ -107,6 +114,7 @@ class Event:
     finish_reason: EndReason | None = None
     logprobs: Logprobs | None = None
     error: str | None = None
+    num_cached: int = 0
 
 
 @dataclass(frozen=True)
@@ -363,8 +371,12 @@ class Engine:
             return
         lives = [self._live[jobs[place].id] for place in new]
         drawn = [live.generator.clone_state() for live in lives]
-        settings = [live.request.sampling for live in lives]
-        tokens = sample(logits[new], settings, drawn).tolist()
+        num_new = [len(live.job.new) for live in lives]
+        settings = [
+            live.request.sampling_after(count) for live, count in zip(lives, num_new, strict=True)
+        ]
+        weighed = adjusted(logits[new], settings, [live.job.text for live in lives], num_new)
+        tokens = sample(weighed, settings, drawn).tolist()
         for place, live, token, generator in zip(new, lives, tokens, drawn, strict=True):
             live.generator = generator
             self._scheduler.has_decoded(live.job, loops[place], token, now)
@@ -379,7 +391,8 @@ class Engine:
         reason: EndReason | None = "length" if len(job.new) == job.num_new else None
         reason = "stop" if token in request.stop_tokens else reason
         self._counts.new_tokens += 1
-        self._give(live, Event(job.id, token, loops, reason, report))
+        found = job.num_cached if len(job.new) == 1 else 0
+        self._give(live, Event(job.id, token, loops, reason, report, num_cached=found))
         if reason is not None:
             self._scheduler.remove(job)
             self._counts.finished[reason] += 1

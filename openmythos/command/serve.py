@@ -1,0 +1,118 @@
+"""``openmythos serve``: an HTTP server that speaks OpenAI's API."""
+
+import os
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from openmythos.command.decoding import load
+from openmythos.command.option import Device
+
+KEY_VARIABLE = "OPENMYTHOS_API_KEY"
+
+Paths = Annotated[
+    list[Path], typer.Argument(help="Checkpoint or run folders; the name of each is its model's.")
+]
+Host = Annotated[str, typer.Option(help="Address to listen on; the default is this machine only.")]
+Port = Annotated[int, typer.Option(help="Port to listen on.", min=1, max=65535)]
+Keys = Annotated[
+    Path | None,
+    typer.Option(
+        help=f"File of keys, one per line, of which a client must give one; or set {KEY_VARIABLE}."
+    ),
+]
+MaxRows = Annotated[int, typer.Option(help="Most requests that are computed at once.", min=1)]
+MaxWaiting = Annotated[int, typer.Option(help="Most requests that wait beyond those.", min=0)]
+MaxLoops = Annotated[
+    int | None, typer.Option(help="Most loops per token; default: twice the model's own.", min=1)
+]
+MaxLen = Annotated[int | None, typer.Option(help="Most tokens of a prompt and its answer.", min=2)]
+Pages = Annotated[
+    int | None, typer.Option(help="Pages of the cache, of 16 tokens; default: as memory allows.")
+]
+Timeout = Annotated[float, typer.Option(help="Seconds after which an answer is cut short.")]
+Compiled = Annotated[
+    bool, typer.Option("--compile", help="Wait for the compiler, then decode faster.")
+]
+
+
+def serve(
+    paths: Paths,
+    host: Host = "127.0.0.1",
+    port: Port = 8000,
+    api_key_file: Keys = None,
+    max_rows: MaxRows = 32,
+    max_waiting: MaxWaiting = 256,
+    max_loops: MaxLoops = None,
+    max_len: MaxLen = None,
+    num_pages: Pages = None,
+    timeout: Timeout = 600.0,
+    compiled: Compiled = False,
+    device: Device = "cpu",
+) -> None:
+    """Serve models over HTTP as OpenAI's API does, with depth per request."""
+    names = [path.resolve().name for path in paths]
+    if len(set(names)) < len(names):
+        raise ValueError(f"two of the folders have the same name: {', '.join(sorted(names))}")
+    keys = keys_of(api_key_file)
+    typer.echo(f"loading {', '.join(names)} ...", err=True)
+    require_web()
+    from openmythos.engine.engine import Engine, EngineConfig
+    from openmythos.serve.metrics import Metrics
+    from openmythos.serve.served import ServedModel
+    from openmythos.serve.server import serve as run
+    from openmythos.serve.worker import EngineThread
+
+    metrics, models = Metrics(), []
+    for name, path in zip(names, paths, strict=True):
+        model, tokenizer = load(path, device)
+        deepest = 2 * model.config.num_loops if max_loops is None else max_loops
+        config = EngineConfig(
+            max_rows=max_rows,
+            max_len=max_len,
+            max_loops=deepest,
+            num_pages=num_pages,
+            compiled=compiled,
+        )
+        engine = Engine(model, config)
+        measured = metrics.of(name, lambda engine=engine: engine.stats)  # type: ignore[misc]
+        worker = EngineThread(engine, measured, max_waiting=max_waiting)
+        created = int(time.time())
+        served = ServedModel(name, model, tokenizer, worker, created=created, timeout=timeout)
+        models.append(served)
+        typer.echo(f"{name}: {served.max_len} tokens, up to {deepest} loops", err=True)
+    if not keys and host not in ("127.0.0.1", "localhost", "::1"):
+        typer.echo(f"warning: anyone who reaches {host} can use it; give keys", err=True)
+    typer.echo(f"listening on http://{host}:{port}", err=True)
+    run(models, metrics, host=host, port=port, keys=keys)
+
+
+def keys_of(file: Path | None) -> list[str]:
+    """The keys in a file, one per line, or in the environment; empty: none is needed.
+
+    Raises:
+        ValueError: The file holds none.
+    """
+    if file is None:
+        return [key for key in [os.environ.get(KEY_VARIABLE, "").strip()] if key]
+    keys = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+    keys = [key for key in keys if key]
+    if not keys:
+        raise ValueError(f"--api-key-file {file} holds no key; write one per line")
+    return keys
+
+
+def require_web() -> None:
+    """Check that what the server needs is installed.
+
+    Raises:
+        ValueError: It is not; says how to install it.
+    """
+    import importlib.util
+
+    needed = ("fastapi", "uvicorn", "prometheus_client")
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ValueError(f'serve needs {", ".join(missing)}; run: pip install "openmythos[serve]"')

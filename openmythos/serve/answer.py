@@ -119,14 +119,18 @@ def usage_of(
         "completion_tokens_details": {"reasoning_tokens": 0},  # loops are no tokens
     }
     if include_loops:
-        loops = [token.num_loops for token in tokens]
-        usage["loops"] = {
-            "total": sum(loops),
-            "mean": sum(loops) / len(loops) if loops else 0.0,
-            "max": max(loops, default=0),
-            "prompt": prompt_loops,
-        }
+        usage["loops"] = loop_counts([token.num_loops for token in tokens], prompt_loops)
     return usage
+
+
+def loop_counts(loops: Sequence[int], prompt_loops: int) -> dict[str, int | float]:
+    """The loops of an answer's tokens, together, and of its prompt."""
+    return {
+        "total": sum(loops),
+        "mean": sum(loops) / len(loops) if loops else 0.0,
+        "max": max(loops, default=0),
+        "prompt": prompt_loops,
+    }
 
 
 def chat_logprobs(tokens: Sequence[Token], decoder: ByteDecoder) -> dict[str, Any]:

@@ -1,9 +1,6 @@
 """The routes of the server."""
 
-import asyncio
-import time
-import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -12,27 +9,16 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from openmythos import __version__
-from openmythos.serve.answer import (
-    Answer,
-    chat_logprobs,
-    completion_logprobs,
-    usage_of,
-)
+from openmythos.serve.chat import chat
+from openmythos.serve.completions import complete
 from openmythos.serve.error import APIError
 from openmythos.serve.metrics import Metrics
-from openmythos.serve.schema import (
-    Body,
-    ChatBody,
-    Choices,
-    CompletionBody,
-    DetokenizeBody,
-    TokenizeBody,
-)
+from openmythos.serve.responses import ResponsesBody, respond
+from openmythos.serve.schema import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 from openmythos.serve.served import ServedModel
-from openmythos.serve.stream import ClientGone, EventStream, unless_gone
+from openmythos.serve.stream import ClientGone
 
 HUNG_UP = 499  # nginx' word for it; nobody sees it
-BASE_MODEL = "this model has no chat template: it continues a plain transcript"
 
 
 def make_app(models: Sequence[ServedModel], metrics: Metrics) -> FastAPI:
@@ -64,12 +50,17 @@ def make_app(models: Sequence[ServedModel], metrics: Metrics) -> FastAPI:
     @app.post("/v1/completions")
     async def completions(body: CompletionBody, request: Request) -> Response:
         """Continue prompts."""
-        return await _complete(model_named(body.model), body, request)
+        return await complete(model_named(body.model), body, request)
 
     @app.post("/v1/chat/completions")
     async def chat_completions(body: ChatBody, request: Request) -> Response:
         """Answer a conversation."""
-        return await _chat(model_named(body.model), body, request)
+        return await chat(model_named(body.model), body, request)
+
+    @app.post("/v1/responses")
+    async def responses(body: ResponsesBody, request: Request) -> Response:
+        """Answer a conversation, in the newer form; nothing is stored."""
+        return await respond(model_named(body.model), body, request)
 
     @app.post("/tokenize")
     async def tokenize(body: TokenizeBody) -> dict[str, Any]:
@@ -142,202 +133,3 @@ def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(ClientGone)
     async def gone(request: Request, error: ClientGone) -> Response:
         return Response(status_code=HUNG_UP)
-
-
-# --- completions ----------------------------------------------------------------------------------
-
-
-async def _complete(served: ServedModel, body: CompletionBody, request: Request) -> Response:
-    body.check()
-    prompts = [served.encode(prompt) for prompt in _prompts(body.prompt)]
-    stops, with_usage = body.stops(), body.usage_in_stream()
-    requests = [
-        made
-        for index, prompt in enumerate(prompts)
-        for made in served.requests(
-            body, prompt, body.max_tokens, body.logprobs, first_idx=index * body.n
-        )
-    ]
-    head = _head("cmpl", "text_completion", served)
-    headers = _warnings(body)
-    num_prompt = sum(map(len, prompts))
-
-    async def chunks() -> AsyncIterator[dict[str, Any]]:
-        async with served.answers(requests, stops) as answers:
-            offsets = [0] * len(answers)
-            async for index, delta in _merged(answers):
-                choice: dict[str, Any] = {
-                    "index": index,
-                    "text": delta.text,
-                    "finish_reason": delta.finish_reason,
-                    "logprobs": None,
-                }
-                if body.logprobs is not None:
-                    pairs = [(token.id, token.logprobs) for token in delta.tokens]
-                    choice["logprobs"] = completion_logprobs(pairs, served.codec, offsets[index])
-                offsets[index] += len(delta.text)
-                if body.include_loops:
-                    choice["loops"] = [token.num_loops for token in delta.tokens]
-                yield {**head, "choices": [choice]}
-            if with_usage:
-                usage = _usage(body, num_prompt, answers, requests[0].num_loops or 0)
-                yield {**head, "choices": [], "usage": usage}
-
-    if body.stream:
-        return EventStream(chunks(), headers, done=True)
-
-    async def whole() -> dict[str, Any]:
-        async with served.answers(requests, stops) as answers:
-            choices = []
-            for index, answer in enumerate(answers):
-                await answer.whole()
-                choices.append(await _completion_choice(served, body, index, answer, requests))
-            usage = _usage(body, num_prompt, answers, requests[0].num_loops or 0)
-            return {**head, "choices": choices, "usage": usage}
-
-    return JSONResponse(await unless_gone(whole(), request.receive), headers=headers)
-
-
-async def _completion_choice(
-    served: ServedModel, body: CompletionBody, index: int, answer: Answer, requests: Sequence[Any]
-) -> dict[str, Any]:
-    request = requests[index]
-    pairs = [(token.id, token.logprobs) for token in answer.tokens]
-    text = answer.text
-    if body.echo:
-        text = served.decode(request.tokens) + text
-        if body.logprobs is not None:
-            asked = (request.tokens, request.num_loops, request.seed, body.logprobs)
-            own = await served.prompt_logprobs(*asked)
-            pairs = [*zip(request.tokens, own, strict=True), *pairs]
-    choice: dict[str, Any] = {
-        "index": index,
-        "text": text,
-        "finish_reason": answer.finish_reason,
-        "logprobs": None,
-    }
-    if body.logprobs is not None:
-        choice["logprobs"] = completion_logprobs(pairs, served.codec)
-    if body.include_loops:
-        choice["loops"] = [token.num_loops for token in answer.tokens]
-    return choice
-
-
-def _prompts(given: str | list[str] | list[int] | list[list[int]]) -> list[str | list[int]]:
-    """One prompt, text or ids, or several."""
-    if isinstance(given, str) or (given and isinstance(given[0], int)):
-        return [given]
-    if not given:
-        raise APIError(400, "prompt is an empty list; give at least one prompt", param="prompt")
-    return list(given)  # type: ignore[arg-type]
-
-
-# --- chat -----------------------------------------------------------------------------------------
-
-
-async def _chat(served: ServedModel, body: ChatBody, request: Request) -> Response:
-    body.check()
-    prompt, own_stops = served.encode_chat(body.messages)
-    stops, with_usage = [*body.stops(), *own_stops], body.usage_in_stream()
-    count = (body.top_logprobs or 0) if body.logprobs else None
-    requests = served.requests(body, prompt, body.max_new_tokens(), count)
-    headers = _warnings(body, *([] if served.has_template else [BASE_MODEL]))
-
-    async def chunks() -> AsyncIterator[dict[str, Any]]:
-        head = _head("chatcmpl", "chat.completion.chunk", served)
-
-        def chunk(index: int, delta: dict[str, Any], reason: str | None = None) -> dict[str, Any]:
-            choice = {"index": index, "delta": delta, "finish_reason": reason, "logprobs": None}
-            return {**head, "choices": [choice]}
-
-        async with served.answers(requests, stops) as answers:
-            for index in range(len(answers)):
-                yield chunk(index, {"role": "assistant", "content": ""})
-            async for index, delta in _merged(answers):
-                if delta.text or delta.tokens:
-                    told = chunk(index, {"content": delta.text})
-                    if body.logprobs:
-                        told["choices"][0]["logprobs"] = chat_logprobs(delta.tokens, served.codec)
-                    if body.include_loops:
-                        told["choices"][0]["loops"] = [t.num_loops for t in delta.tokens]
-                    yield told
-                if delta.finish_reason is not None:
-                    yield chunk(index, {}, delta.finish_reason)
-            if with_usage:
-                usage = _usage(body, len(prompt), answers, requests[0].num_loops or 0)
-                yield {**head, "choices": [], "usage": usage}
-
-    if body.stream:
-        return EventStream(chunks(), headers, done=True)
-
-    async def whole() -> dict[str, Any]:
-        async with served.answers(requests, stops) as answers:
-            choices = []
-            for index, answer in enumerate(answers):
-                await answer.whole()
-                choice: dict[str, Any] = {
-                    "index": index,
-                    "message": {"role": "assistant", "content": answer.text, "refusal": None},
-                    "finish_reason": answer.finish_reason,
-                    "logprobs": None,
-                }
-                if body.logprobs:
-                    choice["logprobs"] = chat_logprobs(answer.tokens, served.codec)
-                if body.include_loops:
-                    choice["loops"] = [token.num_loops for token in answer.tokens]
-                choices.append(choice)
-            usage = _usage(body, len(prompt), answers, requests[0].num_loops or 0)
-            head = _head("chatcmpl", "chat.completion", served)
-            return {**head, "choices": choices, "usage": usage}
-
-    return JSONResponse(await unless_gone(whole(), request.receive), headers=headers)
-
-
-# --- parts of both --------------------------------------------------------------------------------
-
-
-def _head(prefix: str, kind: str, served: ServedModel) -> dict[str, Any]:
-    number = f"{prefix}-{uuid.uuid4().hex}"
-    return {"id": number, "object": kind, "created": int(time.time()), "model": served.name}
-
-
-def _warnings(body: Body, *warnings: str) -> dict[str, str]:
-    """The header that says what was ignored."""
-    unknown = body.unknown()
-    said = [*warnings, *([f"ignored: {', '.join(unknown)}"] if unknown else [])]
-    text = "; ".join(said).encode("ascii", "replace").decode()
-    return {"x-warning": "".join(c for c in text if c.isprintable())[:1000]} if said else {}
-
-
-def _usage(
-    body: Choices, num_prompt: int, answers: Sequence[Answer], num_loops: int
-) -> dict[str, Any]:
-    cached = min(num_prompt, sum(answer.ticket.num_cached for answer in answers))
-    loops = (num_prompt - cached) * num_loops
-    return usage_of(num_prompt, cached, answers, body.include_loops, loops)
-
-
-async def _merged(answers: Sequence[Answer]) -> AsyncIterator[tuple[int, Any]]:
-    """The deltas of several answers, each as soon as it comes."""
-    ready: asyncio.Queue[tuple[int, Any]] = asyncio.Queue()
-
-    async def read(index: int, answer: Answer) -> None:
-        try:
-            async for delta in answer.deltas():
-                await ready.put((index, delta))
-        except APIError as error:
-            await ready.put((index, error))
-
-    readers = [asyncio.ensure_future(read(*pair)) for pair in enumerate(answers)]
-    try:
-        left = len(answers)
-        while left:
-            index, delta = await ready.get()
-            if isinstance(delta, APIError):
-                raise delta
-            yield index, delta
-            left -= delta.finish_reason is not None
-    finally:
-        for reader in readers:
-            reader.cancel()
-        await asyncio.gather(*readers, return_exceptions=True)

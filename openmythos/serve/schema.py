@@ -3,7 +3,7 @@
 Unknown fields are kept apart, to be named in a warning; what is known and not offered is refused.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -11,6 +11,8 @@ from openmythos.serve.error import APIError
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
+Role = Literal["system", "developer", "user", "assistant", "tool", "function"]
+ROLES = get_args(Role)
 MAX_CHOICES, MAX_TOP, MAX_STOPS, MAX_STOP_CHARACTERS = 128, 20, 16, 1000
 
 
@@ -127,7 +129,7 @@ class ContentPart(Body):
 class Message(Body):
     """A message of a conversation."""
 
-    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+    role: Role
     content: str | list[ContentPart] | None = None
 
     def plain(self) -> dict[str, str]:

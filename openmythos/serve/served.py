@@ -266,16 +266,15 @@ class ServedModel:
             for answer in given:
                 self.worker.close(answer.ticket)
 
-    async def prompt_logprobs(
-        self, tokens: Sequence[int], num_loops: int, seed: int, count: int
-    ) -> list[Logprobs | None]:
-        """Log-probabilities of a prompt's own tokens; the first has none."""
+    async def prompt_logprobs(self, request: Request, count: int) -> list[Logprobs | None]:
+        """Log-probabilities of a prompt's own tokens, at its full depth; the first has none."""
+        tokens = request.tokens
 
         def score() -> list[Logprobs | None]:
             ids = torch.tensor([list(tokens)], device=self.model.embed.weight.device)
             with inference(self.model):
-                ctx = self.model.context(ids, seeds=[seed])
-                logits = self.model(ids, num_loops=num_loops, ctx=ctx).logits[0]
+                ctx = self.model.context(ids, seeds=[request.seed])
+                logits = self.model(ids, num_loops=request.num_loops, ctx=ctx).logits[0]
             rows = zip(logits[:-1], tokens[1:], strict=True)
             return [None, *(token_logprobs(row, token, count) for row, token in rows)]
 

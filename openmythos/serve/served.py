@@ -198,7 +198,7 @@ class ServedModel:
             )
             raise APIError(400, said, param="max_tokens", code="context_length_exceeded")
         loops, rule = self.depth_of(body)
-        seed = secrets.randbits(63) if body.seed is None else body.seed
+        seed = secrets.randbits(63) if body.seed is None else body.seed % 2**64
         try:
             return [
                 Request(

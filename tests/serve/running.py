@@ -12,6 +12,7 @@ import httpx
 import torch
 import uvicorn
 
+from openmythos import generate
 from openmythos.config import GQAConfig, ModelConfig, SwiGLUConfig
 from openmythos.engine.engine import Engine, EngineConfig
 from openmythos.model.recurrent import RecurrentDepthLM
@@ -115,3 +116,10 @@ def running(
             thread.join()
             for one in served:
                 one.worker.stop()
+
+
+def alone(prompt: str, **settings: Any) -> list[int]:
+    """The tokens that ``generate`` gives for a prompt, alone."""
+    tokenizer = byte_tokenizer()
+    ids = tokenizer.encode_prompt(prompt)
+    return generate(small_model(), [ids], stop_tokens=tokenizer.end_ids, **settings).tokens[0]

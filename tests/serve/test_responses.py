@@ -1,24 +1,11 @@
 """The newer form of a conversation, by OpenAI's own client."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import openai
 import pytest
 
-from tests.serve.running import Running, running
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Running]:
-    with running() as here:
-        yield here
-
-
-@pytest.fixture(scope="module")
-def client(server: Running) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as made:
-        yield made
+from tests.serve.running import Running
 
 
 def test_a_response_is_the_chats_answer(client: openai.OpenAI) -> None:

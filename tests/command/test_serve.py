@@ -1,0 +1,85 @@
+"""The server as a user starts it: a process that is told to end while it answers."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from openmythos.checkpoint.save import save_pretrained
+from openmythos.tokenizer import byte_tokenizer
+from tests.command.conftest import Invoke, refused
+from tests.serve.running import small_model
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port: int = taken.getsockname()[1]
+        return port
+
+
+def test_a_server_that_is_told_to_end_finishes_what_runs(tmp_path: Path) -> None:
+    folder = save_pretrained(small_model(), tmp_path / "small", byte_tokenizer())
+    port = free_port()
+    command = [sys.executable, "-m", "openmythos", "serve", str(folder), "--port", str(port)]
+    process = subprocess.Popen(
+        [*command, "--max-rows", "2"], stderr=subprocess.PIPE, text=True, env=os.environ
+    )
+    answers: list[dict[str, Any]] = []
+    try:
+        url, end = f"http://127.0.0.1:{port}", time.monotonic() + 120
+        while time.monotonic() < end and process.poll() is None:
+            try:
+                assert httpx.get(f"{url}/ready").status_code == 200
+                break
+            except httpx.TransportError:
+                time.sleep(0.05)
+        body = {"model": "small", "prompt": "a", "max_tokens": 90, "ignore_eos": True}
+
+        def ask() -> None:
+            answers.append(httpx.post(f"{url}/v1/completions", json=body, timeout=120).json())
+
+        threads = [threading.Thread(target=ask) for _ in range(5)]
+        for thread in threads:
+            thread.start()
+        busy = 'openmythos_requests_running{model="small"} 2'
+        while busy not in httpx.get(f"{url}/metrics").text:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        for thread in threads:
+            thread.join()
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 0, errors
+    counts = [answer["usage"]["completion_tokens"] for answer in answers]
+    assert counts == [90] * 5
+    assert "listening on http://127.0.0.1" in errors and "Traceback" not in errors
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["absent"], "absent"),
+        (["a/small", "b/small"], "same name"),
+        (["absent", "--api-key-file", "empty.txt"], "holds no key"),
+        (["absent", "--host", "999.1.1.1"], "absent"),
+    ],
+)
+def test_mistakes_are_one_line(
+    invoke: Invoke,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    said: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("empty.txt").write_text("\n \n")
+    assert said in refused(invoke, "serve", *arguments)

@@ -1,0 +1,67 @@
+"""A model that is served: prompts, conversations, limits."""
+
+import asyncio
+from pathlib import Path
+
+import pytest
+import torch
+
+from openmythos.serve.error import APIError
+from openmythos.serve.schema import CompletionBody, Message
+from openmythos.tokenizer import Tokenizer, byte_tokenizer
+from tests.foreign import write_chat_folder
+from tests.serve.running import Running, running, small_model
+
+
+def test_a_conversation_in_its_template(tmp_path: Path) -> None:
+    tokenizer = Tokenizer.load(write_chat_folder(tmp_path / "chat"))
+    model = small_model(vocab_size=tokenizer.vocab_size)
+    with running({"chat": (model, tokenizer)}) as server:
+        served = server.served[0]
+        messages = [Message(role="user", content="hi")]
+        plain = [{"role": "user", "content": "hi"}]
+        assert served.encode_chat(messages) == (tokenizer.encode_chat(plain), [])
+        answer = server.post("/v1/chat/completions", model="chat", max_tokens=2, messages=plain)
+        assert answer.status_code == 200 and "x-warning" not in answer.headers
+        assert served.card()["chat_template"] is True
+
+
+def test_without_a_template_a_transcript(server: Running) -> None:
+    served = server.served[0]
+    messages = [
+        Message(role="system", content="be brief"),
+        Message(role="user", content="hi"),
+        Message(role="assistant", content="yes"),
+        Message(role="user", content="so?"),
+    ]
+    ids, stops = served.encode_chat(messages)
+    text = "System: be brief\nUser: hi\nAssistant: yes\nUser: so?\nAssistant:"
+    assert ids == byte_tokenizer().encode_prompt(text) and stops == ["\nUser:"]
+
+
+def test_a_prompt_may_fill_all_but_one_token(server: Running) -> None:
+    served, body = server.served[0], CompletionBody(model="small", prompt="a")
+    longest = served.requests(body, [5] * 127, None, None)[0]
+    assert longest.max_new_tokens == 1
+    with pytest.raises(APIError) as caught:
+        served.requests(body, [5] * 128, None, None)
+    assert caught.value.code == "context_length_exceeded"
+
+
+def test_seeds_of_any_sign_are_seeds(server: Running) -> None:
+    served = server.served[0]
+    body = CompletionBody(model="small", prompt="a", seed=-1, n=2)
+    one, two = served.requests(body, [5], 3, None)
+    assert one.seed == two.seed == 2**64 - 1 and (one.sample_idx, two.sample_idx) == (0, 1)
+
+
+def test_logprobs_of_a_prompt_are_the_models(server: Running) -> None:
+    served = server.served[0]
+    request = served.requests(CompletionBody(model="small", prompt="a"), [5, 9, 7], 1, None)[0]
+    reports = asyncio.run(served.prompt_logprobs(request, 2))
+    assert reports[0] is None
+    with torch.no_grad():
+        logits = small_model()([[5, 9, 7]]).logits[0].double().log_softmax(-1)
+    for place, (report, token) in enumerate(zip(reports[1:], [9, 7], strict=True)):
+        assert report is not None
+        assert report.chosen == pytest.approx(float(logits[place, token]), abs=1e-5)

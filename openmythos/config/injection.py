@@ -37,11 +37,13 @@ class LTIInjectionConfig(InjectionMember):
     """x = A h + Delta B e, h' = core(x) (Parcae).
 
     A is diagonal, and its spectral radius rho(A) is below 1 by construction. ``decay_init`` is the
-    initial value of all entries of A.
+    initial value of all entries of A. With ``orthogonal``, A h loses its component along Delta B e
+    (IFM's OrthoInj).
     """
 
     kind: ClassVar[str] = "lti"
     decay_init: float = 0.2**0.5
+    orthogonal: bool = False
 
     def __post_init__(self) -> None:
         require(0 < self.decay_init < 1, "injection.decay_init", self.decay_init, "in (0, 1)")
@@ -71,13 +73,17 @@ class OriginalLTIInjectionConfig(InjectionMember):
 
 @dataclass(frozen=True, kw_only=True)
 class LinearInjectionConfig(InjectionMember):
-    """x = W_h h + W_e e, h' = core(x) (Huginn); it starts as x = h + e."""
+    """x = W_h h + W_e e, h' = core(x) (Huginn); it starts as x = h + e.
+
+    ``bias`` adds a vector to x.
+    """
 
     kind: ClassVar[str] = "linear"
+    bias: bool = False
 
     def drive_weights(self, d_model: int) -> Weights:
-        """W_e."""
-        return matrix(d_model, d_model)
+        """W_e, and the bias."""
+        return matrix(d_model, d_model) + (vector(d_model) if self.bias else Weights())
 
     def weights(self, d_model: int) -> Weights:
         """W_h."""

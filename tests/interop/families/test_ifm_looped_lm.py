@@ -264,7 +264,7 @@ def test_the_counts_are_those_of_their_formulas(golden_dir: GoldenDir) -> None:
         ({"qknorm": True}, "qknorm is True; only False"),
         ({"apply_rmsnorm": None}, "apply_rmsnorm is None; only True"),
         ({"rope_head_dim": 32}, "rope_head_dim is 32; only 64"),
-        ({"num_layers": "28"}, "num_layers is '28', expected int"),
+        ({"num_layers": "28"}, "num_layers is '28', expected a whole number"),
         ({"mamba": 1}, "unknown mamba"),
         ({"vocab_size": -1}, "vocab_size"),
     ],

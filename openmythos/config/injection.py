@@ -36,8 +36,10 @@ class InjectionMember(Member):
 class LTIInjectionConfig(InjectionMember):
     """x = A h + Delta B e, h' = core(x) (Parcae).
 
-    A is diagonal, and its spectral radius rho(A) is below 1 by construction. ``decay_init`` is the
-    initial value of all entries of A.
+    A is diagonal, and its spectral radius rho(A) is below 1 by construction.
+
+    Attributes:
+        decay_init: Initial value of all entries of A, between 0 and 1.
     """
 
     kind: ClassVar[str] = "lti"
@@ -109,6 +111,10 @@ class GateInjectionConfig(InjectionMember):
 
     With ``add_e`` False, y = core(h) and the tokens enter through h_0 only, as in Chen's model,
     which adds a learned vector per loop instead (the ``learned`` loop embedding).
+
+    Attributes:
+        bias_init: Initial bias of the gate; the lower, the less is changed at first.
+        add_e: Whether e is added to the core's input at every loop.
 
     Source: Chen 2026 (arXiv 2603.21676).
     """

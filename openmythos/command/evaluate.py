@@ -227,13 +227,13 @@ def codec_of(folder: Path) -> "tuple[Codec, Walks | None]":
     from openmythos.tokenizer import Tokenizer
     from openmythos.train.recipe import HopsData, RunConfig
     from openmythos.train.run import hops_task
+    from openmythos.train.run_folder import read_run_config
 
     if (folder / "tokenizer.json").is_file():
         return Tokenizer.load(folder), None
     run = folder.parent.parent
     if _run_field(run, "data", "kind") == HopsData.kind:
-        stored = json.loads((run / "config.json").read_text(encoding="utf-8"))
-        config = from_dict(RunConfig, stored)
+        config = from_dict(RunConfig, read_run_config(run) or {})
         if isinstance(config.data, HopsData):
             walks = hops_task(config.data, config.train.seed).walks
             return WalkCodec(walks), walks
@@ -241,10 +241,10 @@ def codec_of(folder: Path) -> "tuple[Codec, Walks | None]":
 
 
 def _run_field(run: Path, part: str, name: str) -> Any:
-    """The field ``part.name`` of a run's config.json; None if it is missing."""
-    if not (run / "config.json").is_file():
-        return None
-    stored = json.loads((run / "config.json").read_text(encoding="utf-8"))
+    """The field ``part.name`` of a run's configuration; None if it is missing."""
+    from openmythos.train.run_folder import read_run_config
+
+    stored = read_run_config(run)
     fields = stored.get(part) if isinstance(stored, dict) else None
     return fields.get(name) if isinstance(fields, dict) else None
 

@@ -19,11 +19,15 @@ COMMANDS = (
 )
 
 
+SEEDS = "--seed is "
+PACKAGE = str(Path(cli.__file__).parents[1])  # from any working directory, the one under test
+
+
 def openmythos(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "openmythos", *map(str, arguments)],
         cwd=cwd,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "100"},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "100", "PYTHONPATH": PACKAGE},
         capture_output=True,
         text=True,
         timeout=120,
@@ -142,6 +146,13 @@ def test_help_is_quick() -> None:
         (("train", "--data", "empty.txt"), "empty.txt"),
         (("train", "--config", "broken.json"), "--config broken.json cannot be used"),
         (("train", "--out", "empty.txt", "--data", "hops"), "empty.txt"),
+        (("train", "--config", "absent.json"), "cannot be used: no such file or directory (absent"),
+        (("prepare", "empty.txt", "--seed", "-1"), SEEDS),
+        (("train", "--seed", str(2**64)), SEEDS),
+        (("train", "--set", f"train.seed={2**64}"), SEEDS.removeprefix("--")),
+        (("eval", "absent", "--seed", str(2**64)), SEEDS),
+        (("demo", "--seed", str(2**200)), SEEDS),
+        (("inspect", "tiny", "--set", "tie_embeddings=yes"), "is 'yes'; expected true or false"),
     ],
 )
 def test_errors_are_one_line_with_status_2(
@@ -173,7 +184,7 @@ def test_main_joins_lines_and_keeps_real_faults(
     assert fails_with(ValueError("x is 1;\n   it must be 2")) == 2
     assert capsys.readouterr().err == "error: x is 1; it must be 2\n"
     assert fails_with(PermissionError(13, "denied", "out")) == 2
-    assert "denied" in capsys.readouterr().err
+    assert capsys.readouterr().err == "error: out cannot be used: denied\n"
     assert fails_with(KeyboardInterrupt()) == 130
     capsys.readouterr()
     for cause, said in (

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.text import Text
 
-from openmythos.command.option import AsJson, Device, Overrides, Seed, check_device
+from openmythos.command.option import AsJson, Device, Seed, check_device, set_option
 from openmythos.config.schema import require
 from openmythos.terminal import console, note
 
@@ -30,7 +30,7 @@ def demo(
     ] = None,
     text_seconds: Annotated[float, typer.Option(help="Training time of act 1.")] = 120.0,
     hops_seconds: Annotated[float, typer.Option(help="Training time of act 2.")] = 150.0,
-    overrides: Overrides = None,
+    overrides: Annotated[list[str] | None, set_option("text.model.num_loops=4")] = None,
     device: Device = "cpu",
     seed: Seed = 0,
     as_json: AsJson = False,
@@ -81,6 +81,7 @@ def demo(
                 found.holds
             ]
             screen.print(Text.assemble("  ", (mark, style), f"  {found.text}"))
+    screen.print("\n  ±: one standard error; clear: more than two of the paired differences")
     screen.print(Text("\nDone\n", "bold"))
     for name in ("depth_curve.png", "hops_grid.png", report.name):
         screen.print(f"  {folder / name}")

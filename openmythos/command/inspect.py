@@ -10,7 +10,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from openmythos.command.option import AsJson, Overrides, parse_loops
+from openmythos.command.option import AsJson, parse_loops, set_option
 from openmythos.command.table import (
     human_bytes,
     human_count,
@@ -20,7 +20,7 @@ from openmythos.command.table import (
 from openmythos.config import ModelConfig, counts
 from openmythos.config.matched_baseline import MATCHES, baseline
 from openmythos.config.presets import PRESETS, preset
-from openmythos.config.schema import apply_overrides, from_dict, require, to_dict
+from openmythos.config.schema import apply_overrides, from_dict, in_words, require, to_dict
 from openmythos.terminal import console, note, print_table
 
 INSPECTED_CONTEXT = 4096  # tokens; or the model's max_seq_len if that is less
@@ -51,7 +51,7 @@ def inspect(
         bool,
         typer.Option("--kernels", help="Show which C++ kernels this machine uses, without MODEL."),
     ] = False,
-    overrides: Overrides = None,
+    overrides: Annotated[list[str] | None, set_option("num_loops=8")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Show parameters by part, and FLOPs, cache and memory by number of loops."""
@@ -169,7 +169,7 @@ def read_config(source: str) -> ModelConfig:
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
     if not isinstance(data, dict):
-        raise ValueError(f"{path}: expected an object, got {data!r}")
+        raise ValueError(f"{path} holds {in_words(data)}; a model's configuration is an object")
     if isinstance(data.get("model"), dict):
         data = data["model"]  # a run's config.json also holds train and data
     data = {key: value for key, value in data.items() if key not in CHECKPOINT_FIELDS}

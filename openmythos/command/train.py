@@ -11,8 +11,9 @@ from openmythos.command.option import (
     AsJson,
     Device,
     Out,
-    Overrides,
+    TrainSeed,
     check_device,
+    set_option,
     with_shorthands,
 )
 from openmythos.terminal import console, note
@@ -54,14 +55,8 @@ def train(
             "matrices have a rate of their own, train.optimizer.muon_lr."
         ),
     ] = None,
-    seed: Annotated[
-        int | None,
-        typer.Option(
-            help="Seed of everything that is random, --config's or 0 by default; short for "
-            "--set train.seed=N."
-        ),
-    ] = None,
-    overrides: Overrides = None,
+    seed: TrainSeed = None,
+    overrides: Annotated[list[str] | None, set_option("model.num_loops=8")] = None,
     device: Device = "cpu",
     as_json: AsJson = False,
 ) -> None:

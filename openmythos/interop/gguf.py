@@ -18,7 +18,7 @@ from torch import Tensor
 
 from openmythos.checkpoint.save import OWN_FILES, save_weights
 from openmythos.checkpoint.weights import CONFIG_FILE
-from openmythos.folder import PathLike, replaced_folder, write_json
+from openmythos.folder import PathLike, in_a_sentence, replaced_folder, write_json
 from openmythos.tokenizer import Tokenizer
 
 TENSORS = {
@@ -70,7 +70,7 @@ def convert_gguf(path: PathLike, folder: PathLike) -> Path:
     try:
         reader = GGUFReader(file)
     except (ValueError, IndexError, OSError) as error:
-        raise ValueError(f"{file} is truncated or damaged: {error}") from None
+        raise ValueError(f"{file} is truncated or damaged: {in_a_sentence(error)}") from None
     fields = {name: field.contents() for name, field in reader.fields.items()}
     try:
         config, tokenizer = _config(fields), _tokenizer(fields)

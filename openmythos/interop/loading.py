@@ -19,12 +19,21 @@ from openmythos.checkpoint.weights import CONFIG_FILE, StoredWeights
 from openmythos.config import ModelConfig
 from openmythos.folder import PathLike
 from openmythos.interop import export
-from openmythos.interop.families import huginn, llama, openmythos_original, ouro, parcae
+from openmythos.interop.families import (
+    huginn,
+    ifm_looped_lm,
+    llama,
+    looplm_135m,
+    openmythos_original,
+    ouro,
+    parcae,
+)
+from openmythos.interop.families.not_loaded import why_not
 from openmythos.interop.hub import local_folder
 from openmythos.interop.mapping import read_tensors
 from openmythos.model.recurrent import RecurrentDepthLM
 from openmythos.tokenizer import Tokenizer
-from openmythos.tokenizer_folder import TOKENIZER_FILE, VOCAB_FILE
+from openmythos.tokenizer_folder import TOKENIZER_FILE, has_tokenizer
 
 FAMILIES = (
     openmythos_original.FAMILY,
@@ -35,6 +44,8 @@ FAMILIES = (
     parcae.GPT_FAMILY,
     llama.LLAMA,
     llama.NANBEIGE,
+    ifm_looped_lm.FAMILY,
+    looplm_135m.FAMILY,
     export.FAMILY,
 )
 
@@ -92,7 +103,7 @@ def own_tokenizer(folder: Path) -> Tokenizer | None:
 
 def usable_tokenizer(folder: Path) -> tuple[Tokenizer | None, str]:
     """The tokenizer of a folder of any family; or None, and the reason for a person."""
-    if not any((folder / name).is_file() for name in (TOKENIZER_FILE, VOCAB_FILE)):
+    if not has_tokenizer(folder):
         return None, f"{folder} has no {TOKENIZER_FILE}; the result has none either"
     try:
         return Tokenizer.load(folder), ""
@@ -106,6 +117,8 @@ def _open_foreign(
     """The empty model, and its weights to come; their names and shapes have been checked."""
     data, weights = read_config(folder), StoredWeights(folder)
     family = next((f for f in FAMILIES if f.recognises(data, weights.shapes)), None)
+    if family is None and (reason := why_not(data)) is not None:
+        raise ValueError(f"{folder}: {reason}; docs/families/README.md lists what loads")
     if family is None:
         known = ", ".join(family.name for family in FAMILIES)
         raise ValueError(

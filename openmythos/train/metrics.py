@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-from openmythos.folder import errors_name, write_whole
+from openmythos.folder import write_whole, writing
 from openmythos.train.display import TrainDisplay
 from openmythos.train.validation import Row
 
@@ -75,7 +75,7 @@ class Recorder:
 
     def _write(self, rows: list[dict[str, Any]]) -> None:
         lines = [json.dumps(_finite(row), allow_nan=False) + "\n" for row in rows]
-        with errors_name(self.path), self.path.open("a", encoding="utf-8") as file:
+        with writing(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write("".join(lines))
         if self.board is None:
             return

@@ -16,7 +16,7 @@ from openmythos.data.index import INDEX_FILE, read_index
 from openmythos.data.loader import TokenLoader
 from openmythos.data.prepare import prepare
 from openmythos.data.synthetic import Curriculum, HopsConfig, Walks
-from openmythos.folder import locked
+from openmythos.folder import in_a_sentence, locked
 from openmythos.interop.hub import local_folder
 from openmythos.interop.loading import load_config, load_pretrained
 from openmythos.model.recurrent import RecurrentDepthLM
@@ -96,7 +96,8 @@ def resolve(
             stored = json.loads(config.read_text(encoding="utf-8"))
             base = from_dict(RunConfig, stored)
         except (OSError, ValueError) as error:  # of JSON, of UTF-8 or of a field
-            raise ValueError(f"--config {config} cannot be used: {error}") from None
+            said = in_a_sentence(error)
+            raise ValueError(f"--config {config} cannot be used: {said}") from None
     else:
         start = None if init_from is None else str(init_from)
         settings = TrainConfig(max_steps=1000, eval_every=200, init_from=start)

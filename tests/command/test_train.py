@@ -53,7 +53,7 @@ def test_train_refuses_in_one_line(invoke: Invoke, text_run: Path, tmp_path: Pat
     assert "no preset 'tiney'; did you mean 'tiny'?" in refused(invoke, "train", "tiney", *out)
     unknown = refused(invoke, "train", *sets("train.batchsize=4"), *out)
     assert "unknown key 'train.batchsize'; did you mean 'batch_size'?" in unknown
-    assert "expected int" in refused(invoke, "train", *sets("train.batch_size=x"), *out)
+    assert "expected a whole number" in refused(invoke, "train", *sets("train.batch_size=x"), *out)
     assert "--device is 'tpu'" in refused(invoke, "train", "--device", "tpu", *out)
     bad = tmp_path / "bad.json"
     for text, said in (("{", "Expecting"), ("{}", "missing model")):

@@ -46,7 +46,7 @@ from openmythos.data.index import (
     token_dtype,
 )
 from openmythos.data.source import STANDARD_INPUT, read_source, source_version
-from openmythos.folder import errors_name, put_in_place, write_json, write_whole
+from openmythos.folder import put_in_place, write_json, write_whole, writing
 from openmythos.tokenizer import MIN_BPE_VOCAB, Tokenizer, train_bpe
 
 MAX_BPE_TRAINING_BYTES = 128 * 2**20
@@ -243,16 +243,22 @@ class _Spool:
         self.num_replaced, self.num_left_out, self.num_duplicates = 0, 0, 0
         self.left_out: list[str] = []
         offsets, sizes, hashes = array("q"), array("q"), array("Q")
-        with errors_name(path), path.open("wb") as file:
-            for item in items:
-                if isinstance(item, LeftOut):
-                    self._leave_out(item, skip_bad)
-                elif item.text:
-                    data = self._encode(item.text)
-                    offsets.append(file.tell())
-                    sizes.append(len(data))
-                    hashes.append(hash_bytes(data))
-                    file.write(data)
+        try:
+            with path.open("wb") as file:
+                for item in items:
+                    if isinstance(item, LeftOut):
+                        self._leave_out(item, skip_bad)
+                    elif item.text:
+                        data = self._encode(item.text)
+                        offsets.append(file.tell())
+                        sizes.append(len(data))
+                        hashes.append(hash_bytes(data))
+                        file.write(data)
+        except OSError as error:
+            if error.filename is not None:  # of the source
+                raise
+            with writing(path):
+                raise
         self.offsets = np.array(offsets, dtype=np.int64)
         self.sizes = np.array(sizes, dtype=np.int64)
         self.hashes = np.array(hashes, dtype=np.uint64)

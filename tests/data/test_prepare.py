@@ -324,7 +324,7 @@ def test_a_full_disk_leaves_the_old_data_and_is_named(corpus, tmp_path, num_byte
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
     try:
-        with pytest.raises(OSError, match=rf"File too large: '{tmp_path}/out/"):
+        with pytest.raises(OSError, match=rf"{tmp_path}/out/.* cannot be written: file too large"):
             prepare(str(corpus), tmp_path / "out", vocab_size=300, seed=1)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)

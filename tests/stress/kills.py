@@ -52,11 +52,11 @@ def _one_run(
     mean = reference.seconds / KILLS_PER_RUN
     while done < wanted:
         rng, fresh = seeded(f"training {done}"), done % EVERY_FRESH == EVERY_FRESH - 1
-        before = max(checkpoints(out), default=None)
+        before, is_first = max(checkpoints(out), default=None), not out.exists()
         process = Process(reference.command(out), reference.log, fresh=fresh)
         process.wait_for(lambda: process.holds(out))  # noqa: B023 (called at once)
-        # The first one mostly while the data is prepared or in the first steps.
-        time.sleep(rng.uniform(0, mean / 2 if before is None else 3 * mean))
+        # A run's first kill comes while its data is prepared or in its first steps.
+        time.sleep(rng.uniform(0, mean / 2 if is_first else 3 * mean))
         if process.kill().status != KILLED:
             break  # it came to its end
         done += 1

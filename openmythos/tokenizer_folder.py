@@ -69,11 +69,15 @@ def read_facts(folder: Path) -> Facts:
 
 def default_template(given: Any) -> str | None:
     """The template of plain conversations; there can be several by name."""
+    return named_templates(given).get("default")
+
+
+def named_templates(given: Any) -> dict[str, str]:
+    """The chat templates by name; a single one is the default."""
     if isinstance(given, list):
         given = {entry.get("name"): entry.get("template") for entry in given}
-    if isinstance(given, dict):
-        given = given.get("default")
-    return given if isinstance(given, str) else None
+    named = given if isinstance(given, dict) else {"default": given}
+    return {name: text for name, text in named.items() if isinstance(text, str)}
 
 
 def find_file(path: Path) -> Path:

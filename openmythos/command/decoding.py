@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from openmythos.text_stream import TextPiece
     from openmythos.tokenizer import Tokenizer
 
-Checkpoint = Annotated[Path, typer.Argument(help="A checkpoint or run folder.")]
+Checkpoint = Annotated[Path, typer.Argument(help="A checkpoint or run folder, or a .gguf file.")]
 NewTokens = Annotated[int, typer.Option(help="Most tokens to generate.")]
 NumLoops = Annotated[int | None, typer.Option(help="Most loops per token; default: the model's.")]
 ExitKind = Annotated[

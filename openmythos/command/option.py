@@ -14,7 +14,9 @@ Overrides = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
 Out = Annotated[Path, typer.Option(help="Folder to write into.")]
-Source = Annotated[Path, typer.Argument(help="A checkpoint or run folder of any known family.")]
+Source = Annotated[
+    Path, typer.Argument(help="A checkpoint or run folder of any known family, or a .gguf file.")
+]
 Dtype = Annotated[
     str | None, typer.Option(help="float32, float16 or bfloat16; default: as stored.")
 ]

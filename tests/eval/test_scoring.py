@@ -298,7 +298,7 @@ def test_batches_that_do_not_fit_into_memory_are_halved(monkeypatch: pytest.Monk
         assert small.generate(asked) == expected[1]
     monkeypatch.setattr(Scorer, "_logits", logits)
     monkeypatch.setattr(memory, "free_bytes", lambda: 40_000)  # two rows of up to ten tokens
-    with pytest.warns(UserWarning):
+    with pytest.warns(UserWarning, match="rows at once do not fit into memory"):
         found = scorer(model, batch_size=4).loglikelihood(pairs)
     assert found == [pytest.approx(pair) for pair in expected[0]]
     monkeypatch.setattr(memory, "free_bytes", lambda: 4_000)

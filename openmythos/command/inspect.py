@@ -33,7 +33,8 @@ def inspect(
     source: Annotated[
         str | None,
         typer.Argument(
-            metavar="[MODEL]", help="A preset, a config.json, or a folder that holds one."
+            metavar="[MODEL]",
+            help="A preset, a config.json, a folder that holds one, or a .gguf file.",
         ),
     ] = None,
     num_loops: Annotated[

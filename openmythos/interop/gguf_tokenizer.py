@@ -64,7 +64,6 @@ CUTS: Mapping[str, tuple[str, ...]] = {
     **dict.fromkeys(("gpt-4o", "llama4"), (GPT4O,)),
     "deepseek-coder": DEEPSEEK_CODER,
     **dict.fromkeys(("deepseek-v3", "hunyuan-dense"), DEEPSEEK3),
-    "falcon": (r"[\p{P}\$\+<=>\^~\|`]+", GPT2, r"[0-9][0-9][0-9]"),
 }
 # A piece that is a token is taken whole, and texts begin with bos unless the file says otherwise.
 WHOLE_PIECES = ("llama-bpe", "llama3", "llama-v3", "tekken")

@@ -117,6 +117,7 @@ def continuations(run: Run) -> list[Sample]:
         exit_rule=KLExit(threshold=EXIT_KL),
         temperature=0.7,
         top_k=40,
+        num_ids=tokenizer.vocab_size,
         stop_tokens=[tokenizer.eos_id],
         seed=run.config.train.seed,
     )

@@ -83,6 +83,7 @@ def generate(
     temperature: Numbers = 0.0,
     top_k: OptionalCounts = None,
     top_p: OptionalNumbers = None,
+    num_ids: int | None = None,
     stop_tokens: Collection[int] = (),
     seed: int = 0,
     cache_layout: CacheLayout | None = None,
@@ -97,6 +98,8 @@ def generate(
     Args:
         model: Its mode, training or evaluation, is the same afterwards.
         prompts: Token ids, at least one per prompt; lengths may differ.
+        num_ids: The tokenizer's ``vocab_size``, which a model does not know: ids from there on have
+            no text and are then not generated. None: all ids that the model has.
         seed: Seed of the initial states and, together with the prompt's index, of the sampling.
         cache_layout: Default ``PerLoop``, the same results as without a cache; others approximate.
         prefill_chunk: Number of prompt tokens read at once; None: all. See ``Session.stream``.
@@ -124,7 +127,7 @@ def generate(
             max_new_tokens=count,
             num_loops=depth,
             exit_rule=exit_rule,
-            sampling=SamplingConfig(temperature=t, top_k=k, top_p=p),
+            sampling=SamplingConfig(temperature=t, top_k=k, top_p=p, num_ids=num_ids),
             stop_tokens=stops,
             seed=seed,
             sample_idx=row,

@@ -34,7 +34,7 @@ from openmythos.eval.task import SHIPPED, choice_baselines
 from openmythos.interop.hub import local_folder
 from openmythos.interop.loading import load_pretrained
 from openmythos.tokenizer import Tokenizer
-from openmythos.tokenizer_folder import named_templates
+from openmythos.tokenizer_folder import NOT_OBEYED, named_templates
 
 SHIPPED_FOLDER = Path(__file__).parent / "tasks"
 DEFAULT_NEW_TOKENS = 256  # the default of the harness' own models
@@ -53,11 +53,7 @@ NEUTRAL: Mapping[str, Mapping[str, Any]] = {
     },
     "generation_kwargs": {
         **dict.fromkeys(("use_cache", "pad_token_id", "length_penalty", "early_stopping"), ANY),
-        **dict.fromkeys(("num_beams", "num_beam_groups", "num_return_sequences"), 1),
-        **dict.fromkeys(("repetition_penalty", "encoder_repetition_penalty", "typical_p"), 1),
-        **dict.fromkeys(("presence_penalty", "frequency_penalty", "diversity_penalty"), 0),
-        **dict.fromkeys(("min_length", "min_new_tokens", "min_tokens", "penalty_alpha"), 0),
-        **dict.fromkeys(("min_p", "epsilon_cutoff", "eta_cutoff", "no_repeat_ngram_size"), 0),
+        **NOT_OBEYED,
         "skip_special_tokens": True,
     },
 }

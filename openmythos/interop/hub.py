@@ -27,7 +27,7 @@ def local_folder(path: PathLike, *, verify: bool = True) -> Path:
         ValueError: There is neither such a folder nor such a model, or the hub is not reachable.
     """
     name = os.fspath(path)
-    if Path(name).suffix == SUFFIX:
+    if Path(name).suffix == SUFFIX and not Path(name).is_dir():
         return open_gguf(path)
     if not HUB_NAME.fullmatch(name) or Path(name).exists() or Path(name).parent.exists():
         return checkpoint_folder(path, verify=verify)

@@ -94,7 +94,6 @@ def test_conversations_score_in_the_hugging_face_backend_as_here(
     ours = through_ours(asked, tasks, apply_chat_template=True)
     assert ours["samples"]["some_answer"][0]["arguments"][0][0].startswith("<|im_start|>user")
     assert_equal_scores(ours, theirs, 1e-4)
-    assert ours["chat_template_sha"] == theirs["chat_template_sha"]
     with pytest.raises(AssertionError):
         assert_equal_scores(through_ours(asked, tasks), theirs, 1e-4)
 

@@ -20,6 +20,7 @@ from openmythos.command import (
     retrofit,
     train,
 )
+from openmythos.folder import in_a_sentence
 from openmythos.plan.memory import is_out_of_memory
 
 LONGEST_MESSAGE = 2000  # characters: a given value may be a whole file
@@ -91,7 +92,10 @@ def fault_of_user(error: Exception) -> str | None:
     These are refused values, files and disks, memory that is not there, and numbers that do not fit
     into a machine's word. Torch and safetensors have no classes of their own for all of them.
     """
-    said = " ".join(str(error).split())
+    said = in_a_sentence(error)
+    if isinstance(error, OSError) and error.strerror is not None and error.filename is not None:
+        said = f"{error.filename} cannot be used: {error.strerror.lower()}"
+    said = " ".join(said.split())
     if len(said) > LONGEST_MESSAGE:
         half = LONGEST_MESSAGE // 2
         said = f"{said[:half]} ... {said[-half:]}"
@@ -103,7 +107,7 @@ def fault_of_user(error: Exception) -> str | None:
     if isinstance(error, (OverflowError, RuntimeError, TypeError)) and any(
         words in lower for words in TOO_LARGE
     ):
-        return f"a number is too large ({said}); give smaller ones"
+        return "a number is too large for this machine; give smaller ones"
     return None
 
 

@@ -31,18 +31,40 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
     """Yield a binary file to write; when the block ends without an error, it replaces ``path``.
 
     Missing parent folders are created.
+
+    Raises:
+        ValueError: ``path`` is a folder.
+        OSError: It cannot be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; give the path of a file")
     aside = _aside(path)
-    try:
-        with errors_name(path), aside.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-    except BaseException:
-        aside.unlink(missing_ok=True)
-        raise
-    os.replace(aside, path)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with aside.open("wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(aside, path)
+        except BaseException:
+            aside.unlink(missing_ok=True)
+            raise
+
+
+def require_writable(path: Path) -> None:
+    """Check that a file can be written at ``path``, before the work that makes its content.
+
+    Raises:
+        ValueError: ``path`` is a folder.
+        OSError: The system refuses.
+    """
+    with contextlib.suppress(_Tried), whole_file(path):
+        raise _Tried
+
+
+class _Tried(Exception):
+    """Ends a trial before anything is replaced."""
 
 
 def write_whole(path: Path, content: str | bytes | memoryview) -> None:
@@ -57,14 +79,22 @@ def write_json(path: Path, data: object) -> None:
 
 
 @contextlib.contextmanager
-def errors_name(path: Path) -> Iterator[None]:
-    """Give the system's errors that name no file, such as that of a full disk, this path."""
+def writing(path: Path) -> Iterator[None]:
+    """Turn the system's errors, such as that of a full disk, into a sentence about ``path``."""
     try:
         yield
     except OSError as error:
-        if error.errno is None or error.filename is not None:
+        if error.strerror is None:  # a sentence already
             raise
-        raise OSError(error.errno, error.strerror, str(path)) from None
+        raise OSError(f"{path} cannot be written: {in_a_sentence(error)}") from None
+
+
+def in_a_sentence(error: Exception) -> str:
+    """What an error says; of the system's, without its number."""
+    if not isinstance(error, OSError) or error.strerror is None:
+        return str(error)
+    reason = error.strerror[:1].lower() + error.strerror[1:]
+    return reason if error.filename is None else f"{reason} ({error.filename})"
 
 
 @contextlib.contextmanager
@@ -79,12 +109,13 @@ def replaced_folder(folder: PathLike, own_files: Collection[str]) -> Iterator[Pa
     target = Path(os.path.realpath(folder))
     _refuse_foreign(target, own_files)
     fresh, old = _aside(target), old_name(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if fresh.exists():
-        shutil.rmtree(fresh)
-    fresh.mkdir()
+    with writing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if fresh.exists():
+            shutil.rmtree(fresh)
+        fresh.mkdir()
     try:
-        with errors_name(target):
+        with writing(target):
             yield fresh
             for path in (*fresh.rglob("*"), fresh):
                 sync(path)
@@ -231,13 +262,14 @@ def locked(folder: Path) -> Iterator[None]:
     Raises:
         ValueError: Another process is in; the message names it.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / LOCK_FILE
-    descriptor = _lock(path)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = _lock(path)
     since = time.strftime("%Y-%m-%d %H:%M:%S")
     holder = f"process {os.getpid()} on {platform.node()} since {since}"
     with os.fdopen(descriptor, "r+b", buffering=0) as file:
-        with errors_name(path):
+        with writing(path):
             file.truncate()
             file.write(holder.encode())
         try:

@@ -528,9 +528,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """
     if vocab_size < MIN_BPE_VOCAB:
         raise ValueError(
-            f"vocab_size={vocab_size} is too small: the 256 bytes and {len(SPECIAL_TOKENS)} "
-            f"special tokens need "
-            f"at least {MIN_BPE_VOCAB}"
+            f"vocab_size is {vocab_size}; it must be at least {MIN_BPE_VOCAB}, for the 256 bytes "
+            f"and {len(SPECIAL_TOKENS)} special tokens"
         )
     backend = _backend(models.BPE())
     trainer = trainers.BpeTrainer(
@@ -587,7 +586,6 @@ def _check_encodable(text: str) -> None:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise ValueError(
-            f"the text holds a lone surrogate ({text[error.start]!r} at character {error.start}), "
-            f"which has no "
-            f"UTF-8 form: read the text with errors='replace'"
+            f"the text is not UTF-8: {text[error.start]!r} at character {error.start} stands for "
+            "no character; convert the text, for example with iconv -t UTF-8"
         ) from None

@@ -14,6 +14,8 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
+from openmythos.config.schema import in_words
+
 TOKENIZER_FILE, SETTINGS_FILE = "tokenizer.json", "tokenizer_config.json"
 GENERATION_FILE, TEMPLATE_FILE = "generation_config.json", "chat_template.jinja"
 VOCAB_FILE, MERGES_FILE = "vocab.json", "merges.txt"
@@ -96,11 +98,21 @@ def named_templates(given: Any) -> dict[str, str]:
     return {name: text for name, text in named.items() if isinstance(text, str)}
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a checkpoint's folder holds a tokenizer, of whichever files."""
+    return find_file(folder).is_file() or (folder / VOCAB_FILE).is_file()
+
+
 def find_file(path: Path) -> Path:
-    """The tokenizer.json of a folder, which may be missing; any other path as it is."""
+    """The tokenizer.json of a folder, which may be missing; any other path as it is.
+
+    It may stand in a folder ``tokenizer``, as in IFM's checkpoints.
+    """
     file = path / TOKENIZER_FILE
     if not path.is_dir() or file.is_file():
         return file if path.is_dir() else path
+    if (path / "tokenizer" / TOKENIZER_FILE).is_file():
+        return path / "tokenizer" / TOKENIZER_FILE
     for checkpoint in sorted(path.glob("checkpoints/step-????????"), reverse=True):
         if (checkpoint / TOKENIZER_FILE).is_file():
             return checkpoint / TOKENIZER_FILE
@@ -245,7 +257,7 @@ def _read(path: Path) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
     if not isinstance(data, dict):
-        raise ValueError(f"{path} holds {type(data).__name__}, not a JSON object")
+        raise ValueError(f"{path} holds {in_words(data)}, not an object")
     return data
 
 

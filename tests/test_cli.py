@@ -1,3 +1,4 @@
+import inspect
 import json
 import os
 import signal
@@ -18,11 +19,15 @@ COMMANDS = (
 )
 
 
+SEEDS = "--seed is "
+PACKAGE = str(Path(cli.__file__).parents[1])  # from any working directory, the one under test
+
+
 def openmythos(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "openmythos", *map(str, arguments)],
         cwd=cwd,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "100"},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "100", "PYTHONPATH": PACKAGE},
         capture_output=True,
         text=True,
         timeout=120,
@@ -60,6 +65,69 @@ def test_help_of_every_command_needs_no_torch() -> None:
         assert "--seed" in shown[name][1]
 
 
+# What each command is tried with; the words stand for a file or folder of that kind.
+TRIED = {
+    "demo": (),
+    "train": (),
+    "generate": ("FOLDER", "--prompt", "a"),
+    "chat": ("FOLDER",),
+    "prepare": ("FOLDER",),
+    "eval": ("FOLDER",),
+    "presets": (),
+    "inspect": ("FOLDER",),
+    "export": ("FOLDER", "--out", "OUT"),
+    "convert": ("FOLDER", "--out", "OUT"),
+    "retrofit": ("FOLDER", "--out", "OUT"),
+}
+FIRST_WORDS = """
+import json, sys
+from typer.testing import CliRunner
+from openmythos.cli import app
+
+class Stop(Exception):
+    pass
+
+class Finder:  # torch and what is as slow to import is never loaded
+    def find_spec(self, name, path=None, target=None):
+        if name in ("torch", "numpy", "tokenizers", "matplotlib"):
+            raise Stop(name)
+
+sys.meta_path.insert(0, Finder())
+said = {}
+for name, words in json.loads(sys.argv[1]).items():
+    result = CliRunner().invoke(app, [name, *words])
+    slow = isinstance(result.exception, Stop)
+    said[name] = [slow, result.exit_code, result.stdout, result.stderr]
+print(json.dumps(said))
+"""
+
+
+def test_every_command_speaks_before_it_loads_anything_slow(tmp_path: Path) -> None:
+    """Torch takes seconds to import from a cold disk; the first line must come before."""
+    assert sorted(TRIED) == sorted(COMMANDS)
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        (folder / name).write_text("{}", encoding="utf-8")
+    places = {"FOLDER": str(folder), "OUT": str(tmp_path / "out")}
+    tried = {name: [places.get(word, word) for word in words] for name, words in TRIED.items()}
+    tried["inspect"] = ["--kernels"]
+    command = [sys.executable, "-c", FIRST_WORDS, json.dumps(tried)]
+    ran = subprocess.run(command, capture_output=True, text=True, check=True)
+    said = json.loads(ran.stdout)
+    assert {name for name, (slow, *_) in said.items() if not slow} == {"presets"}
+    for name, (slow, status, stdout, stderr) in said.items():
+        assert stderr.endswith(" ...\n") or not slow, (name, stderr)
+        assert stdout == "" or (name == "presets" and status == 0)
+
+
+def test_every_command_that_reports_takes_json() -> None:
+    for command in cli.app.registered_commands:
+        assert command.callback is not None
+        takes = "as_json" in inspect.signature(command.callback).parameters
+        assert takes != (command.callback.__name__ == "chat"), command.callback.__name__
+
+
 def test_help_is_quick() -> None:
     times = []
     for _ in range(3):
@@ -78,6 +146,13 @@ def test_help_is_quick() -> None:
         (("train", "--data", "empty.txt"), "empty.txt"),
         (("train", "--config", "broken.json"), "--config broken.json cannot be used"),
         (("train", "--out", "empty.txt", "--data", "hops"), "empty.txt"),
+        (("train", "--config", "absent.json"), "cannot be used: no such file or directory (absent"),
+        (("prepare", "empty.txt", "--seed", "-1"), SEEDS),
+        (("train", "--seed", str(2**64)), SEEDS),
+        (("train", "--set", f"train.seed={2**64}"), SEEDS.removeprefix("--")),
+        (("eval", "absent", "--seed", str(2**64)), SEEDS),
+        (("demo", "--seed", str(2**200)), SEEDS),
+        (("inspect", "tiny", "--set", "tie_embeddings=yes"), "is 'yes'; expected true or false"),
     ],
 )
 def test_errors_are_one_line_with_status_2(
@@ -109,7 +184,7 @@ def test_main_joins_lines_and_keeps_real_faults(
     assert fails_with(ValueError("x is 1;\n   it must be 2")) == 2
     assert capsys.readouterr().err == "error: x is 1; it must be 2\n"
     assert fails_with(PermissionError(13, "denied", "out")) == 2
-    assert "denied" in capsys.readouterr().err
+    assert capsys.readouterr().err == "error: out cannot be used: denied\n"
     assert fails_with(KeyboardInterrupt()) == 130
     capsys.readouterr()
     for cause, said in (

@@ -2,6 +2,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from openmythos.folder import (
     put_in_place,
     remove_unfinished,
     replaced_folder,
+    require_writable,
     whole_file,
     write_json,
     write_manifest,
@@ -79,8 +81,38 @@ def test_what_is_whole_is_put_in_place(tmp_path: Path) -> None:
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
 def test_errors_of_the_system_name_the_file(tmp_path: Path) -> None:
     (tmp_path / ".a.txt.tmp").symlink_to("/dev/full")
-    with pytest.raises(OSError, match=r"No space left on device: '.*a\.txt'"):
+    with pytest.raises(OSError, match=r"a\.txt cannot be written: no space left on device"):
         write_whole(tmp_path / "a.txt", "x" * 100_000)
+
+
+@pytest.mark.parametrize("write", [write_whole, lambda path, _: require_writable(path)])
+def test_a_folder_is_no_place_for_a_file(write: Callable, tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(ValueError, match=r"folder is a folder; give the path of a file$"):
+        write(tmp_path / "folder", "x")
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=r"^\S*file/a\.json cannot be written: file exists"):
+        write(tmp_path / "file" / "a.json", "x")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
+
+
+def test_a_trial_leaves_what_is_there(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("old")
+    for name in ("a", "b"):
+        require_writable(tmp_path / name)
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    assert (tmp_path / "a").read_text() == "old"
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="no /proc here")
+def test_places_where_nothing_can_be_written_are_one_sentence() -> None:
+    for use in (
+        lambda place: write_whole(place, "x"),
+        lambda place: replaced_folder(place, ()).__enter__(),
+        lambda place: locked(place).__enter__(),
+    ):
+        with pytest.raises(OSError, match=r"^/proc/x/y cannot be written: no such file or dir"):
+            use(Path("/proc/x/y"))
 
 
 def test_a_manifest_finds_every_change(tmp_path: Path) -> None:

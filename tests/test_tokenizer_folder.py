@@ -136,7 +136,7 @@ def test_added_tokens_that_the_file_lacks(tmp_path: Path) -> None:
     ("name", "text", "said"),
     [
         ("generation_config.json", "{", r"generation_config\.json is not JSON"),
-        ("config.json", "[]", r"config\.json holds list, not a JSON object"),
+        ("config.json", "[]", r"config\.json holds a list, not an object"),
         ("generation_config.json", '{"eos_token_id": "x"}', "eos_token_id is 'x'"),
         ("added_tokens.json", '{"a": "b"}', "added tokens in .* cannot be read"),
         ("chat_template.jinja", b"\xff", "not UTF-8 text at byte 0"),

@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-INK, MUTED, GRID, BAND, PAPER = "#1f2733", "#677180", "#dde1e7", "#eef0f4", "#ffffff"
-BLUE, ORANGE, CELL, ON_CELL = "#1f5fa8", "#d2691a", "#174f92", "#fdfefe"
+# The page in light mode: the first four are for text on PAPER and BAND, INK also on CELL.
+INK, MUTED, BLUE, ORANGE = "#1f2733", "#5f6977", "#1f5fa8", "#ab4d08"
+GRID, BAND, PAPER, CELL = "#dde1e7", "#eef0f4", "#ffffff", "#5f9be0"
 STYLE: dict[str, Any] = {
     "font.family": ["sans-serif"],
     "font.sans-serif": ["Helvetica Neue", "Arial", "Liberation Sans", "DejaVu Sans"],

@@ -16,7 +16,8 @@ import safetensors
 import torch
 from torch import Tensor
 
-from openmythos.folder import listed
+from openmythos.config.schema import in_words
+from openmythos.folder import in_a_sentence, listed
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 PICKLE_FILES = ("pytorch_model.bin", "model.bin", "model.pt", "model.pth")
@@ -106,7 +107,7 @@ class _Tensors:
                 for name in self._handle.keys()  # noqa: SIM118 (not a dict)
             }
         except (safetensors.SafetensorError, OSError) as error:
-            raise ValueError(f"{path} is truncated or damaged: {error}") from None
+            raise ValueError(f"{path} is truncated or damaged: {in_a_sentence(error)}") from None
 
     def read(self, name: str) -> Tensor:
         return self._handle.get_tensor(name) if self._dict is None else self._dict[name]
@@ -176,7 +177,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:  # of JSON or of UTF-8
         raise ValueError(f"{path} is not JSON: {error}") from None
     if not isinstance(data, dict):
-        raise ValueError(f"{path} holds {type(data).__name__}, not a JSON object")
+        raise ValueError(f"{path} holds {in_words(data)}, not an object")
     return data
 
 

@@ -1,11 +1,12 @@
 """``openmythos convert``: write a checkpoint under another family's names."""
 
-import sys
+import json
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from openmythos.command.option import Dtype, Out, Source, parse_dtype
+from openmythos.command.option import AsJson, Dtype, Out, Source, parse_dtype
+from openmythos.terminal import note
 
 if TYPE_CHECKING:
     from openmythos.interop.mapping import Family
@@ -18,8 +19,10 @@ def convert(
         str, typer.Option(help="openmythos, or a published family that can express the model.")
     ] = "openmythos",
     dtype: Dtype = None,
+    as_json: AsJson = False,
 ) -> None:
     """Write a checkpoint under another family's names, or a published one under ours."""
+    note("reading the checkpoint ...")
     wanted = parse_dtype(dtype)
     from openmythos.checkpoint.save import save_pretrained
     from openmythos.interop.hub import local_folder
@@ -28,13 +31,20 @@ def convert(
 
     family = None if to == "openmythos" else family_named(to)
     folder = local_folder(path)
-    model, (tokenizer, note) = load_pretrained(folder, dtype=wanted), usable_tokenizer(folder)
-    if note:
-        print(f"note: {note}", file=sys.stderr)
+    model, (tokenizer, remark) = load_pretrained(folder, dtype=wanted), usable_tokenizer(folder)
+    if remark:
+        note(f"note: {remark}")
     if family is None:
         save_pretrained(model, out, tokenizer)
     else:
         save_as(family, model, out, tokenizer=tokenizer)
+    if as_json:
+        has = {
+            "tokenizer": tokenizer is not None,
+            "total_params": sum(p.numel() for p in model.parameters()),
+        }
+        print(json.dumps({"folder": str(out), "format": to, **has}))
+        return
     print(f"wrote {out}")
 
 

@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.text import Text
 
-from openmythos.command.option import check_device
+from openmythos.command.option import check_device, set_option
+from openmythos.command.origin import require_text
 
 if TYPE_CHECKING:
     from openmythos.engine.sampling import SamplingConfig
     from openmythos.model.cache import CacheLayout
     from openmythos.model.exit import Rule
     from openmythos.model.recurrent import RecurrentDepthLM
+    from openmythos.report.page import LoopScale
     from openmythos.text_stream import TextPiece
     from openmythos.tokenizer import Tokenizer
 
@@ -35,6 +37,9 @@ Layout = Annotated[
         "--cache-layout",
         help="per_loop (exact), last_loop, first_loop or every_k (--set cache_layout.k=2).",
     ),
+]
+DecodingFields = Annotated[
+    list[str] | None, set_option("exit_rule.threshold=0.01 or cache_layout.k=2")
 ]
 Temperature = Annotated[
     float | None, typer.Option(help="0 is greedy. Default: as the checkpoint asks to be sampled.")
@@ -128,26 +133,24 @@ def load(checkpoint: Path, device: str) -> tuple["RecurrentDepthLM", "Tokenizer"
     from openmythos import load_pretrained
     from openmythos.interop.hub import local_folder
     from openmythos.tokenizer import Tokenizer
-    from openmythos.tokenizer_folder import TOKENIZER_FILE, VOCAB_FILE
 
     folder = local_folder(checkpoint)
-    if not any((folder / name).exists() for name in (TOKENIZER_FILE, VOCAB_FILE)):
-        raise ValueError(f"{folder} has no tokenizer.json; the model was not trained on text")
+    require_text(folder)
     tokenizer = Tokenizer.load(folder)
     if tokenizer.change is not None:
         typer.echo(f"note: the tokenizer changes text: {tokenizer.change}", err=True)
     return load_pretrained(folder, device=device), tokenizer
 
 
-def coloured(pieces: "Iterable[TextPiece]", loops: Sequence[int], most: int) -> Text:
+def coloured(pieces: "Iterable[TextPiece]", loops: Sequence[int], scale: "LoopScale") -> Text:
     """Text whose background colours show the loops that each piece took.
 
     Args:
         pieces: The pieces of a ``TextStream``.
         loops: Loops of each token that the stream was given.
-        most: Number of loops at the top of the colour scale.
+        scale: The colours.
     """
     from openmythos.report.page import Piece, Sample, render_sample
 
     shown = [Piece(text=piece.text, loops=loops[piece.tokens[-1]]) for piece in pieces]
-    return render_sample(Sample(prompt="", pieces=shown), most)
+    return render_sample(Sample(prompt="", pieces=shown), scale)

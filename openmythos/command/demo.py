@@ -1,6 +1,7 @@
 """``openmythos demo``: a looped model on real text, then one on a puzzle of known difficulty."""
 
 import ctypes
+import json
 import os
 import platform
 import shlex
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.text import Text
 
-from openmythos.command.option import Device, Overrides, Seed, check_device
+from openmythos.command.option import AsJson, Device, Seed, check_device, set_option
 from openmythos.config.schema import require
 from openmythos.terminal import console, note
 
@@ -29,17 +30,18 @@ def demo(
     ] = None,
     text_seconds: Annotated[float, typer.Option(help="Training time of act 1.")] = 120.0,
     hops_seconds: Annotated[float, typer.Option(help="Training time of act 2.")] = 150.0,
-    overrides: Overrides = None,
+    overrides: Annotated[list[str] | None, set_option("text.model.num_loops=4")] = None,
     device: Device = "cpu",
     seed: Seed = 0,
+    as_json: AsJson = False,
 ) -> None:
     """Train two small looped models and see what extra loops buy; about six minutes.
 
     The acts are set apart: --set text.model.num_loops=4, --set hops.train.batch_size=64.
     """
+    note("preparing act 1 ...")
     text_run, hops_run = configs(seed, text_seconds, hops_seconds, overrides or [])
     check_device(device)
-    note("preparing act 1 ...")
     from openmythos import __version__
     from openmythos.analysis.picture import require_matplotlib
     from openmythos.demo.page import write_report
@@ -52,7 +54,7 @@ def demo(
     require_matplotlib()  # fail before the training rather than after it
     keep_freed_memory()  # faster steps; the models are small enough
     started = time.perf_counter()
-    screen = console()
+    screen = console(notes=as_json)
     folder = free_folder(out)
     try:
         screen.print(Text("\nAct 1: real text\n", "bold"))
@@ -79,10 +81,15 @@ def demo(
                 found.holds
             ]
             screen.print(Text.assemble("  ", (mark, style), f"  {found.text}"))
+    screen.print("\n  ±: one standard error; clear: more than two of the paired differences")
     screen.print(Text("\nDone\n", "bold"))
     for name in ("depth_curve.png", "hops_grid.png", report.name):
         screen.print(f"  {folder / name}")
     screen.print(f"  {results.total_seconds:.0f} s in all")
+    if as_json:
+        said = {act: [vars(item) for item in found] for act, found in takeaways(results).items()}
+        places = {"folder": str(folder), "report": str(report)}
+        print(json.dumps({**places, "seconds": results.total_seconds, "takeaways": said}))
 
 
 def configs(

@@ -10,6 +10,7 @@ from rich.text import Text
 
 from openmythos.command.decoding import (
     Checkpoint,
+    DecodingFields,
     ExitKind,
     Layout,
     NewTokens,
@@ -24,9 +25,9 @@ from openmythos.command.decoding import (
     load,
     sampling_of,
 )
-from openmythos.command.option import AsJson, Device, Overrides, Seed
-from openmythos.folder import write_whole
-from openmythos.terminal import console
+from openmythos.command.option import AsJson, Device, Seed
+from openmythos.folder import require_writable, write_whole
+from openmythos.terminal import console, note
 from openmythos.text_stream import TextPiece, TextStream
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ def generate(
     num_loops: NumLoops = None,
     exit_rule: ExitKind = "fixed",
     cache_layout: Layout = "per_loop",
-    overrides: Overrides = None,
+    overrides: DecodingFields = None,
     temperature: Temperature = None,
     top_k: TopK = None,
     top_p: TopP = None,
@@ -57,11 +58,15 @@ def generate(
     """Continue prompts, all in one batch; greedily, unless the checkpoint asks to be sampled."""
     if not prompt:
         raise ValueError('give at least one --prompt "..."')
+    if out is not None:
+        require_writable(out)
+    note("loading the model ...")
     rule, layout = decoding_of(exit_rule, cache_layout, overrides or [])
     model, tokenizer = load(checkpoint, device)
     from openmythos.engine.reference import Session
     from openmythos.engine.request import Request
     from openmythos.engine.sampling import SamplingConfig
+    from openmythos.report.page import LoopScale
 
     sampling = sampling_of(tokenizer, SamplingConfig(), temperature, top_k, top_p)
     requests = [
@@ -93,10 +98,11 @@ def generate(
         typer.echo(json.dumps(rows))
         return
     most = model.config.num_loops if num_loops is None else num_loops
+    scale = LoopScale.of(n for answer in answers for n in answer.loops)
     screen, notes = console(), console(notes=True)
     for text, answer in zip(prompt, answers, strict=True):
         screen.print(Text(text, style="bold"), end="")
-        screen.print(coloured(answer.pieces, answer.loops, most))
+        screen.print(coloured(answer.pieces, answer.loops, scale))
         if answer.loops:
             mean = sum(answer.loops) / len(answer.loops)
             notes.print(Text(f"{mean:.2f} of {most} loops per token", "dim"))

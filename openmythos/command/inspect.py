@@ -10,7 +10,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from openmythos.command.option import AsJson, Overrides, parse_loops
+from openmythos.command.option import AsJson, parse_loops, set_option
 from openmythos.command.table import (
     human_bytes,
     human_count,
@@ -20,8 +20,8 @@ from openmythos.command.table import (
 from openmythos.config import ModelConfig, counts
 from openmythos.config.matched_baseline import MATCHES, baseline
 from openmythos.config.presets import PRESETS, preset
-from openmythos.config.schema import apply_overrides, from_dict, require, to_dict
-from openmythos.terminal import console, print_table
+from openmythos.config.schema import apply_overrides, from_dict, in_words, require, to_dict
+from openmythos.terminal import console, note, print_table
 
 INSPECTED_CONTEXT = 4096  # tokens; or the model's max_seq_len if that is less
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float8": 1}
@@ -52,7 +52,7 @@ def inspect(
         bool,
         typer.Option("--kernels", help="Show which C++ kernels this machine uses, without MODEL."),
     ] = False,
-    overrides: Overrides = None,
+    overrides: Annotated[list[str] | None, set_option("num_loops=8")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Show parameters by part, and FLOPs, cache and memory by number of loops."""
@@ -160,6 +160,7 @@ def read_config(source: str) -> ModelConfig:
         file.suffix in WEIGHT_SUFFIXES or is_index(file) for file in path.iterdir()
     )
     if holds_weights or path.suffix == ".gguf":
+        note("reading the shapes of the weights ...")
         from openmythos.interop.loading import load_config
 
         return load_config(path)
@@ -172,7 +173,7 @@ def read_config(source: str) -> ModelConfig:
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
     if not isinstance(data, dict):
-        raise ValueError(f"{path}: expected an object, got {data!r}")
+        raise ValueError(f"{path} holds {in_words(data)}; a model's configuration is an object")
     if isinstance(data.get("model"), dict):
         data = data["model"]  # a run's config.json also holds train and data
     data = {key: value for key, value in data.items() if key not in CHECKPOINT_FIELDS}
@@ -286,6 +287,7 @@ def _baselines_table(report: dict[str, Any]) -> Table:
 
 def _print_kernels(as_json: bool) -> None:
     """Which kernels are built, and the timings by which products were chosen."""
+    note("looking for kernels ...")
     import torch
 
     from openmythos.ops.cpu import build, choice

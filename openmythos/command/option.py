@@ -1,17 +1,28 @@
 """Options that several commands share; importing this module does not load torch."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from openmythos.config.schema import as_seed
 
 if TYPE_CHECKING:
     import torch
 
-Overrides = Annotated[
-    list[str] | None,
-    typer.Option("--set", help="Override a field, for example model.num_loops=8. Repeatable."),
-]
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+def set_option(example: str) -> Any:
+    """The option ``--set`` of a command; the example names a field that this command has."""
+    return typer.Option("--set", help=f"Override a field, for example {example}. Repeatable.")
+
+
+def _seed_in_range(seed: int | None) -> int | None:
+    return None if seed is None else as_seed("--seed", seed)
+
+
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
 Out = Annotated[Path, typer.Option(help="Folder to write into.")]
 Source = Annotated[
@@ -20,11 +31,21 @@ Source = Annotated[
 Dtype = Annotated[
     str | None, typer.Option(help="float32, float16 or bfloat16; default: as stored.")
 ]
-Seed = Annotated[int, typer.Option(help="Seed of everything that is random.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+Seed = Annotated[
+    int, typer.Option(help="Seed of everything that is random.", callback=_seed_in_range)
+]
+TrainSeed = Annotated[
+    int | None,
+    typer.Option(
+        help="Seed of everything that is random, --config's or 0 by default; short for "
+        "--set train.seed=N.",
+        callback=_seed_in_range,
+    ),
+]
+AsJson = Annotated[
+    bool, typer.Option("--json", help="Print JSON and nothing else; notes go to standard error.")
+]
 Loops = Annotated[str, typer.Option(help="Numbers of loops, separated by commas.")]
-
-DTYPES = ("float32", "float16", "bfloat16")
 
 
 def parse_loops(text: str) -> tuple[int, ...]:
@@ -40,6 +61,32 @@ def parse_loops(text: str) -> tuple[int, ...]:
     if not loops or min(loops) < 1:
         raise ValueError(f"--num-loops is {text!r}; give positive whole numbers like 1,2,4")
     return loops
+
+
+def with_shorthands(
+    overrides: list[str], short: Mapping[str, tuple[str, object | None]]
+) -> list[str]:
+    """The overrides, and those that options such as ``--steps`` stand for.
+
+    Args:
+        overrides: What ``--set`` was given.
+        short: The field and the value of each option; None if it was not given.
+
+    Raises:
+        ValueError: A field is set in both ways.
+    """
+    made = []
+    for option, (name, value) in short.items():
+        if value is None:
+            continue
+        for override in overrides:
+            key = override.partition("=")[0]
+            if f"{name}.".startswith(f"{key}."):
+                raise ValueError(
+                    f"{option} {value} and --set {override} set the same field; give one of them"
+                )
+        made.append(f"{name}={value}")
+    return [*overrides, *made]
 
 
 def check_device(device: str) -> str:

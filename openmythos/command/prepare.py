@@ -8,7 +8,7 @@ import typer
 from rich.table import Table
 
 from openmythos.command.option import AsJson, Out, Seed
-from openmythos.terminal import console, print_table
+from openmythos.terminal import console, note, print_table
 
 
 def prepare(
@@ -35,6 +35,7 @@ def prepare(
     as_json: AsJson = False,
 ) -> None:
     """Tokenise a source into memory-mapped shards."""
+    note("reading the source ...")
     from openmythos.data.prepare import prepare as write
     from openmythos.interop.hub import local_folder
     from openmythos.tokenizer import Tokenizer, byte_tokenizer

@@ -1,13 +1,13 @@
 """``openmythos retrofit``: convert a pretrained stack into a looped model, without training."""
 
 import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from openmythos.command.option import AsJson, Out
+from openmythos.terminal import note
 
 if TYPE_CHECKING:
     from openmythos.config import StateInitConfig
@@ -50,6 +50,7 @@ def retrofit(
     once. With --tie K --rank R: the core's layers share K layers' weights, and each loop changes
     them by rank R; at full rank the result is the source.
     """
+    note("reading the checkpoint ...")
     given = [parse_layers(t, o) for t, o in ((prelude, "--prelude"), (core, "--core"))]
     parts = (*given, parse_layers(coda, "--coda"))
     if tie is None and rank is not None:
@@ -80,9 +81,9 @@ def retrofit(
         if num_loops not in (None, fits):
             raise ValueError(f"--num-loops is {num_loops}; {tie} tied layers need {fits} loops")
         said |= {"tied_layers": tie, "rank": chosen, "relative_error": result.error}
-    tokenizer, note = usable_tokenizer(folder)
-    if note:
-        print(f"note: {note}", file=sys.stderr)
+    tokenizer, remark = usable_tokenizer(folder)
+    if remark:
+        note(f"note: {remark}")
     save_pretrained(made, out, tokenizer)
     said |= {
         "folder": str(out),

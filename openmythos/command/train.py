@@ -1,12 +1,26 @@
 """``openmythos train``: start or continue a training run."""
 
+import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import Console
 
-from openmythos.command.option import Device, Out, Overrides, check_device
+from openmythos.command.option import (
+    AsJson,
+    Device,
+    Out,
+    TrainSeed,
+    check_device,
+    set_option,
+    with_shorthands,
+)
 from openmythos.terminal import console, note
+
+if TYPE_CHECKING:
+    from openmythos.train.loop import TrainResult
+    from openmythos.train.run import Run
 
 
 def train(
@@ -27,40 +41,75 @@ def train(
         typer.Option("--from", help="Checkpoint whose model and weights to start from."),
     ] = None,
     out: Out = Path("runs/train"),
-    overrides: Overrides = None,
-    device: Device = "cpu",
-    seed: Annotated[
+    steps: Annotated[
         int | None,
-        typer.Option(help="Seed of everything that is random; default: --config's, or 0."),
+        typer.Option(help="Optimiser steps in all; short for --set train.max_steps=N."),
     ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Rows of a step; short for --set train.batch_size=N.")
+    ] = None,
+    lr: Annotated[
+        float | None,
+        typer.Option(
+            help="AdamW's learning rate; short for --set train.optimizer.lr=X. The blocks' "
+            "matrices have a rate of their own, train.optimizer.muon_lr."
+        ),
+    ] = None,
+    seed: TrainSeed = None,
+    overrides: Annotated[list[str] | None, set_option("model.num_loops=8")] = None,
+    device: Device = "cpu",
+    as_json: AsJson = False,
 ) -> None:
     """Train a model; run the same command again to continue an interrupted run."""
     note("preparing the run ...")
-    from openmythos.train.display import TrainDisplay
     from openmythos.train.loop import TrainingStopped
     from openmythos.train.run import DEFAULT_DATA, resolve, set_up
-    from openmythos.train.task import HopsTask, TextTask
 
-    resolved = resolve(preset, data, config, overrides or [], seed, init_from)
+    short = {
+        "--steps": ("train.max_steps", steps),
+        "--batch-size": ("train.batch_size", batch_size),
+        "--lr": ("train.optimizer.lr", lr),
+        "--seed": ("train.seed", seed),
+    }
+    resolved = resolve(preset, data, config, with_shorthands(overrides or [], short), init_from)
     check_device(device)
-    screen = console()
+    screen = console(notes=as_json)
     run = set_up(resolved, out, device)
     screen.print(run.in_words((data or DEFAULT_DATA) if config is None else str(config)))
+    try:
+        result = train_shown(run, screen)
+    except TrainingStopped as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from None
+    summary = ended(run, result, screen)
+    if as_json:
+        typer.echo(json.dumps(summary))
+    if result.interrupted:
+        raise typer.Exit(130)
+
+
+def train_shown(run: "Run", screen: Console) -> "TrainResult":
+    """Say what a run begins with, and train it with its progress on the screen."""
+    from openmythos.train.display import TrainDisplay
+    from openmythos.train.task import HopsTask, TextTask
+
     for change in run.changes:
         screen.print(change)
     if isinstance(run.task, TextTask):
         typer.echo(run.task.train.data.summary(), err=True)
     if isinstance(run.task, HopsTask):
         screen.print(run.task.leaks_in_words())
-    try:
-        with TrainDisplay(screen, "training") as display:
-            result = run.train(display)
-    except TrainingStopped as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from None
+    with TrainDisplay(screen, "training") as display:
+        return run.train(display)
+
+
+def ended(run: "Run", result: "TrainResult", screen: Console) -> dict[str, Any]:
+    """Say how a run ended; returns that as ``--json`` prints it."""
+    from openmythos.train.metrics import last_validation
+
     state = "interrupted and saved" if result.interrupted else "done"
-    kept = run.folder.last_checkpoint()
-    said = f"{state}: step {result.step}, {result.seconds:.0f} s, checkpoint {kept}"
-    screen.print(said)
-    if result.interrupted:
-        raise typer.Exit(130)
+    folder, kept = run.folder.path, run.folder.last_checkpoint()
+    screen.print(f"{state}: step {result.step}, {result.seconds:.0f} s, checkpoint {kept}")
+    held_out = last_validation(folder / "metrics.jsonl")
+    places = {"folder": str(folder), "checkpoint": str(kept)}
+    return {**places, **vars(result), "held_out": held_out}

@@ -16,6 +16,18 @@ from typing import Any, Literal, TypeVar, cast
 
 ConfigT = TypeVar("ConfigT")
 MAX_SHOWN = 200  # characters of a value in an error, which is one line
+MAX_SEED = 2**64 - 1
+WORDS: dict[type, str] = {  # kinds of values, for people who write JSON and options
+    dict: "an object",
+    list: "a list",
+    tuple: "a list",
+    str: "text",
+    bytes: "bytes",
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    type(None): "null",
+}
 
 
 def to_dict(config: object) -> dict[str, Any]:
@@ -40,7 +52,7 @@ def from_dict(cls: type[ConfigT], data: Mapping[str, Any], path: str = "") -> Co
         ValueError: An unknown or missing key, or a value of the wrong type; it names the field.
     """
     if not isinstance(data, Mapping):
-        raise ValueError(f"{path or cls.__name__}: expected an object, got {data!r}")
+        raise ValueError(f"{_prefix(path)}expected an object, got {in_words(data)}")
     hints = typing.get_type_hints(cls)
     fields = {field.name: field for field in dataclasses.fields(cast(Any, cls)) if field.init}
     kwargs: dict[str, Any] = {}
@@ -59,7 +71,7 @@ def from_dict(cls: type[ConfigT], data: Mapping[str, Any], path: str = "") -> Co
         and field.default_factory is dataclasses.MISSING
     ]
     if missing:
-        raise ValueError(f"{path or cls.__name__}: missing {', '.join(missing)}")
+        raise ValueError(f"{_prefix(path)}missing {', '.join(missing)}")
     return cls(**kwargs)
 
 
@@ -113,11 +125,12 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         return _convert_union(arguments, value, path)
     if origin is typing.Literal:
         if value not in arguments:
-            raise ValueError(f"{path} is {value!r}; allowed: {', '.join(map(repr, arguments))}")
+            allowed = ", ".join(map(repr, arguments))
+            raise ValueError(f"{path} is {_shown(value)}; allowed: {allowed}")
         return value
     if origin is tuple:
         if not isinstance(value, list | tuple):
-            raise ValueError(f"{path} is {value!r}; expected a list")
+            raise ValueError(f"{path} is {_shown(value)}; expected a list")
         return tuple(_convert(arguments[0], item, f"{path}[{i}]") for i, item in enumerate(value))
     if dataclasses.is_dataclass(hint):
         if type(value) is hint:
@@ -129,7 +142,7 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
-        raise ValueError(f"{path} is {value!r}; expected {hint.__name__}")
+        raise ValueError(f"{path} is {_shown(value)}; expected {WORDS[hint]}")
     return value
 
 
@@ -144,15 +157,30 @@ def _convert_union(arguments: tuple[Any, ...], value: Any, path: str) -> Any:
         for member in members:
             if isinstance(value, member):
                 return value
-        names = " or ".join(member.__name__ for member in members)
-        raise ValueError(f"{path} is {value!r}; expected {names}")
+        names = " or ".join(WORDS[member] for member in members)
+        raise ValueError(f"{path} is {_shown(value)}; expected {names}")
     if isinstance(value, str):  # `--set injection=add` reads better than injection.kind=add
         value = {"kind": value}
     kind = value.get("kind") if isinstance(value, Mapping) else None
     if kind not in tagged:
         optional = " or null" if type(None) in arguments else ""
-        raise ValueError(f"{path}.kind is {kind!r}; allowed: {', '.join(tagged)}{optional}")
+        raise ValueError(f"{path}.kind is {_shown(kind)}; allowed: {', '.join(tagged)}{optional}")
     return from_dict(tagged[kind], value, path)
+
+
+def in_words(value: Any) -> str:
+    """The kind of a JSON value, for example ``a list``."""
+    return WORDS.get(type(value), "something else")
+
+
+def _prefix(path: str) -> str:
+    return f"{path}: " if path else ""
+
+
+def _shown(value: Any) -> str:
+    """The beginning of a value, as it is written in JSON or an option."""
+    shown = json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
+    return shown if len(shown) <= MAX_SHOWN else f"{shown[:MAX_SHOWN]}..."
 
 
 def json_ready(value: Any) -> Any:
@@ -215,6 +243,15 @@ def as_integer(name: str, value: Any, least: int | None = None, most: int | None
     allowed += " below 2**64, and not below -2**63"
     require(-(2**63) <= number < 2**64, name, number, allowed)
     return int(number)
+
+
+def as_seed(name: str, value: Any) -> int:
+    """A seed as a Python ``int``; the range is the same everywhere.
+
+    Raises:
+        ValueError: The value is not an integer in 0..``MAX_SEED``.
+    """
+    return as_integer(name, value, 0, MAX_SEED)
 
 
 def as_number(name: str, value: Any, allowed: str) -> float:

@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from openmythos.config.schema import in_words
+
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
 TABLE_SUFFIXES = (".jsonl", ".parquet", ".json", ".csv", ".tsv")
 COMPRESSED_SUFFIXES = (".gz", ".bz2", ".xz", ".zst")
@@ -123,9 +125,7 @@ def cell(row: Any, column: str, place: str) -> str:
             `place`.
     """
     if not isinstance(row, dict):
-        raise ValueError(
-            f"{place} is a {type(row).__name__}, not an object with a {column!r} column"
-        )
+        raise ValueError(f"{place} is {in_words(row)}, not an object with a {column!r} column")
     if column not in row:
         raise ValueError(_missing_column(place, column, row))
     text = row[column]
@@ -133,8 +133,7 @@ def cell(row: Any, column: str, place: str) -> str:
         return ""
     if not isinstance(text, str):
         raise ValueError(
-            f"{place} column {column!r} holds a {type(text).__name__}, not text: "
-            f"choose another column"
+            f"{place} column {column!r} holds {in_words(text)}, not text: choose one with --column"
         )
     return text.removeprefix("\ufeff")  # a byte order mark that somebody took for text
 

@@ -122,9 +122,7 @@ class TokenLoader:
         """
         if step < 0:
             raise ValueError(f"step={step} is negative: steps count from 0")
-        first = step * self.batch_size
-        rows = np.arange(first + self.rank, first + self.batch_size, self.world_size)
-        epochs, slots = np.divmod(rows, self.num_windows)
+        epochs, slots = np.divmod(self.rows(step), self.num_windows)
         windows = [
             self._order(epoch)[slot]
             for epoch, slot in zip(epochs.tolist(), slots.tolist(), strict=True)
@@ -162,8 +160,20 @@ class TokenLoader:
         if max_batches is not None:
             num_batches = min(num_batches, max_batches)
         for step in range(num_batches):
-            first = step * self.batch_size
-            yield self._pack(np.arange(first + self.rank, first + self.batch_size, self.world_size))
+            yield self._pack(self.rows(step))
+
+    def rows(self, step: int) -> Int[np.ndarray, " B"]:
+        """This rank's rows of the global batch of `step`, numbered over all steps."""
+        first = step * self.batch_size
+        return np.arange(first + self.rank, first + self.batch_size, self.world_size)
+
+    def document_of(self, positions: Int[np.ndarray, "..."]) -> Int[np.ndarray, "..."]:
+        """The number of the document, from 0, of the tokens at these places of the split."""
+        return np.searchsorted(self._document_starts, positions, side="right") - 1
+
+    def text(self) -> bytes:
+        """The text of the split, one document after the other, `num_bytes` long."""
+        return b"".join(self.tokenizer.decode_bytes(shard.tolist()) for shard in self._shards)
 
     def _order(self, epoch: int) -> Int[np.ndarray, " W"]:
         order = self._orders.get(epoch)
@@ -213,7 +223,7 @@ def _check_arguments(split: str, seq_len: int, batch_size: int, rank: int, world
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}: choose one of {', '.join(SPLITS)}")
     if seq_len < 1:
-        raise ValueError(f"seq_len={seq_len} is too small: give at least 1 token")
+        raise ValueError(f"seq_len is {seq_len}; it must be at least 1")
     if world_size < 1 or not 0 <= rank < world_size:
         raise ValueError(
             f"rank={rank} of world_size={world_size} is out of range: ranks go from 0 to "

@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Int, Integer
 
+from openmythos.config.schema import as_seed
 from openmythos.data.file import Document, LeftOut
 from openmythos.data.hashing import hash_bytes, mix, split_keys, threshold
 from openmythos.data.index import (
@@ -158,16 +159,14 @@ def _check_arguments(
         tokenizer.require_lossless("training data and bits per byte")
     elif vocab_size < MIN_BPE_VOCAB:
         raise ValueError(
-            f"vocab_size={vocab_size} is too small: the 256 bytes and the special tokens need at "
-            f"least {MIN_BPE_VOCAB}"
+            f"vocab_size is {vocab_size}; it must be at least {MIN_BPE_VOCAB}, for the 256 bytes "
+            "and the special tokens"
         )
     if not 0.0 <= val_fraction < 1.0:
         raise ValueError(
-            f"val_fraction={val_fraction} is out of range: give 0 (no validation) or more, "
-            f"and less than 1"
+            f"val_fraction is {val_fraction}; it must be 0 (no validation) or more, and below 1"
         )
-    if seed < 0:
-        raise ValueError(f"seed={seed} is negative: give 0 or more")
+    as_seed("seed", seed)
     if max_shard_tokens < 1:
         raise ValueError(f"max_shard_tokens={max_shard_tokens} is too small: give at least 1")
 

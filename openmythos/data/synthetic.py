@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Int, UInt64
 
+from openmythos.config.schema import as_seed
 from openmythos.data.hashing import mix, permutation, threshold
 from openmythos.data.packing import IGNORED_TARGET, Batch
 
@@ -55,17 +56,18 @@ class HopsConfig:
 
     def __post_init__(self) -> None:
         """Check the ranges of all fields."""
+        as_seed("seed", self.seed)
         if self.num_entities < 2 or self.num_relations < 1:
             raise ValueError(
-                f"num_entities={self.num_entities}, num_relations={self.num_relations}: give at "
-                f"least 2 entities and 1 relation"
+                f"num_entities is {self.num_entities} and num_relations {self.num_relations}; "
+                "give at least 2 entities and 1 relation"
             )
         if self.max_train_hops < 1:
-            raise ValueError(f"max_train_hops={self.max_train_hops}: give at least 1 hop")
+            raise ValueError(f"max_train_hops is {self.max_train_hops}; it must be at least 1")
         if not 0.0 <= self.held_out_fraction <= 0.5:
             raise ValueError(
-                f"held_out_fraction={self.held_out_fraction} is out of range: give 0 to 0.5, "
-                f"training needs the rest"
+                f"held_out_fraction is {self.held_out_fraction}; it must be 0 to 0.5, training "
+                "needs the rest"
             )
 
 

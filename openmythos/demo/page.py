@@ -9,9 +9,11 @@ from string import Template
 from openmythos.analysis import picture as style
 from openmythos.demo import picture
 from openmythos.demo.result import DemoResults, HopsResult, TextResult
-from openmythos.demo.takeaway import Takeaway, halting_takeaway, takeaways, trace_takeaway
+from openmythos.demo.takeaway import Takeaway, halting_takeaways, takeaways, trace_takeaway
+from openmythos.eval.score import with_error
 from openmythos.folder import write_json, write_whole
 from openmythos.report import page as kit
+from openmythos.report.page import LoopScale
 
 
 def write_report(results: DemoResults, folder: Path) -> Path:
@@ -39,6 +41,7 @@ def render_page(results: DemoResults) -> str:
     """The page as HTML; it refers to nothing outside itself."""
     template = resources.files("openmythos.demo").joinpath("page.html")
     text, hops = results.text, results.hops
+    scale = LoopScale.of(piece.loops for sample in text.samples for piece in sample.pieces)
     body = Template(template.read_text(encoding="utf-8")).substitute(
         version=escape(results.version),
         total_time=kit.duration(results.total_seconds),
@@ -50,8 +53,8 @@ def render_page(results: DemoResults) -> str:
         depth_sampling=escape(text.depth_sampling),
         text_facts=_text_facts(text),
         text_exit_rule=escape(text.exit_rule),
-        legend=kit.legend(text.max_loops),
-        samples="\n".join(kit.render_html(sample, text.max_loops) for sample in text.samples),
+        legend=kit.legend(scale),
+        samples="\n".join(kit.render_html(sample, scale) for sample in text.samples),
         max_train_hops=hops.max_train_hops,
         hops_facts=_hops_facts(hops),
         chance=f"{hops.chance:.2f}",
@@ -66,7 +69,7 @@ def render_page(results: DemoResults) -> str:
 
 def _figures(results: DemoResults) -> dict[str, str]:
     text, hops, original = results.text, results.hops, results.original_halting
-    held_out = ", ".join(f"{v:.3f} at {n}" for n, v in sorted(text.validation.items()))
+    held_out = ", ".join(f"{v.value:.3f} at {n}" for n, v in sorted(text.validation.items()))
     stage = f"reached {hops.stage_curve[-1][1]} hops" if hops.stage_curve else "not recorded"
     return {
         "depth_figure": kit.figure(
@@ -74,7 +77,10 @@ def _figures(results: DemoResults) -> dict[str, str]:
             "depth",
             f"Line chart of held-out bits per byte by loops: {held_out}.",
             "On a line the weights are the same at every point; only the number of loops differs. "
-            "The axis does not begin at zero.",
+            "Bars: one standard error of the difference to "
+            f"{text.trained_depth} loops, document by document; the level itself is known to "
+            f"{text.validation[text.trained_depth].stderr or 0.0:.3f}. The axis does not begin at "
+            "zero.",
         ),
         "training_figure": kit.figure(
             style.to_svg(picture.training_curve(text)),
@@ -107,15 +113,20 @@ def _figures(results: DemoResults) -> dict[str, str]:
 def _grid_figure(result: HopsResult, name: str) -> str:
     best = [(hops, *result.best(hops)) for hops in result.hops]
     alt = f"Heat map of accuracy by hops and loops, {result.name}. Best by hops: " + "; ".join(
-        f"{hops} hops {value:.2f} at {loops} loops" for hops, loops, value in best
+        f"{hops} hops {score.value:.2f} at {loops} loops" for hops, loops, score in best
     )
     caption = (
         f"The stronger the blue, the better. Orange, {result.decider} ({result.exit_rule}): the "
-        "mean loops that it takes, and the accuracy with them."
+        "mean loops that it takes, and the accuracy with them. One standard error of an accuracy "
+        f"is at most {_largest_error(result):.3f} ({result.num_walks} walks per row)."
     )
     return kit.figure(
         style.to_svg(picture.hops_grid(result)), name, f"{alt}.", caption, kind="wide"
     )
+
+
+def _largest_error(result: HopsResult) -> float:
+    return max(result.at(hops, n).stderr or 0.0 for hops in result.hops for n in result.loops)
 
 
 def _grids(result: HopsResult, original: HopsResult | None) -> str:
@@ -123,7 +134,7 @@ def _grids(result: HopsResult, original: HopsResult | None) -> str:
     if original is None:
         return _grid_figure(result, "grid") + _grid_table(result)
     pair = _grid_figure(result, "grid") + _grid_figure(original, "original-grid")
-    said = escape(halting_takeaway(result, original).text)
+    said = escape(" ".join(item.text for item in halting_takeaways(result, original)))
     tables = _grid_table(result) + _grid_table(original)
     return f'<div class="pair">{pair}</div>\n<p>{said}</p>\n{tables}'
 
@@ -152,10 +163,9 @@ def _takeaway_list(found: Sequence[Takeaway]) -> str:
 
 
 def _text_facts(text: TextResult) -> str:
-    best = min(text.validation, key=lambda n: (text.validation[n], n))
     return kit.facts(
         {
-            f"bits/byte, {best} loops": f"{text.validation[best]:.3f}",
+            f"bits/byte, {text.best} loops": with_error(text.validation[text.best]),
             "parameters": kit.large_count(text.num_params),
             "tokens seen": kit.large_count(text.tokens_seen),
             "training time": kit.duration(text.seconds),
@@ -175,12 +185,11 @@ def _hops_facts(hops: HopsResult) -> str:
 
 def _grid_table(result: HopsResult) -> str:
     head = ["hops", *(f"{n} loops" for n in result.loops), "loops taken", "accuracy then"]
-    rows = (
-        [str(hops), *(f"{value:.3f}" for value in row), f"{taken:.2f}", f"{reached:.3f}"]
-        for hops, row, taken, reached in zip(
-            result.hops, result.accuracy, result.exit_loops, result.exit_accuracy, strict=True
-        )
-    )
+    rows = []
+    for hops, row in zip(result.hops, result.accuracy, strict=True):
+        taken, reached = result.of_decider(hops)
+        cells = [with_error(taken, 2), with_error(reached)]
+        rows.append([str(hops), *(f"{value:.3f}" for value in row), *cells])
     summary = f"<summary>{escape(result.name)}, as a table</summary>"
     return f"<details>{summary}{kit.table(head, rows)}</details>"
 
@@ -193,5 +202,5 @@ def _leak_table(result: HopsResult) -> str:
     for hops in result.hops:
         guesses = result.leak_baselines.get(hops, {})
         cells = [f"{guesses[name]:.2f}" if name in guesses else "none" for name in names]
-        rows.append([str(hops), f"{result.best(hops)[1]:.2f}", *cells])
+        rows.append([str(hops), with_error(result.best(hops)[1], 2), *cells])
     return kit.table(["hops", "model, best", *names], rows)

@@ -20,7 +20,6 @@ from openmythos.analysis.picture import (
     INK,
     MUTED,
     OFF,
-    ON_CELL,
     ORANGE,
     PAPER,
     figure_of,
@@ -52,22 +51,24 @@ def depth_curve(result: TextResult) -> Figure:
     """Held-out bits per byte over loops, with the trained depths marked."""
     with styled():
         figure, axes = _canvas(5.8, 3.7)
-        curve = result.validation
-        ticks = sorted(curve)
-        values = [*result.marks.values(), *curve.values()]
+        curve = {n: score.value for n, score in result.validation.items()}
+        ticks, depth = sorted(curve), result.trained_depth
+        marks = sorted(result.marks.items(), key=lambda item: abs(item[1] - curve[depth]))[:1]
+        values = [*dict(marks).values(), *curve.values()]
         low, high = min(values), max(values)
         span = max(high - low, 0.1)  # a narrower axis would make noise look like an effect
         axes.set_ylim(low - 0.16 * span, high + 0.30 * span)
         axes.set_xscale("log", base=2)
         axes.set_xlim(ticks[0] / 1.25, ticks[-1] * 1.3)
         _mark_training(axes, result)
-        for label, mark in result.marks.items():
+        for label, mark in marks:
             axes.axhline(mark, color=MUTED, linestyle=(0, (1, 2.5)), linewidth=1.2)
             gaps = [abs(curve[end] - mark) for end in (ticks[0], ticks[-1])]
             x, ha = (ticks[0] / 1.22, "left") if gaps[0] > gaps[1] else (ticks[-1] * 1.28, "right")
             axes.annotate(f"{label}  {mark:.2f}", (x, mark), (0, 3), color=MUTED, ha=ha, **OFF)
         heights = [curve[n] for n in ticks]
-        axes.plot(ticks, heights, color=BLUE, marker="o", markersize=5.5, zorder=3)
+        bars = [result.difference(n, depth).stderr or 0.0 for n in ticks]
+        axes.errorbar(ticks, heights, bars, color=BLUE, marker="o", ms=5.5, capsize=3, zorder=3)
         for n in ticks:
             side, up = label_place(curve, n, flat=0.03 * span)
             if n == result.mean_recurrence:
@@ -128,7 +129,7 @@ def training_curve(result: TextResult) -> Figure:
 # --- act 2 ---------------------------------------------------------------------------------------
 
 _CELL_WIDTH, _CELL_HEIGHT = 0.50, 0.40  # inches
-_LEFT, _RIGHT, _TOP, _BOTTOM = 0.80, 1.28, 1.18, 0.12  # inches around the cells
+_LEFT, _RIGHT, _TOP, _BOTTOM = 0.80, 1.42, 1.18, 0.12  # inches around the cells
 _GAP = 0.35  # rows between trained and never-trained hops
 
 
@@ -175,8 +176,7 @@ def _draw_grid(axes: Axes, result: HopsResult) -> None:
             strength = 0.04 + 0.92 * min(max(value, 0.0), 1.0)
             colour = to_rgba(CELL, strength)
             axes.add_patch(Rectangle((x - 0.475, y - 0.46), 0.95, 0.92, fc=colour, lw=0))
-            ink = ON_CELL if strength > 0.55 else INK
-            axes.text(x, y - 0.10, _two(value), ha="center", va="center", fontsize=9, color=ink)
+            axes.text(x, y - 0.10, _two(value), ha="center", va="center", fontsize=9, color=INK)
     for first, last, label in ((0, split, "trained"), (split, len(rows), "never trained")):
         if last > first:
             ends = (rows[first] - 0.4, rows[last - 1] + 0.4)
@@ -187,7 +187,7 @@ def _draw_grid(axes: Axes, result: HopsResult) -> None:
             axes.text(side, middle, label, color=MUTED, rotation=90, ha="center", va="center")
     if gap:
         y = (rows[split - 1] + rows[split]) / 2
-        axes.plot([-1.14, columns + 1.55], [y, y], color=INK, linewidth=1.6, clip_on=False)
+        axes.plot([-1.14, columns + 1.85], [y, y], color=INK, linewidth=1.6, clip_on=False)
     _label_columns(axes, result)
     _draw_exit_rule(axes, result, rows)
 
@@ -220,7 +220,7 @@ def _draw_exit_rule(axes: Axes, result: HopsResult, rows: Sequence[float]) -> No
         "clip_on": False,
     }
     axes.plot(places, feet, "o", zorder=5, **dot)
-    left, right = columns + 0.22, columns + 1.18
+    left, right = columns + 0.22, columns + 1.44
     head: dict[str, Any] = {"ha": "center", "va": "center", "color": ORANGE, "fontsize": 8.5}
     axes.plot([left - 0.15], [-1.20], "o", **dot)
     axes.text(left + 0.10, -1.20, result.decider, weight="bold", **{**head, "ha": "left"})

@@ -1,8 +1,9 @@
 """Act 1 of the demo: the preset tiny on real text."""
 
+import gzip
 import lzma
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from rich.console import Console
@@ -11,21 +12,22 @@ from rich.text import Text
 
 from openmythos.analysis.trace import trace_loops
 from openmythos.config import presets
+from openmythos.data.loader import TokenLoader
 from openmythos.data.packing import on_device
-from openmythos.data.source import load_documents
 from openmythos.demo.result import TextResult
 from openmythos.engine.reference import generate
+from openmythos.eval.score import with_error
 from openmythos.folder import write_json
 from openmythos.model.exit import KLExit
-from openmythos.report.page import Piece, Sample, render_sample, render_scale
+from openmythos.report.page import LoopScale, Piece, Sample, render_sample, render_scale
 from openmythos.terminal import print_table
 from openmythos.train.depth_schedule import DepthSchedule, PoissonDepth
 from openmythos.train.display import TrainDisplay
 from openmythos.train.metrics import read_metrics
-from openmythos.train.recipe import HopsData, RunConfig, TextData, TrainConfig
+from openmythos.train.recipe import RunConfig, TextData, TrainConfig
 from openmythos.train.run import Run, set_up
 from openmythos.train.task import TextTask
-from openmythos.train.validation import held_out_bits_per_byte
+from openmythos.train.validation import held_out_bits
 
 PROMPTS = ("The function returns", "Raise an exception if", "A class that")
 TEXT_LOOPS = (1, 2, 4, 8, 16)
@@ -57,31 +59,23 @@ def act_text(console: Console, out: Path, config: RunConfig, device: str) -> Tex
     if not isinstance(run.task, TextTask) or run.task.validation is None:
         raise TypeError("act 1 trains on text of which some is held out")
     validation = run.task.validation
-    curve = {}
+    held_out = {}
     for loops in TEXT_LOOPS:
         with console.status(Text(f"held-out text at {loops} loops")):
-            curve[loops] = held_out_bits_per_byte(model, validation, loops)
-    table = Table(title="held-out bits per byte")
-    for loops in curve:
-        table.add_column(f"{loops} loops", justify="right")
-    table.add_row(*(f"{bits:.3f}" for bits in curve.values()))
-    print_table(console, table)
+            held_out[loops] = held_out_bits(model, validation, loops)
     samples = continuations(run)
     written = out / "samples" / f"step-{result.step:08d}.json"
     write_json(written, [asdict(sample) for sample in samples])
     most = 4 * model.config.num_loops
-    console.print(render_scale(most))
-    for sample in samples:
-        console.print(render_sample(sample, most))
-        console.print()
     batch, ctx = on_device(model, next(iter(validation.validation_batches(1))))
     rows = [row for row in read_metrics(out / "metrics.jsonl") if row["kind"] == "train"]
     sampling = train_config.depth.sampling
     depth, drawn = sampling.mean_recurrence, [row["num_loops"] for row in rows]
-    return TextResult(
+    with console.status("other compressors on the same text"):
+        others = marks(run.task.train, validation)
+    found = TextResult(
         train_curve=[(row["seconds"], row["bits_per_byte"]) for row in rows],
-        held_out_curve=[(result.seconds, bits) for loops, bits in curve.items() if loops == depth],
-        validation=curve,
+        held_out=held_out,
         mean_recurrence=float(depth),
         sampled_loops=(math.floor(min(drawn)), math.ceil(max(drawn))),
         depth_sampling=f"{sampling.kind.replace('_', ' ')} around {depth}",
@@ -92,16 +86,47 @@ def act_text(console: Console, out: Path, config: RunConfig, device: str) -> Tex
         max_loops=most,
         exit_rule=f"KL between successive loops below {EXIT_KL}",
         trace=trace_loops(model, batch.tokens, 2 * most, ctx),
-        marks=marks(config.data),
+        marks=others,
     )
+    if found.trained_depth == depth:
+        point = (result.seconds, found.validation[found.trained_depth].value)
+        found = replace(found, held_out_curve=[point])
+    show_text(console, found)
+    return found
 
 
-def marks(data: TextData | HopsData) -> dict[str, float]:
-    """Bits per byte of xz at its strongest setting on a built-in source, for comparison."""
-    if not isinstance(data, TextData) or data.source not in ("python-docs", "python-source"):
-        return {}
-    text = "\n\n".join(document.text for document in load_documents(data.source)).encode()
-    return {"xz -9": 8 * len(lzma.compress(text, preset=9)) / len(text)}
+def show_text(console: Console, result: TextResult) -> None:
+    """Print the held-out numbers with their errors, and the samples."""
+    depth = result.trained_depth
+    table = Table(title="held-out text")
+    table.add_column("loops", justify="right")
+    table.add_column("bits per byte", justify="right")
+    table.add_column(f"difference to {depth} loops", justify="right")
+    for loops, score in result.validation.items():
+        change = "" if loops == depth else with_error(result.difference(loops, depth), sign="+")
+        table.add_row(str(loops), with_error(score), change)
+    print_table(console, table)
+    scale = LoopScale.of(piece.loops for sample in result.samples for piece in sample.pieces)
+    console.print(render_scale(scale))
+    for sample in result.samples:
+        console.print(render_sample(sample, scale))
+        console.print()
+
+
+def marks(train: TokenLoader, held_out: TokenLoader) -> dict[str, float]:
+    """Bits per byte of other compressors on the held-out text.
+
+    A compressor learns from the text that it compresses only. So the last one is xz that has read
+    the training text first, as the model has: the bytes that the held-out text adds to it.
+    """
+    text, known = held_out.text(), train.text()
+    before, after = (len(lzma.compress(part, preset=9)) for part in (known, known + text))
+    sizes = {
+        "gzip -9": len(gzip.compress(text, 9)),
+        "xz -9": len(lzma.compress(text, preset=9)),
+        "xz -9 after the training text": after - before,
+    }
+    return {name: 8 * size / len(text) for name, size in sizes.items()}
 
 
 def continuations(run: Run) -> list[Sample]:

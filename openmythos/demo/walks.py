@@ -17,6 +17,7 @@ from openmythos.config import ACTConfig, GQAConfig, ModelConfig, ReLUSquaredConf
 from openmythos.config.schema import to_dict
 from openmythos.data.synthetic import Walks
 from openmythos.demo.result import HopsResult
+from openmythos.demo.takeaway import halting_takeaways
 from openmythos.engine.reference import generate
 from openmythos.folder import write_json
 from openmythos.interop.loading import load_pretrained
@@ -31,7 +32,7 @@ from openmythos.train.optim import OptimizerConfig
 from openmythos.train.recipe import HopsData, RunConfig, TrainConfig
 from openmythos.train.run import set_up
 from openmythos.train.task import HopsTask
-from openmythos.train.validation import hops_accuracy
+from openmythos.train.validation import hops_right
 
 TRAINED_LOOPS = (2, 8)
 LOOPS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16)
@@ -122,24 +123,20 @@ def act_hops(
         theirs = measure_hops(load_pretrained(other, device=device), walks, other, act)
         theirs = replace(theirs, name="The original's halting", decider="ACT halting")
     show_hops(console, ours)
-    console.print(
-        f"with the original's halting: best accuracy at 10 hops "
-        f"{max(theirs.accuracy[theirs.hops.index(10)]):.2f}, "
-        f"loops taken {min(theirs.exit_loops):.1f} to {max(theirs.exit_loops):.1f}"
-    )
+    for takeaway in halting_takeaways(ours, theirs):
+        console.print(takeaway.text)
     return ours, theirs
 
 
 def measure_hops(model: RecurrentDepthLM, walks: Walks, out: Path, rule: Rule) -> HopsResult:
     """On held-out walks: accuracy by hops and loops, and the loops taken under the exit rule."""
-    grid = [
-        [hops_accuracy(model, walks, hops, loops, NUM_WALKS, seed=1) for loops in LOOPS]
+    right = [
+        [hops_right(model, walks, hops, loops, NUM_WALKS, seed=1).tolist() for loops in LOOPS]
         for hops in HOPS
     ]
     exits = [exit_loops(model, walks, hops, rule) for hops in HOPS]
-    pairs = [
-        (hops, count) for hops, (counts, _) in zip(HOPS, exits, strict=True) for count in counts
-    ]
+    taken = np.array([counts for counts, _ in exits])
+    pairs = [(hops, count) for hops, row in zip(HOPS, taken.tolist(), strict=True) for count in row]
     metrics = read_metrics(out / "metrics.jsonl")
     rows = [row for row in metrics if row["kind"] == "train"]
     longest = walks.held_out_batch(max(HOPS), NUM_WALKS, seed=2).tokens
@@ -148,11 +145,11 @@ def measure_hops(model: RecurrentDepthLM, walks: Walks, out: Path, rule: Rule) -
         exit_rule=describe_rule(rule),
         hops=list(HOPS),
         loops=list(LOOPS),
-        accuracy=grid,
+        right=np.array(right),
         max_train_hops=walks.config.max_train_hops,
         trained_loops=TRAINED_LOOPS,
-        exit_loops=[sum(counts) / len(counts) for counts, _ in exits],
-        exit_accuracy=[accuracy for _, accuracy in exits],
+        taken=taken,
+        taken_right=np.array([answers for _, answers in exits]),
         rank_correlation=rank_correlation(pairs),
         leak_baselines={hops: walks.leak_baselines(hops) for hops in HOPS},
         chance=1 / walks.config.num_entities,
@@ -171,13 +168,13 @@ def describe_rule(rule: Rule) -> str:
 
 def exit_loops(
     model: RecurrentDepthLM, walks: Walks, num_hops: int, rule: Rule
-) -> tuple[list[int], float]:
-    """The loops that each held-out walk takes under the rule, and the accuracy."""
+) -> tuple[list[int], list[bool]]:
+    """The loops that each held-out walk takes under the rule, and whether it is answered right."""
     batch = walks.held_out_batch(num_hops, NUM_WALKS, seed=1)
     result = generate(model, batch.tokens, max_new_tokens=1, num_loops=max(LOOPS), exit_rule=rule)
     targets = batch.targets[:, -1].tolist()
-    right = sum(new[0] == target for new, target in zip(result.tokens, targets, strict=True))
-    return [loops[0] for loops in result.loops], right / len(targets)
+    right = [new[0] == target for new, target in zip(result.tokens, targets, strict=True)]
+    return [loops[0] for loops in result.loops], right
 
 
 def rank_correlation(pairs: list[tuple[int, int]]) -> float | None:

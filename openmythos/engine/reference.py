@@ -18,6 +18,7 @@ from openmythos.engine.request import TEXT, Request, token_ids
 from openmythos.engine.sampling import (
     Logprobs,
     SamplingConfig,
+    adjusted,
     row_generator,
     sample,
     token_logprobs,
@@ -362,8 +363,13 @@ class Session:
                 logits, loops = self.batch.decode(tokens, depths, rule)
                 keys = {row: (row, requests[row].sample_idx) for row in running}
                 drawn = {key: done.generator(key) for key in keys.values()}
-                settings = [requests[row].sampling for row in running]
-                sampled = sample(logits, settings, list(drawn.values())).tolist()
+                num_new = [budgets[row] - left[row] for row in running]
+                settings = [
+                    requests[row].sampling_after(new)
+                    for row, new in zip(running, num_new, strict=True)
+                ]
+                weighed = adjusted(logits, settings, [texts[row] for row in running], num_new)
+                sampled = sample(weighed, settings, list(drawn.values())).tolist()
             new = []
             for i, (row, token) in enumerate(zip(running, sampled, strict=True)):
                 request = requests[row]

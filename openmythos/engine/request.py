@@ -1,11 +1,12 @@
 """A generation request for one row, checked and converted to Python's own types."""
 
+import math
 from collections.abc import Collection, Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from openmythos.config import ModelConfig
-from openmythos.config.schema import as_integer, plain, require
+from openmythos.config.schema import as_integer, as_seed, plain, require
 from openmythos.engine.sampling import SamplingConfig
 from openmythos.model.exit import Rule
 
@@ -23,6 +24,7 @@ class Request:
     Attributes:
         tokens: Ids to read first; may be empty if the row of a session already has tokens.
         max_new_tokens: The maximum number of new tokens; None: as many as there is room for.
+        min_new_tokens: No stop token is sampled before so many new tokens.
         num_loops: The maximum number of loops per token; None: the model's default.
         exit_rule: Stops single tokens earlier; None: every token takes ``num_loops``.
         sampling: How the next token is chosen; default: greedily.
@@ -39,6 +41,7 @@ class Request:
 
     tokens: Sequence[int]
     max_new_tokens: int | None = None
+    min_new_tokens: int = 0
     num_loops: int | None = None
     exit_rule: Rule | None = None
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
@@ -55,8 +58,9 @@ class Request:
         for name, least in (("max_new_tokens", 1), ("num_loops", 1), ("logprobs", 0)):
             if getattr(self, name) is not None:
                 set_field(self, name, as_integer(name, getattr(self, name), least))
+        set_field(self, "min_new_tokens", as_integer("min_new_tokens", self.min_new_tokens, 0))
         set_field(self, "sample_idx", as_integer("sample_idx", self.sample_idx, 0))
-        set_field(self, "seed", as_integer("seed", self.seed))
+        set_field(self, "seed", as_seed("seed", self.seed))
         rule, made = self.exit_rule, "None or a rule of openmythos.model.exit, for example KLExit()"
         require(rule is None or isinstance(rule, Rule), "exit_rule", rule, made)
         made = "a SamplingConfig of openmythos.engine.sampling"
@@ -65,6 +69,13 @@ class Request:
     def depth(self, config: ModelConfig) -> int:
         """The maximum number of loops per token."""
         return config.num_loops if self.num_loops is None else self.num_loops
+
+    def sampling_after(self, num_new: int) -> SamplingConfig:
+        """How the token after ``num_new`` new ones is chosen; no stop token too early."""
+        if num_new >= self.min_new_tokens or not self.stop_tokens:
+            return self.sampling
+        forbidden = [(stop, -math.inf) for stop in self.stop_tokens]
+        return replace(self.sampling, logit_bias=[*self.sampling.logit_bias, *forbidden])
 
     def budget(self, room: int) -> int:
         """The maximum number of new tokens; by default ``room``, as many as fit."""
@@ -99,16 +110,19 @@ class Request:
         require(length > 0, prompt, list(self.tokens), "at least one token long")
         for stop in self.stop_tokens:
             require(0 <= stop < config.vocab_size, "a stop token", stop, f"in {ids}")
+        for biased, _ in self.sampling.logit_bias:
+            require(biased < config.vocab_size, "an id of logit_bias", biased, f"in {ids}")
         limit = config.max_seq_len
         if self.max_new_tokens is not None and length + self.max_new_tokens > limit:
             raise ValueError(
-                f"{whole} has {length} tokens and max_new_tokens={self.max_new_tokens}, which "
-                f"together exceed max_seq_len={limit}; shorten one of them"
+                f"{whole} has {length} tokens and asks for {self.max_new_tokens} new ones, and the "
+                f"model has room for {limit} in all (max_seq_len): lower max_new_tokens or shorten "
+                "the prompt"
             )
         if length >= limit:
             raise ValueError(
-                f"{whole} has {length} tokens, which leave no room for a new one in "
-                f"max_seq_len={limit}; shorten it"
+                f"{whole} has {length} tokens, which leave no room for a new one: the model has "
+                f"room for {limit} (max_seq_len); shorten the prompt"
             )
         depth = self.depth(config)
         if max_loops is not None:
@@ -117,7 +131,7 @@ class Request:
         if self.exit_rule is not None and self.exit_rule.needs_halting and config.halting is None:
             raise ValueError(
                 f"exit rule {self.exit_rule.kind!r} needs a halting head and the model has none; "
-                "use a rule that reads states or logits, or a model with config.halting"
+                "use a rule that reads states or logits, or a model that was trained with one"
             )
 
 

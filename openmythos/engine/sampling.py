@@ -7,14 +7,16 @@ random numbers.
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from openmythos.config.schema import as_integer, as_number, require
+from openmythos.config.schema import as_integer, as_number, as_seed, plain, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,14 +29,36 @@ class SamplingConfig:
 
     Only ids below ``num_ids`` are sampled: a model's vocabulary is often padded past that of its
     tokenizer, and an id without a token means nothing. None: all ids.
+
+    Before all this, ``adjusted`` changes the logits by what the text already has:
+
+    - ``logit_bias``, numbers by id (kept as pairs), is added to the logits; -inf forbids an id;
+    - of every token in the text, given or new, a positive logit is divided by
+      ``repetition_penalty`` and a negative one is multiplied by it;
+    - ``frequency_penalty`` times the number of times that a token was newly generated, and
+      ``presence_penalty`` if it was at all, is subtracted.
+
+    Source: OpenAI API reference, chat completions (bias, frequency and presence penalties); CTRL,
+        Keskar et al. 2019 (arXiv 1909.05858), section 4.1 (repetition penalty).
     """
 
     temperature: float = 0.0
     top_k: int | None = None
     top_p: float | None = None
     num_ids: int | None = None
+    logit_bias: Sequence[tuple[int, float]] = ()  # or a mapping
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "logit_bias", _pairs(self.logit_bias))
+        for name in ("repetition_penalty", "frequency_penalty", "presence_penalty"):
+            positive = name == "repetition_penalty"
+            allowed = "a number above 0" if positive else "a number"
+            value = as_number(name, getattr(self, name), allowed)
+            require(value > 0 or not positive, name, value, allowed)
+            object.__setattr__(self, name, value)
         if self.num_ids is not None:
             object.__setattr__(self, "num_ids", as_integer("num_ids", self.num_ids, 1))
         allowed = "a number of at least 0 (0 is greedy)"
@@ -44,15 +68,74 @@ class SamplingConfig:
         if self.top_k is not None:
             object.__setattr__(self, "top_k", as_integer("top_k", self.top_k, 1))
         if self.top_p is not None:
-            allowed = "a number in (0, 1], or None for all tokens"
+            allowed = "a number above 0 and at most 1 (1 keeps all tokens)"
             top_p = as_number("top_p", self.top_p, allowed)
             require(0 < top_p <= 1, "top_p", top_p, allowed)
             object.__setattr__(self, "top_p", top_p)
 
+    @property
+    def adjusts(self) -> bool:
+        """Whether ``adjusted`` changes any logit."""
+        penalties = (self.frequency_penalty, self.presence_penalty)
+        return bool(self.logit_bias) or self.repetition_penalty != 1 or any(penalties)
+
+
+def _pairs(given: Any) -> tuple[tuple[int, float], ...]:
+    """The pairs of id and number of a ``logit_bias``, by id."""
+    allowed = "numbers by token id, for example {17: -100.0}; -inf forbids an id"
+    pairs = list(given.items()) if isinstance(given, Mapping) else plain(given)
+    known = isinstance(pairs, list | tuple)
+    require(known, "logit_bias", given, allowed)
+    known = all(isinstance(pair, tuple) and len(pair) == 2 for pair in pairs)
+    require(known, "logit_bias", given, allowed)
+    biases = {}
+    for biased, bias in pairs:
+        low = bias == -math.inf
+        number = -math.inf if low else as_number("a bias of logit_bias", bias, allowed)
+        biases[as_integer("an id of logit_bias", biased, 0)] = number
+    return tuple(sorted(biases.items()))
+
+
+def adjusted(
+    logits: Float[Tensor, "B V"],
+    configs: Sequence[SamplingConfig],
+    texts: Sequence[Sequence[int]],
+    num_new: Sequence[int],
+) -> Float[Tensor, "B V"]:
+    """The logits after each row's bias and penalties.
+
+    Args:
+        logits: The next token's.
+        configs: One per row.
+        texts: The tokens so far of each row.
+        num_new: How many of them, at the end, are newly generated.
+
+    Raises:
+        ValueError: A row's bias forbids every token.
+    """
+    if not any(config.adjusts for config in configs):
+        return logits
+    logits = logits.clone()
+    for row, config, text, new in zip(logits, configs, texts, num_new, strict=True):
+        for biased, bias in config.logit_bias:
+            row[biased] += bias
+        if config.logit_bias and row.amax() == -math.inf:
+            raise ValueError("logit_bias forbids every token; leave at least one")
+        if config.repetition_penalty != 1:
+            ids = torch.tensor(sorted(set(text)), device=row.device)
+            seen, penalty = row[ids], config.repetition_penalty
+            row[ids] = torch.where(seen > 0, seen / penalty, seen * penalty)
+        counts = Counter(text[len(text) - new :])
+        if counts and (config.frequency_penalty or config.presence_penalty):
+            ids = torch.tensor(list(counts), device=row.device)
+            times = row.new_tensor(list(counts.values()))
+            row[ids] -= config.frequency_penalty * times + config.presence_penalty
+    return logits
+
 
 @dataclass(frozen=True)
 class Logprobs:
-    """Log-probabilities (natural) at one position, before temperature, top-k and top-p.
+    """Log-probabilities (natural) at one position, before all that a ``SamplingConfig`` does.
 
     Attributes:
         chosen: The sampled token's log-probability.
@@ -77,7 +160,7 @@ def row_generator(seed: int, row: int) -> torch.Generator:
     It is a CPU generator, so that the numbers are the same for every device. The pair is hashed,
     because the first numbers of generators whose seeds differ by one are correlated.
     """
-    seed, row = as_integer("seed", seed), as_integer("row", row, 0)
+    seed, row = as_seed("seed", seed), as_integer("row", row, 0)
     digest = hashlib.sha256(f"{seed} {row}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
 

@@ -5,7 +5,6 @@ to load.
 """
 
 import contextlib
-import difflib
 import functools
 import inspect
 import io
@@ -30,7 +29,9 @@ from lm_eval.tasks._yaml_loader import load_yaml
 from openmythos.checkpoint.weights import DTYPES
 from openmythos.eval.score import Measured, Outcomes, Score, summarise
 from openmythos.eval.scoring import GenerationRequest, Scorer
-from openmythos.eval.task import SHIPPED, choice_baselines
+from openmythos.eval.task import choice_baselines
+from openmythos.eval.task_name import SHIPPED, no_such_task
+from openmythos.folder import in_a_sentence
 from openmythos.interop.hub import local_folder
 from openmythos.interop.loading import load_pretrained
 from openmythos.tokenizer import Tokenizer
@@ -432,12 +433,7 @@ def _manager(include_defaults: bool) -> TaskManager:
 
 def _load(manager: TaskManager, spec: str, what: Any) -> Mapping[str, Any]:
     if isinstance(what, str) and what not in manager.task_index:
-        near = difflib.get_close_matches(what, [*manager.all_tasks, *SHIPPED], n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(
-            f"no task {what!r}{hint} Give a name of lm-evaluation-harness, one of "
-            f"{', '.join(SHIPPED)}, or a task file"
-        )
+        raise ValueError(no_such_task(what, manager.all_tasks))
     try:
         return manager.load([what])
     except Exception as error:  # network, hub and format errors have no common class
@@ -450,8 +446,8 @@ def _load(manager: TaskManager, spec: str, what: Any) -> Mapping[str, Any]:
         raise ValueError(f"task file {spec} cannot be loaded ({reason})") from None
 
 
-def _first_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]
+def _first_line(error: Exception) -> str:
+    return " ".join(in_a_sentence(error).split())[:200]
 
 
 # --- results --------------------------------------------------------------------------------------

@@ -41,6 +41,17 @@ def differences(deep: Outcomes, shallow: Outcomes) -> Outcomes:
     return [(a - b, weight) for (a, weight), (b, _) in zip(deep, shallow, strict=True)]
 
 
+def with_error(score: Score, digits: int = 3, sign: str = "") -> str:
+    """A score and its standard error in words: 0.974 ± 0.007."""
+    error = "" if score.stderr is None else f" ± {score.stderr:.{digits}f}"
+    return f"{score.value:{sign}.{digits}f}{error}"
+
+
+def is_clear(difference: Score) -> bool:
+    """Whether a difference is larger than two of its standard errors."""
+    return difference.stderr is not None and abs(difference.value) > 2 * difference.stderr
+
+
 # --- by number of loops ---------------------------------------------------------------------------
 
 
@@ -54,6 +65,14 @@ class Measured:
     baselines: Mapping[str, float] = field(default_factory=dict)
 
 
+WORDS = {"acc": "accuracy", "acc_norm": "accuracy, by length"}
+
+
+def in_words(metric: str) -> str:
+    """A metric's name as a person reads it."""
+    return WORDS.get(metric, metric.replace("_", " "))
+
+
 Results = Mapping[tuple[str, str], Measured]  # by task and metric
 
 
@@ -64,8 +83,8 @@ class ScoreCurve:
     Attributes:
         scores: By number of loops, in rising order.
         baselines: Scores of guessers that use no model, by name.
-        gain: The score at the deepest depth minus that at the shallowest. Its standard error is
-            that of the paired differences per question, far smaller than the scores' own.
+        differences: By number of loops: the score minus that at the fewest loops. Its standard
+            error is that of the paired differences per question, far smaller than the scores' own.
     """
 
     task: str
@@ -73,7 +92,12 @@ class ScoreCurve:
     higher_is_better: bool
     scores: Mapping[int, Score]
     baselines: Mapping[str, float] = field(default_factory=dict)
-    gain: Score | None = None
+    differences: Mapping[int, Score] = field(default_factory=dict)
+
+    @property
+    def gain(self) -> Score | None:
+        """The score at the most loops minus that at the fewest; None if there is one depth only."""
+        return self.differences.get(max(self.scores))
 
     def __post_init__(self) -> None:
         """Check that there are scores, in rising order of loops."""
@@ -82,8 +106,11 @@ class ScoreCurve:
 
     def to_dict(self) -> dict[str, Any]:
         """The curve, ready for strict JSON."""
-        points = [{"num_loops": loops, **asdict(score)} for loops, score in self.scores.items()]
-        return json_ready({**asdict(self), "scores": points})
+        record = asdict(self) | {"gain": self.gain and asdict(self.gain)}
+        for name in ("scores", "differences"):
+            points = getattr(self, name).items()
+            record[name] = [{"num_loops": loops, **asdict(score)} for loops, score in points]
+        return json_ready(record)
 
 
 def sweep(num_loops: Iterable[int], measure_at: Callable[[int], Results]) -> list[ScoreCurve]:
@@ -93,7 +120,7 @@ def sweep(num_loops: Iterable[int], measure_at: Callable[[int], Results]) -> lis
     curves = []
     for task, metric in found[depths[0]]:
         points = {loops: found[loops][task, metric] for loops in depths}
-        first, last = points[depths[0]], points[depths[-1]]
+        first = points[depths[0]]
         curves.append(
             ScoreCurve(
                 task=task,
@@ -101,13 +128,13 @@ def sweep(num_loops: Iterable[int], measure_at: Callable[[int], Results]) -> lis
                 higher_is_better=first.higher_is_better,
                 scores={loops: point.score for loops, point in points.items()},
                 baselines=dict(first.baselines),
-                gain=_gain(first, last) if len(depths) > 1 else None,
+                differences={n: _difference(points[n], first) for n in depths[1:]},
             )
         )
     return curves
 
 
-def _gain(shallow: Measured, deep: Measured) -> Score:
+def _difference(deep: Measured, shallow: Measured) -> Score:
     if shallow.outcomes is not None and deep.outcomes is not None:
         return summarise(differences(deep.outcomes, shallow.outcomes))
     value = deep.score.value - shallow.score.value

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from openmythos.checkpoint.weights import CONFIG_FILE, StoredWeights
 from openmythos.config import Llama3ScalingConfig, RopeConfig
-from openmythos.folder import PathLike, listed, write_json
+from openmythos.folder import PathLike, in_a_sentence, listed, write_json
 from openmythos.interop.families.transformers_config import write_rope
 from openmythos.interop.gguf_tokenizer import read_tokenizer
 from openmythos.model.rope import rope_frequencies
@@ -133,7 +133,7 @@ def _contents(parts: tuple[Path, ...], stamps: object) -> tuple[dict[str, Any], 
             reader = GGUFReader(part)
             own = {name: field.contents() for name, field in reader.fields.items()}
         except (ValueError, IndexError, OSError) as error:
-            raise ValueError(f"{part} is truncated or damaged: {error}") from None
+            raise ValueError(f"{part} is truncated or damaged: {in_a_sentence(error)}") from None
         place = own.get("split.no", 0), own.get("split.count", 1) or 1
         if place != (number, len(parts)):
             raise ValueError(

@@ -19,13 +19,22 @@ from openmythos.checkpoint.weights import CONFIG_FILE, StoredWeights
 from openmythos.config import ModelConfig
 from openmythos.folder import PathLike
 from openmythos.interop import export
-from openmythos.interop.families import huginn, llama, openmythos_original, ouro, parcae
+from openmythos.interop.families import (
+    huginn,
+    ifm_looped_lm,
+    llama,
+    looplm_135m,
+    openmythos_original,
+    ouro,
+    parcae,
+)
+from openmythos.interop.families.not_loaded import why_not
 from openmythos.interop.gguf import PARTS_FIELD, GgufWeights
 from openmythos.interop.hub import local_folder
 from openmythos.interop.mapping import read_tensors
 from openmythos.model.recurrent import RecurrentDepthLM
 from openmythos.tokenizer import Tokenizer
-from openmythos.tokenizer_folder import TOKENIZER_FILE, VOCAB_FILE
+from openmythos.tokenizer_folder import TOKENIZER_FILE, has_tokenizer
 
 FAMILIES = (
     openmythos_original.FAMILY,
@@ -36,6 +45,8 @@ FAMILIES = (
     parcae.GPT_FAMILY,
     llama.LLAMA,
     llama.NANBEIGE,
+    ifm_looped_lm.FAMILY,
+    looplm_135m.FAMILY,
     export.FAMILY,
 )
 
@@ -94,7 +105,7 @@ def own_tokenizer(folder: Path) -> Tokenizer | None:
 
 def usable_tokenizer(folder: Path) -> tuple[Tokenizer | None, str]:
     """The tokenizer of a folder of any family; or None, and the reason for a person."""
-    if not any((folder / name).is_file() for name in (TOKENIZER_FILE, VOCAB_FILE)):
+    if not has_tokenizer(folder):
         return None, f"{folder} has no {TOKENIZER_FILE}; the result has none either"
     try:
         return Tokenizer.load(folder), ""
@@ -110,6 +121,8 @@ def _open_foreign(
     parts = data.pop(PARTS_FIELD, None)
     weights = StoredWeights(folder) if parts is None else GgufWeights(parts, data)
     family = next((f for f in FAMILIES if f.recognises(data, weights.shapes)), None)
+    if family is None and (reason := why_not(data)) is not None:
+        raise ValueError(f"{weights.folder}: {reason}; docs/families/README.md lists what loads")
     if family is None:
         known = ", ".join(family.name for family in FAMILIES)
         raise ValueError(

@@ -131,7 +131,7 @@ class KVCache:
         )
         if config.depth_attention is not None and not self.layout.exact:
             raise ValueError(
-                f"cache layout {self.layout} loses loops that depth_attention reads; use PerLoop()"
+                f"cache layout {self.layout} loses loops that depth_attention reads; use per_loop"
             )
         self.max_loops, self.max_len = max_loops, max_len
         self.num_core_layers = config.num_core_layers

@@ -16,6 +16,7 @@ from rich.text import Text
 
 from openmythos.analysis import picture as style
 
+MOST_MARKS = 8  # in the legend of a scale
 TERMINAL_FEW, TERMINAL_MANY = (45, 50, 60), (236, 140, 48)  # RGB, for a dark terminal
 
 PAGE_COLOURS = {
@@ -27,7 +28,6 @@ PAGE_COLOURS = {
     style.BLUE: "--blue",
     style.ORANGE: "--orange",
     style.CELL: "--cell",
-    style.ON_CELL: "--on-cell",
 }
 
 
@@ -57,35 +57,59 @@ def page(title: str, body: str) -> str:
 # --- coloured text -------------------------------------------------------------------------------
 
 
-def loop_strength(loops: int, max_loops: int) -> float:
-    """Position on the colour scale: 0 at one loop, 1 at ``max_loops``, logarithmic between."""
-    if max_loops <= 1:
-        return 0.0
-    return min(max(math.log2(max(loops, 1)) / math.log2(max_loops), 0.0), 1.0)
+@dataclass(frozen=True)
+class LoopScale:
+    """The colours of tokens by loops: from the fewest to the most that occur, by doublings."""
+
+    fewest: int
+    most: int
+
+    @classmethod
+    def of(cls, loops: Iterable[int]) -> "LoopScale":
+        """The scale of these numbers of loops."""
+        found = sorted({*loops}) or [1]
+        return cls(found[0], found[-1])
+
+    def strength(self, loops: int) -> float:
+        """Position on the scale: 0 at the fewest loops, 1 at the most, logarithmic between."""
+        if self.most <= self.fewest:
+            return 0.0
+        passed = math.log(max(loops, 1) / self.fewest) / math.log(self.most / self.fewest)
+        return min(max(passed, 0.0), 1.0)
+
+    def marks(self) -> list[int]:
+        """The numbers of loops in a legend: all if few, else powers of two and both ends."""
+        whole = range(self.fewest, self.most + 1)
+        powers = {2**power for power in range(self.most.bit_length())}
+        return [
+            n
+            for n in whole
+            if len(whole) <= MOST_MARKS or n in powers or n in (whole[0], whole[-1])
+        ]
 
 
-def render_sample(sample: Sample, max_loops: int) -> Text:
+def render_sample(sample: Sample, scale: LoopScale) -> Text:
     """A sample for the terminal; each token's background shows the loops that it took."""
     text = Text.assemble((printable(sample.prompt), "bold"))
     for piece in sample.pieces:
-        strength = loop_strength(piece.loops, max_loops)
-        text.append(printable(piece.text), style=_terminal_style(strength))
+        style = _terminal_style(scale.strength(piece.loops))
+        text.append(printable(piece.text), style=style)
     return text
 
 
-def render_scale(max_loops: int) -> Text:
+def render_scale(scale: LoopScale) -> Text:
     """The colour legend of ``render_sample``."""
     text = Text("loops ")
-    for loops in _scale(max_loops):
-        text.append(f" {loops} ", style=_terminal_style(loop_strength(loops, max_loops)))
+    for loops in scale.marks():
+        text.append(f" {loops} ", style=_terminal_style(scale.strength(loops)))
     return text
 
 
-def render_html(sample: Sample, max_loops: int) -> str:
+def render_html(sample: Sample, scale: LoopScale) -> str:
     """A sample as HTML."""
     tokens = []
     for piece in sample.pieces:
-        strength = loop_strength(piece.loops, max_loops)
+        strength = scale.strength(piece.loops)
         title = f"{piece.loops} loop{'' if piece.loops == 1 else 's'}"
         tokens.append(
             f'<span class="t" style="--strength:{strength:.2f}" title="{title}">'
@@ -122,17 +146,11 @@ def _terminal_style(strength: float) -> str:
     return f"{ink} on #{mixed[0]:02x}{mixed[1]:02x}{mixed[2]:02x}"
 
 
-def _scale(max_loops: int) -> list[int]:
-    """The numbers of loops in the legend: powers of two, and ``max_loops``."""
-    powers = [2**power for power in range(max_loops.bit_length())]
-    return sorted({*powers, max_loops})
-
-
-def legend(max_loops: int) -> str:
+def legend(scale: LoopScale) -> str:
     """The colour legend of ``render_html``."""
     swatches = "".join(
-        f'<span class="t" style="--strength:{loop_strength(n, max_loops):.2f}">{n}</span>'
-        for n in _scale(max_loops)
+        f'<span class="t" style="--strength:{scale.strength(n):.2f}">{n}</span>'
+        for n in scale.marks()
     )
     return f'<div class="legend"><span>loops taken:&nbsp;</span>{swatches}</div>'
 

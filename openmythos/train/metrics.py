@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-from openmythos.folder import errors_name, write_whole
+from openmythos.folder import write_whole, writing
 from openmythos.train.display import TrainDisplay
 from openmythos.train.validation import Row
 
@@ -75,7 +75,7 @@ class Recorder:
 
     def _write(self, rows: list[dict[str, Any]]) -> None:
         lines = [json.dumps(_finite(row), allow_nan=False) + "\n" for row in rows]
-        with errors_name(self.path), self.path.open("a", encoding="utf-8") as file:
+        with writing(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write("".join(lines))
         if self.board is None:
             return
@@ -98,3 +98,10 @@ def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
             row = json.loads(line)
             if isinstance(row, dict) and {"kind", "step"} <= row.keys():
                 yield row
+
+
+def last_validation(path: Path) -> list[dict[str, Any]]:
+    """The newest held-out results of a metrics file, one row per number of loops."""
+    rows = [row for row in read_metrics(path) if row["kind"] == "validation"]
+    newest = max((row["step"] for row in rows), default=0)
+    return [row for row in rows if row["step"] == newest]

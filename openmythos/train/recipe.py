@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from openmythos.config import ModelConfig
-from openmythos.config.schema import require, require_literals, require_positive
+from openmythos.config.schema import as_seed, require, require_literals, require_positive
 from openmythos.train.depth_schedule import ClippedPoissonDepth, DepthSchedule
 from openmythos.train.objective import FinalLoopObjective, ObjectiveConfig
 from openmythos.train.optim import OptimizerConfig
@@ -50,11 +50,13 @@ class TrainConfig:
         names = ("batch_size", "grad_accumulation", "log_every", "eval_batches", "keep_checkpoints")
         require_positive(self, *names)
         require_literals(self)
-        for name in ("seed", "balance_rate", "eval_every", "save_every"):
+        object.__setattr__(self, "seed", as_seed("seed", self.seed))
+        for name in ("balance_rate", "eval_every", "save_every"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
         require(min(self.eval_loops, default=1) >= 1, "eval_loops", self.eval_loops, "at least 1")
         bounded = self.max_steps is not None or self.max_seconds is not None
-        require(bounded, "max_steps and max_seconds", None, "set, at least one of them")
+        if not bounded:
+            raise ValueError("the run has no end: give max_steps or max_seconds")
         if self.max_steps is not None:
             require_positive(self, "max_steps")
         if self.max_seconds is not None:

@@ -16,7 +16,7 @@ from openmythos.data.index import INDEX_FILE, read_index
 from openmythos.data.loader import TokenLoader
 from openmythos.data.prepare import prepare
 from openmythos.data.synthetic import Curriculum, HopsConfig, Walks
-from openmythos.folder import locked
+from openmythos.folder import in_a_sentence, locked
 from openmythos.interop.hub import local_folder
 from openmythos.interop.loading import load_config, load_pretrained
 from openmythos.model.recurrent import RecurrentDepthLM
@@ -74,7 +74,6 @@ def resolve(
     data: str | None,
     config: Path | None,
     overrides: list[str],
-    seed: int | None,
     init_from: Path | None = None,
 ) -> RunConfig:
     """The run's configuration: defaults, then preset, checkpoint or file, then overrides.
@@ -97,7 +96,8 @@ def resolve(
             stored = json.loads(config.read_text(encoding="utf-8"))
             base = from_dict(RunConfig, stored)
         except (OSError, ValueError) as error:  # of JSON, of UTF-8 or of a field
-            raise ValueError(f"--config {config} cannot be used: {error}") from None
+            said = in_a_sentence(error)
+            raise ValueError(f"--config {config} cannot be used: {said}") from None
     else:
         start = None if init_from is None else str(init_from)
         settings = TrainConfig(max_steps=1000, eval_every=200, init_from=start)
@@ -109,8 +109,7 @@ def resolve(
         text = TextData(source=data or DEFAULT_DATA, seq_len=seq_len)
         source = HopsData() if data == "hops" else text
         base = RunConfig(model=model, train=settings, data=source)
-    seeds = [] if seed is None else [f"train.seed={seed}"]
-    return apply_overrides(base, [*seeds, *overrides])
+    return apply_overrides(base, overrides)
 
 
 def set_up(config: RunConfig, out: Path, device: str = "cpu") -> Run:

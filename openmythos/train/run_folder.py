@@ -20,6 +20,7 @@ from openmythos.checkpoint.load import NEEDED, load_weights, newest_checkpoint, 
 from openmythos.checkpoint.save import OWN_FILES, save_tensors, write_checkpoint
 from openmythos.config.schema import from_dict, to_dict
 from openmythos.folder import (
+    in_a_sentence,
     listed,
     put_in_place,
     remove_unfinished,
@@ -205,7 +206,9 @@ class RunFolder:
             record = _read_json(folder / STATE_RECORD)
             tensors = load_file(folder / STATE_TENSORS)
         except (OSError, ValueError, SafetensorError) as error:
-            raise ValueError(f"{folder} cannot be resumed: {error}; delete it or the run") from None
+            raise ValueError(
+                f"{folder} cannot be resumed: {in_a_sentence(error)}; delete it or the run"
+            ) from None
         task.load_state_dict(record["task"])
         _unpack_optimizers(optimizers, tensors, record["optimizers"])
         for damaged in self.checkpoints():

@@ -2,8 +2,12 @@
 
 import math
 
+import numpy as np
+from jaxtyping import Bool
+from torch import Tensor
+
 from openmythos.data.loader import TokenLoader
-from openmythos.data.packing import on_device
+from openmythos.data.packing import IGNORED_TARGET, on_device
 from openmythos.data.synthetic import Walks
 from openmythos.model.inference import inference
 from openmythos.model.recurrent import RecurrentDepthLM
@@ -15,25 +19,48 @@ Row = dict[str, float | int | str]  # one measurement, as it is written to metri
 def held_out_bits_per_byte(
     model: RecurrentDepthLM, loader: TokenLoader, num_loops: int, max_batches: int | None = None
 ) -> float:
-    """Bits per byte of the validation text at a fixed depth.
+    """Bits per byte of the validation text at a fixed depth; see ``held_out_bits``."""
+    documents = held_out_bits(model, loader, num_loops, max_batches)
+    return sum(bits for bits, _ in documents) / sum(size for _, size in documents)
+
+
+def held_out_bits(
+    model: RecurrentDepthLM, loader: TokenLoader, num_loops: int, max_batches: int | None = None
+) -> list[tuple[float, float]]:
+    """Bits and bytes of each document of the validation text at a fixed depth.
 
     Every token of the split counts once; ``max_batches`` limits the split to its first batches.
     """
-    nats, num_bytes = 0.0, 0
+    found: list[tuple[np.ndarray, ...]] = []
     with inference(model):
-        for batch in loader.validation_batches(max_batches):
+        for step, batch in enumerate(loader.validation_batches(max_batches)):
+            counted = (batch.targets != IGNORED_TARGET).numpy()
+            rows = loader.rows(step)[:, None] * loader.seq_len
+            places = rows + np.arange(1, loader.seq_len + 1)  # a target is the token that follows
+            sizes = loader.tokenizer.token_num_bytes[batch.targets.numpy()[counted]]
             batch, ctx = on_device(model, batch)
             output = model(batch.tokens, num_loops=num_loops, ctx=ctx)
-            nats += float(cross_entropy(output.logits, batch.targets).sum())
-            num_bytes += batch.num_bytes
-    return nats / math.log(2) / num_bytes
+            nats = cross_entropy(output.logits, batch.targets).double().cpu().numpy()
+            found.append((loader.document_of(places)[counted], nats[counted], sizes))
+    numbers, nats, sizes = (np.concatenate(column) for column in zip(*found, strict=True))
+    _, index = np.unique(numbers, return_inverse=True)
+    bits = np.bincount(index, weights=nats) / math.log(2)
+    return list(zip(bits.tolist(), np.bincount(index, weights=sizes).tolist(), strict=True))
 
 
 def hops_accuracy(
     model: RecurrentDepthLM, walks: Walks, num_hops: int, num_loops: int, size: int, seed: int
 ) -> float:
-    """Share of held-out walks of ``num_hops`` hops whose target is the most likely token."""
+    """Share of held-out walks that are answered right; see ``hops_right``."""
+    right = hops_right(model, walks, num_hops, num_loops, size, seed)
+    return float(right.float().mean())
+
+
+def hops_right(
+    model: RecurrentDepthLM, walks: Walks, num_hops: int, num_loops: int, size: int, seed: int
+) -> Bool[Tensor, " B"]:
+    """For each held-out walk of ``num_hops`` hops: whether its target is the most likely token."""
     batch = walks.held_out_batch(num_hops, size, seed).to(model.embed.weight.device)
     with inference(model):
         logits = model(batch.tokens, num_loops=num_loops).logits[:, -1]
-    return float((logits.argmax(dim=-1) == batch.targets[:, -1]).float().mean())
+    return logits.argmax(dim=-1) == batch.targets[:, -1]

@@ -151,7 +151,7 @@ def test_bad_configs_are_refused(folder: Path) -> None:
     with pytest.raises(ValueError, match=r"config\.json is not JSON"):
         load_checkpoint(folder)
     path.write_text("[]", encoding="utf-8")
-    with pytest.raises(ValueError, match="holds list, not a JSON object"):
+    with pytest.raises(ValueError, match="holds a list, not an object"):
         load_checkpoint(folder)
     path.unlink()
     with pytest.raises(ValueError, match=r"it has no config\.json"):

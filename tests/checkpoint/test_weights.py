@@ -289,7 +289,7 @@ def test_json_objects_are_read(tmp_path: Path) -> None:
     path.write_text('{"a": 1}', encoding="utf-8")
     assert read_json(path) == {"a": 1}
     path.write_text("3", encoding="utf-8")
-    with pytest.raises(ValueError, match="holds int, not a JSON object"):
+    with pytest.raises(ValueError, match="holds a whole number, not an object"):
         read_json(path)
     path.write_bytes(b"\xff\xfe")
     with pytest.raises(ValueError, match=r"x\.json is not JSON"):

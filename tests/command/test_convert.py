@@ -1,3 +1,5 @@
+import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,6 +25,17 @@ def test_a_published_checkpoint_is_converted_there_and_back(
     assert load_pretrained(ours).embed.weight.dtype == torch.float16
 
 
+def test_convert_reports_as_json(invoke: Invoke, text_run: Path, tmp_path: Path) -> None:
+    said = json.loads(invoke("convert", text_run, "--out", tmp_path / "out", "--json"))
+    count = sum(p.numel() for p in load_pretrained(text_run).parameters())
+    assert said == {
+        "folder": str(tmp_path / "out"),
+        "format": "openmythos",
+        "tokenizer": True,
+        "total_params": count,
+    }
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -36,3 +49,10 @@ def test_refusals(
     words = [hops_run if word == "RUN" else word for word in arguments]
     assert said in refused(invoke, *words, "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_names_of_families_are_plain(invoke: Invoke, hops_run: Path, tmp_path: Path) -> None:
+    said = refused(invoke, "convert", hops_run, "--to", "x", "--out", tmp_path / "out")
+    names = said.partition("allowed: ")[2].split(", ")
+    assert {"openmythos", "parcae", "parcae-gpt"} <= set(names)
+    assert all(re.fullmatch(r"[a-z0-9-]+", name) for name in names)

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from openmythos.cli import app
 from openmythos.command import demo
 from openmythos.demo import text as demo_text
 from openmythos.demo import walks as demo_hops
@@ -30,10 +32,13 @@ def test_demo_from_end_to_end(
     small_text = of("text", *model, f"data.source={text_file}", "data.seq_len=32")
     small_hops = of("hops", "model.d_model=16", "train.batch_size=16")
     out = tmp_path / "demo"
-    said = invoke(
-        "demo", "--out", out, "--text-seconds", 3, "--hops-seconds", 3, "--seed", 1,
+    command = [
+        *("demo", "--out", out, "--text-seconds", 3, "--hops-seconds", 3, "--seed", 1, "--json"),
         *sets(*small_text, *small_hops),
-    )  # fmt: skip
+    ]
+    result = CliRunner().invoke(app, [str(word) for word in command])
+    report, said = json.loads(result.stdout), result.stderr
+    assert report["report"] == str(out / "report.html") and len(report["takeaways"]) == 2
     for name in ("depth_curve.png", "hops_grid.png", "report.html"):
         assert (out / name).stat().st_size > 1000
         assert name in said

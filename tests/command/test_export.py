@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,9 @@ def test_a_checkpoint_without_a_tokenizer_says_so(
 ) -> None:
     said = invoke("export", hops_run, "--out", tmp_path / "export")
     assert "without a tokenizer" in said
+    said = json.loads(invoke("export", hops_run, "--out", tmp_path / "export", "--json"))
+    assert said["tokenizer"] is False and said["folder"] == str(tmp_path / "export")
+    assert said["num_loops"] == load_pretrained(hops_run).config.num_loops
     assert not (tmp_path / "export" / "tokenizer_config.json").exists()
 
 

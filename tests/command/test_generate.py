@@ -68,7 +68,8 @@ def test_generate_refuses(invoke: Invoke, text_run: Path, hops_run: Path, tmp_pa
     for arguments, said in (
         ((text_run,), "at least one --prompt"),
         ((tmp_path / "absent", *prompt), "does not exist"),
-        ((hops_run, *prompt), "no tokenizer.json"),
+        ((hops_run, *prompt), "of a run on walks"),
+        (("/usr", *prompt), "/usr is no checkpoint: it has no config.json"),
         ((text_run, *prompt, "--exit-rule", "hope"), "exit_rule.kind is 'hope'"),
         (
             (text_run, *prompt, *sets("threshold=1")),
@@ -80,7 +81,7 @@ def test_generate_refuses(invoke: Invoke, text_run: Path, hops_run: Path, tmp_pa
         ((text_run, *prompt, "--cache-layout", "none"), "--cache-layout is 'none'"),
         ((text_run, *prompt, "--cache-layout", "every_k"), "missing"),
         ((text_run, *prompt, "--num-loops", 0), "num_loops is 0"),
-        ((text_run, *prompt, "--max-new-tokens", 1000), "max_seq_len=64"),
+        ((text_run, *prompt, "--max-new-tokens", 1000), "room for 64 in all"),
         ((text_run, *prompt, "--device", "cuda:77"), "--device is 'cuda:77'"),
     ):
         message = refused(invoke, "generate", *arguments)

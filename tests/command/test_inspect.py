@@ -158,8 +158,10 @@ def test_errors_say_what_is_wrong(invoke: Invoke, tmp_path: Path) -> None:
     file.write_text('{"vocab_siz": 3}', encoding="utf-8")
     wrong = error(invoke, "inspect", str(file))
     assert wrong.startswith(f"{file}: unknown key 'vocab_siz'; did you mean 'vocab_size'?")
-    file.write_text("[1]", encoding="utf-8")
-    assert "expected an object" in error(invoke, "inspect", str(file))
+    for data, said in (([1] * 900_000, "a list"), ("tiny", "text"), (None, "null")):
+        file.write_text(json.dumps(data), encoding="utf-8")
+        whole = f"{file} holds {said}; a model's configuration is an object"
+        assert error(invoke, "inspect", str(file)) == whole
 
 
 @pytest.mark.parametrize("text", ["0", "1,x", "", "4,-1"])

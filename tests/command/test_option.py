@@ -1,11 +1,19 @@
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from openmythos.cli import app
 from openmythos.command.option import check_device, parse_dtype, parse_loops
+from openmythos.data.prepare import prepare
+from openmythos.data.synthetic import HopsConfig
+from openmythos.engine.request import Request
+from openmythos.engine.sampling import row_generator
 from openmythos.tokenizer import Tokenizer
+from openmythos.train.recipe import TrainConfig
 from tests.command.conftest import Invoke, refused
 from tests.foreign import CHATML
 from tests.interop.test_gguf import small_llama, write_gguf
@@ -17,6 +25,61 @@ def test_parse_loops() -> None:
     for text in ("", "0", "1,-2", "1,,2", "x", "1.5"):
         with pytest.raises(ValueError, match=f"--num-loops is {text!r}; give positive"):
             parse_loops(text)
+
+
+def examples_of_set() -> dict[str, list[str]]:
+    """The overrides that each command's help gives as examples."""
+    found = {}
+    for command in app.registered_commands:
+        name = command.name or command.callback.__name__
+        words = CliRunner().invoke(app, [name, "--help"]).output.split()
+        given = [word.strip(".,()") for word in words if word.count("=") == 1]
+        found[name] = [
+            word for word in given if "--set" in words and not word.rpartition("=")[2].isupper()
+        ]
+    return {name: given for name, given in found.items() if given}
+
+
+def test_help_names_fields_that_the_command_has() -> None:
+    from openmythos.command.decoding import decoding_of
+    from openmythos.command.demo import configs
+    from openmythos.config.presets import preset
+    from openmythos.config.schema import apply_overrides
+    from openmythos.train.run import resolve
+
+    def decode(overrides: list[str]) -> None:
+        decoding_of("kl", "every_k", overrides)
+
+    accepts = {
+        "train": lambda given: resolve("tiny", None, None, given, None),
+        "inspect": lambda given: apply_overrides(preset("tiny"), given),
+        "demo": lambda given: configs(0, 1.0, 1.0, given),
+        "generate": decode,
+        "chat": decode,
+    }
+    examples = examples_of_set()
+    assert examples.keys() == accepts.keys()
+    for name, given in examples.items():
+        accepts[name](given)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**64, 10**30])
+def test_a_seed_has_one_range_and_one_text(seed: int) -> None:
+    said = f"seed is {seed}; it must be an integer in 0..18446744073709551615"
+    for use in (
+        lambda: Request(tokens=[1], seed=seed),
+        lambda: TrainConfig(max_steps=1, seed=seed),
+        lambda: HopsConfig(seed=seed),
+        lambda: row_generator(seed, 0),
+        lambda: prepare("absent", "absent", seed=seed),
+    ):
+        with pytest.raises(ValueError, match=f"^{re.escape(said)}$"):
+            use()
+    for name in ("train", "generate", "chat", "demo", "prepare", "eval"):
+        given = [] if name in ("train", "demo") else ["absent"]
+        with pytest.raises(ValueError, match=f"^--{re.escape(said)}$"):
+            CliRunner().invoke(app, [name, *given, "--seed", str(seed)], catch_exceptions=False)
+    assert TrainConfig(max_steps=1, seed=2**64 - 1).seed == 2**64 - 1
 
 
 def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -71,26 +71,29 @@ def test_round_trip():
         ({"frame": {"widht": 1}}, "unknown key 'frame.widht'; did you mean 'width'?"),
         ({"frame": {"kind": "thin"}}, "unknown key 'frame.kind'"),
         ({"kind": "picture"}, "unknown key 'kind'"),
-        ({"size": "3"}, "size is '3'; expected int"),
-        ({"size": 3.0}, "size is 3.0; expected int"),
-        ({"size": True}, "size is True; expected int"),
-        ({"signed": 1}, "signed is 1; expected bool"),
-        ({"shape": {"kind": "circle", "radius": True}}, "shape.radius is True; expected float"),
-        ({"shape": {"kind": "circle", "radius": "big"}}, "shape.radius is 'big'; expected float"),
+        ({"size": "3"}, "size is '3'; expected a whole number"),
+        ({"size": 3.0}, "size is 3.0; expected a whole number"),
+        ({"size": True}, "size is true; expected a whole number"),
+        ({"signed": 1}, "signed is 1; expected true or false"),
+        ({"shape": {"kind": "circle", "radius": True}}, "shape.radius is true; expected a number"),
+        (
+            {"shape": {"kind": "circle", "radius": "big"}},
+            "shape.radius is 'big'; expected a number",
+        ),
         ({"shape": {"kind": "square"}}, "shape.kind is 'square'; allowed: circle, polygon"),
-        ({"shape": None}, "shape.kind is None; allowed: circle, polygon"),
-        ({"shape": {"radius": 1.0}}, "shape.kind is None; allowed: circle, polygon"),
+        ({"shape": None}, "shape.kind is null; allowed: circle, polygon"),
+        ({"shape": {"radius": 1.0}}, "shape.kind is null; allowed: circle, polygon"),
         ({"shape": {"kind": "polygon"}}, "shape: missing corners"),
         ({"shape": {"kind": "polygon", "corners": 3}}, "shape.corners is 3; expected a list"),
         (
             {"shape": {"kind": "polygon", "corners": [1, "b"]}},
-            "shape.corners[1] is 'b'; expected int",
+            "shape.corners[1] is 'b'; expected a whole number",
         ),
         ({"stamp": "square"}, "stamp.kind is 'square'; allowed: circle, polygon or null"),
         ({"only": {"kind": "polygon"}}, "only.kind is 'polygon'; allowed: 'circle'"),
         ({"frame": {"style": "wavy"}}, "frame.style is 'wavy'; allowed: 'thin', 'thick'"),
-        ({"frame": 3}, "frame: expected an object, got 3"),
-        ({"label": 1.5}, "label is 1.5; expected str or int"),
+        ({"frame": 3}, "frame: expected an object, got a whole number"),
+        ({"label": 1.5}, "label is 1.5; expected text or a whole number"),
     ],
 )
 def test_errors_name_the_field_in_one_line(change, message):
@@ -101,7 +104,7 @@ def test_errors_name_the_field_in_one_line(change, message):
 
 
 def test_a_missing_field_is_named():
-    with pytest.raises(ValueError, match="Picture: missing size"):
+    with pytest.raises(ValueError, match=r"^missing size"):
         schema.from_dict(Picture, {})
 
 
@@ -145,11 +148,11 @@ def test_overrides(overrides, wanted):
         ("frame.widht=3", "unknown key 'frame.widht'; did you mean 'width'?"),
         ("frame.kind=thin", "unknown key 'frame.kind'"),
         ("size.big=3", "'size' has no fields; cannot set 'size.big'"),
-        ("size=big", "size is 'big'; expected int"),
-        ("size=null", "size is None; expected int"),
+        ("size=big", "size is 'big'; expected a whole number"),
+        ("size=null", "size is null; expected a whole number"),
         ("shape.kind=square", "shape.kind is 'square'; allowed: circle, polygon"),
         ("shape.radius=3", "unknown key 'shape.radius'"),
-        ("stamp.radius=3", "stamp.kind is None; allowed: circle, polygon or null"),
+        ("stamp.radius=3", "stamp.kind is null; allowed: circle, polygon or null"),
     ],
 )
 def test_bad_overrides(override, message):

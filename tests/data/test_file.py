@@ -133,7 +133,12 @@ def test_long_fields_of_csv(tmp_path: Path) -> None:
             "a.jsonl",
             b'{"text": "one"}\n{"te\n[1]\n{"text": 3}\n{"text": "\xff"}\n{"text": "two"}\n',
             [
-                *["one", "line 2 is not JSON", "line 3 is a list", "holds a int, not text"],
+                *[
+                    "one",
+                    "line 2 is not JSON",
+                    "line 3 is a list",
+                    "holds a whole number, not text",
+                ],
                 *["not UTF-8: byte 0xff at offset 47", "two"],
             ],
         ),

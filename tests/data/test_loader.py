@@ -173,7 +173,7 @@ def test_arguments_out_of_range(folder):
     good = {"seq_len": 8, "batch_size": 4}
     for options, message in [
         ({"split": "test"}, "unknown split 'test': choose one of train, val"),
-        ({"seq_len": 0}, "seq_len=0 is too small"),
+        ({"seq_len": 0}, "seq_len is 0; it must be at least 1"),
         ({"batch_size": 0}, "batch_size=0 cannot be shared"),
         ({"world_size": 3}, "batch_size=4 cannot be shared by 3 ranks.*multiple of 3"),
         ({"rank": 1}, "rank=1 of world_size=1 is out of range"),

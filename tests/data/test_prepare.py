@@ -195,10 +195,10 @@ def test_other_peoples_files_are_left_alone(corpus, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"vocab_size": 10}, "vocab_size=10 is too small.*259"),
-        ({"val_fraction": 1.0}, "val_fraction=1.0 is out of range"),
-        ({"val_fraction": -0.1}, "val_fraction=-0.1 is out of range"),
-        ({"seed": -1}, "seed=-1 is negative"),
+        ({"vocab_size": 10}, "vocab_size is 10; it must be at least 259"),
+        ({"val_fraction": 1.0}, "val_fraction is 1.0; it must be 0"),
+        ({"val_fraction": -0.1}, "val_fraction is -0.1; it must be 0"),
+        ({"seed": -1}, "seed is -1; it must be an integer in 0..18446744073709551615"),
         ({"max_shard_tokens": 0}, "max_shard_tokens=0 is too small"),
     ],
 )

@@ -58,7 +58,7 @@ def test_parquet_rows(tmp_path):
     ]
     with pytest.raises(ValueError, match=r"no column 'body'; its columns are: text, id"):
         texts(file, column="body")
-    with pytest.raises(ValueError, match=r"row 1 column 'id' holds a int, not text"):
+    with pytest.raises(ValueError, match=r"row 1 column 'id' holds a whole number, not text"):
         texts(file, column="id")
 
 
@@ -70,7 +70,7 @@ def test_parquet_rows(tmp_path):
         (b'{"text": "fine"}\n{"text": "\xff"}\n', "a.jsonl is not UTF-8: byte 0xff at offset 27"),
         (b"[1]\n", "line 1 is a list, not an object with a 'text' column"),
         (b'{"body": "x", "n": 1}\n', "line 1 has no column 'text'; its columns are: body, n"),
-        (b'{"text": 3}\n', "line 1 column 'text' holds a int, not text"),
+        (b'{"text": 3}\n', "line 1 column 'text' holds a whole number, not text"),
     ],
 )
 def test_jsonl_errors(tmp_path, content, message):

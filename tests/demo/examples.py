@@ -3,8 +3,11 @@
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+
 from openmythos.analysis.trace import LoopTrace
 from openmythos.demo.result import DemoResults, HopsResult, TextResult
+from openmythos.eval.score import Outcomes
 from openmythos.report.page import Piece, Sample
 
 
@@ -23,12 +26,39 @@ def loop_trace(num_loops: int = 4, **changes: Any) -> LoopTrace:
     return replace(trace, **changes)
 
 
-def text_result(**changes: Any) -> TextResult:
+VALIDATION = {1: 2.5, 2: 2.2, 4: 2.0, 8: 1.98, 16: 1.99}
+NUM_DOCUMENTS, NUM_WALKS = 40, 100
+
+
+def documents(bits_per_byte: float, jitter: float = 0.0) -> Outcomes:
+    """Bits and bytes of documents that differ by far more than two depths do on one of them.
+
+    Args:
+        bits_per_byte: Of all of them together.
+        jitter: How far a document's own change may be from the change of the others.
+    """
+    odd = [(-1) ** n * 0.3 + (-1) ** (n // 2) * jitter for n in range(NUM_DOCUMENTS)]
+    return [(1000 * (bits_per_byte + part), 1000.0) for part in odd]
+
+
+def answers(accuracy: Any) -> Any:
+    """Walks of which these shares are right: the easy ones first."""
+    limits = np.rint(np.asarray(accuracy) * NUM_WALKS)[..., None]
+    return np.arange(NUM_WALKS) < limits
+
+
+def loops_taken(means: list[float]) -> Any:
+    """Loops of walks with about these means."""
+    spread = np.arange(NUM_WALKS) / NUM_WALKS
+    return np.floor(np.asarray(means)[:, None] + spread).astype(int)
+
+
+def text_result(validation: dict[int, float] | None = None, **changes: Any) -> TextResult:
     pieces = [Piece(" a", 1), Piece(" <script>alert(1)</script>", 4), Piece("\n\x1b[31m &", 16)]
     fields: dict[str, Any] = {
         "train_curve": [(float(t), 2.0 + 4.0 / t) for t in range(1, 40)],
         "held_out_curve": [(20.0, 2.3), (39.0, 2.0)],
-        "validation": {1: 2.5, 2: 2.2, 4: 2.0, 8: 1.98, 16: 1.99},
+        "held_out": {n: documents(value) for n, value in (validation or VALIDATION).items()},
         "mean_recurrence": 4.0,
         "sampled_loops": (1, 9),
         "depth_sampling": "Poisson",
@@ -44,22 +74,31 @@ def text_result(**changes: Any) -> TextResult:
     return TextResult(**{**fields, **changes})
 
 
-def hops_result(**changes: Any) -> HopsResult:
+ACCURACY = [
+    [0.9, 1.0, 1.0, 1.0, 1.0],
+    [0.2, 0.9, 1.0, 1.0, 1.0],
+    [0.06, 0.1, 0.85, 0.9, 0.9],
+    [0.06, 0.07, 0.6, 0.8, 0.8],
+    [0.06, 0.06, 0.1, 0.5, 0.6],
+]
+EXIT_LOOPS, EXIT_ACCURACY = [1.5, 2.2, 4.1, 5.0, 7.7], [1.0, 0.98, 0.9, 0.8, 0.5]
+
+
+def hops_result(
+    accuracy: Any = ACCURACY,
+    exit_loops: Any = EXIT_LOOPS,
+    exit_accuracy: Any = EXIT_ACCURACY,
+    **changes: Any,
+) -> HopsResult:
     fields: dict[str, Any] = {
         "exit_rule": "argmax stable for 2 loops",
         "hops": [1, 2, 4, 5, 8],
         "loops": [1, 2, 4, 8, 16],
-        "accuracy": [
-            [0.9, 1.0, 1.0, 1.0, 1.0],
-            [0.2, 0.9, 1.0, 1.0, 1.0],
-            [0.06, 0.1, 0.85, 0.9, 0.9],
-            [0.06, 0.07, 0.6, 0.8, 0.8],
-            [0.06, 0.06, 0.1, 0.5, 0.6],
-        ],
+        "right": answers(accuracy),
         "max_train_hops": 4,
         "trained_loops": (2, 8),
-        "exit_loops": [1.5, 2.2, 4.1, 5.0, 7.7],
-        "exit_accuracy": [1.0, 0.98, 0.9, 0.8, 0.5],
+        "taken": loops_taken(exit_loops),
+        "taken_right": answers(exit_accuracy),
         "rank_correlation": 0.97,
         "leak_baselines": {n: {"majority": 0.07, "suffix": 0.08} for n in (1, 2, 4, 5, 8)},
         "chance": 0.0625,

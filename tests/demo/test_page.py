@@ -7,7 +7,7 @@ import pytest
 
 from openmythos.demo.page import render_page, write_report
 from openmythos.report.page import Sample
-from tests.demo.examples import demo_results, hops_result, text_result
+from tests.demo.examples import ACCURACY, demo_results, text_result
 from tests.report.parser import Page
 
 
@@ -22,7 +22,9 @@ def test_report_writes_its_files(tmp_path: Path) -> None:
     names = {path.name for path in page.parent.iterdir()}
     assert names == {"report.html", "depth_curve.png", "hops_grid.png", "results.json"}
     record = json.loads((page.parent / "results.json").read_text(encoding="utf-8"))
-    assert record["hops"]["accuracy"] == hops_result().accuracy
+    assert record["hops"]["accuracy"] == ACCURACY
+    assert record["hops"]["accuracy_stderr"][0][0] == pytest.approx((0.9 * 0.1 / 99) ** 0.5)
+    assert record["text"]["differences"]["1"]["value"] == pytest.approx(0.5)
     assert record["takeaways"]["Reading"][0]["holds"] is True
 
 

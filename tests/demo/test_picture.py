@@ -1,6 +1,7 @@
 from pathlib import Path
 
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from openmythos.analysis import picture as style
 from openmythos.demo import picture
@@ -47,6 +48,18 @@ def test_hops_grid_parts_trained_from_never_trained() -> None:
     both = words(style.to_svg(picture.hops_grid(hops_result(), halted_result())))
     assert "The original's halting" in both
     assert "ACT" in both
+
+
+def test_column_heads_of_the_grid_do_not_touch() -> None:
+    figure = picture.hops_grid(hops_result(), halted_result())
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    with style.styled():
+        for axes in figure.axes:
+            texts = {text.get_text(): text for text in axes.texts}
+            boxes = [texts[name].get_window_extent(renderer) for name in ("loops", "accuracy")]
+            gap = boxes[1].x0 - boxes[0].x1
+            assert gap > 0.12 * figure.dpi, "less than a letter apart"
+            assert boxes[1].x1 < figure.bbox.x1 - 1
 
 
 def test_other_pictures_say_what_they_show() -> None:

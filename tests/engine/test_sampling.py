@@ -1,10 +1,12 @@
 import math
+from typing import Any
 
 import pytest
 import torch
 
 from openmythos.engine.sampling import (
     SamplingConfig,
+    adjusted,
     row_generator,
     sample,
     token_logprobs,
@@ -113,7 +115,7 @@ def test_seed_and_row_choose_the_draws() -> None:
         return float(torch.rand((), generator=row_generator(seed, row)))
 
     assert first(1, 2) == first(1, 2)
-    assert len({first(seed, row) for seed in range(-2, 3) for row in range(5)}) == 25
+    assert len({first(seed, row) for seed in range(5) for row in range(5)}) == 25
 
 
 def test_half_precision_logits() -> None:
@@ -133,8 +135,17 @@ def test_half_precision_logits() -> None:
         ({"top_k": 0}, "top_k is 0; it must be an integer of at least 1"),
         ({"top_k": 2.5}, "top_k is 2.5; it must be an integer"),
         ({"top_p": None, "top_k": "3"}, "top_k is '3'"),
-        ({"top_p": 0.0}, r"top_p is 0.0; it must be a number in \(0, 1\]"),
+        ({"top_p": 0.0}, r"top_p is 0.0; it must be a number above 0 and at most 1"),
         ({"top_p": 1.1}, "top_p is 1.1"),
+        ({"logit_bias": 3}, "logit_bias is 3; it must be numbers by token id"),
+        ({"logit_bias": [3]}, r"logit_bias is \[3\]; it must be numbers by token id"),
+        ({"logit_bias": {-1: 1.0}}, "an id of logit_bias is -1"),
+        ({"logit_bias": {"1": 1.0}}, "an id of logit_bias is '1'"),
+        ({"logit_bias": {1: math.nan}}, "a bias of logit_bias is nan"),
+        ({"logit_bias": {1: math.inf}}, "a bias of logit_bias is inf"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty is 0.0; it must be a number above 0"),
+        ({"frequency_penalty": math.inf}, "frequency_penalty is inf; it must be a number"),
+        ({"presence_penalty": "1"}, "presence_penalty is '1'; it must be a number"),
     ],
 )
 def test_bad_settings_are_refused(settings: dict[str, float], message: str) -> None:
@@ -188,3 +199,47 @@ def test_ids_past_the_tokenizers_are_never_sampled() -> None:
     assert torch.allclose(probs[0, :3], torch.tensor([0.0, 1.0, 2.0]).double().softmax(0))
     with pytest.raises(ValueError, match="num_ids is 0"):
         SamplingConfig(num_ids=0)
+
+
+# --- bias and penalties ---------------------------------------------------------------------------
+
+
+def adjust(text: list[int], num_new: int, **settings: Any) -> list[float]:
+    logits = torch.tensor([[2.0, -1.0, 0.5, 0.0]])
+    return adjusted(logits, [SamplingConfig(**settings)], [text], [num_new])[0].tolist()
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, [2.0, -1.0, 0.5, 0.0]),
+        ({"logit_bias": [(3, 4.0), (1, -math.inf)]}, [2.0, -math.inf, 0.5, 4.0]),
+        # In the text are 0, 1 (given) and 0, 0, 2 (new).
+        ({"repetition_penalty": 2.0}, [1.0, -2.0, 0.25, 0.0]),
+        ({"frequency_penalty": 0.5}, [1.0, -1.0, 0.0, 0.0]),
+        ({"presence_penalty": 0.5}, [1.5, -1.0, 0.0, 0.0]),
+        ({"frequency_penalty": -0.5, "presence_penalty": 0.25}, [2.75, -1.0, 0.75, 0.0]),
+        # The bias comes first, then the division, then what is subtracted.
+        (
+            {"logit_bias": [(0, 2.0)], "repetition_penalty": 2.0, "frequency_penalty": 0.25},
+            [1.5, -2.0, 0.0, 0.0],
+        ),
+    ],
+)
+def test_bias_and_penalties_by_numbers(settings: dict[str, Any], expected: list[float]) -> None:
+    assert adjust([0, 1, 0, 0, 2], 3, **settings) == expected
+
+
+def test_rows_are_adjusted_alone_and_the_given_logits_stay() -> None:
+    logits = torch.randn(3, 6, generator=torch.Generator().manual_seed(0))
+    before = logits.clone()
+    plain, biased = SamplingConfig(), SamplingConfig(logit_bias=[(2, 9.0)])
+    changed = adjusted(logits, [plain, biased, plain], [[1], [], [2, 2]], [0, 0, 2])
+    assert torch.equal(logits, before)
+    assert (changed != logits).nonzero().tolist() == [[1, 2]]
+    assert adjusted(logits, [plain] * 3, [[]] * 3, [0] * 3) is logits
+
+
+def test_forbidding_every_token_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"^logit_bias forbids every token; leave at least one$"):
+        adjust([0], 0, logit_bias=[(i, -math.inf) for i in range(4)])

@@ -1,10 +1,11 @@
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from openmythos.analysis.picture import to_svg
 from openmythos.eval.picture import plot_score_curves, score_curves
-from openmythos.eval.score import Score, ScoreCurve
+from openmythos.eval.score import Measured, Score, ScoreCurve, summarise, sweep
 
 
 def curve(task: str, **changes: object) -> ScoreCurve:
@@ -24,6 +25,40 @@ def test_the_picture_says_what_it_shows() -> None:
     for said in ("words", "exact match", "overlap 0.40", "bits per byte, lower is better", "loops"):
         assert f">{said}<" in drawn
     assert "chance" not in drawn  # only the strongest guesser
+
+
+def limits(drawn: Any) -> list[tuple[float, float]]:
+    return [axes.get_ylim() for axes in drawn.axes]
+
+
+def test_panels_of_one_metric_have_the_same_axis() -> None:
+    near = {n: Score(0.95 + 0.01 * n, 0.02, 100) for n in (1, 2)}
+    bits = curve("bits", metric="bits_per_byte", scores={1: Score(2.0, None, 9)})
+    drawn = score_curves(
+        [curve("far", metric="acc"), curve("near", metric="acc", scores=near), bits]
+    )
+    far, close, other = limits(drawn)
+    assert far == close and far[0] < 0.18 and far[1] > 0.97
+    assert other != far and other[0] < 2.0 < other[1]
+    assert ">accuracy<" in to_svg(drawn) and ">acc<" not in to_svg(drawn)
+
+
+def test_bars_show_the_difference_and_not_the_level() -> None:
+    """Half of the questions are right at any depth: the levels' errors are large, that of the
+    difference is small."""
+
+    def measure_at(loops: int) -> dict[tuple[str, str], Measured]:
+        outcomes = [(float(n < 200 or (loops > 1 and n < 210)), 1.0) for n in range(400)]
+        return {("t", "acc"): Measured(score=summarise(outcomes), outcomes=outcomes)}
+
+    (found,) = sweep([1, 4], measure_at)
+    assert found.differences[4].value == pytest.approx(10 / 400)
+    drawn = score_curves([found])
+    (bars,) = [c for c in drawn.axes[0].collections if hasattr(c, "get_segments")]
+    lengths = [float(segment[1, 1] - segment[0, 1]) / 2 for segment in bars.get_segments()]
+    assert lengths == pytest.approx([0.0, found.differences[4].stderr])
+    assert lengths[1] < found.scores[4].stderr / 3
+    assert "difference" in to_svg(drawn) and "to 1 loop, question by question" in to_svg(drawn)
 
 
 def test_one_point_without_an_error_can_be_drawn() -> None:

@@ -1,11 +1,12 @@
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 from torch.nn import functional
 
 from openmythos.model.recurrent import RecurrentDepthLM
-from openmythos.train.validation import held_out_bits_per_byte, hops_accuracy
+from openmythos.train.validation import held_out_bits, held_out_bits_per_byte, hops_accuracy
 from tests.strategies import random_model
 from tests.train.examples import loader, oracle, small_walks, tiny_model
 
@@ -29,6 +30,22 @@ def test_bits_per_byte_by_hand(prepared: Path) -> None:
     split = loader(prepared)
     assert num_bytes == split.num_bytes
     assert bits == pytest.approx(nats / math.log(2) / num_bytes, rel=1e-5)
+
+
+def test_bits_are_counted_by_document(prepared: Path) -> None:
+    """Documents go on over rows and batches; a batch's bytes are shared among them."""
+    model, split = random_model(tiny_model(max_seq_len=32)), loader(prepared, "train")
+    numbers = split.document_of(np.arange(split.num_tokens))
+    second = int(np.argmax(numbers == 1))  # where the second document begins
+    num_batches = second // (4 * 32) + 1
+    documents = held_out_bits(model, split, 1, num_batches)
+    sizes = [size for _, size in documents]
+    assert len(sizes) == 2 and sizes[0] == second - 2  # without bos and eos; ids are bytes
+    assert sum(sizes) == sum(batch.num_bytes for batch in split.validation_batches(num_batches))
+    total = sum(bits for bits, _ in documents) / sum(sizes)
+    assert total == held_out_bits_per_byte(model, split, 1, num_batches)
+    first = held_out_bits(model, loader(prepared, "train", 1), 1, second // 32 + 1)[0]
+    assert first == pytest.approx(documents[0], rel=1e-5)
 
 
 def test_bits_per_byte_does_not_depend_on_the_batch(prepared: Path) -> None:

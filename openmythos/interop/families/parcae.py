@@ -394,7 +394,7 @@ FAMILY = Family(
     prefixes=PREFIXES,
 )
 GPT_FAMILY = Family(
-    name="Parcae's GPT baseline",
+    name="Parcae GPT",
     recognises=recognises_gpt,
     read_config=read_gpt_config,
     write_config=write_gpt_config,

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from openmythos.config.schema import require
 from openmythos.folder import put_in_place
+from openmythos.terminal import note
 
 EAGER = ("attention", "experts")  # what any eager forward may use
 KERNELS = (*EAGER, "narrow")
@@ -114,6 +115,7 @@ def _build(name: str, compiler: list[str]) -> Path:
     """The library's file, built if it is not there."""
     target = library(name, compiler)
     if not target.exists():
+        note(f"building kernels of {name} for this CPU, once ...")
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:
             fresh = Path(folder, target.name)

@@ -478,7 +478,7 @@ def test_a_head_that_is_not_tied_is_refused(tmp_path: Path) -> None:
         (read_config, {"init_values": {"std": 0.1}}, "missing embed_scale"),
         (read_config, {"rope_scaling": None}, "unknown rope_scaling"),
         (read_config, {"quantization_config": {}}, "unknown quantization_config"),
-        (read_config, {"block_size": "4096"}, "block_size is '4096', expected int"),
+        (read_config, {"block_size": "4096"}, "block_size is '4096', expected a whole number"),
         (read_retrofitted, {"qk_bias": True}, "qk_bias is True; it needs num_key_value_heads"),
         (read_retrofitted, {"rope_scaling": {"rope_type": "yarn"}}, "rope_type is 'yarn'"),
         (read_retrofitted, {"n_experts": 4}, "unknown n_experts"),

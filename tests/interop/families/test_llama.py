@@ -143,7 +143,7 @@ def test_configs_of_version_4_and_bare_ones() -> None:
         ({"sliding_window": 4}, "unknown sliding_window"),
         ({"num_attention_heads": 5}, "num_attention_heads is 5; it must divide hidden_size=32"),
         ({"num_key_value_heads": 3}, "num_kv_heads is 3"),
-        ({"vocab_size": "40"}, "vocab_size is '40', expected int"),
+        ({"vocab_size": "40"}, "vocab_size is '40', expected a whole number"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_type is 'yarn'"),
         ({"rope_theta": 1.0, "rope_parameters": {"rope_theta": 2.0}}, "they must be equal"),
     ],

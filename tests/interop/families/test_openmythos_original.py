@@ -246,7 +246,7 @@ def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
         ({"attn_type": "foo"}, "attn_type is 'foo'; allowed: 'gqa', 'mla'"),
         ({"attn_type": "gqa", "n_heads": 5}, "n_heads is 5; it must divide dim=24"),
         ({"attn_type": "gqa", "n_kv_heads": 3}, "num_kv_heads is 3"),
-        ({"dim": "24"}, "dim is '24', expected int"),
+        ({"dim": "24"}, "dim is '24', expected a whole number"),
         ({"rope_scaling": 2}, "unknown rope_scaling"),
         ({"act_threshold": 1.5}, "threshold is 1.5"),
     ],

@@ -260,7 +260,7 @@ def test_wrong_weights_are_listed_by_their_names(tmp_path: Path) -> None:
         ({"layer_types": ["sliding_attention"] * 24}, "layer_types is ['sliding_attention'"),
         ({"layer_types": ["full_attention"] * 3}, "for each of 24 layers"),
         ({"head_dim": None, "num_attention_heads": 15}, "num_attention_heads is 15; it must"),
-        ({"total_ut_steps": "4"}, "total_ut_steps is '4', expected int"),
+        ({"total_ut_steps": "4"}, "total_ut_steps is '4', expected a whole number"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type is 'linear'"),
         ({"num_experts": 8}, "unknown num_experts"),
     ],

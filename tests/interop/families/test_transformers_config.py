@@ -54,7 +54,7 @@ def test_rotary_positions_are_read(data: dict[str, Any], expected: RopeConfig) -
     ("data", "message"),
     [
         ({}, r"missing rope_theta \(of the rotary positions\)"),
-        ({"rope_theta": None}, "rope_theta is None, expected float"),
+        ({"rope_theta": None}, "rope_theta is None, expected a number"),
         ({"rope_theta": 5e5, "rope_scaling": "llama3"}, "expected an object or null"),
         ({"rope_theta": 5e5, "rope_scaling": {"rope_type": "yarn"}}, "rope_type is 'yarn'"),
         ({"rope_theta": 5e5, "rope_scaling": without(SCALED, "factor")}, "missing factor"),

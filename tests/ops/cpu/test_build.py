@@ -53,9 +53,16 @@ def test_threads_that_load_the_same_kernel_build_it_once(monkeypatch, tmp_path):
     calls = tmp_path / "calls"
     build = f"echo called >> {calls}; sleep 0.2; for last; do :; done; echo built > $last"
     monkeypatch.setenv("CXX", script(tmp_path, build))
+    said = []
+    monkeypatch.setattr(native, "note", lambda text: said.append((text, calls.exists())))
     with ThreadPoolExecutor(4) as pool:
         assert all(pool.map(native.load, ["narrow"] * 4))
     assert calls.read_text(encoding="utf-8") == "called\n"
+    assert said == [
+        ("building kernels of narrow for this CPU, once ...", False)
+    ]  # said before it is done
+    native._load.__wrapped__("narrow")
+    assert len(said) == 1  # it is there now
 
 
 def test_single_kernels_are_switched_off(compiler, monkeypatch):

@@ -4,6 +4,7 @@ import pytest
 
 from openmythos.command import decoding
 from openmythos.engine.sampling import SamplingConfig
+from openmythos.report.page import LoopScale
 from openmythos.text_stream import decode_pieces
 from openmythos.tokenizer import Tokenizer, byte_tokenizer
 from tests.foreign import END, backend, write_folder
@@ -12,9 +13,9 @@ from tests.foreign import END, backend, write_folder
 def test_a_character_of_several_tokens_is_shown_whole() -> None:
     tokenizer = byte_tokenizer()
     pieces = decode_pieces(tokenizer, tokenizer.encode("aé€"))
-    shown = [decoding.coloured([piece], [2] * 6, 4) for piece in pieces]
+    shown = [decoding.coloured([piece], [2] * 6, LoopScale(1, 4)) for piece in pieces]
     assert [text.plain for text in shown] == ["a", "é", "€"]
-    assert decoding.coloured(pieces, [2] * 6, 4).plain == "aé€"
+    assert decoding.coloured(pieces, [2] * 6, LoopScale(1, 4)).plain == "aé€"
 
 
 def test_what_is_not_obeyed_is_said_once(

@@ -113,13 +113,9 @@ def generate(
         ValueError: A bad prompt, number or combination; raised before anything is computed.
     """
     rows = _token_rows(prompts)
-    columns = (
-        _per_row("max_new_tokens", max_new_tokens, len(rows)),
-        _per_row("num_loops", num_loops, len(rows)),
-        _per_row("temperature", temperature, len(rows)),
-        _per_row("top_k", top_k, len(rows)),
-        _per_row("top_p", top_p, len(rows)),
-    )
+    given: dict[str, Any] = {"max_new_tokens": max_new_tokens, "num_loops": num_loops}
+    given |= {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    columns = [_per_row(name, value, len(rows)) for name, value in given.items()]
     return_logits = as_flag("return_logits", return_logits)
     stops = Request(tokens=(), stop_tokens=stop_tokens).stop_tokens  # an iterator is read once
     requests = [

@@ -288,7 +288,7 @@ class GgufWeights(StoredWeights):
         stored = self._stored[name]
         try:
             numbers = dequantize(stored.data, stored.tensor_type)  # a view if stored so
-        except NotImplementedError:
+        except RuntimeError:  # the package has no code for this type
             kind = stored.tensor_type.name
             raise ValueError(f"{self.folder}: {stored.name} has the unknown type {kind}") from None
         wide = torch.tensor(numbers).reshape(self.shapes[name])

@@ -17,6 +17,7 @@ from openmythos.command import (
     inspect,
     prepare,
     presets,
+    report,
     retrofit,
     train,
 )
@@ -64,6 +65,7 @@ app.command("eval")(evaluate.evaluate)
 app.command()(retrofit.retrofit)
 app.command()(presets.presets)
 app.command()(inspect.inspect)
+app.command()(report.report)
 app.command()(export.export)
 app.command()(convert.convert)
 

@@ -279,6 +279,20 @@ def locked(folder: Path) -> Iterator[None]:
                 path.unlink()  # while it is locked: a lock on a removed file is worth nothing
 
 
+def holder(folder: Path) -> str | None:
+    """The process that has locked a folder, in words; None if no process has."""
+    if sys.platform == "win32":
+        return None
+    import fcntl
+
+    with contextlib.suppress(OSError), (folder / LOCK_FILE).open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return file.read(200).decode(errors="replace") or "another process"
+    return None
+
+
 def _lock(path: Path) -> int:
     """The descriptor of a lock file, which this process has locked."""
     while True:

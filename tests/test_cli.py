@@ -15,6 +15,7 @@ from openmythos import __version__, cli
 COMMANDS = (
     *("demo", "train", "generate", "chat", "prepare", "eval", "presets", "inspect", "export"),
     "convert",
+    "report",
     "retrofit",
 )
 
@@ -75,6 +76,7 @@ TRIED = {
     "eval": ("FOLDER",),
     "presets": (),
     "inspect": ("FOLDER",),
+    "report": ("FOLDER",),
     "export": ("FOLDER", "--out", "OUT"),
     "convert": ("FOLDER", "--out", "OUT"),
     "retrofit": ("FOLDER", "--out", "OUT"),

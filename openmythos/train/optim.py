@@ -34,7 +34,8 @@ def orthogonalise(matrices: Float[Tensor, "N R C"]) -> Float[Tensor, "N R C"]:
     # Divide by the largest entry first, or the squares of a tiny matrix underflow in the norm. A
     # matrix of zeros stays zero.
     x = x / x.abs().amax(dim=(1, 2), keepdim=True).clamp(min=tiny)
-    x = x / (x.norm(dim=(1, 2), keepdim=True) * 1.02).clamp(min=tiny)
+    norms = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True)
+    x = x / (norms * 1.02).clamp(min=tiny)
     x = x if x.device.type == "cpu" else x.bfloat16()
     for a, b, c in POLAR_COEFFICIENTS:
         gram = torch.bmm(x, x.mT)

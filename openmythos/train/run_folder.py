@@ -35,7 +35,10 @@ from openmythos.train.task import Task
 
 STATE_TENSORS, STATE_RECORD = "training_state.safetensors", "training_state.json"
 
-RUN_FILES = {"config.json", "metrics.jsonl", "checkpoints", "samples", "data", "tensorboard"}
+RUN_FILES = {
+    *("config.json", "metrics.jsonl", "checkpoints", "samples", "data", "tensorboard"),
+    "report.html",
+}
 
 
 def refuse_foreign(path: Path) -> None:

@@ -79,7 +79,9 @@ def test_a_seed_has_one_range_and_one_text(seed: int) -> None:
 def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     assert check_device("cpu") == "cpu"
     for device in ("gpu", "cuda:x", "", "meta"):
-        with pytest.raises(ValueError, match=f"--device is {device!r}; give cpu, cuda or cuda:N"):
+        with pytest.raises(
+            ValueError, match=f"--device is {device!r}; give cpu, cuda, cuda:N or mps"
+        ):
             check_device(device)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     with pytest.raises(ValueError, match="this machine has 0 of cuda"):
@@ -89,6 +91,11 @@ def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     assert check_device("cuda:1") == "cuda:1"
     with pytest.raises(ValueError, match="'cuda:2', but this machine has 2 of cuda"):
         check_device("cuda:2")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="this machine has 0 of mps"):
+        check_device("mps")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert check_device("mps") == "mps"
 
 
 def test_dtypes_are_torchs() -> None:

@@ -176,14 +176,9 @@ def token_probs(
         ValueError: Not one config per row, or a row's largest logit is not finite.
     """
     _check_rows(logits, configs)
-<<<<<<< HEAD
     logits = _with_tokens(logits, configs)
     _check_finite(logits)
-    wide = logits.double()
-=======
-    _check_finite(logits)
-    wide = _in_double(_with_tokens(logits, configs))
->>>>>>> main
+    wide = _in_double(logits)
     top = wide.amax(dim=-1, keepdim=True)
     best = torch.zeros_like(wide).scatter_(1, wide.argmax(dim=-1, keepdim=True), 1.0)
     if all(config.temperature == 0 for config in configs):

@@ -12,6 +12,7 @@ from openmythos.checkpoint.load import (
     load_checkpoint,
     open_checkpoint,
     read_config,
+    require_room,
     verify_checkpoint,
 )
 from openmythos.checkpoint.save import FORMAT
@@ -75,6 +76,7 @@ def load_pretrained(
         ValueError: There is no such folder, the family is unknown, files are damaged, weights do
             not fit the config (all names are listed), or weights are not finite.
     """
+    require_room(local_folder(path, verify=False), dtype, device)
     folder = local_folder(path, verify=verify)
     if verify:
         verify_checkpoint(folder)

@@ -14,7 +14,9 @@ from openmythos import __version__, cli
 
 COMMANDS = (
     *("demo", "train", "generate", "chat", "prepare", "eval", "presets", "inspect", "export"),
+    "config",
     "convert",
+    "report",
     "retrofit",
 )
 
@@ -75,6 +77,8 @@ TRIED = {
     "eval": ("FOLDER",),
     "presets": (),
     "inspect": ("FOLDER",),
+    "report": ("FOLDER",),
+    "config": (),
     "export": ("FOLDER", "--out", "OUT"),
     "convert": ("FOLDER", "--out", "OUT"),
     "retrofit": ("FOLDER", "--out", "OUT"),

@@ -6,7 +6,7 @@ import pytest
 import transformers
 
 from openmythos.tokenizer import Tokenizer
-from openmythos.tokenizer_folder import find_file, has_tokenizer, read_facts
+from openmythos.tokenizer_folder import find_file, has_tokenizer, read_facts, unobeyed
 from tests.foreign import END, END_TURN, START_TURN, backend, vocabulary, write_folder
 
 TEXT = "the the  thé\n"
@@ -171,3 +171,22 @@ def test_code_is_never_carried(tmp_path: Path) -> None:
     assert "auto_map" not in read_facts(folder).settings
     Tokenizer.load(folder).save(tmp_path / "ours")
     assert "auto_map" not in json.loads((tmp_path / "ours/tokenizer_config.json").read_text())
+
+
+def test_what_a_checkpoint_asks_for_and_does_not_get() -> None:
+    given = {
+        "do_sample": True,
+        "temperature": 0.7,
+        "eos_token_id": [1],
+        "max_new_tokens": 9,
+        "repetition_penalty": 1.1,
+        "min_p": 0.05,
+        "num_beams": 1,
+        "typical_p": 1.0,
+        "bad_words_ids": [[3]],
+        "suppress_tokens": None,
+        "no_repeat_ngram_size": 0,
+    }
+    asked = {"repetition_penalty": 1.1, "bad_words_ids": [[3]]}
+    assert unobeyed(given, sampled=True) == asked | {"min_p": 0.05}
+    assert unobeyed(given, sampled=False) == asked

@@ -23,9 +23,11 @@ def _seed_in_range(seed: int | None) -> int | None:
     return None if seed is None else as_seed("--seed", seed)
 
 
-Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:N or mps.")]
 Out = Annotated[Path, typer.Option(help="Folder to write into.")]
-Source = Annotated[Path, typer.Argument(help="A checkpoint or run folder of any known family.")]
+Source = Annotated[
+    Path, typer.Argument(help="A checkpoint or run folder of any known family, or a .gguf file.")
+]
 Dtype = Annotated[
     str | None, typer.Option(help="float32, float16 or bfloat16; default: as stored.")
 ]
@@ -99,9 +101,10 @@ def check_device(device: str) -> str:
         wanted = torch.device(device)
     except RuntimeError:
         wanted = torch.device("meta")
-    counts = {"cpu": 1, "cuda": torch.cuda.device_count()}
+    mps = int(torch.backends.mps.is_available())
+    counts = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": mps}
     if wanted.type not in counts:
-        raise ValueError(f"--device is {device!r}; give cpu, cuda or cuda:N")
+        raise ValueError(f"--device is {device!r}; give cpu, cuda, cuda:N or mps")
     if (wanted.index or 0) >= counts[wanted.type]:
         raise ValueError(
             f"--device is {device!r}, but this machine has {counts[wanted.type]} of {wanted.type}; "

@@ -110,6 +110,27 @@ def ended(run: "Run", result: "TrainResult", screen: Console) -> dict[str, Any]:
     state = "interrupted and saved" if result.interrupted else "done"
     folder, kept = run.folder.path, run.folder.last_checkpoint()
     screen.print(f"{state}: step {result.step}, {result.seconds:.0f} s, checkpoint {kept}")
+    page = write_page(run, with_samples=not result.interrupted)
+    if page is not None:
+        screen.print(f"page: {page}")
     held_out = last_validation(folder / "metrics.jsonl")
-    places = {"folder": str(folder), "checkpoint": str(kept)}
+    places = {"folder": str(folder), "checkpoint": str(kept), "page": page and str(page)}
     return {**places, **vars(result), "held_out": held_out}
+
+
+def write_page(run: "Run", with_samples: bool) -> Path | None:
+    """Write the run's page, and before it samples; None if it could not be drawn.
+
+    The run is done and saved, so that what goes wrong here is only said.
+    """
+    note("writing the page ...")
+    from openmythos.report.run import write_run_page
+    from openmythos.report.sample import write_samples
+
+    try:
+        if with_samples:
+            write_samples(run)
+        return write_run_page(run.folder.path)
+    except (ValueError, OSError) as error:
+        note(f"note: no page: {error}")
+    return None

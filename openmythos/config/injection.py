@@ -36,9 +36,11 @@ class InjectionMember(Member):
 class LTIInjectionConfig(InjectionMember):
     """x = A h + Delta B e, h' = core(x) (Parcae).
 
-    A is diagonal, and its spectral radius rho(A) is below 1 by construction. ``decay_init`` is the
-    initial value of all entries of A. With ``orthogonal``, A h loses its component along Delta B e
-    (IFM's OrthoInj).
+    A is diagonal, and its spectral radius rho(A) is below 1 by construction.
+
+    Attributes:
+        decay_init: Initial value of all entries of A, between 0 and 1.
+        orthogonal: Whether A h loses its component along Delta B e (IFM's OrthoInj).
     """
 
     kind: ClassVar[str] = "lti"
@@ -75,7 +77,8 @@ class OriginalLTIInjectionConfig(InjectionMember):
 class LinearInjectionConfig(InjectionMember):
     """x = W_h h + W_e e, h' = core(x) (Huginn); it starts as x = h + e.
 
-    ``bias`` adds a vector to x.
+    Attributes:
+        bias: Whether a learned vector is added to x.
     """
 
     kind: ClassVar[str] = "linear"
@@ -115,6 +118,10 @@ class GateInjectionConfig(InjectionMember):
 
     With ``add_e`` False, y = core(h) and the tokens enter through h_0 only, as in Chen's model,
     which adds a learned vector per loop instead (the ``learned`` loop embedding).
+
+    Attributes:
+        bias_init: Initial bias of the gate; the lower, the less is changed at first.
+        add_e: Whether e is added to the core's input at every loop.
 
     Source: Chen 2026 (arXiv 2603.21676).
     """

@@ -148,7 +148,7 @@ class Logprobs:
 
 def token_logprobs(logits: Float[Tensor, "V"], token: int, count: int) -> Logprobs:
     """Log-probabilities of ``token`` and of the ``count`` most likely tokens, or all if fewer."""
-    logprobs = logits.double().log_softmax(dim=-1)
+    logprobs = _in_double(logits).log_softmax(dim=-1)
     ranked, tokens = logprobs.sort(descending=True, stable=True)
     top = zip(tokens[:count].tolist(), ranked[:count].tolist(), strict=True)
     return Logprobs(float(logprobs[token]), tuple(top))
@@ -170,23 +170,30 @@ def token_probs(
 ) -> Float[Tensor, "B V"]:
     """The distribution that each row is sampled from, in fp64; one-hot for greedy rows.
 
+    Of logits on MPS, which has no fp64, it is on the CPU.
+
     Raises:
         ValueError: Not one config per row, or a row's largest logit is not finite.
     """
     _check_rows(logits, configs)
-    _check_finite(logits)
     logits = _with_tokens(logits, configs)
-    wide = logits.double()
+    _check_finite(logits)
+    wide = _in_double(logits)
     top = wide.amax(dim=-1, keepdim=True)
-    best = torch.zeros_like(wide).scatter_(1, logits.argmax(dim=-1, keepdim=True), 1.0)
+    best = torch.zeros_like(wide).scatter_(1, wide.argmax(dim=-1, keepdim=True), 1.0)
     if all(config.temperature == 0 for config in configs):
         return best
     temperatures = wide.new_tensor([[config.temperature or 1.0] for config in configs])
     probs = ((wide - top) / temperatures).softmax(dim=-1)
     if any(config.top_k is not None or config.top_p is not None for config in configs):
         probs = _filtered(probs, configs)
-    greedy = torch.tensor([[config.temperature == 0] for config in configs], device=logits.device)
+    greedy = torch.tensor([[config.temperature == 0] for config in configs], device=wide.device)
     return torch.where(greedy, best, probs)
+
+
+def _in_double(logits: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """The logits in fp64, which MPS does not have: those are moved to the CPU."""
+    return (logits.cpu() if logits.device.type == "mps" else logits).double()
 
 
 def _with_tokens(
@@ -203,7 +210,7 @@ def _with_tokens(
 
 def _check_rows(logits: Tensor, configs: Sequence[SamplingConfig]) -> None:
     known = isinstance(logits, Tensor) and logits.ndim == 2 and logits.is_floating_point()
-    require(known, "logits", logits, "a tensor of floats, [B, V]")
+    require(known and logits.numel() > 0, "logits", logits, "a tensor of floats, [B, V]")
     known = isinstance(configs, Sequence) and all(isinstance(c, SamplingConfig) for c in configs)
     require(known, "configs", configs, "a list of SamplingConfig, one per row")
     if len(configs) != len(logits):
@@ -255,23 +262,25 @@ def sample(
         ValueError: Not one config and one generator per row, or logits that are not finite.
     """
     _check_rows(logits, configs)
+    made = "a list of torch.Generator, one per row (see row_generator)"
+    known = isinstance(generators, Sequence)
+    known = known and all(isinstance(generator, torch.Generator) for generator in generators)
+    require(known, "generators", generators, made)
     if len(generators) != len(configs):
         raise ValueError(
             f"{len(configs)} rows of logits came with {len(generators)} generators; "
             "give one per row"
         )
-    made = "a list of torch.Generator, one per row (see row_generator)"
-    known = all(isinstance(generator, torch.Generator) for generator in generators)
-    require(known, "generators", generators, made)
     draws = [torch.rand((), dtype=torch.float64, generator=generator) for generator in generators]
     if all(config.temperature == 0 for config in configs):
+        logits = _with_tokens(logits, configs)
         _check_finite(logits)
-        return _with_tokens(logits, configs).argmax(dim=-1)
+        return logits.argmax(dim=-1)
     probs = token_probs(logits, configs)
-    uniform = torch.stack(draws).to(logits.device)[:, None]
+    uniform = torch.stack(draws).to(probs.device)[:, None]
     cumulative = probs.cumsum(dim=-1)
     # Even after rounding, the target must be below the total, so that a token of probability 0 is
     # never chosen.
     total = cumulative[:, -1:]
     target = (uniform * total).clamp(max=torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cumulative, target, right=True)[:, 0]
+    return torch.searchsorted(cumulative, target, right=True)[:, 0].to(logits.device)

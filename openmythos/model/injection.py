@@ -88,9 +88,8 @@ class LTIInjection(Injection):
 
     def log_delta(self) -> Float[Tensor, "D"]:
         """log softplus(dt_bias), finite even where softplus rounds to zero."""
-        dt_bias = self.dt_bias.to(torch.promote_types(self.dt_bias.dtype, torch.float32))
-        small = dt_bias < -15
-        return torch.where(small, dt_bias, functional.softplus(dt_bias.clamp(min=-15)).log())
+        bias = self.dt_bias.to(torch.promote_types(self.dt_bias.dtype, torch.float32))
+        return torch.where(bias < -15, bias, functional.softplus(bias.clamp(min=-15)).log())
 
     def decay(self) -> Float[Tensor, "D"]:
         """A in the parameters' dtype."""

@@ -68,7 +68,8 @@ def test_generate_refuses(invoke: Invoke, text_run: Path, hops_run: Path, tmp_pa
     for arguments, said in (
         ((text_run,), "at least one --prompt"),
         ((tmp_path / "absent", *prompt), "does not exist"),
-        ((hops_run, *prompt), "no tokenizer.json"),
+        ((hops_run, *prompt), "of a run on walks"),
+        (("/usr", *prompt), "/usr is no checkpoint: it has no config.json"),
         ((text_run, *prompt, "--exit-rule", "hope"), "exit_rule.kind is 'hope'"),
         (
             (text_run, *prompt, *sets("threshold=1")),

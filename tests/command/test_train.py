@@ -91,6 +91,7 @@ def test_options_are_short_for_fields(invoke: Invoke, tmp_path: Path) -> None:
     assert (train["max_steps"], train["batch_size"], train["optimizer"]["lr"]) == (2, 3, 1e-5)
     assert said["step"] == 2 and not said["interrupted"]
     assert said["checkpoint"].endswith("step-00000002")
+    assert Path(said["page"]).is_file()
     assert [row["num_loops"] for row in said["held_out"]] == [1, 2]
     for option, value, field in (
         ("--steps", 9, "train.max_steps=9"),

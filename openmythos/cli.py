@@ -9,6 +9,7 @@ import typer
 
 from openmythos.command import (
     chat,
+    config,
     convert,
     demo,
     evaluate,
@@ -22,9 +23,9 @@ from openmythos.command import (
     train,
 )
 from openmythos.folder import in_a_sentence
+from openmythos.plan.memory import is_out_of_memory
 
 LONGEST_MESSAGE = 2000  # characters: a given value may be a whole file
-OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
 TOO_LARGE = ("overflow", "unpack long", "too large to convert")
 
 app = typer.Typer(
@@ -66,6 +67,7 @@ app.command()(retrofit.retrofit)
 app.command()(presets.presets)
 app.command()(inspect.inspect)
 app.command()(report.report)
+app.command()(config.config)
 app.command()(export.export)
 app.command()(convert.convert)
 
@@ -104,9 +106,7 @@ def fault_of_user(error: Exception) -> str | None:
     if isinstance(error, (ValueError, OSError)) or type(error).__name__ == "SafetensorError":
         return said or type(error).__name__
     lower = said.lower()
-    if isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and any(words in lower for words in OUT_OF_MEMORY)
-    ):
+    if is_out_of_memory(error):
         return f"out of memory ({said or 'no more bytes'}); take a smaller model, batch or depth"
     if isinstance(error, (OverflowError, RuntimeError, TypeError)) and any(
         words in lower for words in TOO_LARGE

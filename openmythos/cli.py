@@ -9,6 +9,7 @@ import typer
 
 from openmythos.command import (
     chat,
+    config,
     convert,
     demo,
     evaluate,
@@ -66,6 +67,7 @@ app.command()(retrofit.retrofit)
 app.command()(presets.presets)
 app.command()(inspect.inspect)
 app.command()(report.report)
+app.command()(config.config)
 app.command()(export.export)
 app.command()(convert.convert)
 

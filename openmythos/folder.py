@@ -167,6 +167,15 @@ def remove_unfinished(folder: Path) -> None:
         shutil.rmtree(unfinished)
 
 
+def remove_folder(folder: Path) -> None:
+    """Delete a folder; a process killed meanwhile leaves no part of it under its name."""
+    aside = _aside(folder)
+    if aside.exists():
+        shutil.rmtree(aside)
+    folder.rename(aside)
+    shutil.rmtree(aside)
+
+
 def put_in_place(source: Path, target: Path) -> None:
     """Rename a complete file or folder to ``target``; an existing file is replaced."""
     os.replace(source, target)

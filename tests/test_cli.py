@@ -14,6 +14,7 @@ from openmythos import __version__, cli
 
 COMMANDS = (
     *("demo", "train", "generate", "chat", "prepare", "eval", "presets", "inspect", "export"),
+    "config",
     "convert",
     "report",
     "retrofit",
@@ -77,6 +78,7 @@ TRIED = {
     "presets": (),
     "inspect": ("FOLDER",),
     "report": ("FOLDER",),
+    "config": (),
     "export": ("FOLDER", "--out", "OUT"),
     "convert": ("FOLDER", "--out", "OUT"),
     "retrofit": ("FOLDER", "--out", "OUT"),

@@ -52,7 +52,9 @@ ResultsOut = Annotated[
 
 
 def evaluate(
-    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint or run folder.")],
+    checkpoint: Annotated[
+        Path, typer.Argument(help="A checkpoint or run folder, or a .gguf file.")
+    ],
     tasks: Tasks = None,
     num_loops: Loops = "1,2,4,8,16",
     limit: Limit = None,

@@ -136,6 +136,8 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         if type(value) is hint:
             return value
         tag = getattr(hint, "kind", None)
+        if tag is not None and isinstance(value, str):
+            value = {"kind": value}
         if tag is not None and isinstance(value, Mapping) and value.get("kind", tag) != tag:
             raise ValueError(f"{path}.kind is {value['kind']!r}; allowed: {tag!r}")
         return from_dict(cast(Any, hint), value, path)

@@ -14,7 +14,7 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 
 from openmythos.tokenizer import Tokenizer
-from openmythos.tokenizer_folder import SPECIAL_NAMES, Facts
+from openmythos.tokenizer_folder import SPECIAL_NAMES, TOKENIZER_FILE, Facts
 
 CONTROL, USER_DEFINED, UNUSED = 3, 4, 5  # token types
 FIELD = "tokenizer.ggml."
@@ -77,9 +77,13 @@ def read_tokenizer(fields: Mapping[str, Any]) -> Tokenizer:
         ValueError: It is not a byte-level BPE, or cuts text in a way that is not known here.
     """
     kind, cut = fields[FIELD + "model"], fields.get(FIELD + "pre", "default")
-    if kind != "gpt2" or cut not in CUTS:
-        allowed = f"model 'gpt2' with pre {', '.join(map(repr, sorted(CUTS)))}"
-        raise ValueError(f"its tokenizer is {kind!r} with pre {cut!r}; allowed: {allowed}")
+    if kind != "gpt2":
+        raise ValueError(f"it is of the kind {kind!r}; only byte-level BPE, 'gpt2', can be read")
+    if cut not in CUTS:
+        raise ValueError(
+            f"it cuts text as {cut!r}; allowed: {', '.join(sorted(CUTS))}; or convert the file, "
+            f"and put the model's own {TOKENIZER_FILE} into the result"
+        )
     backend = _backend(fields, CUTS[cut], ignore_merges=cut in WHOLE_PIECES)
     tokens = fields[FIELD + "tokens"]
     end = fields[FIELD + "eos_token_id"]

@@ -147,8 +147,8 @@ def test_padding_of_the_vocabulary_is_no_text() -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"model": "llama"}, "its tokenizer is 'llama' with pre 'smollm'; allowed: model 'gpt2'"),
-        ({"pre": "kimi-k2"}, "with pre 'kimi-k2'; allowed"),
+        ({"model": "llama"}, "it is of the kind 'llama'; only byte-level BPE, 'gpt2', can be read"),
+        ({"pre": "kimi-k2"}, "it cuts text as 'kimi-k2'; allowed: chatglm-bpe, codeshell"),
         ({"bos_token_id": 9999}, "bos_token_id=9999: it has 266 tokens"),
         ({"merges": ["a nowhere"]}, "its merges do not fit its tokens"),
     ],

@@ -84,16 +84,18 @@ def read_tokenizer(fields: Mapping[str, Any]) -> Tokenizer:
             f"it cuts text as {cut!r}; allowed: {', '.join(sorted(CUTS))}; or convert the file, "
             f"and put the model's own {TOKENIZER_FILE} into the result"
         )
-    backend = _backend(fields, CUTS[cut], ignore_merges=cut in WHOLE_PIECES)
-    tokens = fields[FIELD + "tokens"]
-    end = fields[FIELD + "eos_token_id"]
-    ids = {name: fields.get(FIELD + field, end) for name, field in ID_FIELDS.items()}
-    wrong = [f"{ID_FIELDS[name]}={i}" for name, i in ids.items() if not 0 <= i < len(tokens)]
-    if wrong:
-        raise ValueError(f"{', '.join(wrong)}: it has {len(tokens)} tokens")
-    names = {name: tokens[i] for name, i in ids.items()}
+    tokens, end = fields[FIELD + "tokens"], fields[FIELD + "eos_token_id"]
+    if not 0 <= end < len(tokens):
+        raise ValueError(f"eos_token_id is {end}, and it has {len(tokens)} tokens")
+    given = {name: fields.get(FIELD + field, -1) for name, field in ID_FIELDS.items()}
+    given = {name: i for name, i in given.items() if 0 <= i < len(tokens)}  # else: there is none
+    names = {name: tokens[given.get(name, end)] for name in ID_FIELDS}
+    backend = _backend(
+        fields, CUTS[cut], ignore_merges=cut in WHOLE_PIECES, num_ids=max(given.values()) + 1
+    )
     marks = {
-        "add_bos_token": bool(fields.get(FIELD + "add_bos_token", cut in WHOLE_PIECES)),
+        "add_bos_token": "bos_token" in given
+        and bool(fields.get(FIELD + "add_bos_token", cut in WHOLE_PIECES)),
         "add_eos_token": bool(fields.get(FIELD + "add_eos_token", False)),
     }
     begin = [names["bos_token"]] if marks["add_bos_token"] else []
@@ -103,7 +105,6 @@ def read_tokenizer(fields: Mapping[str, Any]) -> Tokenizer:
         backend.post_processor = TemplateProcessing([*begin, "$A", *stop], None, special)
     ends = [fields[FIELD + name] for name in END_FIELDS if FIELD + name in fields]
     ends = list(dict.fromkeys(ends))
-    given = [name for name, field in ID_FIELDS.items() if FIELD + field in fields]
     settings = {**{name: names[name] for name in given}, **marks, **_templates(fields)}
     facts = Facts(
         settings=settings,
@@ -114,10 +115,11 @@ def read_tokenizer(fields: Mapping[str, Any]) -> Tokenizer:
 
 
 def _backend(
-    fields: Mapping[str, Any], patterns: tuple[str, ...], *, ignore_merges: bool
+    fields: Mapping[str, Any], patterns: tuple[str, ...], *, ignore_merges: bool, num_ids: int
 ) -> tokenizers.Tokenizer:
+    """The tokenizer of at least ``num_ids`` ids, without the padding of the model's vocabulary."""
     tokens, types = list(fields[FIELD + "tokens"]), list(fields[FIELD + "token_type"])
-    while types and types[-1] == UNUSED:  # the model's vocabulary is padded
+    while len(types) > num_ids and types[-1] == UNUSED:
         tokens.pop()
         types.pop()
     merges = [tuple(merge.split(" ", 1)) for merge in fields[FIELD + "merges"]]

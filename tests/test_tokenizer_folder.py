@@ -6,7 +6,7 @@ import pytest
 import transformers
 
 from openmythos.tokenizer import Tokenizer
-from openmythos.tokenizer_folder import read_facts, unobeyed
+from openmythos.tokenizer_folder import find_file, has_tokenizer, read_facts, unobeyed
 from tests.foreign import END, END_TURN, START_TURN, backend, vocabulary, write_folder
 
 TEXT = "the the  thé\n"
@@ -98,6 +98,20 @@ def write_old(folder: Path, **files: Any) -> Path:
     write_folder(folder, vocab=vocab, **files)
     (folder / "merges.txt").write_text("#version: 0.2\nĠ t\nh e\n", encoding="utf-8")
     return folder
+
+
+def test_a_checkpoint_may_keep_its_tokenizer_in_a_folder(tmp_path: Path) -> None:
+    """As IFM's artifacts; a tokenizer.json beside the weights comes first."""
+    assert not has_tokenizer(tmp_path)
+    write_folder(tmp_path / "tokenizer", backend("<s>", "</s>"), tokenizer_config={
+        "bos_token": "<s>", "eos_token": "</s>"
+    })  # fmt: skip
+    assert has_tokenizer(tmp_path)
+    assert find_file(tmp_path) == tmp_path / "tokenizer" / "tokenizer.json"
+    found = Tokenizer.load(tmp_path)
+    assert (found.bos_id, found.eos_id) == (258, 259)
+    write_folder(tmp_path, backend(END))
+    assert Tokenizer.load(tmp_path).eos_id == 258
 
 
 def test_a_folder_of_vocab_and_merges(tmp_path: Path) -> None:

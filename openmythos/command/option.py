@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from openmythos.config.model import MAX_LOOPS
 from openmythos.config.schema import as_seed
 
 if TYPE_CHECKING:
@@ -58,8 +59,10 @@ def parse_loops(text: str) -> tuple[int, ...]:
         loops = tuple(int(part) for part in text.split(","))
     except ValueError:
         loops = ()
-    if not loops or min(loops) < 1:
-        raise ValueError(f"--num-loops is {text!r}; give positive whole numbers like 1,2,4")
+    if not loops or min(loops) < 1 or max(loops) > MAX_LOOPS:
+        raise ValueError(
+            f"--num-loops is {text!r}; give whole numbers of 1 to {MAX_LOOPS:,}, like 1,2,4"
+        )
     return loops
 
 

@@ -102,6 +102,9 @@ def test_options_are_short_for_fields(invoke: Invoke, tmp_path: Path) -> None:
     ):
         message = refused(invoke, *walks, option, value, *sets(field))
         assert f"{option} {value} and --set {field} set the same field" in message
+    for option, field in (("--data", "data.source=b"), ("--from", "train.init_from=b")):
+        message = refused(invoke, "train", option, "a", "--out", tmp_path / "x", *sets(field))
+        assert f"{option} a and --set {field} set the same field" in message
     assert "must be at least 1" in refused(invoke, *walks, "--steps", 0)
 
 

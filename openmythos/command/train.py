@@ -79,6 +79,7 @@ def train(
     try:
         result = train_shown(run, screen)
     except TrainingStopped as error:
+        write_page(run, with_samples=False)
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from None
     summary = ended(run, result, screen)

@@ -116,6 +116,8 @@ def test_a_lost_run_ends_with_status_1_and_one_line(
     said = "error: the loss is nan at step 1; last checkpoint: none was written yet\n"
     *notes, _ = result.stderr.splitlines()
     assert result.stderr.endswith(said) and all(line.endswith(" ...") for line in notes)
+    page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert "stopped at step 0" in page  # what was logged until then
 
 
 def test_prepare_and_train_from_a_checkpoint(

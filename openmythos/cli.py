@@ -1,6 +1,7 @@
 """The command table of ``openmythos``. Commands import torch only when they run."""
 
 import io
+import re
 import sys
 import warnings
 from typing import Annotated
@@ -107,7 +108,9 @@ def fault_of_user(error: Exception) -> str | None:
         return said or type(error).__name__
     lower = said.lower()
     if is_out_of_memory(error):
-        return f"out of memory ({said or 'no more bytes'}); take a smaller model, batch or depth"
+        size = re.search(r"(\d[\d.]*) ?([KMGTPE]iB|bytes)", said)
+        asked = f" (asked for {size[1].rstrip('.')} {size[2]})" if size else ""
+        return f"out of memory{asked}; take a smaller model, batch or depth"
     if isinstance(error, (OverflowError, RuntimeError, TypeError)) and any(
         words in lower for words in TOO_LARGE
     ):

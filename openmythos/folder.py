@@ -93,6 +93,8 @@ def in_a_sentence(error: Exception) -> str:
     """What an error says; of the system's, without its number."""
     if not isinstance(error, OSError) or error.strerror is None:
         return str(error)
+    if isinstance(error, (FileExistsError, NotADirectoryError)) and error.filename is not None:
+        return f"{error.filename} is no folder"
     reason = error.strerror[:1].lower() + error.strerror[1:]
     return reason if error.filename is None else f"{reason} ({error.filename})"
 

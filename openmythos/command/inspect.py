@@ -68,7 +68,7 @@ def inspect(
     if context_length is not None:
         context = context_length
     if not 1 <= context <= config.max_seq_len:
-        allowed = f"1 to max_seq_len={config.max_seq_len}"
+        allowed = f"1 to {config.max_seq_len}, the model's max_seq_len"
         raise ValueError(f"--context-length is {context}; it must be {allowed}")
     report = inspection(config, depths, context)
     if baselines:

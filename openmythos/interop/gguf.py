@@ -99,7 +99,7 @@ def _opened(parts: tuple[Path, ...], stamps: object) -> Path:
     fields, tensors = _contents(parts, stamps)
     place = Path(tempfile.mkdtemp(prefix="openmythos-gguf-"))
     atexit.register(shutil.rmtree, place, ignore_errors=True)
-    folder = place / parts[0].stem
+    folder = place / parts[0].name  # which errors name
     try:
         config = read_config(fields, tensors)
     except KeyError as error:

@@ -14,7 +14,7 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 
 from openmythos.tokenizer import Tokenizer
-from openmythos.tokenizer_folder import SPECIAL_NAMES, Facts
+from openmythos.tokenizer_folder import SPECIAL_NAMES, TOKENIZER_FILE, Facts
 
 CONTROL, USER_DEFINED, UNUSED = 3, 4, 5  # token types
 FIELD = "tokenizer.ggml."
@@ -77,19 +77,25 @@ def read_tokenizer(fields: Mapping[str, Any]) -> Tokenizer:
         ValueError: It is not a byte-level BPE, or cuts text in a way that is not known here.
     """
     kind, cut = fields[FIELD + "model"], fields.get(FIELD + "pre", "default")
-    if kind != "gpt2" or cut not in CUTS:
-        allowed = f"model 'gpt2' with pre {', '.join(map(repr, sorted(CUTS)))}"
-        raise ValueError(f"its tokenizer is {kind!r} with pre {cut!r}; allowed: {allowed}")
-    backend = _backend(fields, CUTS[cut], ignore_merges=cut in WHOLE_PIECES)
-    tokens = fields[FIELD + "tokens"]
-    end = fields[FIELD + "eos_token_id"]
-    ids = {name: fields.get(FIELD + field, end) for name, field in ID_FIELDS.items()}
-    wrong = [f"{ID_FIELDS[name]}={i}" for name, i in ids.items() if not 0 <= i < len(tokens)]
-    if wrong:
-        raise ValueError(f"{', '.join(wrong)}: it has {len(tokens)} tokens")
-    names = {name: tokens[i] for name, i in ids.items()}
+    if kind != "gpt2":
+        raise ValueError(f"it is of the kind {kind!r}; only byte-level BPE, 'gpt2', can be read")
+    if cut not in CUTS:
+        raise ValueError(
+            f"it cuts text as {cut!r}; allowed: {', '.join(sorted(CUTS))}; or convert the file, "
+            f"and put the model's own {TOKENIZER_FILE} into the result"
+        )
+    tokens, end = fields[FIELD + "tokens"], fields[FIELD + "eos_token_id"]
+    if not 0 <= end < len(tokens):
+        raise ValueError(f"eos_token_id is {end}, and it has {len(tokens)} tokens")
+    given = {name: fields.get(FIELD + field, -1) for name, field in ID_FIELDS.items()}
+    given = {name: i for name, i in given.items() if 0 <= i < len(tokens)}  # else: there is none
+    names = {name: tokens[given.get(name, end)] for name in ID_FIELDS}
+    backend = _backend(
+        fields, CUTS[cut], ignore_merges=cut in WHOLE_PIECES, num_ids=max(given.values()) + 1
+    )
     marks = {
-        "add_bos_token": bool(fields.get(FIELD + "add_bos_token", cut in WHOLE_PIECES)),
+        "add_bos_token": "bos_token" in given
+        and bool(fields.get(FIELD + "add_bos_token", cut in WHOLE_PIECES)),
         "add_eos_token": bool(fields.get(FIELD + "add_eos_token", False)),
     }
     begin = [names["bos_token"]] if marks["add_bos_token"] else []
@@ -99,7 +105,6 @@ def read_tokenizer(fields: Mapping[str, Any]) -> Tokenizer:
         backend.post_processor = TemplateProcessing([*begin, "$A", *stop], None, special)
     ends = [fields[FIELD + name] for name in END_FIELDS if FIELD + name in fields]
     ends = list(dict.fromkeys(ends))
-    given = [name for name, field in ID_FIELDS.items() if FIELD + field in fields]
     settings = {**{name: names[name] for name in given}, **marks, **_templates(fields)}
     facts = Facts(
         settings=settings,
@@ -110,10 +115,11 @@ def read_tokenizer(fields: Mapping[str, Any]) -> Tokenizer:
 
 
 def _backend(
-    fields: Mapping[str, Any], patterns: tuple[str, ...], *, ignore_merges: bool
+    fields: Mapping[str, Any], patterns: tuple[str, ...], *, ignore_merges: bool, num_ids: int
 ) -> tokenizers.Tokenizer:
+    """The tokenizer of at least ``num_ids`` ids, without the padding of the model's vocabulary."""
     tokens, types = list(fields[FIELD + "tokens"]), list(fields[FIELD + "token_type"])
-    while types and types[-1] == UNUSED:  # the model's vocabulary is padded
+    while len(types) > num_ids and types[-1] == UNUSED:
         tokens.pop()
         types.pop()
     merges = [tuple(merge.split(" ", 1)) for merge in fields[FIELD + "merges"]]

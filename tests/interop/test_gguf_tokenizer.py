@@ -133,23 +133,25 @@ def test_special_tokens_ends_and_templates(tmp_path: Path) -> None:
 
 def test_padding_of_the_vocabulary_is_no_text() -> None:
     tokens, kinds = vocabulary()
-    made = read_tokenizer(
-        fields(
-            tokens=["[PAD0]", *tokens[1:], "[PAD1]", "[PAD2]"],
-            token_type=[ours.UNUSED, *kinds[1:], 5, 5],
-        )
-    )
+    padded, types = ["[PAD0]", *tokens[1:], "[PAD1]", "[PAD2]"], [ours.UNUSED, *kinds[1:], 5, 5]
+    made = read_tokenizer(fields(tokens=padded, token_type=types))
     assert made.vocab_size == len(tokens)
     assert made.decode([0, len(tokens), len(tokens) + 1]) == ""
     assert made.encode("[PAD0]") != [0]
+    # A padding id may be one of them, or, in other files, mean that there is none.
+    named = fields(tokens=padded, token_type=types, padding_token_id=len(tokens) + 1)
+    assert read_tokenizer(named).pad_id == len(tokens) + 1
+    none = read_tokenizer(fields("llama-bpe", padding_token_id=2**32 - 1, bos_token_id=-1))
+    assert (none.pad_id, none.bos_id, none.begin_ids) == (2, 2, ())
+    assert not {"pad_token", "bos_token"} & none.settings.keys()
 
 
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"model": "llama"}, "its tokenizer is 'llama' with pre 'smollm'; allowed: model 'gpt2'"),
-        ({"pre": "kimi-k2"}, "with pre 'kimi-k2'; allowed"),
-        ({"bos_token_id": 9999}, "bos_token_id=9999: it has 266 tokens"),
+        ({"model": "llama"}, "it is of the kind 'llama'; only byte-level BPE, 'gpt2', can be read"),
+        ({"pre": "kimi-k2"}, "it cuts text as 'kimi-k2'; allowed: chatglm-bpe, codeshell"),
+        ({"eos_token_id": 9999}, "eos_token_id is 9999, and it has 266 tokens"),
         ({"merges": ["a nowhere"]}, "its merges do not fit its tokens"),
     ],
 )

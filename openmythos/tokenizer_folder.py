@@ -28,7 +28,7 @@ GPT2_CLASSES = ("GPT2Tokenizer", "GPT2TokenizerFast", None)
 SAMPLING_ONLY = {"min_p": 0, "typical_p": 1, "epsilon_cutoff": 0, "eta_cutoff": 0}
 NOT_OBEYED: Mapping[str, Any] = {
     **SAMPLING_ONLY,
-    **dict.fromkeys(("repetition_penalty", "encoder_repetition_penalty", "guidance_scale"), 1),
+    **dict.fromkeys(("encoder_repetition_penalty", "guidance_scale"), 1),
     **dict.fromkeys(("num_beams", "num_beam_groups", "num_return_sequences"), 1),
     **dict.fromkeys(("presence_penalty", "frequency_penalty", "diversity_penalty"), 0),
     **dict.fromkeys(("min_length", "min_new_tokens", "min_tokens", "penalty_alpha"), 0),

@@ -179,7 +179,7 @@ def test_what_a_checkpoint_asks_for_and_does_not_get() -> None:
         "temperature": 0.7,
         "eos_token_id": [1],
         "max_new_tokens": 9,
-        "repetition_penalty": 1.1,
+        "encoder_repetition_penalty": 1.1,
         "min_p": 0.05,
         "num_beams": 1,
         "typical_p": 1.0,
@@ -187,6 +187,6 @@ def test_what_a_checkpoint_asks_for_and_does_not_get() -> None:
         "suppress_tokens": None,
         "no_repeat_ngram_size": 0,
     }
-    asked = {"repetition_penalty": 1.1, "bad_words_ids": [[3]]}
+    asked = {"encoder_repetition_penalty": 1.1, "bad_words_ids": [[3]]}
     assert unobeyed(given, sampled=True) == asked | {"min_p": 0.05}
     assert unobeyed(given, sampled=False) == asked

@@ -78,18 +78,23 @@ def with_shorthands(
     Raises:
         ValueError: A field is set in both ways.
     """
-    made = []
-    for option, (name, value) in short.items():
-        if value is None:
-            continue
-        for override in overrides:
-            key = override.partition("=")[0]
-            if f"{name}.".startswith(f"{key}."):
-                raise ValueError(
-                    f"{option} {value} and --set {override} set the same field; give one of them"
-                )
-        made.append(f"{name}={value}")
-    return [*overrides, *made]
+    given = {option: field for option, field in short.items() if field[1] is not None}
+    for option, (name, value) in given.items():
+        require_once(overrides, option, name, value)
+    return [*overrides, *(f"{name}={value}" for name, value in given.values())]
+
+
+def require_once(overrides: list[str], option: str, name: str, value: object | None) -> None:
+    """Refuse a field that an option and ``--set`` both give.
+
+    Raises:
+        ValueError: They do; names both.
+    """
+    for override in overrides if value is not None else ():
+        if f"{name}.".startswith(f"{override.partition('=')[0]}."):
+            raise ValueError(
+                f"{option} {value} and --set {override} set the same field; give one of them"
+            )
 
 
 def check_device(device: str) -> str:

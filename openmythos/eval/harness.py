@@ -55,6 +55,7 @@ NEUTRAL: Mapping[str, Mapping[str, Any]] = {
     "generation_kwargs": {
         **dict.fromkeys(("use_cache", "pad_token_id", "length_penalty", "early_stopping"), ANY),
         **NOT_OBEYED,
+        "repetition_penalty": 1,
         "skip_special_tokens": True,
     },
 }

@@ -22,14 +22,16 @@ def test_what_is_not_obeyed_is_said_once(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked = {"do_sample": True, "repetition_penalty": 1.1, "min_p": 0.05, "top_p": 0.9}
+    asked |= {"no_repeat_ngram_size": 3}
     folder = write_folder(tmp_path, backend(END), generation_config=asked)
     greedy = SamplingConfig()
     found = decoding.sampling_of(Tokenizer.load(folder), greedy, None, None, None)
-    assert found.top_p == 0.9
+    assert (found.top_p, found.repetition_penalty) == (0.9, 1.1)
     told = capsys.readouterr()
-    note = "note: the checkpoint asks for repetition_penalty=1.1, min_p=0.05, which is not obeyed"
+    note = "note: the checkpoint asks for min_p=0.05, no_repeat_ngram_size=3, which is not obeyed"
     assert told.out == "" and told.err == f"{note} here\n"
-    decoding.sampling_of(Tokenizer.load(folder), greedy, 0.0, None, None)
-    assert "repetition_penalty=1.1, which" in capsys.readouterr().err
+    found = decoding.sampling_of(Tokenizer.load(folder), greedy, 0.0, None, None)
+    assert (found.top_p, found.repetition_penalty) == (None, 1.1)
+    assert "asks for no_repeat_ngram_size=3, which" in capsys.readouterr().err
     decoding.sampling_of(byte_tokenizer(), greedy, None, None, None)
     assert capsys.readouterr().err == ""

@@ -80,7 +80,9 @@ def test_a_folder_of_another_format_is_refused(tmp_path: Path) -> None:
 # --- every family: what is damaged is refused, in one line that names the place -------------------
 
 GOLDEN_ROOT = Path(__file__).parent.parent / "golden"
-GOLDENS = sorted(path.name for path in GOLDEN_ROOT.iterdir() if path.is_dir())
+# Further goldens of a family, whose files are read by the same code.
+VARIANTS = {"ifm-linear", "ifm-orthoinj", "ifm-middle", "ifm-moe", "looplm-parcae"}
+GOLDENS = sorted({path.name for path in GOLDEN_ROOT.iterdir() if path.is_dir()} - VARIANTS)
 KINDS = ["ours", "parcae-gpt", *GOLDENS]
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 import openmythos as om
 from openmythos import config as configs
+from openmythos.analysis.trace import trace_loops
 from openmythos.config import ModelConfig
 from openmythos.config.schema import from_dict
 from openmythos.engine.sampling import (
@@ -20,8 +21,10 @@ from openmythos.engine.sampling import (
     sample,
     token_logprobs,
 )
+from openmythos.eval.scoring import Scorer
 from openmythos.model.cache import EveryK, FirstLoop, LastLoop, PerLoop
 from openmythos.model.exit import EXIT_RULES, make_exit_rule
+from openmythos.tokenizer import byte_tokenizer
 from openmythos.train.objective import (
     ExitGainObjective,
     ExitWeightedObjective,
@@ -156,3 +159,20 @@ def test_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             near = 1e-4 if row["step"] == 1 else 0.05
             for name in {"loss", "nats_per_token", "bits_per_byte"} & same.keys():
                 assert row[name] == pytest.approx(same[name], rel=near), name
+
+
+def test_traces_and_scores() -> None:
+    codec = byte_tokenizer()
+    model = random_model(small_config(vocab_size=codec.vocab_size))
+    tokens = random_tokens(model.config, 2, 7)
+
+    def scores() -> list[Any]:
+        scorer = Scorer(model=model, codec=codec, num_loops=2)
+        pairs = [("a b", " c"), ("", "long text")]
+        return [*scorer.loglikelihood(pairs), *scorer.rolling(["some text"])]
+
+    expected, trace = scores(), trace_loops(model, tokens, 4)
+    with pretended_mps():
+        to_mps(model)
+        assert trace_loops(model, OnMps(tokens), 4) == trace
+        assert scores() == expected

@@ -52,7 +52,9 @@ ResultsOut = Annotated[
 
 
 def evaluate(
-    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint or run folder.")],
+    checkpoint: Annotated[
+        Path, typer.Argument(help="A checkpoint or run folder, or a .gguf file.")
+    ],
     tasks: Tasks = None,
     num_loops: Loops = "1,2,4,8,16",
     limit: Limit = None,
@@ -137,6 +139,23 @@ def usual_hops(most: int) -> list[str]:
     return [f"hops_{number}" for number in sorted({*doubled, most})]
 
 
+def require_fitting(names: Sequence[str], max_seq_len: int) -> None:
+    """Check that a model can read the walks of these tasks.
+
+    Raises:
+        ValueError: A walk is too long.
+    """
+    from openmythos.eval.task_name import HOPS
+
+    for name in names:
+        hops = HOPS.fullmatch(name)
+        if hops is not None and int(hops[1]) >= max_seq_len:
+            raise ValueError(
+                f"a walk of task {name} has {int(hops[1]) + 1} tokens, and the model reads at most "
+                f"{max_seq_len}"
+            )
+
+
 # --- what is measured -----------------------------------------------------------------------------
 
 
@@ -193,11 +212,14 @@ def on_tasks(
     from openmythos.eval.scoring import Codec, Scorer
     from openmythos.eval.task import measure_tasks, shipped_task
     from openmythos.eval.walk import WalkCodec
+    from openmythos.interop.loading import load_config
     from openmythos.tokenizer import Tokenizer
 
     if walks is None:
         require_text(folder)
     codec: Codec = Tokenizer.load(folder) if walks is None else WalkCodec(walks)
+    if walks is not None:
+        require_fitting(names, load_config(folder).max_seq_len)
     found = {name: shipped_task(name, walks) for name in names}
     elsewhere = [name for name, task in found.items() if task is None]
     others = None

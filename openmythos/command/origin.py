@@ -43,8 +43,8 @@ def run_config(folder: Path) -> Mapping[str, Any]:
     """The configuration of the run of a folder; empty if there is none that can be read."""
     run = run_of(folder)
     for path, part in (
+        (folder, "training_state.json"),  # a checkpoint's own, which has a checksum
         (folder if run is None else run, "config.json"),
-        (folder, "training_state.json"),  # a copied checkpoint's
     ):
         try:
             stored = json.loads((path / part).read_text(encoding="utf-8"))

@@ -13,6 +13,7 @@ from openmythos.command.option import (
     Out,
     TrainSeed,
     check_device,
+    require_once,
     set_option,
     with_shorthands,
 )
@@ -71,7 +72,10 @@ def train(
         "--lr": ("train.optimizer.lr", lr),
         "--seed": ("train.seed", seed),
     }
-    resolved = resolve(preset, data, config, with_shorthands(overrides or [], short), init_from)
+    given = overrides or []
+    require_once(given, "--data", "data.source", data)
+    require_once(given, "--from", "train.init_from", init_from)
+    resolved = resolve(preset, data, config, with_shorthands(given, short), init_from)
     check_device(device)
     screen = console(notes=as_json)
     run = set_up(resolved, out, device)
@@ -79,6 +83,7 @@ def train(
     try:
         result = train_shown(run, screen)
     except TrainingStopped as error:
+        write_page(run, with_samples=False)
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from None
     summary = ended(run, result, screen)

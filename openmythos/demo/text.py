@@ -108,7 +108,7 @@ def show_text(console: Console, result: TextResult) -> None:
     table.add_column("bits per byte", justify="right")
     table.add_column(f"difference to {depth} loops", justify="right")
     for loops, score in result.validation.items():
-        change = "" if loops == depth else with_error(result.difference(loops, depth), sign="+")
+        change = "" if loops == depth else with_error(result.difference(loops, depth), 4, sign="+")
         table.add_row(str(loops), with_error(score), change)
     print_table(console, table)
     scale = LoopScale.of(piece.loops for sample in result.samples for piece in sample.pieces)

@@ -176,8 +176,9 @@ def token_probs(
         ValueError: Not one config per row, or a row's largest logit is not finite.
     """
     _check_rows(logits, configs)
+    logits = _with_tokens(logits, configs)
     _check_finite(logits)
-    wide = _in_double(_with_tokens(logits, configs))
+    wide = _in_double(logits)
     top = wide.amax(dim=-1, keepdim=True)
     best = torch.zeros_like(wide).scatter_(1, wide.argmax(dim=-1, keepdim=True), 1.0)
     if all(config.temperature == 0 for config in configs):
@@ -209,7 +210,7 @@ def _with_tokens(
 
 def _check_rows(logits: Tensor, configs: Sequence[SamplingConfig]) -> None:
     known = isinstance(logits, Tensor) and logits.ndim == 2 and logits.is_floating_point()
-    require(known, "logits", logits, "a tensor of floats, [B, V]")
+    require(known and logits.numel() > 0, "logits", logits, "a tensor of floats, [B, V]")
     known = isinstance(configs, Sequence) and all(isinstance(c, SamplingConfig) for c in configs)
     require(known, "configs", configs, "a list of SamplingConfig, one per row")
     if len(configs) != len(logits):
@@ -261,18 +262,20 @@ def sample(
         ValueError: Not one config and one generator per row, or logits that are not finite.
     """
     _check_rows(logits, configs)
+    made = "a list of torch.Generator, one per row (see row_generator)"
+    known = isinstance(generators, Sequence)
+    known = known and all(isinstance(generator, torch.Generator) for generator in generators)
+    require(known, "generators", generators, made)
     if len(generators) != len(configs):
         raise ValueError(
             f"{len(configs)} rows of logits came with {len(generators)} generators; "
             "give one per row"
         )
-    made = "a list of torch.Generator, one per row (see row_generator)"
-    known = all(isinstance(generator, torch.Generator) for generator in generators)
-    require(known, "generators", generators, made)
     draws = [torch.rand((), dtype=torch.float64, generator=generator) for generator in generators]
     if all(config.temperature == 0 for config in configs):
+        logits = _with_tokens(logits, configs)
         _check_finite(logits)
-        return _with_tokens(logits, configs).argmax(dim=-1)
+        return logits.argmax(dim=-1)
     probs = token_probs(logits, configs)
     uniform = torch.stack(draws).to(probs.device)[:, None]
     cumulative = probs.cumsum(dim=-1)

@@ -62,10 +62,10 @@ def no_such_task(name: str, known: Sequence[str]) -> str:
         name: The name.
         known: Names of the harness' tasks.
     """
-    return (
-        f"no task {name!r}{did_you_mean(name, known)}; give a name of lm-evaluation-harness, one "
-        f"of {', '.join(SHIPPED)}, or a task file"
-    )
+    near = did_you_mean(name, known)
+    give = f"{near} Give" if near else "; give"
+    ours = ", ".join(SHIPPED)
+    return f"no task {name!r}{give} a name of lm-evaluation-harness, one of {ours}, or a task file"
 
 
 def did_you_mean(name: str, known: Sequence[str]) -> str:

@@ -12,6 +12,7 @@ from openmythos.checkpoint.load import (
     load_checkpoint,
     open_checkpoint,
     read_config,
+    require_room,
     verify_checkpoint,
 )
 from openmythos.checkpoint.save import FORMAT
@@ -29,6 +30,7 @@ from openmythos.interop.families import (
     parcae,
 )
 from openmythos.interop.families.not_loaded import why_not
+from openmythos.interop.gguf import PARTS_FIELD, GgufWeights
 from openmythos.interop.hub import local_folder
 from openmythos.interop.mapping import read_tensors
 from openmythos.model.recurrent import RecurrentDepthLM
@@ -60,8 +62,9 @@ def load_pretrained(
     """Load a checkpoint folder: ours, or one of a family in ``FAMILIES``.
 
     Args:
-        path: A folder with config.json and the weights, or a model's name on the Hugging Face hub.
-        dtype: Dtype of the parameters; None keeps the stored one.
+        path: A folder with config.json and the weights, a ``.gguf`` file of a Llama, or a model's
+            name on the Hugging Face hub.
+        dtype: Dtype of the parameters; None keeps the stored one, and is fp32 for a GGUF file.
         device: Device of the model.
         verify: Compare the files of one of our checkpoints with the SHA-256 in its manifest.json
             (about 1 GB/s); of a run, a damaged newest checkpoint falls back to the one before it.
@@ -73,6 +76,7 @@ def load_pretrained(
         ValueError: There is no such folder, the family is unknown, files are damaged, weights do
             not fit the config (all names are listed), or weights are not finite.
     """
+    require_room(local_folder(path, verify=False), dtype, device)
     folder = local_folder(path, verify=verify)
     if verify:
         verify_checkpoint(folder)
@@ -115,10 +119,12 @@ def _open_foreign(
     folder: Path, dtype: torch.dtype | None
 ) -> tuple[RecurrentDepthLM, Iterator[tuple[str, Tensor]]]:
     """The empty model, and its weights to come; their names and shapes have been checked."""
-    data, weights = read_config(folder), StoredWeights(folder)
+    data = read_config(folder)
+    parts = data.pop(PARTS_FIELD, None)
+    weights = StoredWeights(folder) if parts is None else GgufWeights(parts, data)
     family = next((f for f in FAMILIES if f.recognises(data, weights.shapes)), None)
     if family is None and (reason := why_not(data)) is not None:
-        raise ValueError(f"{folder}: {reason}; docs/families/README.md lists what loads")
+        raise ValueError(f"{weights.folder}: {reason}; docs/families/README.md lists what loads")
     if family is None:
         known = ", ".join(family.name for family in FAMILIES)
         raise ValueError(
@@ -129,6 +135,6 @@ def _open_foreign(
     try:
         config = family.read_config(data)
     except ValueError as error:
-        raise ValueError(f"{folder} (read as {family.name}): {error}") from None
+        raise ValueError(f"{weights.folder} (read as {family.name}): {error}") from None
     model = empty_model(config)
     return model, read_tensors(family, model, weights, dtype)

@@ -141,7 +141,10 @@ def _draw(axes: Axes, curve: Curve, alpha: float = 1.0, thin: bool = False) -> N
 
 
 def _below_start(axes: Axes, curves: Sequence[Curve]) -> None:
-    """Axes without the first part of the fall, which would flatten all the rest."""
+    """Axes over whole steps, without the first part of the fall, which would flatten the rest."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, steps=[1, 2, 5, 10]))
     shown = [v for curve in curves for _, v in curve[len(curve) // 20 :] if math.isfinite(v)]
     if shown:
         low, high = min(shown), max(shown)

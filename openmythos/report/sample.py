@@ -35,6 +35,7 @@ def continuations(
         exit_rule=KLExit(threshold=EXIT_KL),
         temperature=0.7,
         top_k=40,
+        num_ids=tokenizer.vocab_size,
         stop_tokens=[tokenizer.eos_id],
         seed=seed,
     )

@@ -85,6 +85,9 @@ def test_a_run_on_walks_is_asked_the_hops_of_its_training(invoke: Invoke, hops_r
     names = [curve["task"] for curve in report["curves"]]
     assert names == ["hops_1", "hops_2", "hops_4", "hops_8"]
     assert "--seq-len is of held-out text" in refused(invoke, "eval", hops_run, "--seq-len", 4)
+    for hops in (64, 99_999_999_999):
+        said = refused(invoke, "eval", hops_run, "--tasks", f"hops_{hops}")
+        assert said.endswith(f"has {hops + 1} tokens, and the model reads at most 64")
     said = refused(invoke, "generate", hops_run, "--prompt", "a")
     assert "of a run on walks" in said and f"openmythos eval {hops_run} asks it" in said
 

@@ -127,7 +127,7 @@ def test_stop_texts_end_an_answer_wherever_tokens_end(invoke: Invoke, scripted: 
     assert row["text"] == "" and len(row["tokens"]) == 3 == len(row["loops"])
     said = invoke("generate", scripted, "--prompt", "e", "--temperature", 0, "--stop", "eee")
     assert said.startswith("e\n")
-    assert "texts that are not empty" in refused(
+    assert "texts, none of them empty" in refused(
         invoke, "generate", scripted, "--prompt", "e", "--stop", ""
     )
 

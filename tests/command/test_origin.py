@@ -1,4 +1,5 @@
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -37,3 +38,12 @@ def test_a_copied_checkpoint_knows_its_run(hops_run: Path, tmp_path: Path) -> No
     state = json.loads((newest / "training_state.json").read_text())
     (tmp_path / "training_state.json").write_text(json.dumps(state))
     assert run_config(tmp_path) == run_config(hops_run)
+
+
+def test_a_damaged_configuration_of_a_run_is_not_believed(hops_run: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(hops_run, tmp_path / "run")
+    stored = (run / "config.json").read_text()
+    for damaged in (stored.replace('"num_entities": 16', '"num_entities": 17'), "{"):
+        assert damaged != stored
+        (run / "config.json").write_text(damaged)
+        assert run_config(next((run / "checkpoints").glob("step-*"))) == run_config(hops_run)

@@ -102,6 +102,9 @@ def test_options_are_short_for_fields(invoke: Invoke, tmp_path: Path) -> None:
     ):
         message = refused(invoke, *walks, option, value, *sets(field))
         assert f"{option} {value} and --set {field} set the same field" in message
+    for option, field in (("--data", "data.source=b"), ("--from", "train.init_from=b")):
+        message = refused(invoke, "train", option, "a", "--out", tmp_path / "x", *sets(field))
+        assert f"{option} a and --set {field} set the same field" in message
     assert "must be at least 1" in refused(invoke, *walks, "--steps", 0)
 
 
@@ -116,6 +119,8 @@ def test_a_lost_run_ends_with_status_1_and_one_line(
     said = "error: the loss is nan at step 1; last checkpoint: none was written yet\n"
     *notes, _ = result.stderr.splitlines()
     assert result.stderr.endswith(said) and all(line.endswith(" ...") for line in notes)
+    page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert "stopped at step 0" in page  # what was logged until then
 
 
 def test_prepare_and_train_from_a_checkpoint(

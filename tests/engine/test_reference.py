@@ -266,6 +266,19 @@ def test_top_k_may_exceed_the_vocabulary() -> None:
     assert wide.tokens == generate(model, PROMPTS, max_new_tokens=5, temperature=1.0).tokens
 
 
+def test_ids_past_the_tokenizers_can_be_left_out() -> None:
+    """A model knows no tokenizer, and its vocabulary is often padded: the caller says the size."""
+    model = make_model()
+    with torch.no_grad():
+        model.embed.weight[-4:] = 3 * model.embed.weight[:4]
+    size = model.config.vocab_size
+    words: dict[str, Any] = {"max_new_tokens": 12, "temperature": 1.5}
+    every = generate(model, PROMPTS, **words)
+    assert any(token >= size - 4 for row in every.tokens for token in row)
+    fewer = generate(model, PROMPTS, num_ids=size - 4, **words)
+    assert all(token < size - 4 for row in fewer.tokens for token in row)
+
+
 def test_samples_depend_on_the_seed_not_on_the_batch() -> None:
     model = make_model()
     settings: dict[str, Any] = {"max_new_tokens": 8, "temperature": 1.5}
@@ -619,8 +632,11 @@ def test_bad_prompts_are_refused(prompts: Any, message: str) -> None:
     ("settings", "message"),
     [
         ({"max_new_tokens": 0}, "max_new_tokens is 0; it must be an integer of at least 1"),
-        ({"max_new_tokens": 39}, "row 0 has 2 tokens and max_new_tokens=39.*max_seq_len=40"),
-        ({"max_new_tokens": 10**12}, "max_seq_len=40"),
+        (
+            {"max_new_tokens": 39},
+            "row 0 has 2 tokens and asks for 39 new ones.* room for 40",
+        ),
+        ({"max_new_tokens": 10**12}, r"room for 40 in all \(max_seq_len\)"),
         ({"num_loops": 0}, "num_loops is 0; it must be an integer of at least 1"),
         ({"num_loops": [2, 2, 2]}, "num_loops is .* one for each of 1 rows"),
         ({"num_loops": 5, "max_loops": 4}, "num_loops is 5; it must be at most 4"),

@@ -1,4 +1,5 @@
 import math
+import re
 from typing import Any
 
 import pytest
@@ -164,6 +165,86 @@ def test_diverged_logits_are_named(bad: float) -> None:
 def test_one_config_and_generator_a_row() -> None:
     with pytest.raises(ValueError, match="2 rows of logits came with 1 configs"):
         sample(torch.zeros(2, 3), [SamplingConfig()], [row_generator(0, 0)])
+
+
+GENERATOR = row_generator(0, 0)
+GREEDY = SamplingConfig()
+
+
+@unchecked()
+@pytest.mark.parametrize(
+    ("logits", "configs", "said"),
+    [
+        (None, [GREEDY], "logits is None; it must be a tensor of floats, [B, V]"),
+        ([[0.0, 1.0]], [GREEDY], "logits is [[0.0, 1.0]]; it must be a tensor"),
+        (LOGITS[0], [GREEDY], "logits is [-0.9"),
+        (LOGITS[None], [GREEDY], "logits is [[[-0.9"),
+        (torch.ones(1, 3).long(), [GREEDY], "logits is [[1, 1, 1]]; it must be a tensor of floats"),
+        (torch.ones(1, 0), [GREEDY], "logits is [[]]; it must be"),
+        (torch.ones(0, 3), [], "logits is []; it must be"),
+        (LOGITS, GREEDY, "configs is SamplingConfig("),
+        (LOGITS, None, "configs is None; it must be a list of SamplingConfig, one per row"),
+        (LOGITS, [None], "configs is [None]; it must be a list of SamplingConfig"),
+        (LOGITS, [{"temperature": 1.0}], "configs is [{'temperature': 1.0}]; it must be a list"),
+        (LOGITS, (), "1 rows of logits came with 0 configs; give one per row"),
+        (LOGITS, [GREEDY] * 2, "1 rows of logits came with 2 configs; give one per row"),
+        (LOGITS * math.nan, [GREEDY], "the logits of row 0 are not finite numbers"),
+        (LOGITS - math.inf, [GREEDY], "the logits of row 0 are not finite numbers"),
+        (
+            torch.tensor([[-math.inf, 1.0]]),
+            [SamplingConfig(num_ids=1)],
+            "the logits of row 0 are not finite numbers",
+        ),
+    ],
+)
+def test_wrong_values_are_refused_in_one_line(logits: Any, configs: Any, said: str) -> None:
+    for call in (
+        lambda: token_probs(logits, configs),
+        lambda: sample(logits, configs, [GENERATOR]),
+    ):
+        with pytest.raises(ValueError, match=f"^{re.escape(said)}") as caught:
+            call()
+        assert "\n" not in str(caught.value)
+
+
+@unchecked()
+@pytest.mark.parametrize(
+    ("generators", "said"),
+    [
+        ([], "1 rows of logits came with 0 generators; give one per row"),
+        ([GENERATOR] * 2, "1 rows of logits came with 2 generators; give one per row"),
+        (None, "generators is None; it must be a list of torch.Generator, one per row"),
+        (GENERATOR, "generators is <torch"),
+        (3, "generators is 3; it must be a list of torch.Generator, one per row"),
+        ([3], "generators is [3]; it must be a list of torch.Generator, one per row"),
+        ([None], "generators is [None]; it must be a list of torch.Generator"),
+    ],
+)
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_wrong_generators_are_refused_in_one_line(
+    generators: Any, said: str, temperature: float
+) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(said)}") as caught:
+        sample(LOGITS, [SamplingConfig(temperature=temperature)], generators)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("seed", "row", "said"),
+    [
+        (None, 0, "seed is None; it must be an integer in 0.."),
+        (1.0, 0, "seed is 1.0; it must be an integer in 0.."),
+        (True, 0, "seed is True; it must be an integer in 0.."),
+        ("1", 0, "seed is '1'; it must be an integer in 0.."),
+        (-1, 0, "seed is -1; it must be an integer in 0.."),
+        (0, -1, "row is -1; it must be an integer of at least 0"),
+        (0, 0.5, "row is 0.5; it must be an integer of at least 0"),
+    ],
+)
+@unchecked()
+def test_wrong_seeds_are_refused_in_one_line(seed: Any, row: Any, said: str) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(said)}"):
+        row_generator(seed, row)
 
 
 def test_logprobs_are_those_of_the_model() -> None:

@@ -42,10 +42,8 @@ def test_other_names_are_refused_with_the_nearest(
 ) -> None:
     with pytest.raises(ValueError, match=rf"^no task '{name}'") as caught:
         require_names(["near_one", name])
-    hint = "" if near is None else f"; did you mean {near!r}?"
-    said = (
-        f"no task {name!r}{hint}; give a name of lm-evaluation-harness, one of python_docs_choice"
-    )
+    hint = "; give" if near is None else f"; did you mean {near!r}? Give"
+    said = f"no task {name!r}{hint} a name of lm-evaluation-harness, one of python_docs_choice"
     assert str(caught.value).startswith(said)
 
 

@@ -8,6 +8,7 @@ this has run.
 """
 
 import argparse
+import logging
 import os
 import sys
 import tempfile
@@ -42,7 +43,9 @@ class Logits(nn.Module):
 def open_export(config: ModelConfig, parent: Path) -> Any:
     """The export of a random model as transformers opens it, with experts that ONNX can write."""
     from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     folder = export_hf(random_model(config), parent / "export")
     export = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
     if config.core_ff.kind == "moe":
@@ -86,6 +89,7 @@ def main() -> int:
     arguments = parser.parse_args()
     sys.path.append(str(arguments.packages.resolve()))  # behind those installed here
     warnings.simplefilter("ignore")
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns of torchvision's absence
     torch.set_num_threads(1)
     print(f"{'kind':50}  difference as a part of the largest logit", flush=True)
     wrong = 0

@@ -25,6 +25,7 @@ def test_the_first_steps_do_not_flatten_the_curve() -> None:
     curve = [(float(i), 100.0 if i == 0 else 1.0 - i / 1000) for i in range(100)]
     (axes,) = picture.loss_curve(curve, "title").axes
     assert axes.get_ylim()[1] < 2
+    assert all(float(tick).is_integer() for tick in axes.get_xticks())
 
 
 def test_panels_leave_no_empty_axes() -> None:

@@ -16,6 +16,7 @@ from openmythos.config import (
     BlockConfig,
     CopyInitConfig,
     GQAConfig,
+    LinearInjectionConfig,
     LTIInjectionConfig,
     ModelConfig,
     MoEConfig,
@@ -33,6 +34,7 @@ from openmythos.interop.mapping import (
     Rename,
     Reshape,
     Shift,
+    Split,
     check_fields,
 )
 
@@ -46,7 +48,8 @@ TYPES = {
     **dict.fromkeys(("rmsnorm_eps", "rope_base"), float),
     **dict.fromkeys(("arch", "loop_input_injection", "moe_router_score_func"), str),
     **dict.fromkeys(("huginn_state_init", "huginn_input_injection", "huginn_prelude_norm"), str),
-    "scale_emb": bool,
+    "huginn_recurrent_exit_norm": str,
+    **dict.fromkeys(("scale_emb", "apply_bias_term", "huginn_prelude_orthogonal"), bool),
 }
 # The defaults of ``ModelConf`` for the fields above and below that their recipes leave out.
 DEFAULTS = {
@@ -57,6 +60,9 @@ DEFAULTS = {
     "swiglu": False,
     "apply_rmsnorm": False,
     "scale_emb": False,
+    "apply_bias_term": False,
+    "huginn_prelude_orthogonal": False,
+    "huginn_recurrent_exit_norm": "none",
     "num_experts": 0,
     "num_activated_experts": 0,
     "expert_inter_dim": 0,
@@ -88,8 +94,7 @@ FIXED = {
     "loop_input_injection": "none",
     "dense_prelude_input_injection": "none",
     "huginn_hierarchical_state": "none",
-    "huginn_recurrent_exit_norm": "none",
-    "huginn_prelude_orthogonal": False,
+    "huginn_ortho_projection_eps": 1e-6,
 }
 # Fields of training, initial values and kernels, and those that only an unsupported value reads.
 SKIPPED = (
@@ -103,11 +108,11 @@ SKIPPED = (
     *("huginn_poisson_lognormal_target_mean", "huginn_poisson_lognormal_sigma"),
     *("huginn_poisson_lognormal_max", "huginn_backprop_depth", "huginn_depth_prior"),
     *("huginn_depth_prior_entropy", "loop_diagonal_dt_init", "loop_diagonal_a_init"),
-    *("huginn_diagonal_dt_init", "huginn_diagonal_a_init", "huginn_ortho_projection_eps"),
+    *("huginn_diagonal_dt_init", "huginn_diagonal_a_init"),
     *("huginn_hierarchical_h_cycles", "huginn_hierarchical_l_cycles"),
     *("huginn_split_module_repeats", "dense_prelude_input_layers", "dense_prelude_source_layer"),
     *("dense_prelude_diagonal_dt_init", "dense_prelude_diagonal_a_init"),
-    *("apply_bias_term", "attn_gate_func", "awm_orthogonal_update", "residual_heads"),
+    *("attn_gate_func", "awm_orthogonal_update", "residual_heads"),
     *("num_activated_values", "moe_router_bias_update_rate", "causal_conv_width"),
     *("causal_conv_weight_normalization", "timenorm_num_groups", "timenorm_beta1"),
     *("timenorm_beta2", "timenorm_eps", "layernorm_eps"),
@@ -219,7 +224,7 @@ def _experts_config(f: Mapping[str, Any], num_dense_layers: int) -> MoEConfig | 
 
 
 def _recurrence(f: Mapping[str, Any]) -> dict[str, Any]:
-    """Injection, initial state and prelude norm."""
+    """Injection, initial state, and the norms before and after a loop."""
     plain = {
         "injection": NoInjectionConfig(),
         "state_init": CopyInitConfig(),
@@ -227,32 +232,43 @@ def _recurrence(f: Mapping[str, Any]) -> dict[str, Any]:
     }
     if f["arch"] == "transformer":
         return plain
-    normed = {"none": False, "rms": True}
-    diagonal = {"none": False, "diagonal": True}
     states = {
         "zero": ZerosInitConfig(),
         "input": CopyInitConfig(),
         "normal": NormalInitConfig(std=f["model_dim"] ** -0.5),
     }
-    for name, allowed in (
-        ("huginn_prelude_norm", normed),
-        ("huginn_input_injection", diagonal),
-        ("huginn_state_init", states),
-    ):
-        if f[name] not in allowed:
-            words = ", ".join(map(repr, allowed))
-            raise ValueError(f"config.json: {name} is {f[name]!r}; supported: {words}")
-    injects = diagonal[f["huginn_input_injection"]]
-    if injects and f["huginn_state_init"] == "input":
+    injections = {
+        "none": NoInjectionConfig(),
+        "diagonal": LTIInjectionConfig(orthogonal=f["huginn_prelude_orthogonal"]),
+        "linear": LinearInjectionConfig(bias=f["apply_bias_term"]),
+    }
+    found = {
+        "injection": _chosen(f, "huginn_input_injection", injections),
+        "state_init": _chosen(f, "huginn_state_init", states),
+        "prelude_norm": _chosen(f, "huginn_prelude_norm", {"none": False, "rms": True}),
+        "loop_norm": _chosen(
+            f, "huginn_recurrent_exit_norm", {"none": False, "parameterless_rms": True}
+        ),
+    }
+    depth_control = found["prelude_norm"] or found["loop_norm"] or f["huginn_prelude_orthogonal"]
+    if f["num_experts"] and (depth_control or f["huginn_input_injection"] == "linear"):
+        raise ValueError(
+            "config.json: num_experts is not 0; in their code a norm before or after a loop, the "
+            "linear and the orthogonal injection need dense layers"
+        )
+    if found["injection"].adds_e and f["huginn_state_init"] == "input":
         raise ValueError(
             "config.json: huginn_state_init is 'input' with an injection: their state starts as "
             "the prelude's output itself, ours as what the injection makes of it"
         )
-    return plain | {
-        "injection": LTIInjectionConfig() if injects else NoInjectionConfig(),
-        "state_init": states[f["huginn_state_init"]],
-        "prelude_norm": normed[f["huginn_prelude_norm"]],
-    }
+    return found
+
+
+def _chosen(f: Mapping[str, Any], name: str, meanings: Mapping[str, Any]) -> Any:
+    if f[name] not in meanings:
+        words = ", ".join(map(repr, meanings))
+        raise ValueError(f"config.json: {name} is {f[name]!r}; supported: {words}")
+    return meanings[f[name]]
 
 
 def write_config(config: ModelConfig) -> dict[str, Any]:
@@ -300,22 +316,29 @@ def _recurrence_fields(config: ModelConfig) -> dict[str, Any]:
         config.num_core_layers,
         config.num_coda_layers,
     )
-    if isinstance(config.injection, NoInjectionConfig) and not config.prelude_norm:
+    part, normed = config.injection, config.prelude_norm or config.loop_norm
+    if isinstance(part, NoInjectionConfig) and not normed:
         return {
             "arch": "transformer",
             "loop_start_layer": prelude,
             "loop_end_layers": prelude + core,
         }
     states = {ZerosInitConfig: "zero", CopyInitConfig: "input", NormalInitConfig: "normal"}
+    injections: dict[type, str] = {NoInjectionConfig: "none", LinearInjectionConfig: "linear"}
+    linear = isinstance(part, LinearInjectionConfig)
+    orthogonal = isinstance(part, LTIInjectionConfig) and part.orthogonal
     return {
         "arch": "huginn",
         "huginn_prelude_layers": prelude,
         "huginn_recurrent_layers": core,
         "huginn_coda_layers": coda,
         "huginn_state_init": states[type(config.state_init)],
-        "huginn_input_injection": "diagonal" if config.adds_e else "none",
+        "huginn_input_injection": injections.get(type(part), "diagonal"),
+        "apply_bias_term": isinstance(part, LinearInjectionConfig) and part.bias,
+        "huginn_prelude_orthogonal": orthogonal,
         "huginn_prelude_norm": "rms" if config.prelude_norm else "none",
-        "huginn_depth_control": config.prelude_norm,
+        "huginn_recurrent_exit_norm": "parameterless_rms" if config.loop_norm else "none",
+        "huginn_depth_control": normed or orthogonal or linear,
     }
 
 
@@ -335,6 +358,13 @@ def rules(config: ModelConfig) -> list[AnyRule]:
             Rename(f"{INJECTION}.dt_bias", "injection.dt_bias"),
             Rename(f"{INJECTION}.input_adapter.weight", "injection.weight"),
         ]
+    if isinstance(config.injection, LinearInjectionConfig):
+        parts = ("injection.h_weight", "injection.e_weight")
+        found.append(Split(f"{INJECTION}.adapter.weight", parts, dim=1))
+        if config.injection.bias:
+            found.append(Rename(f"{INJECTION}.adapter.bias", "injection.bias"))
+    if config.loop_norm:
+        found.append(Constant("loop_norm.weight", (config.d_model,), 1.0))
     if config.prelude_norm:
         found.append(Shift("huginn_prelude_norm_module.weight", "prelude_norm.weight"))
     stages = {

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from openmythos.config import (
     CopyInitConfig,
+    LinearInjectionConfig,
     LTIInjectionConfig,
     ModelConfig,
     MoEConfig,
@@ -29,7 +30,7 @@ from tests.strategies import random_model, random_tokens
 
 GoldenDir = Callable[[str], Path]
 Json = dict[str, Any]
-GOLDENS = ("ifm-parcae", "ifm-middle", "ifm-moe")
+GOLDENS = ("ifm-parcae", "ifm-middle", "ifm-moe", "ifm-linear", "ifm-orthoinj")
 
 
 def fields(golden_dir: GoldenDir, name: str, **changes: Any) -> Json:
@@ -75,11 +76,15 @@ def test_every_tensor_is_used_and_comes_back(golden_dir: GoldenDir, name: str) -
 
 
 def test_goldens_are_the_topologies_that_they_are_named_for(golden_dir: GoldenDir) -> None:
-    parcae, middle, experts = (load_pretrained(golden_dir(name)).config for name in GOLDENS)
+    parcae, middle, experts, linear, ortho = (
+        load_pretrained(golden_dir(name)).config for name in GOLDENS
+    )
     assert parcae.injection == LTIInjectionConfig() and parcae.prelude_norm
     assert (parcae.num_prelude_layers, parcae.num_core_layers, parcae.num_coda_layers) == (1, 2, 1)
     assert middle.injection == NoInjectionConfig() and middle.state_init == CopyInitConfig()
     assert isinstance(experts.core_ff, MoEConfig) and experts.num_core_layers == 3
+    assert linear.injection == LinearInjectionConfig(bias=True) and linear.loop_norm
+    assert ortho.injection == LTIInjectionConfig(orthogonal=True) and not ortho.prelude_norm
 
 
 def test_bf16_adds_the_one_as_their_inference_does(golden_dir: GoldenDir, tmp_path: Path) -> None:
@@ -103,6 +108,8 @@ SHAPES = {
         *("injection=none", "state_init=copy", "rope.theta=100.5"),
     ],
     "a loop in the middle": ["injection=none", "state_init=copy", "prelude_norm=false"],
+    "Huginn-Linear without its bias": ["injection=linear", "prelude_norm=false"],
+    "OrthoInj with a norm": ["injection.orthogonal=true"],
     "scaled embeddings": [f"embed_scale={48**0.5!r}", "block.norm_eps=1e-5"],
 }
 
@@ -124,6 +131,28 @@ def test_shapes_go_there_and_back(
     for num_loops in (1, 3):
         found, wanted = (m(tokens, num_loops=num_loops).logits for m in (again, model))
         assert wanted.std() > 0.1 and (found - wanted).abs().max() < 1e-5
+
+
+def test_a_norm_without_weights_comes_back_unless_it_was_trained(
+    golden_dir: GoldenDir, tmp_path: Path
+) -> None:
+    model = load_pretrained(golden_dir("ifm-linear"))
+    assert torch.equal(model.loop_norm.weight, torch.ones(48))
+    save_as(FAMILY, model, tmp_path / "there")
+    assert load_pretrained(tmp_path / "there").config == model.config
+    with torch.no_grad():
+        model.loop_norm.weight[3] = 1.5
+    with pytest.raises(ValueError, match=r"loop_norm\.weight is not 1 everywhere any more"):
+        save_as(FAMILY, model, tmp_path / "trained")
+
+
+def test_their_depth_control_is_dense(golden_dir: GoldenDir) -> None:
+    whole = {"huginn_prelude_layers": 0, "huginn_coda_layers": 0, "arch": "huginn"}
+    data = fields(golden_dir, "ifm-moe", **whole, huginn_prelude_norm="rms")
+    with pytest.raises(ValueError, match="need dense layers"):
+        read_config(data)
+    data["model"]["huginn_prelude_norm"] = "none"
+    assert read_config(data).injection == LTIInjectionConfig()
 
 
 def test_experts_come_back_unless_their_bias_was_trained(
@@ -223,9 +252,9 @@ def test_the_counts_are_those_of_their_formulas(golden_dir: GoldenDir) -> None:
         ({"huginn_hierarchical_state": "shared_hl"}, "huginn_hierarchical_state is 'shared_hl'"),
         ({"huginn_state_init": "input"}, "their state starts as the prelude's output itself"),
         ({**MOE}, "in prelude and coda as well"),
-        ({"huginn_input_injection": "linear"}, "is 'linear'; supported: 'none', 'diagonal'"),
-        ({"huginn_recurrent_exit_norm": "parameterless_rms"}, "huginn_recurrent_exit_norm is"),
-        ({"huginn_prelude_orthogonal": True}, "huginn_prelude_orthogonal is True; only False"),
+        ({"huginn_input_injection": "gate"}, "supported: 'none', 'diagonal', 'linear'"),
+        ({"huginn_recurrent_exit_norm": "rms"}, "supported: 'none', 'parameterless_rms'"),
+        ({"huginn_ortho_projection_eps": 1e-3}, "huginn_ortho_projection_eps is 0.001; only"),
         ({"huginn_recurrent_layers": 11}, "huginn_recurrent_layers is 11; only 12"),
         ({"huginn_prelude_layers": 20}, "layers 20 to 20 of 28 cannot be the loop"),
         ({"arch": "gekko"}, "arch is 'gekko'; allowed: 'transformer', 'huginn'"),
@@ -235,7 +264,7 @@ def test_the_counts_are_those_of_their_formulas(golden_dir: GoldenDir) -> None:
         ({"qknorm": True}, "qknorm is True; only False"),
         ({"apply_rmsnorm": None}, "apply_rmsnorm is None; only True"),
         ({"rope_head_dim": 32}, "rope_head_dim is 32; only 64"),
-        ({"num_layers": "28"}, "num_layers is '28', expected int"),
+        ({"num_layers": "28"}, "num_layers is '28', expected a whole number"),
         ({"mamba": 1}, "unknown mamba"),
         ({"vocab_size": -1}, "vocab_size"),
     ],
@@ -264,8 +293,8 @@ def test_fields_that_a_recipe_leaves_out_have_their_defaults(golden_dir: GoldenD
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("injection=linear", "injection.kind is 'linear', there 'lti'"),
-        ("loop_norm=true", "loop_norm is True, there False"),
+        ("injection=add", "injection.kind is 'add', there 'lti'"),
+        ("readout=linear", "readout is 'linear', there 'none'"),
         ("rope.interleaved=false", "rope.interleaved is False, there True"),
         ("tie_embeddings=true", "tie_embeddings is True, there False"),
         ("state_init.kind=normal", "state_init.std is 1.0"),

@@ -147,8 +147,8 @@ def test_the_published_shape_has_its_count() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"mu_rec": 6.0}, "mu_rec is 6.0, expected int"),
-        ({"qk_norm": None}, "qk_norm is None, expected bool"),
+        ({"mu_rec": 6.0}, "mu_rec is 6.0, expected a whole number"),
+        ({"qk_norm": None}, "qk_norm is None, expected true or false"),
         ({"n_experts": 4}, "unknown n_experts"),
         ({"n_kv_heads": 5}, "num_kv_heads"),
     ],

@@ -18,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from openmythos.config.schema import as_flag, as_integer, as_number, require
+from openmythos.engine.call_cost import CallCosts
 from openmythos.engine.paged_cache import PagedCache
 from openmythos.engine.request import Request
 from openmythos.engine.runner import Entry, Runner
@@ -31,6 +32,7 @@ from openmythos.ops.cpu import build as native
 from openmythos.plan.memory import free_bytes, require_memory
 
 EndReason = Literal["stop", "length", "abort", "deadline", "error"]
+MEMORY = 100  # tokens whose loops count for the mean that decides on waiting
 PAGES_SHARE = 0.5  # of the free memory that an engine takes for pages at most, if it is not told
 
 
@@ -49,7 +51,8 @@ class EngineConfig:
         prefill_chunk: Tokens of a prompt that are read at once, a multiple of ``page_size``.
         reuse_prefixes: Whether prompts that begin alike share what was read.
         hold_rows: The number of rows that tokens wait for between two tokens, where coda and
-            prelude run, as long as others loop: more rows per call, but some wait for it.
+            prelude run, as long as others loop: more rows per call, but some wait for it. None: as
+            many as is best by the costs that ``warm_up`` measures; until then they do not wait.
         max_hold_ms: The longest that a token waits there, in milliseconds.
         priority_s: Seconds of waiting that make up for a priority that is one worse.
         compiled: Whether to compile what runs for every token.
@@ -63,15 +66,15 @@ class EngineConfig:
     cache_layout: CacheLayout | None = None
     prefill_chunk: int = 256
     reuse_prefixes: bool = True
-    hold_rows: int = 1
+    hold_rows: int | None = None
     max_hold_ms: float = 50.0
     priority_s: float = 10.0
     compiled: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("max_rows", "page_size", "prefill_chunk", "hold_rows"):
+        for name in ("max_rows", "page_size", "prefill_chunk"):
             object.__setattr__(self, name, as_integer(name, getattr(self, name), 1))
-        for name, least in (("max_len", 1), ("max_loops", 1), ("num_pages", 2)):
+        for name, least in (("max_len", 1), ("max_loops", 1), ("num_pages", 2), ("hold_rows", 1)):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, as_integer(name, getattr(self, name), least))
         for name in ("max_hold_ms", "priority_s"):
@@ -194,7 +197,7 @@ class Engine:
             num_seats=config.max_rows,
             prefill_chunk=config.prefill_chunk,
             exact=self._cache.layout.exact,
-            hold=config.hold_rows,
+            hold=config.hold_rows or 1,
             max_hold=config.max_hold_ms / 1000,
             reuse=config.reuse_prefixes,
         )
@@ -206,6 +209,17 @@ class Engine:
         self._ids = itertools.count()
         self._events: list[Event] = []
         self._counts = _Counts()
+        self._costs: CallCosts | None = None
+        self._mean_loops = float(model.config.num_loops)
+
+    def warm_up(self) -> None:
+        """Compile what is to be compiled, and measure what calls cost; takes seconds to minutes.
+
+        Without it the calls are compiled when they come, and ``hold_rows`` None means 1. Call it
+        while no request is running.
+        """
+        with inference(self.model, self._modules):
+            self._costs = self._runner.measure()
 
     # --- requests ---------------------------------------------------------------------------------
 
@@ -326,6 +340,8 @@ class Engine:
             runner.read(tokens, chunk.start, job.pages, job.depth, seed)
             self._counts.prompt_read += len(tokens)
             scheduler.has_read(chunk, now)
+        if self._costs is not None and self.config.hold_rows is None and scheduler.running:
+            scheduler.hold = self._costs.hold(len(scheduler.running), self._mean_loops)
         if scheduler.boundary_is_due(now):
             if leaving := scheduler.at("exited"):
                 self._decode(leaving, now)
@@ -379,6 +395,7 @@ class Engine:
         reason: EndReason | None = "length" if len(job.new) == job.num_new else None
         reason = "stop" if token in request.stop_tokens else reason
         self._counts.new_tokens += 1
+        self._mean_loops += (loops - self._mean_loops) / MEMORY
         self._give(live, Event(job.id, token, loops, reason, report))
         if reason is not None:
             self._scheduler.remove(job)

@@ -4,8 +4,10 @@ Rows are addressed by seat. A call may take any seats, at different loops: it ga
 computes, and puts it back.
 """
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from openmythos.engine.call_cost import CallCosts
 from openmythos.engine.compile import EAGER, compiled_calls
 from openmythos.engine.page_pool import SCRATCH
 from openmythos.engine.paged_cache import PagedCache, PagedContext
@@ -92,8 +95,35 @@ class Runner:
         self._pages: list[list[int]] = [[] for _ in range(rows)]
         self._loops, self._limits, self._depths = [0] * rows, [1] * rows, [1] * rows
         self._rules: list[Rule] = [Fixed()] * rows
+        self._contexts: dict[tuple[int, ...], PagedContext] = {}  # until a token begins
         self._exits: dict[int, ExitState] = {}
         self._logits: dict[int, Tensor] = {}  # of tokens that stopped by a rule that needs them
+
+    # --- costs ------------------------------------------------------------------------------------
+
+    def measure(self, repeats: int = 3) -> CallCosts:
+        """Seconds of the calls for 1, 2, 4 ... rows; compiled calls are compiled for them first.
+
+        All rows are the seat of nobody, whose text is one token long.
+        """
+        core, boundary, count = {}, {}, 1
+        while count < 2 * self.num_seats:
+            size = min(count, self.num_seats)
+            rows = [self.num_seats] * size
+            core[size] = _least_seconds(partial(self._run, rows), repeats)
+            boundary[size] = _least_seconds(partial(self._cross, rows), repeats)
+            count *= 2
+        self._contexts.clear()
+        return CallCosts(core, boundary)
+
+    def _run(self, rows: Sequence[int]) -> LoopState:
+        """One loop of some rows, whose new state is returned."""
+        return advance(self.model, self._state(rows), self._context(rows), self.calls.run)
+
+    def _cross(self, rows: Sequence[int]) -> LoopState:
+        """Decode and encode the tokens of some rows, and forget the results."""
+        self._decode(rows)
+        return self._encode(rows)[1]
 
     # --- prompts ----------------------------------------------------------------------------------
 
@@ -121,6 +151,7 @@ class Runner:
 
     def enter(self, entries: Sequence[Entry]) -> None:
         """Encode a token in each of some seats."""
+        self._contexts.clear()
         for entry in entries:
             seat, pages = entry.seat, list(entry.pages)
             self._loops[seat], self._depths[seat] = 0, entry.depth
@@ -135,10 +166,7 @@ class Runner:
         self._tokens[index, 0] = self._integers([entry.token for entry in entries])
         self._positions[index, 0] = self._integers([entry.position for entry in entries])
         self._seeds[index, 0] = self._integers([_signed(entry.seed) for entry in entries])
-        rows = self._padded(seats)
-        ctx = self._context(rows)
-        e = self.calls.encode(self.model, ctx.tokens, ctx)
-        state = start_loops(self.model, e, ctx, [self._limits[row] for row in rows])
+        e, state = self._encode(self._padded(seats))
         self._e[index] = e[: len(seats)]
         self._put(index, state)
         for place, entry in enumerate(entries):
@@ -146,8 +174,7 @@ class Runner:
 
     def advance(self, seats: Sequence[int]) -> list[int]:
         """Run one loop in each of some seats; return the seats whose token stops there."""
-        rows = self._padded(seats)
-        state = advance(self.model, self._state(rows), self._context(rows), self.calls.run)
+        state = self._run(self._padded(seats))
         self._put(self._integers(seats), state)
         self.core_applications += len(seats)
         for seat in seats:
@@ -193,6 +220,12 @@ class Runner:
                         self._logits[seat] = logits[seat]
         return stopped
 
+    def _encode(self, rows: Sequence[int]) -> tuple[Float[Tensor, "N 1 D"], LoopState]:
+        """The prelude's output for the rows' tokens, and their state before the first loop."""
+        ctx = self._context(rows)
+        e = self.calls.encode(self.model, ctx.tokens, ctx)
+        return e, start_loops(self.model, e, ctx, [self._limits[row] for row in rows])
+
     def _decode(self, seats: Sequence[int]) -> Float[Tensor, "N V"]:
         """The logits if the tokens of some seats stopped now."""
         rows = self._padded(seats)
@@ -210,20 +243,26 @@ class Runner:
 
     def _context(self, rows: Sequence[int]) -> PagedContext:
         """The context of the rows' tokens."""
+        key = tuple(rows)
+        if key not in self._contexts:
+            self._contexts[key] = self._make_context(rows)
+        return self._contexts[key]
+
+    def _make_context(self, rows: Sequence[int]) -> PagedContext:
         index = self._integers(rows)
         tables = self._tables
         if not self.compiled:  # whose graphs would depend on the width
             tables = tables[:, : max(1, *(len(self._pages[row]) for row in rows))]
-        parts = (part[index] for part in (self._tokens, self._positions, tables, self._seeds))
-        return self.cache.context(*parts)
+        parts = self._tokens, self._positions, tables, self._seeds
+        return self.cache.context(*(part.index_select(0, index) for part in parts))
 
     def _state(self, rows: Sequence[int]) -> LoopState:
         """The state of the rows."""
         index = self._integers(rows)
         loops = [self._loops[row] for row in rows]
         return LoopState(
-            h=self._h[index],
-            e=self._e[index],
+            h=self._h.index_select(0, index),
+            e=self._e.index_select(0, index),
             loop_idx=self._integers(loops),
             loops=tuple(loops),
             depths=tuple(self._limits[row] for row in rows),
@@ -249,6 +288,19 @@ class Runner:
 
     def _integers(self, numbers: Sequence[Any]) -> Int[Tensor, "..."]:
         return torch.tensor(numbers, dtype=torch.int64, device=self.device)
+
+
+def _least_seconds(call: Callable[[], object], repeats: int) -> float:
+    """The shortest of some calls, after one that is not counted."""
+    call()
+    found = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        call()
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        found.append(time.perf_counter() - start)
+    return min(found)
 
 
 def _signed(seed: int) -> int:

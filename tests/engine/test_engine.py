@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import openmythos as om
+from openmythos.engine.call_cost import CallCosts
 from openmythos.engine.engine import Engine, EngineConfig, Event
 from openmythos.engine.paged_cache import PagedView
 from openmythos.engine.request import Request
@@ -153,6 +154,50 @@ def test_in_fp32_a_difference_is_a_near_tie(kind: str) -> None:
                 assert best - second < 1e-4
                 break
             assert event.logprobs.chosen == pytest.approx(new.logprobs.chosen, abs=1e-4)
+
+
+@pytest.fixture
+def fresh_compiler(compiler: None) -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("fresh_compiler")
+def test_a_compiled_engine_gives_what_each_request_gives_alone() -> None:
+    """One to three rows at different loops; the third is filled up by a seat of nobody."""
+    engine = make_engine("universal act, moe, mla", max_rows=4, compiled=True)
+    engine.warm_up()
+    with torch.compiler.set_stance("fail_on_recompile"):
+        requests = [
+            make_request(tokens=PROMPT[first:], num_loops=2 + first, exit_rule=rule)
+            for first, rule in enumerate((None, RULE, KLExit(threshold=0.05)))
+        ]
+        for request in requests:
+            engine.add(request)
+            engine.step()
+        events = run(engine)
+    assert all(same(engine, requests[n], each) for n, each in events.items())
+
+
+def test_measured_costs_decide_how_many_wait_and_change_no_result() -> None:
+    engine = make_engine(max_hold_ms=1e6)
+    engine.warm_up()
+    assert engine._costs is not None and set(engine._costs.core) == {1, 2, 4}
+    assert min(engine._costs.core.values()) > 0 < min(engine._costs.boundary.values())
+    rows = dict.fromkeys((1, 2, 4), 1.0)
+    engine._costs = CallCosts(core=rows, boundary=dict.fromkeys(rows, 1e6))
+    requests = [make_request(exit_rule=RULE, num_loops=2 + n, seed=n) for n in range(4)]
+    for request in requests:
+        engine.add(request)
+    events, held = {}, set()
+    while not engine.is_idle:
+        for event in engine.step():
+            events.setdefault(event.id, []).append(event)
+        held.add(engine._scheduler.hold)
+    assert max(held) == len(requests)
+    assert all(same(engine, requests[n], each) for n, each in events.items())
 
 
 # --- what is shared -------------------------------------------------------------------------------

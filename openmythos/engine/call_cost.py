@@ -1,61 +1,80 @@
-"""What the model's calls cost by their rows, and how long tokens should wait for each other.
+"""What the model's calls cost by their rows, and when tokens should wait for each other.
 
 Between two tokens of a request coda, head and prelude run: the boundary. If tokens cross it as soon
 as they can, every step pays a call of few rows; if they wait for each other, fewer rows loop
-meanwhile. Where the best lies depends on the model and the machine.
+meanwhile. What is better depends on the model, the machine, and how soon others will come.
 """
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from typing import NamedTuple
+
+HORIZON = 8  # loops that are looked ahead
+
+
+class Rest(NamedTuple):
+    """What a token has still to run.
+
+    Attributes:
+        most: Number of loops.
+        stops: The probability that it stops after any one of them.
+    """
+
+    most: int
+    stops: float = 0.0
+
+    def ended(self, loops: int) -> float:
+        """The probability that it has stopped after so many more loops."""
+        return 1.0 if self.most <= loops else 1.0 - (1.0 - self.stops) ** loops
 
 
 @dataclass(frozen=True)
 class CallCosts:
-    """Measured seconds per call, by the number of rows; between them it is a straight line.
+    """Measured seconds per call, by the number of rows.
 
     Attributes:
         core: One loop.
         boundary: Decoding a token, and encoding the next one.
+        padded: Whether calls are filled up to the next measured number of rows; otherwise their
+            cost lies on a line between the measured ones.
     """
 
     core: Mapping[int, float]
     boundary: Mapping[int, float]
+    padded: bool = False
 
-    def hold(self, num_rows: int, mean_loops: float) -> int:
-        """The number of rows that tokens wait for at the boundary, for the least time per token.
+    def worth_waiting(self, num_held: int, looping: Sequence[Rest]) -> bool:
+        """Whether tokens at the boundary should let the others run loops until more have come.
 
-        Args:
-            num_rows: Rows that loop or wait.
-            mean_loops: Loops per token. Each loop is taken to be the last with equal probability.
+        If they wait for some loops and cross together with those that have ended by then, one call
+        does the work of two. Until then the loops are run by fewer rows than there are, each at a
+        higher cost. They wait if, for some number of loops, more is saved than lost.
         """
-        key = num_rows, round(mean_loops)
-        if key not in self._holds:
-            self._holds[key] = min(
-                range(1, num_rows + 1), key=lambda hold: self.seconds(hold, num_rows, mean_loops)
-            )
-        return self._holds[key]
+        num_rows, rests = num_held + len(looping), Counter(looping)
+        per_row = self._at(self.core, num_rows) / num_rows
+        lost, joined = 0.0, 0.0
+        for loops in range(1, HORIZON + 1):
+            running = len(looping) - joined
+            lost += self._at(self.core, running) - running * per_row
+            joined = sum(count * rest.ended(loops) for rest, count in rests.items())
+            if self._saved(num_held, joined) > lost:
+                return True
+            if joined == len(looping):
+                break
+        return False
 
-    def seconds(self, hold: int, num_rows: int, mean_loops: float) -> float:
-        """Expected seconds per token if tokens wait until there are ``hold``.
+    def _saved(self, num_held: int, joined: int | float) -> float:
+        """Seconds that one crossing takes less than two; of less than one row its share."""
+        others = max(joined, 1.0)
+        apart = self._at(self.boundary, num_held) + self._at(self.boundary, others)
+        return min(joined, 1.0) * (apart - self._at(self.boundary, num_held + others))
 
-        While j rows wait, the others run loops until one of them stops: after
-        ``mean_loops / (num_rows - j)`` loops on average.
-        """
-        looping = range(num_rows, num_rows - hold, -1)
-        spent = sum(_at(self.core, rows) * mean_loops / rows for rows in looping)
-        return (spent + _at(self.boundary, hold)) / hold
-
-    @cached_property
-    def _holds(self) -> dict[tuple[int, int], int]:
-        return {}
-
-
-def _at(costs: Mapping[int, float], rows: int) -> float:
-    """The cost of so many rows, from the measured numbers around it."""
-    below = max((known for known in costs if known <= rows), default=min(costs))
-    above = min((known for known in costs if known >= rows), default=max(costs))
-    if below == above:
-        return costs[below]
-    share = (rows - below) / (above - below)
-    return costs[below] + share * (costs[above] - costs[below])
+    def _at(self, costs: Mapping[int, float], rows: int | float) -> float:
+        """The cost of so many rows on average."""
+        below = max((known for known in costs if known <= rows), default=min(costs))
+        above = min((known for known in costs if known >= rows), default=max(costs))
+        if below == above or self.padded:
+            return costs[above]
+        share = (rows - below) / (above - below)
+        return costs[below] + share * (costs[above] - costs[below])

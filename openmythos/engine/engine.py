@@ -18,7 +18,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from openmythos.config.schema import as_flag, as_integer, as_number, require
-from openmythos.engine.call_cost import CallCosts
 from openmythos.engine.paged_cache import PagedCache
 from openmythos.engine.request import Request
 from openmythos.engine.runner import Entry, Runner
@@ -32,7 +31,6 @@ from openmythos.ops.cpu import build as native
 from openmythos.plan.memory import free_bytes, require_memory
 
 EndReason = Literal["stop", "length", "abort", "deadline", "error"]
-MEMORY = 100  # tokens whose loops count for the mean that decides on waiting
 PAGES_SHARE = 0.5  # of the free memory that an engine takes for pages at most, if it is not told
 
 
@@ -52,7 +50,8 @@ class EngineConfig:
         reuse_prefixes: Whether prompts that begin alike share what was read.
         hold_rows: The number of rows that tokens wait for between two tokens, where coda and
             prelude run, as long as others loop: more rows per call, but some wait for it. None: as
-            many as is best by the costs that ``warm_up`` measures; until then they do not wait.
+            is best for the sum of all by the costs that ``warm_up`` measures; without it they do
+            not wait.
         max_hold_ms: The longest that a token waits there, in milliseconds.
         priority_s: Seconds of waiting that make up for a priority that is one worse.
         compiled: Whether to compile what runs for every token.
@@ -197,7 +196,7 @@ class Engine:
             num_seats=config.max_rows,
             prefill_chunk=config.prefill_chunk,
             exact=self._cache.layout.exact,
-            hold=config.hold_rows or 1,
+            hold=config.hold_rows,
             max_hold=config.max_hold_ms / 1000,
             reuse=config.reuse_prefixes,
         )
@@ -209,17 +208,15 @@ class Engine:
         self._ids = itertools.count()
         self._events: list[Event] = []
         self._counts = _Counts()
-        self._costs: CallCosts | None = None
-        self._mean_loops = float(model.config.num_loops)
 
     def warm_up(self) -> None:
         """Compile what is to be compiled, and measure what calls cost; takes seconds to minutes.
 
-        Without it the calls are compiled when they come, and ``hold_rows`` None means 1. Call it
-        while no request is running.
+        Without it the calls are compiled when they come, and tokens do not wait for each other.
+        Call it while no request is running.
         """
         with inference(self.model, self._modules):
-            self._costs = self._runner.measure()
+            self._scheduler.costs = self._runner.measure()
 
     # --- requests ---------------------------------------------------------------------------------
 
@@ -261,6 +258,7 @@ class Engine:
             num_new=num_new,
             depth=request.depth(self.model.config),
             settings=self._settings(request, rule, salt),
+            may_stop=not isinstance(rule, Fixed),
             order=(now + priority * self.config.priority_s, number),
             deadline=deadline,
         )
@@ -340,8 +338,6 @@ class Engine:
             runner.read(tokens, chunk.start, job.pages, job.depth, seed)
             self._counts.prompt_read += len(tokens)
             scheduler.has_read(chunk, now)
-        if self._costs is not None and self.config.hold_rows is None and scheduler.running:
-            scheduler.hold = self._costs.hold(len(scheduler.running), self._mean_loops)
         if scheduler.boundary_is_due(now):
             if leaving := scheduler.at("exited"):
                 self._decode(leaving, now)
@@ -354,8 +350,8 @@ class Engine:
         if looping:
             self._counts.core_calls += 1
             self._counts.core_rows += len(looping)
-            for seat in runner.advance(list(looping)):
-                scheduler.exit(looping[seat], now)
+            ended = runner.advance(list(looping))
+            scheduler.has_looped(looping.values(), [looping[seat] for seat in ended], now)
 
     def _entry(self, job: Job) -> Entry:
         live = self._live[job.id]
@@ -395,7 +391,6 @@ class Engine:
         reason: EndReason | None = "length" if len(job.new) == job.num_new else None
         reason = "stop" if token in request.stop_tokens else reason
         self._counts.new_tokens += 1
-        self._mean_loops += (loops - self._mean_loops) / MEMORY
         self._give(live, Event(job.id, token, loops, reason, report))
         if reason is not None:
             self._scheduler.remove(job)

@@ -114,7 +114,7 @@ class Runner:
             boundary[size] = _least_seconds(partial(self._cross, rows), repeats)
             count *= 2
         self._contexts.clear()
-        return CallCosts(core, boundary)
+        return CallCosts(core, boundary, padded=self.compiled)
 
     def _run(self, rows: Sequence[int]) -> LoopState:
         """One loop of some rows, whose new state is returned."""

@@ -1,39 +1,59 @@
 import pytest
 
-from openmythos.engine.call_cost import CallCosts
+from openmythos.engine.call_cost import CallCosts, Rest
 
 ROWS = (1, 2, 4, 8)
 
 
-def test_costs_between_measured_rows_are_on_a_line() -> None:
-    costs = CallCosts(core={2: 1.0, 4: 3.0, 8: 4.0}, boundary={2: 0.0, 4: 0.0, 8: 0.0})
-    # With one loop per token, a row stops after 1/n calls of n rows.
-    seconds = [costs.seconds(1, rows, 1.0) * rows for rows in (1, 2, 3, 4, 6, 8, 9)]
-    assert seconds == pytest.approx([1.0, 1.0, 2.0, 3.0, 3.5, 4.0, 4.0])
+def linear(core: tuple[float, float], boundary: tuple[float, float]) -> CallCosts:
+    """Costs of a fixed part and one per row."""
+    core_costs = {rows: core[0] + core[1] * rows for rows in ROWS}
+    return CallCosts(core_costs, {rows: boundary[0] + boundary[1] * rows for rows in ROWS})
 
 
-def test_tokens_that_wait_for_all_run_in_ever_smaller_calls() -> None:
-    costs = CallCosts(core={1: 1.0, 3: 3.0}, boundary={1: 6.0, 3: 6.0})
-    assert costs.seconds(3, 3, 4.0) == pytest.approx((3 * 4 / 3 + 2 * 4 / 2 + 1 * 4 + 6) / 3)
+def test_what_has_ended_by_when() -> None:
+    assert [Rest(2).ended(loops) for loops in (1, 2, 3)] == [0.0, 1.0, 1.0]
+    assert [Rest(3, 0.5).ended(loops) for loops in (1, 2, 3)] == [0.5, 0.75, 1.0]
 
 
-@pytest.mark.parametrize(("boundary", "hold"), [(0.0, 1), (1e-9, 1), (100.0, 8)])
-def test_a_dear_boundary_is_waited_for_and_a_cheap_one_not(boundary: float, hold: int) -> None:
-    """The core costs the same for any number of rows, the boundary too."""
-    costs = CallCosts(core=dict.fromkeys(ROWS, 1.0), boundary=dict.fromkeys(ROWS, boundary))
-    assert costs.hold(8, 4.0) == hold
+@pytest.mark.parametrize(
+    ("padded", "wanted"),
+    [(False, [1.0, 1.0, 2.0, 2.5, 3.0, 4.0, 4.0]), (True, [1.0, 1.0, 3.0, 3.0, 3.0, 4.0, 4.0])],
+)
+def test_costs_between_measured_rows(padded: bool, wanted: list[float]) -> None:
+    costs = CallCosts(core={2: 1.0, 4: 3.0, 8: 4.0}, boundary={}, padded=padded)
+    found = [costs._at(costs.core, rows) for rows in (1, 2, 3, 3.5, 4, 8, 9)]
+    assert found == wanted
 
 
-def test_a_boundary_that_costs_by_the_row_is_not_waited_for() -> None:
-    costs = CallCosts(core=dict.fromkeys(ROWS, 1.0), boundary={rows: 2.0 * rows for rows in ROWS})
-    assert costs.hold(8, 4.0) == 1
+def test_a_loop_of_waiting_against_a_crossing_saved() -> None:
+    """Two of eight rows wait: a loop of the other six costs 1.75, and not six eighths of 2."""
+    looping = [Rest(5)] * 5
+    for saved, worth in ((0.76, True), (0.74, False)):
+        costs = linear((1.0, 0.125), (saved, 0.5))
+        loss = 1.75 - 6 * 2 / 8
+        assert loss == 0.25
+        assert costs.worth_waiting(2, [Rest(1), *looping]) == (saved > loss)
+        assert costs.worth_waiting(2, [Rest(3), *looping]) == worth  # three such loops
 
 
-def test_between_the_two_some_rows_are_waited_for() -> None:
-    costs = CallCosts(
-        core={rows: 1.0 + 0.2 * rows for rows in ROWS},
-        boundary={rows: 2.0 + 0.2 * rows for rows in ROWS},
-    )
-    holds = [costs.hold(8, loops) for loops in (1.0, 4.0, 40.0)]
-    assert holds == sorted(holds, reverse=True)
-    assert 1 <= holds[2] < holds[0] <= 8 and costs.hold(1, 4.0) == 1
+def test_a_crossing_that_costs_by_the_row_is_not_waited_for() -> None:
+    assert not linear((1.0, 0.1), (0.0, 3.0)).worth_waiting(1, [Rest(1)] * 7)
+
+
+def test_a_core_that_costs_by_the_row_loses_nothing() -> None:
+    assert linear((0.0, 1.0), (0.1, 1.0)).worth_waiting(1, [Rest(8)] * 7)
+    assert not linear((0.0, 1.0), (0.1, 1.0)).worth_waiting(1, [Rest(9)] * 7)  # not in sight
+
+
+def test_shallow_rows_do_not_wait_for_deep_ones_but_for_each_other() -> None:
+    costs = linear((1.0, 0.1), (1.0, 0.5))
+    deep = [Rest(7)] * 4
+    assert not costs.worth_waiting(4, deep)
+    assert costs.worth_waiting(2, [Rest(1), Rest(1), *deep])
+
+
+def test_rows_that_may_stop_at_any_time_are_waited_for_if_there_are_many() -> None:
+    costs = linear((1.0, 0.1), (0.3, 0.5))
+    assert costs.worth_waiting(1, [Rest(8, 0.25)] * 7)
+    assert not costs.worth_waiting(7, [Rest(8, 0.25)])

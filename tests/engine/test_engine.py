@@ -181,23 +181,27 @@ def test_a_compiled_engine_gives_what_each_request_gives_alone() -> None:
     assert all(same(engine, requests[n], each) for n, each in events.items())
 
 
-def test_measured_costs_decide_how_many_wait_and_change_no_result() -> None:
-    engine = make_engine(max_hold_ms=1e6)
-    engine.warm_up()
-    assert engine._costs is not None and set(engine._costs.core) == {1, 2, 4}
-    assert min(engine._costs.core.values()) > 0 < min(engine._costs.boundary.values())
-    rows = dict.fromkeys((1, 2, 4), 1.0)
-    engine._costs = CallCosts(core=rows, boundary=dict.fromkeys(rows, 1e6))
-    requests = [make_request(exit_rule=RULE, num_loops=2 + n, seed=n) for n in range(4)]
-    for request in requests:
-        engine.add(request)
-    events, held = {}, set()
-    while not engine.is_idle:
-        for event in engine.step():
-            events.setdefault(event.id, []).append(event)
-        held.add(engine._scheduler.hold)
-    assert max(held) == len(requests)
-    assert all(same(engine, requests[n], each) for n, each in events.items())
+def test_measured_costs_decide_who_waits_and_change_no_result(monkeypatch) -> None:
+    crossings, leave = [], Runner.leave
+    monkeypatch.setattr(
+        Runner, "leave", lambda r, seats: crossings.append(seats) or leave(r, seats)
+    )
+    numbers = {}
+    for seconds in (1e-6, 1e6):  # of a crossing
+        engine = make_engine(max_hold_ms=1e6)
+        engine.warm_up()
+        costs = engine._scheduler.costs
+        assert costs is not None and set(costs.core) == set(costs.boundary) == {1, 2, 4}
+        assert min(*costs.core.values(), *costs.boundary.values()) > 0
+        rows = dict.fromkeys((1, 2, 4), 1.0)
+        engine._scheduler.costs = CallCosts(rows, dict.fromkeys(rows, seconds))
+        requests = [make_request(num_loops=2 + n, seed=n, max_new_tokens=4) for n in range(4)]
+        for request in requests:
+            engine.add(request)
+        crossings.clear()
+        assert all(same(engine, requests[n], each) for n, each in run(engine).items())
+        numbers[seconds] = len(crossings)
+    assert numbers[1e6] < numbers[1e-6]
 
 
 # --- what is shared -------------------------------------------------------------------------------

@@ -101,7 +101,7 @@ class Runner:
 
     # --- costs ------------------------------------------------------------------------------------
 
-    def measure(self, repeats: int = 3) -> CallCosts:
+    def measure(self, repeats: int = 7) -> CallCosts:
         """Seconds of the calls for 1, 2, 4 ... rows; compiled calls are compiled for them first.
 
         All rows are the seat of nobody, whose text is one token long.

@@ -5,28 +5,21 @@ as they can, every step pays a call of few rows; if they wait for each other, fe
 meanwhile. What is better depends on the model, the machine, and how soon others will come.
 """
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from itertools import accumulate
 
 HORIZON = 8  # loops that are looked ahead
+Ends = tuple[float, ...]  # the probabilities to have ended after 1, 2 ... HORIZON more loops
 
 
-class Rest(NamedTuple):
-    """What a token has still to run.
-
-    Attributes:
-        most: Number of loops.
-        stops: The probability that it stops after any one of them.
-    """
-
-    most: int
-    stops: float = 0.0
-
-    def ended(self, loops: int) -> float:
-        """The probability that it has stopped after so many more loops."""
-        return 1.0 if self.most <= loops else 1.0 - (1.0 - self.stops) ** loops
+def ends_after(loops: Sequence[int]) -> Ends:
+    """The probabilities if each of these numbers of further loops is as likely."""
+    counts = [0] * HORIZON
+    for number in loops:
+        if number <= HORIZON:
+            counts[number - 1] += 1
+    return tuple(count / len(loops) for count in accumulate(counts))
 
 
 @dataclass(frozen=True)
@@ -44,24 +37,22 @@ class CallCosts:
     boundary: Mapping[int, float]
     padded: bool = False
 
-    def worth_waiting(self, num_held: int, looping: Sequence[Rest]) -> bool:
+    def worth_waiting(self, num_held: int, looping: Sequence[Ends]) -> bool:
         """Whether tokens at the boundary should let the others run loops until more have come.
 
         If they wait for some loops and cross together with those that have ended by then, one call
         does the work of two. Until then the loops are run by fewer rows than there are, each at a
         higher cost. They wait if, for some number of loops, more is saved than lost.
         """
-        num_rows, rests = num_held + len(looping), Counter(looping)
+        num_rows = num_held + len(looping)
         per_row = self._at(self.core, num_rows) / num_rows
         lost, joined = 0.0, 0.0
-        for loops in range(1, HORIZON + 1):
+        for ended in zip(*looping, strict=True):
             running = len(looping) - joined
             lost += self._at(self.core, running) - running * per_row
-            joined = sum(count * rest.ended(loops) for rest, count in rests.items())
+            joined = sum(ended)
             if self._saved(num_held, joined) > lost:
                 return True
-            if joined == len(looping):
-                break
         return False
 
     def _saved(self, num_held: int, joined: int | float) -> float:

@@ -106,24 +106,25 @@ class Runner:
 
         All rows are the seat of nobody, whose text is one token long.
         """
-        core, boundary, count = {}, {}, 1
+        core, boundary, count, before = {}, {}, 1, self.core_applications
         while count < 2 * self.num_seats:
             size = min(count, self.num_seats)
             rows = [self.num_seats] * size
-            core[size] = _least_seconds(partial(self._run, rows), repeats)
-            boundary[size] = _least_seconds(partial(self._cross, rows), repeats)
+            core[size] = _least_seconds(partial(self._loop_nobody, rows), repeats)
+            boundary[size] = _least_seconds(partial(self._cross_nobody, rows), repeats)
             count *= 2
-        self._contexts.clear()
+        self.core_applications = before
         return CallCosts(core, boundary, padded=self.compiled)
 
-    def _run(self, rows: Sequence[int]) -> LoopState:
-        """One loop of some rows, whose new state is returned."""
-        return advance(self.model, self._state(rows), self._context(rows), self.calls.run)
+    def _loop_nobody(self, rows: Sequence[int]) -> None:
+        self._loops[self.num_seats] = 0
+        self.advance(rows)
 
-    def _cross(self, rows: Sequence[int]) -> LoopState:
-        """Decode and encode the tokens of some rows, and forget the results."""
-        self._decode(rows)
-        return self._encode(rows)[1]
+    def _cross_nobody(self, rows: Sequence[int]) -> None:
+        self._loops[self.num_seats] = 1
+        logits, _ = self.leave(rows)
+        logits.argmax(dim=-1).tolist()
+        self.enter([Entry(row, 0, 0, (SCRATCH,), 1, Fixed(), 0) for row in rows])
 
     # --- prompts ----------------------------------------------------------------------------------
 
@@ -166,7 +167,10 @@ class Runner:
         self._tokens[index, 0] = self._integers([entry.token for entry in entries])
         self._positions[index, 0] = self._integers([entry.position for entry in entries])
         self._seeds[index, 0] = self._integers([_signed(entry.seed) for entry in entries])
-        e, state = self._encode(self._padded(seats))
+        rows = self._padded(seats)
+        ctx = self._context(rows)
+        e = self.calls.encode(self.model, ctx.tokens, ctx)
+        state = start_loops(self.model, e, ctx, [self._limits[row] for row in rows])
         self._e[index] = e[: len(seats)]
         self._put(index, state)
         for place, entry in enumerate(entries):
@@ -174,7 +178,8 @@ class Runner:
 
     def advance(self, seats: Sequence[int]) -> list[int]:
         """Run one loop in each of some seats; return the seats whose token stops there."""
-        state = self._run(self._padded(seats))
+        rows = self._padded(seats)
+        state = advance(self.model, self._state(rows), self._context(rows), self.calls.run)
         self._put(self._integers(seats), state)
         self.core_applications += len(seats)
         for seat in seats:
@@ -219,12 +224,6 @@ class Runner:
                     if rule.needs_logits:
                         self._logits[seat] = logits[seat]
         return stopped
-
-    def _encode(self, rows: Sequence[int]) -> tuple[Float[Tensor, "N 1 D"], LoopState]:
-        """The prelude's output for the rows' tokens, and their state before the first loop."""
-        ctx = self._context(rows)
-        e = self.calls.encode(self.model, ctx.tokens, ctx)
-        return e, start_loops(self.model, e, ctx, [self._limits[row] for row in rows])
 
     def _decode(self, seats: Sequence[int]) -> Float[Tensor, "N V"]:
         """The logits if the tokens of some seats stopped now."""

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Literal, NamedTuple
 
-from openmythos.engine.call_cost import CallCosts, Rest
+from openmythos.engine.call_cost import CallCosts, Ends, ends_after
 from openmythos.engine.page_pool import PagePool
 
 MEMORY = 32  # tokens of a job whose loops tell how soon the next one will stop
@@ -82,15 +82,15 @@ class Job:
         return self.loops[place] if place < len(self.loops) else None
 
     @property
-    def rest(self) -> Rest:
-        """What its token has still to run."""
-        if self.recorded_loops is not None:
-            return Rest(self.recorded_loops - self.num_looped)
-        if not self.may_stop:
-            return Rest(self.depth - self.num_looped)
-        latest = self.loops[-MEMORY:]
-        mean = sum(latest) / len(latest) if latest else (self.depth + 1) / 2
-        return Rest(self.depth - self.num_looped, round(1 / mean, 2))
+    def ends(self) -> Ends:
+        """When its token will end; by an exit rule as the job's latest tokens did."""
+        done, known = self.num_looped, self.recorded_loops
+        if known is None and not self.may_stop:
+            known = self.depth
+        if known is not None:
+            return ends_after([known - done])
+        latest = [loops - done for loops in self.loops[-MEMORY:] if loops > done]
+        return ends_after(latest or range(1, self.depth - done + 1))
 
 
 class Chunk(NamedTuple):
@@ -264,7 +264,7 @@ class Scheduler:
     def boundary_is_due(self, now: float) -> bool:
         """Whether the tokens at the boundary go on, or are held back for more to come."""
         held = [job for job in self.running if job.stage in ("exited", "ready")]
-        looping = [job.rest for job in self.running if job.stage == "core"]
+        looping = [job.ends for job in self.running if job.stage == "core"]
         if not held or not looping:
             return bool(held)
         if now - min(job.since for job in held) >= self.max_hold:

@@ -10,10 +10,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test stress test-vllm test-transformers lint bench docs clean
+.PHONY: help setup demo test stress stress-engine test-vllm test-transformers test-onnx lint bench docs clean
 
 help:
-	@echo "make setup | demo | test | stress | test-vllm | test-transformers | lint | bench | docs | clean   (options: PYTHON=python3.12, ARGS=...)"
+	@echo "make setup | demo | test | stress | stress-engine | test-vllm | test-transformers | test-onnx | lint | bench | docs | clean   (options: PYTHON=python3.12, ARGS=...)"
 
 setup: $(STAMP)
 
@@ -37,8 +37,12 @@ demo: $(STAMP)
 test: $(STAMP)
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n auto --maxprocesses 4 $(ARGS)
 
-# The engine's schedules, of which `make test` runs twenty: a thousand take half an hour.
+# Kills, full disks, damaged files, trainings at once: some minutes on one core.
 stress: $(STAMP)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.stress.run $(ARGS)
+
+# The engine's schedules, of which `make test` runs twenty: a thousand take a quarter of an hour.
+stress-engine: $(STAMP)
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m tests.engine.coherence --schedules 1000 $(ARGS)
 
 # vLLM gets an environment of its own, 3.4 GB; its start takes a minute and more, nine times.
@@ -69,6 +73,19 @@ $(SUITE)/.installed:
 			--dest $(SUITE) transformers==$$version
 	@tar xzf $(SUITE)/transformers-*.tar.gz -C $(SUITE)
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps --target $(SUITE) parameterized==0.9.0
+	@touch $@
+
+# ONNX's packages lie beside the environment, not in it.
+ONNX := .onnx
+
+test-onnx: $(STAMP) $(ONNX)/.installed
+	@$(BIN)/python -m tests.onnx_suite.run --packages $(ONNX) $(ARGS)
+
+$(ONNX)/.installed:
+	@rm -rf $(ONNX)
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps --target $(ONNX) \
+		onnx==1.23.2 onnx-ir==1.1.0 onnxscript==0.7.2 onnxruntime==1.32.0 \
+		flatbuffers==25.12.19 ml_dtypes==0.6.0 protobuf==7.36.2
 	@touch $@
 
 lint: $(STAMP)

@@ -1,6 +1,7 @@
 """The command table of ``openmythos``. Commands import torch only when they run."""
 
 import io
+import re
 import sys
 import warnings
 from typing import Annotated
@@ -9,6 +10,7 @@ import typer
 
 from openmythos.command import (
     chat,
+    config,
     convert,
     demo,
     evaluate,
@@ -17,13 +19,14 @@ from openmythos.command import (
     inspect,
     prepare,
     presets,
+    report,
     retrofit,
     train,
 )
 from openmythos.folder import in_a_sentence
+from openmythos.plan.memory import is_out_of_memory
 
 LONGEST_MESSAGE = 2000  # characters: a given value may be a whole file
-OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
 TOO_LARGE = ("overflow", "unpack long", "too large to convert")
 
 app = typer.Typer(
@@ -64,6 +67,8 @@ app.command("eval")(evaluate.evaluate)
 app.command()(retrofit.retrofit)
 app.command()(presets.presets)
 app.command()(inspect.inspect)
+app.command()(report.report)
+app.command()(config.config)
 app.command()(export.export)
 app.command()(convert.convert)
 
@@ -102,10 +107,10 @@ def fault_of_user(error: Exception) -> str | None:
     if isinstance(error, (ValueError, OSError)) or type(error).__name__ == "SafetensorError":
         return said or type(error).__name__
     lower = said.lower()
-    if isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and any(words in lower for words in OUT_OF_MEMORY)
-    ):
-        return f"out of memory ({said or 'no more bytes'}); take a smaller model, batch or depth"
+    if is_out_of_memory(error):
+        size = re.search(r"(\d[\d.]*) ?([KMGTPE]iB|bytes)", said)
+        asked = f" (asked for {size[1].rstrip('.')} {size[2]})" if size else ""
+        return f"out of memory{asked}; take a smaller model, batch or depth"
     if isinstance(error, (OverflowError, RuntimeError, TypeError)) and any(
         words in lower for words in TOO_LARGE
     ):

@@ -93,6 +93,8 @@ def in_a_sentence(error: Exception) -> str:
     """What an error says; of the system's, without its number."""
     if not isinstance(error, OSError) or error.strerror is None:
         return str(error)
+    if isinstance(error, (FileExistsError, NotADirectoryError)) and error.filename is not None:
+        return f"{error.filename} is no folder"
     reason = error.strerror[:1].lower() + error.strerror[1:]
     return reason if error.filename is None else f"{reason} ({error.filename})"
 
@@ -163,6 +165,15 @@ def remove_unfinished(folder: Path) -> None:
     """Remove the incomplete folders that killed writers left inside ``folder``."""
     for unfinished in folder.glob(".*.tmp"):
         shutil.rmtree(unfinished)
+
+
+def remove_folder(folder: Path) -> None:
+    """Delete a folder; a process killed meanwhile leaves no part of it under its name."""
+    aside = _aside(folder)
+    if aside.exists():
+        shutil.rmtree(aside)
+    folder.rename(aside)
+    shutil.rmtree(aside)
 
 
 def put_in_place(source: Path, target: Path) -> None:
@@ -277,6 +288,20 @@ def locked(folder: Path) -> Iterator[None]:
         finally:
             with contextlib.suppress(OSError):  # Windows removes no open file
                 path.unlink()  # while it is locked: a lock on a removed file is worth nothing
+
+
+def holder(folder: Path) -> str | None:
+    """The process that has locked a folder, in words; None if no process has."""
+    if sys.platform == "win32":
+        return None
+    import fcntl
+
+    with contextlib.suppress(OSError), (folder / LOCK_FILE).open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return file.read(200).decode(errors="replace") or "another process"
+    return None
 
 
 def _lock(path: Path) -> int:

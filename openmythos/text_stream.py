@@ -58,7 +58,7 @@ class TextStream:
 
     def __init__(self, decoder: ByteDecoder, stops: Sequence[str] = ()) -> None:
         texts = not isinstance(stops, str) and all(isinstance(s, str) and s for s in stops)
-        require(texts, "stops", stops, "a list of texts that are not empty")
+        require(texts, "the stop text", stops, "a list of texts, none of them empty")
         self.text, self.stopped = "", False
         self._decoder, self._stops = decoder, tuple(stops)
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")

@@ -233,8 +233,6 @@ class Tokenizer:
         Raises:
             ValueError: There is no chat template, or it refuses the messages.
         """
-        if self.chat_template is None:
-            raise ValueError("the tokenizer has no chat template")
         stands_for: dict[str, str] = {}
         if not special:
             everything = "".join(message["content"] for message in messages)
@@ -244,11 +242,24 @@ class Tokenizer:
             stands_for = {character: mark for mark, character in zip(spelt, free, strict=False)}
         for character, mark in stands_for.items():
             messages = [{**m, "content": m["content"].replace(mark, character)} for m in messages]
-        settings = self.settings or self.names
-        names = {name: text for name, text in settings.items() if name.endswith("_token")}
-        text = render_chat(self.chat_template, messages, **names)
+        text = self.chat_text(messages)
         _check_encodable(text)
         return self._encode_marked(text, stands_for)
+
+    def chat_text(
+        self, messages: Sequence[Message], template: str | None = None, **names: Any
+    ) -> str:
+        """A conversation as text in `template`; default: the chat template.
+
+        Raises:
+            ValueError: There is no chat template, or it refuses the messages.
+        """
+        template = self.chat_template if template is None else template
+        if template is None:
+            raise ValueError("the tokenizer has no chat template")
+        settings = self.settings or self.names
+        tokens = {name: text for name, text in settings.items() if name.endswith("_token")}
+        return render_chat(template, messages, **{**tokens, **names})
 
     @cached_property
     def _marks(self) -> dict[str, tuple[int, AddedToken]]:

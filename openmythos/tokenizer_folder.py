@@ -23,6 +23,22 @@ SPECIAL_NAMES = ("bos_token", "eos_token", "pad_token")
 # The classes whose vocab.json and merges.txt are cut as GPT-2's are; None: not said.
 GPT2_CLASSES = ("GPT2Tokenizer", "GPT2TokenizerFast", None)
 
+# Fields by which a generation config can ask for other tokens than are generated here, and the
+# values at which they ask for nothing; so does None. The first ones matter in sampling only.
+SAMPLING_ONLY = {"min_p": 0, "typical_p": 1, "epsilon_cutoff": 0, "eta_cutoff": 0}
+NOT_OBEYED: Mapping[str, Any] = {
+    **SAMPLING_ONLY,
+    **dict.fromkeys(("encoder_repetition_penalty", "guidance_scale"), 1),
+    **dict.fromkeys(("num_beams", "num_beam_groups", "num_return_sequences"), 1),
+    **dict.fromkeys(("presence_penalty", "frequency_penalty", "diversity_penalty"), 0),
+    **dict.fromkeys(("min_length", "min_new_tokens", "min_tokens", "penalty_alpha"), 0),
+    **dict.fromkeys(("no_repeat_ngram_size", "encoder_no_repeat_ngram_size"), 0),
+    **dict.fromkeys(("bad_words_ids", "force_words_ids", "suppress_tokens", "stop_strings")),
+    **dict.fromkeys(("begin_suppress_tokens", "forced_bos_token_id", "forced_eos_token_id")),
+    **dict.fromkeys(("sequence_bias", "exponential_decay_length_penalty")),
+    "token_healing": False,
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
@@ -71,18 +87,32 @@ def read_facts(folder: Path) -> Facts:
 
 def default_template(given: Any) -> str | None:
     """The template of plain conversations; there can be several by name."""
+    return named_templates(given).get("default")
+
+
+def named_templates(given: Any) -> dict[str, str]:
+    """The chat templates by name; a single one is the default."""
     if isinstance(given, list):
         given = {entry.get("name"): entry.get("template") for entry in given}
-    if isinstance(given, dict):
-        given = given.get("default")
-    return given if isinstance(given, str) else None
+    named = given if isinstance(given, dict) else {"default": given}
+    return {name: text for name, text in named.items() if isinstance(text, str)}
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a checkpoint's folder holds a tokenizer, of whichever files."""
+    return find_file(folder).is_file() or (folder / VOCAB_FILE).is_file()
 
 
 def find_file(path: Path) -> Path:
-    """The tokenizer.json of a folder, which may be missing; any other path as it is."""
+    """The tokenizer.json of a folder, which may be missing; any other path as it is.
+
+    It may stand in a folder ``tokenizer``, as in IFM's checkpoints.
+    """
     file = path / TOKENIZER_FILE
     if not path.is_dir() or file.is_file():
         return file if path.is_dir() else path
+    if (path / "tokenizer" / TOKENIZER_FILE).is_file():
+        return path / "tokenizer" / TOKENIZER_FILE
     for checkpoint in sorted(path.glob("checkpoints/step-????????"), reverse=True):
         if (checkpoint / TOKENIZER_FILE).is_file():
             return checkpoint / TOKENIZER_FILE
@@ -177,6 +207,21 @@ def special_names(backend: tokenizers.Tokenizer, facts: Facts) -> dict[str, str]
             return {}
         found["eos_token"] = known[0]
     return dict.fromkeys(SPECIAL_NAMES, found["eos_token"]) | found
+
+
+def unobeyed(generation: Mapping[str, Any], *, sampled: bool) -> dict[str, Any]:
+    """The fields of a generation_config.json that ask for what is not done here.
+
+    Args:
+        generation: The fields of the file.
+        sampled: Whether tokens are sampled as the file asks.
+    """
+    return {
+        name: value
+        for name, value in generation.items()
+        if name in NOT_OBEYED and value is not None and value != NOT_OBEYED[name]
+        if sampled or name not in SAMPLING_ONLY
+    }
 
 
 def end_ids(facts: Facts) -> frozenset[int]:

@@ -14,7 +14,9 @@ from openmythos import __version__, cli
 
 COMMANDS = (
     *("demo", "train", "generate", "chat", "prepare", "eval", "presets", "inspect", "export"),
+    "config",
     "convert",
+    "report",
     "retrofit",
 )
 
@@ -75,6 +77,8 @@ TRIED = {
     "eval": ("FOLDER",),
     "presets": (),
     "inspect": ("FOLDER",),
+    "report": ("FOLDER",),
+    "config": (),
     "export": ("FOLDER", "--out", "OUT"),
     "convert": ("FOLDER", "--out", "OUT"),
     "retrofit": ("FOLDER", "--out", "OUT"),
@@ -188,7 +192,11 @@ def test_main_joins_lines_and_keeps_real_faults(
     assert fails_with(KeyboardInterrupt()) == 130
     capsys.readouterr()
     for cause, said in (
-        (MemoryError(), "out of memory"),
+        (MemoryError(), "out of memory; take"),
+        (
+            MemoryError("Unable to allocate 745. GiB for an array with shape (100000000000,)"),
+            "out of memory (asked for 745 GiB); take a smaller model, batch or depth\n",
+        ),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "out of memory"),
         (SafetensorError("No space left on device"), "No space left"),
         (OverflowError("int too large to convert to C long"), "a number is too large"),

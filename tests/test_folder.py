@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from openmythos.folder import (
     damage,
     locked,
     put_in_place,
+    remove_folder,
     remove_unfinished,
     replaced_folder,
     require_writable,
@@ -78,6 +80,24 @@ def test_what_is_whole_is_put_in_place(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "step"]
 
 
+def test_a_kill_while_a_folder_is_deleted_leaves_no_part_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def make() -> None:
+        (tmp_path / "step").mkdir()
+        (tmp_path / "step" / "file").touch()
+
+    make()
+    with monkeypatch.context() as killed:
+        killed.setattr(shutil, "rmtree", lambda path: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            remove_folder(tmp_path / "step")
+    assert [path.name for path in tmp_path.iterdir()] == [".step.tmp"]
+    make()
+    remove_folder(tmp_path / "step")
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
 def test_errors_of_the_system_name_the_file(tmp_path: Path) -> None:
     (tmp_path / ".a.txt.tmp").symlink_to("/dev/full")
@@ -91,7 +111,7 @@ def test_a_folder_is_no_place_for_a_file(write: Callable, tmp_path: Path) -> Non
     with pytest.raises(ValueError, match=r"folder is a folder; give the path of a file$"):
         write(tmp_path / "folder", "x")
     (tmp_path / "file").touch()
-    with pytest.raises(OSError, match=r"^\S*file/a\.json cannot be written: file exists"):
+    with pytest.raises(OSError, match=r"^\S*file/a\.json cannot be written: \S+file is no folder"):
         write(tmp_path / "file" / "a.json", "x")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
 

@@ -142,7 +142,7 @@ def test_the_end_gives_what_waited() -> None:
 
 @pytest.mark.parametrize("stops", ["END", ["a", ""]])
 def test_stop_texts_are_texts(stops: object) -> None:
-    with pytest.raises(ValueError, match=r"^stops is .*; it must be a list of texts"):
+    with pytest.raises(ValueError, match=r"^the stop text is .*; it must be a list of texts"):
         TextStream(BYTES, stops)  # type: ignore[arg-type]
 
 

@@ -6,7 +6,7 @@ import pytest
 import transformers
 
 from openmythos.tokenizer import Tokenizer
-from openmythos.tokenizer_folder import read_facts
+from openmythos.tokenizer_folder import find_file, has_tokenizer, read_facts, unobeyed
 from tests.foreign import END, END_TURN, START_TURN, backend, vocabulary, write_folder
 
 TEXT = "the the  thé\n"
@@ -100,6 +100,20 @@ def write_old(folder: Path, **files: Any) -> Path:
     return folder
 
 
+def test_a_checkpoint_may_keep_its_tokenizer_in_a_folder(tmp_path: Path) -> None:
+    """As IFM's artifacts; a tokenizer.json beside the weights comes first."""
+    assert not has_tokenizer(tmp_path)
+    write_folder(tmp_path / "tokenizer", backend("<s>", "</s>"), tokenizer_config={
+        "bos_token": "<s>", "eos_token": "</s>"
+    })  # fmt: skip
+    assert has_tokenizer(tmp_path)
+    assert find_file(tmp_path) == tmp_path / "tokenizer" / "tokenizer.json"
+    found = Tokenizer.load(tmp_path)
+    assert (found.bos_id, found.eos_id) == (258, 259)
+    write_folder(tmp_path, backend(END))
+    assert Tokenizer.load(tmp_path).eos_id == 258
+
+
 def test_a_folder_of_vocab_and_merges(tmp_path: Path) -> None:
     write_old(tmp_path, added_tokens={"<new>": 259}, config={"model_type": "gpt2"})
     found, theirs = Tokenizer.load(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
@@ -157,3 +171,22 @@ def test_code_is_never_carried(tmp_path: Path) -> None:
     assert "auto_map" not in read_facts(folder).settings
     Tokenizer.load(folder).save(tmp_path / "ours")
     assert "auto_map" not in json.loads((tmp_path / "ours/tokenizer_config.json").read_text())
+
+
+def test_what_a_checkpoint_asks_for_and_does_not_get() -> None:
+    given = {
+        "do_sample": True,
+        "temperature": 0.7,
+        "eos_token_id": [1],
+        "max_new_tokens": 9,
+        "encoder_repetition_penalty": 1.1,
+        "min_p": 0.05,
+        "num_beams": 1,
+        "typical_p": 1.0,
+        "bad_words_ids": [[3]],
+        "suppress_tokens": None,
+        "no_repeat_ngram_size": 0,
+    }
+    asked = {"encoder_repetition_penalty": 1.1, "bad_words_ids": [[3]]}
+    assert unobeyed(given, sampled=True) == asked | {"min_p": 0.05}
+    assert unobeyed(given, sampled=False) == asked

@@ -23,8 +23,10 @@ from openmythos.data.index import read_index
 from openmythos.data.loader import TokenLoader
 from openmythos.data.prepare import prepare
 from openmythos.folder import write_json
-from openmythos.interop.gguf import convert_gguf
+from openmythos.interop.families.llama import LLAMA
+from openmythos.interop.hub import local_folder
 from openmythos.interop.loading import load_config
+from openmythos.interop.writing import save_as
 from openmythos.retrofit.split import Layers, retrofit
 from openmythos.tokenizer import Tokenizer
 from openmythos.train.depth_schedule import DepthSchedule, PoissonDepth
@@ -77,10 +79,11 @@ def find_gguf() -> Path:
 def convert(work: Path, gguf: Path | None) -> dict[str, Any]:
     """Convert the GGUF file to a Llama folder, and that to prelude, core and coda."""
     started = time.perf_counter()
-    convert_gguf(gguf or find_gguf(), work / "original")
-    source = load_pretrained(work / "original")
+    stored = gguf or find_gguf()
+    source, tokenizer = load_pretrained(stored), Tokenizer.load(local_folder(stored))
+    save_as(LLAMA, source, work / "original", tokenizer=tokenizer)
     made = retrofit(source, LAYERS, num_loops=max(LOOPS))
-    save_pretrained(made, work / "retrofitted", Tokenizer.load(work / "original"))
+    save_pretrained(made, work / "retrofitted", tokenizer)
     return {
         "parameters": sum(p.numel() for p in source.parameters()),
         "parameters_retrofitted": sum(p.numel() for p in made.parameters()),

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.linalg import vector_norm
 
 from openmythos.model.context import ForwardContext
 from openmythos.model.loop import start_loops, unroll
@@ -88,11 +89,12 @@ def trace_loops(
     e = model.encode(tokens, ctx)
     start = start_loops(model, e, ctx, [num_loops] * len(tokens))
     h = start.h
-    initial_norm = _mean(h.float().norm(dim=-1), chosen)
+    initial_norm = _mean(vector_norm(h.float(), dim=-1), chosen)
     records: list[tuple[float, ...]] = []
     for state in unroll(model, start, ctx):
         before, h = h, state.h
-        norm, moved = h.float().norm(dim=-1), (h.float() - before.float()).norm(dim=-1)
+        norm = vector_norm(h.float(), dim=-1)
+        moved = vector_norm(h.float() - before.float(), dim=-1)
         relative = moved / norm.clamp(min=_TINY)
         means = (_mean(values, chosen) for values in (norm, moved, relative))
         records.append((*means, token_correlation(h, chosen)))
@@ -114,7 +116,7 @@ def token_correlation(h: Float[Tensor, "B T D"], valid: Bool[Tensor, "B T"]) -> 
     """Mean cosine similarity over all pairs of valid tokens in a row; 0 if there is no pair."""
     wide = h.float()
     centred = wide - wide.mean(dim=-1, keepdim=True)
-    units = centred / centred.norm(dim=-1, keepdim=True).clamp(min=_TINY)
+    units = centred / vector_norm(centred, dim=-1, keepdim=True).clamp(min=_TINY)
     units = units.masked_fill(~valid[..., None], 0.0)
     # The sum over ordered pairs is |sum of unit vectors|^2 minus each token's product with itself.
     with_itself = units.square().sum(dim=(1, 2))

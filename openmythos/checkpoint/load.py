@@ -4,6 +4,7 @@ All names and shapes are checked before any weight is read, and all weights are 
 model is returned.
 """
 
+import contextlib
 import os
 import warnings
 from collections.abc import Iterable
@@ -22,12 +23,14 @@ from openmythos.checkpoint.weights import (
     StoredWeights,
     check_shapes,
     read_json,
+    stored_bytes,
     tensor_shapes,
 )
 from openmythos.config import ModelConfig
 from openmythos.config.schema import from_dict
 from openmythos.folder import MANIFEST_FILE, PathLike, damage, old_name
 from openmythos.model.recurrent import RecurrentDepthLM
+from openmythos.plan.memory import require_memory
 
 NEEDED = (CONFIG_FILE, WEIGHTS_FILE)
 
@@ -76,7 +79,7 @@ def newest_checkpoint(run: Path, needed: tuple[str, ...] = NEEDED) -> Path | Non
     complaints: list[str] = []
     for folder in reversed(run_checkpoints(run)):
         lost = [f"{name} is missing" for name in needed if not (folder / name).is_file()]
-        problem = lost[0] if lost else damage(folder)
+        problem = lost[0] if lost else checkpoint_damage(folder)
         if problem is None:
             if complaints:
                 warnings.warn(f"{'; '.join(complaints)}; {folder} is used instead", stacklevel=2)
@@ -87,18 +90,46 @@ def newest_checkpoint(run: Path, needed: tuple[str, ...] = NEEDED) -> Path | Non
     return None
 
 
+def checkpoint_damage(folder: Path) -> str | None:
+    """What differs from a checkpoint's manifest, in words; None if nothing does.
+
+    Checkpoints of the first version of the format, and those of other families, may have none.
+    """
+    if not (folder / MANIFEST_FILE).is_file():
+        with contextlib.suppress(ValueError):  # a config that cannot be read is another error
+            stored = read_config(folder)
+            ours = stored.get("format") == FORMAT
+            if ours and stored.get("format_version") in range(2, FORMAT_VERSION + 1):
+                return f"{MANIFEST_FILE} is missing"
+    return damage(folder)
+
+
 def verify_checkpoint(folder: Path) -> None:
-    """Compare a checkpoint with its manifest, if it has one.
+    """Compare a checkpoint with its manifest.
 
     Raises:
         ValueError: A file is missing or differs.
     """
-    problem = damage(folder)
+    problem = checkpoint_damage(folder)
     if problem is not None:
         raise ValueError(
-            f"{folder} is damaged: {problem}; if the change was meant, delete {MANIFEST_FILE} "
-            "there, or load it with verify=False"
+            f"{folder} is damaged: {problem}; if the change was meant, openmythos convert {folder} "
+            "--no-verify --out NEW writes it as a new checkpoint"
         )
+
+
+def require_room(folder: Path, dtype: torch.dtype | None, device: torch.device | str) -> None:
+    """Check that a folder's weights fit into memory, before they are read.
+
+    Raises:
+        ValueError: They do not.
+    """
+    if torch.device(device).type == "cpu":
+        needed = 0
+        with contextlib.suppress(ValueError):  # weights that are no weights are another error
+            needed = stored_bytes(folder, dtype)
+        advice = "take a smaller model, or a machine with more memory"
+        require_memory(needed, f"loading {folder}", advice)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -207,6 +238,7 @@ def load_checkpoint(
     Raises:
         ValueError: Not such a folder, or its files are damaged, incomplete or do not match.
     """
+    require_room(checkpoint_folder(path, verify=False), dtype, device)
     folder = checkpoint_folder(path, verify=verify)
     if verify:
         verify_checkpoint(folder)
@@ -226,10 +258,10 @@ def open_checkpoint(path: PathLike) -> tuple[RecurrentDepthLM, StoredWeights]:
     folder = checkpoint_folder(path)
     data = read_config(folder)
     form, version = data.pop("format", None), data.pop("format_version", None)
-    if form != FORMAT or version != FORMAT_VERSION:
+    if form != FORMAT or version not in range(1, FORMAT_VERSION + 1):
         raise ValueError(
             f"{folder / CONFIG_FILE} has format {form!r}, version {version!r}; "
-            f"this program reads {FORMAT!r}, version {FORMAT_VERSION}"
+            f"this program reads {FORMAT!r}, versions 1 to {FORMAT_VERSION}"
         )
     try:
         config = from_dict(ModelConfig, data)

@@ -23,7 +23,8 @@ from openmythos.model.recurrent import RecurrentDepthLM
 from openmythos.tokenizer import Tokenizer
 from openmythos.tokenizer_folder import GENERATION_FILE, SETTINGS_FILE, TOKENIZER_FILE
 
-FORMAT, FORMAT_VERSION = "openmythos", 1
+# A checkpoint of version 2 has a manifest.json; without it, it is damaged.
+FORMAT, FORMAT_VERSION = "openmythos", 2
 OWN_FILES = {
     *(CONFIG_FILE, WEIGHTS_FILE, MANIFEST_FILE),
     *(TOKENIZER_FILE, SETTINGS_FILE, GENERATION_FILE),

@@ -32,6 +32,20 @@ REOPEN_BYTES = 1 << 25
 Shapes = Mapping[str, tuple[int, ...]]
 
 
+def stored_bytes(folder: Path, dtype: torch.dtype | None = None) -> int:
+    """Bytes of a folder's weights in memory, without reading them; None: in the stored dtype.
+
+    Raises:
+        ValueError: As ``StoredWeights``.
+    """
+    if dtype is not None:
+        weights = StoredWeights(folder)
+        return weights.size(weights.shapes) * dtype.itemsize
+    index = _index_of(folder)
+    files = _files_of(folder) if index is None else {*index.values()}
+    return sum(path.stat().st_size for path in files)
+
+
 class StoredWeights:
     """A folder's weights: names and shapes are read at once, each tensor only by ``read``.
 

@@ -1,5 +1,8 @@
 """``openmythos chat``: talk to a model, each token coloured by the loops it took."""
 
+import contextlib
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -26,7 +29,9 @@ from openmythos.command.option import Device, Seed
 from openmythos.terminal import console, note
 
 if TYPE_CHECKING:
-    from openmythos.engine.reference import Session
+    from openmythos.engine.reference import NewToken, Session
+    from openmythos.report.page import LoopScale
+    from openmythos.text_stream import TextStream
     from openmythos.tokenizer import Tokenizer
 
 MIN_ANSWER = 8  # tokens of the context that must be left for an answer
@@ -66,6 +71,19 @@ def chat(
     def fresh() -> "Session":
         return Session(model, max_loops=deepest, cache_layout=layout)
 
+    # What every line asks for; made and checked now, so that no answer is needed to learn of an
+    # option that cannot be.
+    asked = Request(
+        tokens=[0],
+        max_new_tokens=max_new_tokens,
+        num_loops=depth,
+        exit_rule=rule,
+        sampling=sampling,
+        stop_tokens=tokenizer.end_ids,
+        seed=seed,
+    )
+    replace(asked, max_new_tokens=1).check(model.config, max_loops=deepest)
+    TextStream(tokenizer, stop or ())
     session, talk = fresh(), Talk(tokenizer, special)
     how = "each line continues the text" if tokenizer.chat_template is None else "in its template"
     notes.print(Text(f"/loops N, /reset, /quit; {how}.", "dim"))
@@ -88,25 +106,30 @@ def chat(
             whole = talk.prompt(line)
         if whole[: len(talk.seen)] != talk.seen:  # the template writes earlier turns otherwise
             session, talk.seen = fresh(), []
-        request = Request(
+        request = replace(
+            asked,
             tokens=whole[len(talk.seen) :],
             max_new_tokens=min(max_new_tokens, session.max_len - len(whole)),
             num_loops=depth,
-            exit_rule=rule,
-            sampling=sampling,
-            stop_tokens=tokenizer.end_ids,
-            seed=seed,
         )
-        scale = LoopScale(1, depth)
-        talk.seen, answer, loops = whole, TextStream(tokenizer, stop or ()), list[int]()
-        for new in session.stream([request]):
-            talk.seen.append(new.token)
+        answer = TextStream(tokenizer, stop or ())
+        say(screen, session.stream([request]), answer, LoopScale(1, depth))
+        (talk.seen,) = session.tokens
+        talk.answered(line, answer.text)
+
+
+def say(
+    screen: Console, stream: Iterator["NewToken"], answer: "TextStream", scale: "LoopScale"
+) -> None:
+    """Print an answer while it comes, up to its end, a stop text or Ctrl-C."""
+    loops: list[int] = []
+    with contextlib.suppress(KeyboardInterrupt):
+        for new in stream:
             loops.append(new.num_loops)
             screen.print(coloured(answer.push(new.token), loops, scale), end="")
             if answer.stopped:
                 break
-        screen.print(coloured(answer.finish(), loops, scale))
-        talk.answered(line, answer.text)
+    screen.print(coloured(answer.finish(), loops, scale))
 
 
 class Talk:
@@ -134,10 +157,10 @@ class Talk:
 
 
 def ask(notes: Console) -> str | None:
-    """The user's next line; None at the end of input."""
+    """The user's next line; None at the end of input, or if the user presses Ctrl-C."""
     try:
         return notes.input(Text("> ", "bold cyan"))
-    except EOFError:
+    except (EOFError, KeyboardInterrupt):
         return None
 
 

@@ -19,6 +19,10 @@ def convert(
         str, typer.Option(help="openmythos, or a published family that can express the model.")
     ] = "openmythos",
     dtype: Dtype = None,
+    no_verify: Annotated[
+        bool,
+        typer.Option("--no-verify", help="Take files that differ from the checkpoint's manifest."),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Write a checkpoint under another family's names, or a published one under ours."""
@@ -30,8 +34,9 @@ def convert(
     from openmythos.interop.writing import save_as
 
     family = None if to == "openmythos" else family_named(to)
-    folder = local_folder(path)
-    model, (tokenizer, remark) = load_pretrained(folder, dtype=wanted), usable_tokenizer(folder)
+    folder = local_folder(path, verify=not no_verify)
+    model = load_pretrained(folder, dtype=wanted, verify=not no_verify)
+    tokenizer, remark = usable_tokenizer(folder)
     if remark:
         note(f"note: {remark}")
     if family is None:

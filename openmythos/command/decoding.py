@@ -9,6 +9,7 @@ import typer
 from rich.text import Text
 
 from openmythos.command.option import check_device, set_option
+from openmythos.command.origin import require_text
 
 if TYPE_CHECKING:
     from openmythos.engine.sampling import SamplingConfig
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from openmythos.text_stream import TextPiece
     from openmythos.tokenizer import Tokenizer
 
-Checkpoint = Annotated[Path, typer.Argument(help="A checkpoint or run folder.")]
+Checkpoint = Annotated[Path, typer.Argument(help="A checkpoint or run folder, or a .gguf file.")]
 NewTokens = Annotated[int, typer.Option(help="Most tokens to generate.")]
 NumLoops = Annotated[int | None, typer.Option(help="Most loops per token; default: the model's.")]
 ExitKind = Annotated[
@@ -103,13 +104,20 @@ def sampling_of(
 ) -> "SamplingConfig":
     """How to sample: as the options say, else as the checkpoint does, else the default.
 
-    A temperature that is given leaves the checkpoint's top-k and top-p out. Ids without a token are
-    never sampled.
+    A temperature that is given leaves the checkpoint's top-k and top-p out, but not its repetition
+    penalty. Ids without a token are never sampled. A note says what else the checkpoint asks for.
     """
     from openmythos.engine.sampling import SamplingConfig
+    from openmythos.tokenizer_folder import unobeyed
 
+    sampled = temperature is None and bool(tokenizer.sampling)
+    ignored = unobeyed(tokenizer.generation, sampled=sampled)
+    if ignored:
+        said = ", ".join(f"{name}={value}" for name, value in ignored.items())
+        typer.echo(f"note: the checkpoint asks for {said}, which is not obeyed here", err=True)
     fields = {name: getattr(default, name) for name in ("temperature", "top_k", "top_p")}
     fields |= tokenizer.sampling if temperature is None else {}
+    fields["repetition_penalty"] = tokenizer.generation.get("repetition_penalty") or 1.0
     given = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     fields |= {name: value for name, value in given.items() if value is not None}
     return SamplingConfig(**fields, num_ids=tokenizer.vocab_size)
@@ -125,11 +133,9 @@ def load(checkpoint: Path, device: str) -> tuple["RecurrentDepthLM", "Tokenizer"
     from openmythos import load_pretrained
     from openmythos.interop.hub import local_folder
     from openmythos.tokenizer import Tokenizer
-    from openmythos.tokenizer_folder import TOKENIZER_FILE, VOCAB_FILE
 
     folder = local_folder(checkpoint)
-    if not any((folder / name).exists() for name in (TOKENIZER_FILE, VOCAB_FILE)):
-        raise ValueError(f"{folder} has no tokenizer.json; the model was not trained on text")
+    require_text(folder)
     tokenizer = Tokenizer.load(folder)
     if tokenizer.change is not None:
         typer.echo(f"note: the tokenizer changes text: {tokenizer.change}", err=True)

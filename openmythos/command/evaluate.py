@@ -10,6 +10,7 @@ import typer
 from rich.table import Table
 
 from openmythos.command.option import AsJson, Device, Loops, Seed, check_device, parse_loops
+from openmythos.command.origin import data_of, require_text, walks_of
 from openmythos.folder import require_writable, write_json
 from openmythos.terminal import console, note, print_table
 
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     from openmythos.config import ModelConfig
     from openmythos.data.synthetic import Walks
     from openmythos.eval.score import Results, Score, ScoreCurve
-    from openmythos.eval.scoring import Codec
 
 RESULTS_FILE, PICTURE_FILE = "results.json", "scores.png"
 DEFAULT_SEQ_LEN = 256
@@ -28,14 +28,17 @@ Tasks = Annotated[
     typer.Option(
         help="Separated by commas: python_docs_choice, python_docs_word, python_docs_bits, "
         "hops_1 ..., a task file, a folder of them, or a task of lm-evaluation-harness. "
-        "Default: held-out loss."
+        "Default: held-out loss; of a run on walks, accuracy by hops."
     ),
 ]
 Limit = Annotated[int | None, typer.Option(help="Only the first questions of each task.", min=1)]
 Fewshot = Annotated[
     int | None, typer.Option(help="Examples before each question of the harness.", min=0)
 ]
-Data = Annotated[Path | None, typer.Option(help="Prepared folder; default: the run's own data.")]
+Data = Annotated[
+    Path | None,
+    typer.Option(help="Prepared folder, or a run whose data or walks to use; default: its own."),
+]
 BatchSize = Annotated[int, typer.Option(help="Rows a batch; does not change results.", min=1)]
 SeqLen = Annotated[
     int | None, typer.Option(help="Tokens a row of held-out text; default: 256.", min=1)
@@ -49,7 +52,9 @@ ResultsOut = Annotated[
 
 
 def evaluate(
-    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint or run folder.")],
+    checkpoint: Annotated[
+        Path, typer.Argument(help="A checkpoint or run folder, or a .gguf file.")
+    ],
     tasks: Tasks = None,
     num_loops: Loops = "1,2,4,8,16",
     limit: Limit = None,
@@ -66,13 +71,8 @@ def evaluate(
     """Scores by number of loops: held-out bits per byte, or --tasks."""
     note("loading the model ...")
     loops = parse_loops(num_loops)
+    names = None if tasks is None else task_names(tasks)
     check_device(device)
-    of_text = {"--data": data, "--seq-len": seq_len, "--max-batches": max_batches}
-    of_tasks = {"--limit": limit, "--num-fewshot": num_fewshot}
-    for option, given in (of_tasks if tasks is None else of_text).items():
-        if given is not None:
-            where = "needs --tasks" if tasks is None else "is of held-out text, not of --tasks"
-            raise ValueError(f"{option} {where}; leave it out")
     if out is not None:
         from openmythos.analysis.picture import require_matplotlib
 
@@ -82,11 +82,21 @@ def evaluate(
     from openmythos.interop.hub import local_folder
 
     folder = local_folder(checkpoint)
-    if tasks is None:
+    walks = walks_of(folder if data is None else data)
+    if walks is not None and names is None:
+        names = usual_hops(walks.config.max_train_hops)
+    of_text: dict[str, object] = {"--seq-len": seq_len, "--max-batches": max_batches}
+    of_text |= {"--data": data} if walks is None else {}
+    of_tasks = {"--limit": limit, "--num-fewshot": num_fewshot}
+    for option, given in (of_tasks if names is None else of_text).items():
+        if given is not None:
+            where = "needs --tasks" if names is None else "is of held-out text, not of tasks"
+            raise ValueError(f"{option} {where}; leave it out")
+    if names is None:
         curves, config = held_out(folder, loops, data, batch_size, seq_len, max_batches, device)
     else:
         curves, config = on_tasks(
-            folder, tasks, loops, limit, num_fewshot, batch_size, seed, device
+            folder, names, walks, loops, limit, num_fewshot, batch_size, seed, device
         )
     flops = {n: count(config, num_loops=n).inference_flops_per_token for n in curves[0].scores}
     report = {
@@ -101,11 +111,49 @@ def evaluate(
     if as_json:
         points = curves[0].scores.items()
         rows = [{"num_loops": n, "bits_per_byte": score.value} for n, score in points]
-        typer.echo(json.dumps(rows if tasks is None else report))
+        typer.echo(json.dumps(rows if names is None else report))
         return
     show(curves, flops)
     if out is not None:
         console().print(f"{out / RESULTS_FILE}\n{out / PICTURE_FILE}")
+
+
+def task_names(tasks: str) -> list[str]:
+    """The names in ``--tasks``, each of which may be a task.
+
+    Raises:
+        ValueError: There is none, or one is no task.
+    """
+    from openmythos.eval.task_name import require_names
+
+    names = [name for part in tasks.split(",") if (name := part.strip())]
+    if not names:
+        raise ValueError(f"--tasks is {tasks!r}; give names or files, separated by commas")
+    require_names(names)
+    return names
+
+
+def usual_hops(most: int) -> list[str]:
+    """The tasks of a run on walks: 1, 2, 4 ... hops, up to the most of its training."""
+    doubled = [2**power for power in range(most.bit_length())]
+    return [f"hops_{number}" for number in sorted({*doubled, most})]
+
+
+def require_fitting(names: Sequence[str], max_seq_len: int) -> None:
+    """Check that a model can read the walks of these tasks.
+
+    Raises:
+        ValueError: A walk is too long.
+    """
+    from openmythos.eval.task_name import HOPS
+
+    for name in names:
+        hops = HOPS.fullmatch(name)
+        if hops is not None and int(hops[1]) >= max_seq_len:
+            raise ValueError(
+                f"a walk of task {name} has {int(hops[1]) + 1} tokens, and the model reads at most "
+                f"{max_seq_len}"
+            )
 
 
 # --- what is measured -----------------------------------------------------------------------------
@@ -127,8 +175,9 @@ def held_out(
     from openmythos.tokenizer import Tokenizer
     from openmythos.train.validation import held_out_bits
 
+    require_text(folder)
     expected = Tokenizer.load(folder).fingerprint
-    source = run_data(folder) if data is None else data
+    source = data_of(folder if data is None else data)
     model = load_pretrained(folder, device=device)
     loader = TokenLoader(
         source,
@@ -146,26 +195,10 @@ def held_out(
     return sweep(loops, measure_at), model.config
 
 
-def run_data(checkpoint: Path) -> Path:
-    """The folder of prepared data of the run that a checkpoint belongs to.
-
-    Raises:
-        ValueError: There is no prepared data at the places where a run keeps it.
-    """
-    run = checkpoint.parent.parent
-    places = [run / "data"]
-    source = _run_field(run, "data", "source")
-    if isinstance(source, str):
-        places.append(Path(source))
-    for place in places:
-        if (place / "index.json").is_file():
-            return place
-    raise ValueError(f"{run} has no prepared data; run `openmythos prepare` and give --data")
-
-
 def on_tasks(
     folder: Path,
-    tasks: str,
+    names: Sequence[str],
+    walks: "Walks | None",
     loops: Sequence[int],
     limit: int | None,
     num_fewshot: int | None,
@@ -176,18 +209,21 @@ def on_tasks(
     """Every task at every depth, and the model's config; all tasks are loaded before any runs."""
     from openmythos import load_pretrained
     from openmythos.eval.score import sweep
-    from openmythos.eval.scoring import Scorer
-    from openmythos.eval.task import measure_tasks, require_harness, shipped_task
+    from openmythos.eval.scoring import Codec, Scorer
+    from openmythos.eval.task import measure_tasks, shipped_task
+    from openmythos.eval.walk import WalkCodec
+    from openmythos.interop.loading import load_config
+    from openmythos.tokenizer import Tokenizer
 
-    codec, walks = codec_of(folder)
-    names = [name for part in tasks.split(",") if (name := part.strip())]
-    if not names:
-        raise ValueError(f"--tasks is {tasks!r}; give names or files, separated by commas")
+    if walks is None:
+        require_text(folder)
+    codec: Codec = Tokenizer.load(folder) if walks is None else WalkCodec(walks)
+    if walks is not None:
+        require_fitting(names, load_config(folder).max_seq_len)
     found = {name: shipped_task(name, walks) for name in names}
     elsewhere = [name for name, task in found.items() if task is None]
     others = None
     if elsewhere:
-        require_harness()
         from openmythos.eval.harness import load_tasks
 
         others = load_tasks(elsewhere, num_fewshot=num_fewshot, seed=seed)
@@ -214,39 +250,6 @@ def on_tasks(
             err=True,
         )
     return curves, model.config
-
-
-def codec_of(folder: Path) -> "tuple[Codec, Walks | None]":
-    """A checkpoint's tokenizer; for a run on walks, the codec of walks and the walks.
-
-    Raises:
-        ValueError: The checkpoint has no tokenizer and does not belong to a run on walks.
-    """
-    from openmythos.config.schema import from_dict
-    from openmythos.eval.walk import WalkCodec
-    from openmythos.tokenizer import Tokenizer
-    from openmythos.train.recipe import HopsData, RunConfig
-    from openmythos.train.run import hops_task
-
-    if (folder / "tokenizer.json").is_file():
-        return Tokenizer.load(folder), None
-    run = folder.parent.parent
-    if _run_field(run, "data", "kind") == HopsData.kind:
-        stored = json.loads((run / "config.json").read_text(encoding="utf-8"))
-        config = from_dict(RunConfig, stored)
-        if isinstance(config.data, HopsData):
-            walks = hops_task(config.data, config.train.seed).walks
-            return WalkCodec(walks), walks
-    raise ValueError(f"{folder} has no tokenizer.json and is of no run on walks: nothing to ask it")
-
-
-def _run_field(run: Path, part: str, name: str) -> Any:
-    """The field ``part.name`` of a run's config.json; None if it is missing."""
-    if not (run / "config.json").is_file():
-        return None
-    stored = json.loads((run / "config.json").read_text(encoding="utf-8"))
-    fields = stored.get(part) if isinstance(stored, dict) else None
-    return fields.get(name) if isinstance(fields, dict) else None
 
 
 def versions() -> dict[str, str]:

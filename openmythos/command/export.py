@@ -31,11 +31,13 @@ def export(
     from openmythos.interop.export import TOKENIZER_FILES, export_hf
     from openmythos.interop.hub import local_folder
     from openmythos.interop.loading import load_pretrained, own_tokenizer
+    from openmythos.tokenizer_folder import find_file
 
     model, folder = load_pretrained(path), local_folder(path)
     tokenizer: Tokenizer | Path | None = own_tokenizer(folder)
-    if tokenizer is None and any((folder / name).is_file() for name in TOKENIZER_FILES):
-        tokenizer = folder
+    beside = find_file(folder).parent
+    if tokenizer is None and any((beside / name).is_file() for name in TOKENIZER_FILES):
+        tokenizer = beside
     export_hf(model, out, tokenizer=tokenizer, dtype=wanted, num_loops=num_loops)
     if as_json:
         made = {

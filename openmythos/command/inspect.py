@@ -33,7 +33,8 @@ def inspect(
     source: Annotated[
         str | None,
         typer.Argument(
-            metavar="[MODEL]", help="A preset, a config.json, or a folder that holds one."
+            metavar="[MODEL]",
+            help="A preset, a config.json, a folder that holds one, or a .gguf file.",
         ),
     ] = None,
     num_loops: Annotated[
@@ -67,7 +68,7 @@ def inspect(
     if context_length is not None:
         context = context_length
     if not 1 <= context <= config.max_seq_len:
-        allowed = f"1 to max_seq_len={config.max_seq_len}"
+        allowed = f"1 to {config.max_seq_len}, the model's max_seq_len"
         raise ValueError(f"--context-length is {context}; it must be {allowed}")
     report = inspection(config, depths, context)
     if baselines:
@@ -142,7 +143,7 @@ def sizes(config: ModelConfig, context_length: int) -> dict[str, Any]:
 
 
 def read_config(source: str) -> ModelConfig:
-    """The config of a preset, a JSON file, or the folder of a run or checkpoint.
+    """The config of a preset, a JSON file, a GGUF file, or the folder of a run or checkpoint.
 
     A checkpoint's weights, of any family, must have the names and shapes that its config implies.
 
@@ -155,12 +156,15 @@ def read_config(source: str) -> ModelConfig:
             return preset(source)
         except ValueError as error:
             raise ValueError(f"{source!r} is neither a file nor a folder, and {error}") from None
-    if path.is_dir():
-        if any(file.suffix in WEIGHT_SUFFIXES or is_index(file) for file in path.iterdir()):
-            note("reading the shapes of the weights ...")
-            from openmythos.interop.loading import load_config
+    holds_weights = path.is_dir() and any(
+        file.suffix in WEIGHT_SUFFIXES or is_index(file) for file in path.iterdir()
+    )
+    if holds_weights or path.suffix == ".gguf":
+        note("reading the shapes of the weights ...")
+        from openmythos.interop.loading import load_config
 
-            return load_config(path)
+        return load_config(path)
+    if path.is_dir():
         path = path / "config.json"
         if not path.is_file():
             raise ValueError(f"{source!r} holds no config.json")

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from openmythos.config.model import MAX_LOOPS
 from openmythos.config.schema import as_seed
 
 if TYPE_CHECKING:
@@ -23,9 +24,11 @@ def _seed_in_range(seed: int | None) -> int | None:
     return None if seed is None else as_seed("--seed", seed)
 
 
-Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:N or mps.")]
 Out = Annotated[Path, typer.Option(help="Folder to write into.")]
-Source = Annotated[Path, typer.Argument(help="A checkpoint or run folder of any known family.")]
+Source = Annotated[
+    Path, typer.Argument(help="A checkpoint or run folder of any known family, or a .gguf file.")
+]
 Dtype = Annotated[
     str | None, typer.Option(help="float32, float16 or bfloat16; default: as stored.")
 ]
@@ -56,8 +59,10 @@ def parse_loops(text: str) -> tuple[int, ...]:
         loops = tuple(int(part) for part in text.split(","))
     except ValueError:
         loops = ()
-    if not loops or min(loops) < 1:
-        raise ValueError(f"--num-loops is {text!r}; give positive whole numbers like 1,2,4")
+    if not loops or min(loops) < 1 or max(loops) > MAX_LOOPS:
+        raise ValueError(
+            f"--num-loops is {text!r}; give whole numbers of 1 to {MAX_LOOPS:,}, like 1,2,4"
+        )
     return loops
 
 
@@ -73,18 +78,23 @@ def with_shorthands(
     Raises:
         ValueError: A field is set in both ways.
     """
-    made = []
-    for option, (name, value) in short.items():
-        if value is None:
-            continue
-        for override in overrides:
-            key = override.partition("=")[0]
-            if f"{name}.".startswith(f"{key}."):
-                raise ValueError(
-                    f"{option} {value} and --set {override} set the same field; give one of them"
-                )
-        made.append(f"{name}={value}")
-    return [*overrides, *made]
+    given = {option: field for option, field in short.items() if field[1] is not None}
+    for option, (name, value) in given.items():
+        require_once(overrides, option, name, value)
+    return [*overrides, *(f"{name}={value}" for name, value in given.values())]
+
+
+def require_once(overrides: list[str], option: str, name: str, value: object | None) -> None:
+    """Refuse a field that an option and ``--set`` both give.
+
+    Raises:
+        ValueError: They do; names both.
+    """
+    for override in overrides if value is not None else ():
+        if f"{name}.".startswith(f"{override.partition('=')[0]}."):
+            raise ValueError(
+                f"{option} {value} and --set {override} set the same field; give one of them"
+            )
 
 
 def check_device(device: str) -> str:
@@ -99,9 +109,10 @@ def check_device(device: str) -> str:
         wanted = torch.device(device)
     except RuntimeError:
         wanted = torch.device("meta")
-    counts = {"cpu": 1, "cuda": torch.cuda.device_count()}
+    mps = int(torch.backends.mps.is_available())
+    counts = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": mps}
     if wanted.type not in counts:
-        raise ValueError(f"--device is {device!r}; give cpu, cuda or cuda:N")
+        raise ValueError(f"--device is {device!r}; give cpu, cuda, cuda:N or mps")
     if (wanted.index or 0) >= counts[wanted.type]:
         raise ValueError(
             f"--device is {device!r}, but this machine has {counts[wanted.type]} of {wanted.type}; "

@@ -44,7 +44,7 @@ def prepare(
     if tokenizer_of is not None:
         if byte_level:
             raise ValueError("--bytes and --tokenizer both name a tokenizer; give one of them")
-        is_here = tokenizer_of.exists()
+        is_here = tokenizer_of.exists() and tokenizer_of.suffix != ".gguf"
         tokenizer = Tokenizer.load(tokenizer_of if is_here else local_folder(tokenizer_of))
     data = write(
         source,

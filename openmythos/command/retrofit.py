@@ -19,7 +19,9 @@ LayerList = "Layers of the source, as 0-3 or 0-3,7."
 
 
 def retrofit(
-    source: Annotated[Path, typer.Argument(help="A Llama-type checkpoint folder.")],
+    source: Annotated[
+        Path, typer.Argument(help="A Llama-type checkpoint: a folder or a .gguf file.")
+    ],
     prelude: Annotated[str, typer.Option(help=LayerList)] = "",
     core: Annotated[str, typer.Option(help=f"{LayerList} Default: those between.")] = "",
     coda: Annotated[str, typer.Option(help=LayerList)] = "",

@@ -13,6 +13,7 @@ from openmythos.command.option import (
     Out,
     TrainSeed,
     check_device,
+    require_once,
     set_option,
     with_shorthands,
 )
@@ -71,7 +72,10 @@ def train(
         "--lr": ("train.optimizer.lr", lr),
         "--seed": ("train.seed", seed),
     }
-    resolved = resolve(preset, data, config, with_shorthands(overrides or [], short), init_from)
+    given = overrides or []
+    require_once(given, "--data", "data.source", data)
+    require_once(given, "--from", "train.init_from", init_from)
+    resolved = resolve(preset, data, config, with_shorthands(given, short), init_from)
     check_device(device)
     screen = console(notes=as_json)
     run = set_up(resolved, out, device)
@@ -79,6 +83,7 @@ def train(
     try:
         result = train_shown(run, screen)
     except TrainingStopped as error:
+        write_page(run, with_samples=False)
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from None
     summary = ended(run, result, screen)
@@ -110,6 +115,27 @@ def ended(run: "Run", result: "TrainResult", screen: Console) -> dict[str, Any]:
     state = "interrupted and saved" if result.interrupted else "done"
     folder, kept = run.folder.path, run.folder.last_checkpoint()
     screen.print(f"{state}: step {result.step}, {result.seconds:.0f} s, checkpoint {kept}")
+    page = write_page(run, with_samples=not result.interrupted)
+    if page is not None:
+        screen.print(f"page: {page}")
     held_out = last_validation(folder / "metrics.jsonl")
-    places = {"folder": str(folder), "checkpoint": str(kept)}
+    places = {"folder": str(folder), "checkpoint": str(kept), "page": page and str(page)}
     return {**places, **vars(result), "held_out": held_out}
+
+
+def write_page(run: "Run", with_samples: bool) -> Path | None:
+    """Write the run's page, and before it samples; None if it could not be drawn.
+
+    The run is done and saved, so that what goes wrong here is only said.
+    """
+    note("writing the page ...")
+    from openmythos.report.run import write_run_page
+    from openmythos.report.sample import write_samples
+
+    try:
+        if with_samples:
+            write_samples(run)
+        return write_run_page(run.folder.path)
+    except (ValueError, OSError) as error:
+        note(f"note: no page: {error}")
+    return None

@@ -21,7 +21,13 @@ class AttentionMember(Member):
 class GQAConfig(AttentionMember):
     """Grouped-query attention: keys and values of ``num_kv_heads`` heads are cached.
 
-    ``qk_norm_eps`` None means the block's ``norm_eps``.
+    Attributes:
+        num_heads: Heads of the queries.
+        num_kv_heads: Heads of keys and values; a divisor of ``num_heads``.
+        head_dim: Channels of one head; even where there are rotary positions.
+        qk_norm: RMSNorm of each head's queries and keys: none, without a weight, or with one.
+        qk_norm_eps: Added under that norm's root; null: the block's ``norm_eps``.
+        qk_bias: Whether queries and keys have a learned bias.
     """
 
     kind: ClassVar[str] = "gqa"
@@ -71,6 +77,15 @@ class GQAConfig(AttentionMember):
 @dataclass(frozen=True, kw_only=True)
 class MLAConfig(AttentionMember):
     """Multi-head latent attention: one latent and one rotary key per token are cached.
+
+    Attributes:
+        num_heads: Heads of the queries.
+        q_lora_rank: Channels of the latent that queries are made from.
+        kv_lora_rank: Channels of the latent that keys and values are made from; it is what is
+            cached.
+        qk_nope_head_dim: Channels of a head's queries and keys without rotary positions.
+        qk_rope_head_dim: Channels of a head's queries and keys with rotary positions; even.
+        v_head_dim: Channels of a head's values.
 
     Source: DeepSeek-V2 (arXiv 2405.04434), section 2.1.
     """
@@ -123,8 +138,12 @@ class MLAConfig(AttentionMember):
 class ValueEmbeddingConfig(Member):
     """Learned token embeddings added to the values of some attention layers (Parcae).
 
-    Each kv head has a gate, computed from the first ``gate_channels`` channels of the layer's
-    input. ``layers`` are global layer numbers: prelude, then core (each counted once), then coda.
+    Each kv head has a gate, computed from the first channels of the layer's input.
+
+    Attributes:
+        layers: The layers that have one, by number: prelude, then core (each counted once), then
+            coda.
+        gate_channels: Channels of the layer's input that the gate reads.
     """
 
     layers: tuple[int, ...]
@@ -150,8 +169,11 @@ class DepthAttentionConfig(Member):
     """Attention in the core over the token's own earlier loops as well (MoDA, Dreamer).
 
     Besides the sequence, a token attends to the keys and values that the same layer computed for
-    this token in its last ``num_recent_loops`` loops (num_loops - 1 covers all). It adds no
-    parameters.
+    this token in its last loops. It adds no parameters.
+
+    Attributes:
+        num_recent_loops: How many of the token's last loops are attended to; num_loops - 1 covers
+            all.
     """
 
     num_recent_loops: int

@@ -12,8 +12,11 @@ from openmythos.config.weights import Weights, vector
 class BlockConfig(Member):
     """Where a block applies its norms n and n' around attention or feed-forward, f.
 
-    ``pre``: x + f(n(x)). ``peri``: x + n'(f(n(x))) (Ouro). ``sandwich``: n'(x + f(n(x))) (Huginn).
-    ``layer_scale`` multiplies each branch by a learned vector that starts at this value.
+    Attributes:
+        norm: pre: x + f(n(x)). peri: x + n'(f(n(x))) (Ouro). sandwich: n'(x + f(n(x))) (Huginn).
+        norm_eps: Added under the root of every RMSNorm.
+        layer_scale: Each branch is multiplied by a learned vector that starts at this value; null:
+            none.
     """
 
     norm: Literal["pre", "peri", "sandwich"] = "pre"

@@ -11,7 +11,11 @@ from openmythos.config.weights import Weights, matrix
 
 @dataclass(frozen=True, kw_only=True)
 class SwiGLUConfig(Member):
-    """y = down(SiLU(gate x) * up x) with inner width ``d_ff``."""
+    """y = down(SiLU(gate x) * up x).
+
+    Attributes:
+        d_ff: The inner width.
+    """
 
     kind: ClassVar[str] = "swiglu"
     d_ff: int
@@ -39,7 +43,12 @@ class SwiGLUConfig(Member):
 
 @dataclass(frozen=True, kw_only=True)
 class ReLUSquaredConfig(Member):
-    """y = down(scale * relu(up x)^2) with inner width ``d_ff``; Parcae's scale is 0.5."""
+    """y = down(scale * relu(up x)^2).
+
+    Attributes:
+        d_ff: The inner width.
+        scale: Factor of the inner activations; Parcae's is 0.5.
+    """
 
     kind: ClassVar[str] = "relu_squared"
     d_ff: int
@@ -71,8 +80,15 @@ class ReLUSquaredConfig(Member):
 class MoEConfig(Member):
     """Mixture of experts: routed and shared SwiGLU experts, balanced by DeepSeek-V3's bias.
 
-    ``bias_loops`` is the number of loops with their own balancing bias; later loops use the last
-    one. ``d_shared`` None means ``d_expert``.
+    Attributes:
+        num_experts: Routed experts of a layer.
+        num_experts_per_token: Routed experts that a token uses.
+        d_expert: Inner width of a routed expert.
+        num_shared_experts: Experts that every token uses besides.
+        d_shared: Inner width of a shared expert; null: ``d_expert``.
+        scoring: How the router's logits become scores.
+        routed_scale: Factor of the routed experts' sum.
+        bias_loops: Loops with a balancing bias of their own; later loops use the last one.
 
     Source: DeepSeek-V3 (arXiv 2412.19437), section 2.1.2.
     """

@@ -20,9 +20,13 @@ class HaltingMember(Member):
 class ACTConfig(HaltingMember):
     """Adaptive computation time: the readout is a weighted sum of states (Graves 2016).
 
-    A token halts when its halting probabilities sum to ``threshold``; its last loop gets the
-    remainder as weight. With ``keep_remainder`` False, a token that has not halted when the loops
-    end loses its remainder, as in the original OpenMythos; it exists to load such checkpoints.
+    A token's last loop gets the remainder as weight.
+
+    Attributes:
+        threshold: A token halts when its halting probabilities sum to this.
+        bias_init: Initial bias of the halting logit; the lower, the later tokens halt at first.
+        keep_remainder: Whether a token that has not halted when the loops end gets its remainder.
+            False exists to load checkpoints of the original OpenMythos.
     """
 
     kind: ClassVar[str] = "act"
@@ -38,10 +42,12 @@ class ACTConfig(HaltingMember):
 class UniversalACTConfig(ACTConfig):
     """The Universal Transformer's ACT: the head reads the state at the start of a loop.
 
-    The ``accumulated`` readout is Graves' weighted sum. The ``basic`` one is updated to
-    w state + (1 - w) readout at every loop, from zero: earlier loops fade and the weights do not
-    sum to 1. ``keep_remainder`` False is the published code: a token that has not halted when the
-    loops end does not get its remainder.
+    ``keep_remainder`` False is the published code.
+
+    Attributes:
+        bias_init: Initial bias of the halting logit.
+        readout: accumulated: Graves' weighted sum. basic: w state + (1 - w) readout at every loop,
+            from zero, so that earlier loops fade and the weights do not sum to 1.
 
     Source: tensor2tensor, universal_transformer_util.py, act_type "basic" and "accumulated".
     """
@@ -60,6 +66,9 @@ class PonderNetConfig(HaltingMember):
     """PonderNet: loop n has the exit probability lambda_n prod_{j<n} (1 - lambda_j).
 
     The probabilities weight the loss of each loop; states are not mixed.
+
+    Attributes:
+        bias_init: Initial bias of the exit logit; the lower, the later tokens exit at first.
     """
 
     kind: ClassVar[str] = "pondernet"
@@ -68,7 +77,11 @@ class PonderNetConfig(HaltingMember):
 
 @dataclass(frozen=True, kw_only=True)
 class ExitGateConfig(HaltingMember):
-    """Ouro's gate: PonderNet's distribution, trained with an entropy term."""
+    """Ouro's gate: PonderNet's distribution, trained with an entropy term.
+
+    Attributes:
+        bias_init: Initial bias of the exit logit; the lower, the later tokens exit at first.
+    """
 
     kind: ClassVar[str] = "exit_gate"
     bias_init: float = 0.0

@@ -36,12 +36,16 @@ class InjectionMember(Member):
 class LTIInjectionConfig(InjectionMember):
     """x = A h + Delta B e, h' = core(x) (Parcae).
 
-    A is diagonal, and its spectral radius rho(A) is below 1 by construction. ``decay_init`` is the
-    initial value of all entries of A.
+    A is diagonal, and its spectral radius rho(A) is below 1 by construction.
+
+    Attributes:
+        decay_init: Initial value of all entries of A, between 0 and 1.
+        orthogonal: Whether A h loses its component along Delta B e (IFM's OrthoInj).
     """
 
     kind: ClassVar[str] = "lti"
     decay_init: float = 0.2**0.5
+    orthogonal: bool = False
 
     def __post_init__(self) -> None:
         require(0 < self.decay_init < 1, "injection.decay_init", self.decay_init, "in (0, 1)")
@@ -71,13 +75,18 @@ class OriginalLTIInjectionConfig(InjectionMember):
 
 @dataclass(frozen=True, kw_only=True)
 class LinearInjectionConfig(InjectionMember):
-    """x = W_h h + W_e e, h' = core(x) (Huginn); it starts as x = h + e."""
+    """x = W_h h + W_e e, h' = core(x) (Huginn); it starts as x = h + e.
+
+    Attributes:
+        bias: Whether a learned vector is added to x.
+    """
 
     kind: ClassVar[str] = "linear"
+    bias: bool = False
 
     def drive_weights(self, d_model: int) -> Weights:
-        """W_e."""
-        return matrix(d_model, d_model)
+        """W_e, and the bias."""
+        return matrix(d_model, d_model) + (vector(d_model) if self.bias else Weights())
 
     def weights(self, d_model: int) -> Weights:
         """W_h."""
@@ -109,6 +118,10 @@ class GateInjectionConfig(InjectionMember):
 
     With ``add_e`` False, y = core(h) and the tokens enter through h_0 only, as in Chen's model,
     which adds a learned vector per loop instead (the ``learned`` loop embedding).
+
+    Attributes:
+        bias_init: Initial bias of the gate; the lower, the less is changed at first.
+        add_e: Whether e is added to the core's input at every loop.
 
     Source: Chen 2026 (arXiv 2603.21676).
     """

@@ -18,10 +18,13 @@ class LoopEmbeddingMember(Member):
 
 @dataclass(frozen=True, kw_only=True)
 class SinusoidalLoopConfig(LoopEmbeddingMember):
-    """Sinusoids of the loop index, added to the first ``num_channels`` channels of the state.
+    """Sinusoids of the loop index, added to the first channels of the state.
 
-    With ``positions``, sinusoids of the token's position are added as well, at every loop, as in
-    the Universal Transformer, which has no rotary positions.
+    Attributes:
+        num_channels: Channels that they are added to.
+        theta: The longest wavelength over 2 pi, in loops.
+        positions: Whether sinusoids of the token's position are added as well, at every loop, as in
+            the Universal Transformer, which has no rotary positions.
     """
 
     kind: ClassVar[str] = "sinusoidal"
@@ -37,7 +40,11 @@ class SinusoidalLoopConfig(LoopEmbeddingMember):
 
 @dataclass(frozen=True, kw_only=True)
 class LearnedLoopConfig(LoopEmbeddingMember):
-    """One learned vector per loop, added to the state; loops past ``num_loops`` use the last."""
+    """One learned vector per loop, added to the state.
+
+    Attributes:
+        num_loops: Loops with a vector of their own; later loops use the last one.
+    """
 
     kind: ClassVar[str] = "learned"
     num_loops: int
@@ -67,8 +74,12 @@ class LoopAdapterMember(Member):
 class WeightLoRAConfig(LoopAdapterMember):
     """LoRA per loop t on the core's linear layers: W_t = W + B_t A_t.
 
-    Loops past ``num_loops`` use the last one. Routed experts, the router and MLA's ``kv_up`` have
-    none, because rows at different loops share their products.
+    Routed experts, the router and MLA's ``kv_up`` have none, because rows at different loops share
+    their products.
+
+    Attributes:
+        rank: Rank of each loop's change.
+        num_loops: Loops with a change of their own; later loops use the last one.
 
     Source: Relaxed Recursive Transformers (arXiv 2410.20672), section 3.
     """
@@ -90,7 +101,9 @@ class WeightLoRAConfig(LoopAdapterMember):
 class OutputLoRAConfig(LoopAdapterMember):
     """y += ((y down) * scale_t) up on the core's output y at loop t (the original OpenMythos).
 
-    Loops past ``num_loops`` use the last scale.
+    Attributes:
+        rank: Inner width of the projections.
+        num_loops: Loops with a scale of their own; later loops use the last one.
     """
 
     kind: ClassVar[str] = "output_lora"
@@ -109,7 +122,8 @@ class OutputLoRAConfig(LoopAdapterMember):
 class LoopScaleConfig(LoopAdapterMember):
     """LayerScale per loop: the core's output y times a vector of loop t, which starts at 1.
 
-    Loops past ``num_loops`` use the last vector.
+    Attributes:
+        num_loops: Loops with a vector of their own; later loops use the last one.
 
     Source: Touvron et al. 2021 (arXiv 2103.17239), section 2, with one scale per loop.
     """

@@ -44,10 +44,33 @@ LOOP_ONLY: dict[str, Any] = {
 class ModelConfig:
     """A recurrent-depth language model: prelude -> core looped T times -> coda.
 
-    ``num_loops`` is only the default depth; every call may choose another. ``readout`` is applied
-    between the last loop and the coda: nothing, a linear map (Parcae's C), or the final norm, which
-    is then used twice (Huginn). ``loop_norm`` normalises the state after each loop (Ouro).
-    ``core_feed_forward`` None means that the core has the same as the other layers.
+    Attributes:
+        vocab_size: Token ids of the embedding. `train` sets it to the vocabulary of the data.
+        d_model: Width of the state.
+        num_prelude_layers: Layers before the loop, run once.
+        num_core_layers: Layers of the loop, run at every loop with the same weights.
+        num_coda_layers: Layers after the loop, run once.
+        num_loops: Default depth; every call may choose another.
+        attention: What a layer computes and caches of keys and values.
+        feed_forward: The feed-forward of every layer.
+        core_feed_forward: The feed-forward of the core's layers; null: as the others.
+        max_seq_len: Longest sequence, in tokens.
+        rope: Rotary positions; null: none.
+        block: Where a layer applies its norms.
+        injection: How the prelude's output e enters the state h at every loop.
+        state_init: The state h_0 before the first loop.
+        loop_embedding: A vector of the loop's index, added to the state; null: none.
+        loop_adapter: How the core's weights differ from loop to loop; null: they do not.
+        depth_attention: Attention of the core to the token's own earlier loops; null: none.
+        halting: A head that learns when a token may stop; null: none.
+        value_embedding: Token embeddings added to the values of some layers; null: none.
+        prelude_norm: Whether the prelude's output is normalised.
+        loop_norm: Whether the state is normalised after each loop (Ouro).
+        readout: Between the last loop and the coda: nothing, a linear map (Parcae's C), or the
+            final norm, which is then used twice (Huginn).
+        final_norm: Whether the state is normalised before the head.
+        embed_scale: Factor of the token embeddings.
+        tie_embeddings: Whether the head uses the embedding's weights.
     """
 
     vocab_size: int

@@ -9,10 +9,16 @@ from openmythos.config.schema import require, require_positive
 
 @dataclass(frozen=True, kw_only=True)
 class Llama3ScalingConfig:
-    """Llama 3.1's scaling for long contexts: low rotary frequencies are divided by ``factor``.
+    """Llama 3.1's scaling for long contexts: low rotary frequencies are lowered.
 
-    Frequencies of less than ``low_freq_factor`` turns in ``original_max_seq_len`` tokens are
-    divided, those of more than ``high_freq_factor`` are kept, those between are interpolated.
+    Frequencies between the two bounds are interpolated.
+
+    Attributes:
+        factor: What low frequencies are divided by.
+        low_freq_factor: Frequencies of fewer turns than this in ``original_max_seq_len`` tokens are
+            divided.
+        high_freq_factor: Frequencies of more turns than this are kept.
+        original_max_seq_len: Context that the model was trained at before, in tokens.
     """
 
     kind: ClassVar[str] = "llama3"
@@ -29,7 +35,13 @@ class Llama3ScalingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RopeConfig(Member):
-    """RoPE. ``interleaved`` pairs the channels (2j, 2j + 1), otherwise (j, j + half)."""
+    """Rotary positions (RoPE).
+
+    Attributes:
+        theta: Base of the wavelengths: the longest is about 2 pi times this, in tokens.
+        interleaved: Whether the channels (2j, 2j + 1) form a pair; otherwise (j, j + half) do.
+        scaling: Scaling of the frequencies for long contexts; null: none.
+    """
 
     theta: float = 10_000.0
     interleaved: bool = False

@@ -126,23 +126,25 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     if origin is typing.Literal:
         if value not in arguments:
             allowed = ", ".join(map(repr, arguments))
-            raise ValueError(f"{path} is {_shown(value)}; allowed: {allowed}")
+            raise ValueError(f"{path} is {shown(value)}; allowed: {allowed}")
         return value
     if origin is tuple:
         if not isinstance(value, list | tuple):
-            raise ValueError(f"{path} is {_shown(value)}; expected a list")
+            raise ValueError(f"{path} is {shown(value)}; expected a list")
         return tuple(_convert(arguments[0], item, f"{path}[{i}]") for i, item in enumerate(value))
     if dataclasses.is_dataclass(hint):
         if type(value) is hint:
             return value
         tag = getattr(hint, "kind", None)
+        if tag is not None and isinstance(value, str):
+            value = {"kind": value}
         if tag is not None and isinstance(value, Mapping) and value.get("kind", tag) != tag:
             raise ValueError(f"{path}.kind is {value['kind']!r}; allowed: {tag!r}")
         return from_dict(cast(Any, hint), value, path)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
-        raise ValueError(f"{path} is {_shown(value)}; expected {WORDS[hint]}")
+        raise ValueError(f"{path} is {shown(value)}; expected {WORDS[hint]}")
     return value
 
 
@@ -158,13 +160,13 @@ def _convert_union(arguments: tuple[Any, ...], value: Any, path: str) -> Any:
             if isinstance(value, member):
                 return value
         names = " or ".join(WORDS[member] for member in members)
-        raise ValueError(f"{path} is {_shown(value)}; expected {names}")
+        raise ValueError(f"{path} is {shown(value)}; expected {names}")
     if isinstance(value, str):  # `--set injection=add` reads better than injection.kind=add
         value = {"kind": value}
     kind = value.get("kind") if isinstance(value, Mapping) else None
     if kind not in tagged:
         optional = " or null" if type(None) in arguments else ""
-        raise ValueError(f"{path}.kind is {_shown(kind)}; allowed: {', '.join(tagged)}{optional}")
+        raise ValueError(f"{path}.kind is {shown(kind)}; allowed: {', '.join(tagged)}{optional}")
     return from_dict(tagged[kind], value, path)
 
 
@@ -177,10 +179,11 @@ def _prefix(path: str) -> str:
     return f"{path}: " if path else ""
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """The beginning of a value, as it is written in JSON or an option."""
-    shown = json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
-    return shown if len(shown) <= MAX_SHOWN else f"{shown[:MAX_SHOWN]}..."
+    plain_words = value is None or isinstance(value, bool | dict)
+    text = json.dumps(value) if plain_words else repr(value)
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
 
 
 def json_ready(value: Any) -> Any:
@@ -240,8 +243,8 @@ def as_integer(name: str, value: Any, least: int | None = None, most: int | None
     if least is not None and most is not None:
         allowed = f"an integer in {least}..{most}"
     require(within, name, number, allowed)
-    allowed += " below 2**64, and not below -2**63"
-    require(-(2**63) <= number < 2**64, name, number, allowed)
+    fits = -(2**63) <= number < 2**64
+    require(fits, name, number, f"{allowed} that fits into 64 bits")
     return int(number)
 
 

@@ -30,7 +30,11 @@ class CopyInitConfig(StateInitMember):
 
 @dataclass(frozen=True, kw_only=True)
 class NormalInitConfig(StateInitMember):
-    """h_0 from a normal distribution truncated at 3 ``std``, by (seed, position, channel)."""
+    """h_0 from a truncated normal distribution, by (seed, position, channel).
+
+    Attributes:
+        std: Standard deviation; the distribution is cut off at 3 of them.
+    """
 
     kind: ClassVar[str] = "normal"
     is_random: ClassVar[bool] = True

@@ -18,6 +18,7 @@ FORMAT = "openmythos-tokens"
 FORMAT_VERSION = 1
 INDEX_FILE = "index.json"
 SPLITS = ("train", "val")
+CHECKSUM = "sha256"  # the field of an index for that of all others; older indices have none
 _MAX_REASONS_SHOWN = 5
 
 
@@ -51,10 +52,11 @@ class SplitIndex:
 class PreparedData:
     """A prepared folder, as its `index.json` describes it.
 
-    `num_duplicates` counts documents left out because their text occurred before, `num_replaced`
-    the characters without a UTF-8 form that became question marks, `num_left_out` the rows, files
-    and groups of files that were not read; `left_out` says why for the first of them. `reused` is
-    True if `prepare` found the folder up to date and wrote nothing.
+    `tokenizer_sha256` has the SHA-256 of each file of the tokenizer, by its name; data of older
+    versions has none. `num_duplicates` counts documents left out because their text occurred
+    before, `num_replaced` the characters without a UTF-8 form that became question marks,
+    `num_left_out` the rows, files and groups of files that were not read; `left_out` says why for
+    the first of them. `reused` is True if `prepare` found the folder up to date and wrote nothing.
     """
 
     folder: Path
@@ -65,6 +67,7 @@ class PreparedData:
     tokenizer_fingerprint: str
     num_duplicates: int
     splits: dict[str, SplitIndex]
+    tokenizer_sha256: dict[str, str] = dataclasses.field(default_factory=dict)
     num_replaced: int = 0
     num_left_out: int = 0
     left_out: list[str] = dataclasses.field(default_factory=list)
@@ -85,9 +88,15 @@ class PreparedData:
         """The tokenizer that made the tokens.
 
         Raises:
-            ValueError: The file is missing or is not the tokenizer named in `index.json`.
+            ValueError: A file is missing or is not the one described in `index.json`.
         """
-        tokenizer = Tokenizer.load(self.folder / self.tokenizer_file)
+        file = self.folder / self.tokenizer_file
+        for name, digest in self.tokenizer_sha256.items():
+            path = file.with_name(name)
+            if not path.is_file() or file_sha256(path) != digest:
+                problem = "does not match its SHA-256" if path.is_file() else "is missing"
+                raise ValueError(f"damaged data: {path} {problem}; prepare the data again")
+        tokenizer = Tokenizer.load(file)
         if tokenizer.fingerprint != self.tokenizer_fingerprint:
             raise ValueError(
                 f"tokenizer mismatch in {self.folder}: {self.tokenizer_file} is "
@@ -137,7 +146,7 @@ class PreparedData:
                 problem = "is missing"
             elif size != expected:
                 problem = f"has {size} bytes instead of {expected}"
-            elif checksums and _file_sha256(path) != entry.sha256:
+            elif checksums and file_sha256(path) != entry.sha256:
                 problem = "does not match its SHA-256"
             if problem:
                 raise ValueError(f"damaged data: {path} {problem}; prepare the data again")
@@ -164,6 +173,8 @@ def read_index(folder: str | os.PathLike[str]) -> PreparedData:
                 f"its format_version is not {FORMAT_VERSION}, the one that this version reads"
             )
         data.pop("format")
+        if data.pop(CHECKSUM, None) not in (None, checksum(data)):
+            raise ValueError(f"it does not match its own {CHECKSUM}")
         splits = {name: _split_from_json(split) for name, split in data.pop("splits").items()}
         return PreparedData(folder=Path(folder), splits=splits, **data)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -177,7 +188,15 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
     return np.dtype("<u2" if vocab_size <= 65_536 else "<u4")
 
 
-def _file_sha256(path: Path) -> str:
+def checksum(index: dict[str, Any]) -> str:
+    """SHA-256 (hex) of the fields of an index, except those that name format and checksum."""
+    left_out = ("format", "format_version", CHECKSUM)
+    fields = {name: value for name, value in index.items() if name not in left_out}
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 (hex) of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -32,6 +32,7 @@ from openmythos.config.schema import as_seed
 from openmythos.data.file import Document, LeftOut
 from openmythos.data.hashing import hash_bytes, mix, split_keys, threshold
 from openmythos.data.index import (
+    CHECKSUM,
     FORMAT,
     FORMAT_VERSION,
     INDEX_FILE,
@@ -39,11 +40,13 @@ from openmythos.data.index import (
     DataFile,
     PreparedData,
     SplitIndex,
+    checksum,
+    file_sha256,
     read_index,
     token_dtype,
 )
 from openmythos.data.source import STANDARD_INPUT, read_source, source_version
-from openmythos.folder import put_in_place, write_json, write_whole
+from openmythos.folder import put_in_place, write_json, write_whole, writing
 from openmythos.tokenizer import MIN_BPE_VOCAB, Tokenizer, train_bpe
 
 MAX_BPE_TRAINING_BYTES = 128 * 2**20
@@ -240,16 +243,22 @@ class _Spool:
         self.num_replaced, self.num_left_out, self.num_duplicates = 0, 0, 0
         self.left_out: list[str] = []
         offsets, sizes, hashes = array("q"), array("q"), array("Q")
-        with path.open("wb") as file:
-            for item in items:
-                if isinstance(item, LeftOut):
-                    self._leave_out(item, skip_bad)
-                elif item.text:
-                    data = self._encode(item.text)
-                    offsets.append(file.tell())
-                    sizes.append(len(data))
-                    hashes.append(hash_bytes(data))
-                    file.write(data)
+        try:
+            with path.open("wb") as file:
+                for item in items:
+                    if isinstance(item, LeftOut):
+                        self._leave_out(item, skip_bad)
+                    elif item.text:
+                        data = self._encode(item.text)
+                        offsets.append(file.tell())
+                        sizes.append(len(data))
+                        hashes.append(hash_bytes(data))
+                        file.write(data)
+        except OSError as error:
+            if error.filename is not None:  # of the source
+                raise
+            with writing(path):
+                raise
         self.offsets = np.array(offsets, dtype=np.int64)
         self.sizes = np.array(sizes, dtype=np.int64)
         self.hashes = np.array(hashes, dtype=np.uint64)
@@ -432,7 +441,7 @@ def _publish(
     while (folder / name).exists():  # damaged, and still named in the index
         attempt += 1
         name = f"{stem}-{attempt}"
-    index = {
+    index: dict[str, Any] = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "settings": settings,
@@ -443,7 +452,8 @@ def _publish(
         **counts,
         "splits": {split: _split_to_json(content, name) for split, content in splits.items()},
     }
-    write_json(building / INDEX_FILE, index)
+    index["tokenizer_sha256"] = {p.name: file_sha256(p) for p in sorted(building.glob("*.json"))}
+    write_json(building / INDEX_FILE, {**index, CHECKSUM: checksum(index)})
     put_in_place(building, folder / name)
     put_in_place(folder / name / INDEX_FILE, folder / INDEX_FILE)
     _remove_unused(folder, keep=name)

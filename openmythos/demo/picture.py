@@ -28,6 +28,7 @@ from openmythos.analysis.picture import (
     styled,
 )
 from openmythos.demo.result import HopsResult, TextResult
+from openmythos.report.picture import canvas, smoothed
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -50,7 +51,7 @@ def plot_hops_grid(result: HopsResult, path: Path, original: HopsResult | None =
 def depth_curve(result: TextResult) -> Figure:
     """Held-out bits per byte over loops, with the trained depths marked."""
     with styled():
-        figure, axes = _canvas(5.8, 3.7)
+        figure, axes = canvas(5.8, 3.7)
         curve = {n: score.value for n, score in result.validation.items()}
         ticks, depth = sorted(curve), result.trained_depth
         marks = sorted(result.marks.items(), key=lambda item: abs(item[1] - curve[depth]))[:1]
@@ -98,10 +99,10 @@ def _mark_training(axes: Axes, result: TextResult) -> None:
 def training_curve(result: TextResult) -> Figure:
     """Training bits per byte over seconds, with the held-out points."""
     with styled():
-        figure, axes = _canvas(5.8, 3.1)
+        figure, axes = canvas(5.8, 3.1)
         known = [point for point in result.train_curve if math.isfinite(point[1])]
         seconds, raw = [time for time, _ in known], [value for _, value in known]
-        smooth = _smoothed(raw)
+        smooth = smoothed(raw)
         axes.plot(seconds, raw, color=BLUE, linewidth=0.8, alpha=0.3)
         axes.plot(seconds, smooth, color=BLUE)
         shown = smooth[len(smooth) // 20 :] + [value for _, value in result.held_out_curve]
@@ -234,7 +235,7 @@ def _draw_exit_rule(axes: Axes, result: HopsResult, rows: Sequence[float]) -> No
 def stage_curve(result: HopsResult, original: HopsResult | None = None) -> Figure:
     """The curriculum's stage over steps."""
     with styled():
-        figure, axes = _canvas(5.8, 2.7)
+        figure, axes = canvas(5.8, 2.7)
         curves = [(result, BLUE)]
         if original is not None and original.stage_curve:
             curves.append((original, MUTED))
@@ -256,21 +257,6 @@ def stage_curve(result: HopsResult, original: HopsResult | None = None) -> Figur
     return figure
 
 
-def _canvas(width: float, height: float) -> tuple[Figure, Axes]:
-    """A figure with one pair of axes and fixed margins in inches, so that all pictures align."""
-    figure = figure_of(width, height)
-    left, right, top, bottom = 0.45, 0.12, 0.36, 0.46
-    inner = (1 - (left + right) / width, 1 - (top + bottom) / height)
-    return figure, figure.add_axes((left / width, bottom / height, *inner))
-
-
 def _two(value: float) -> str:
     """Two digits in as few characters as possible: .07, .95, 1.0."""
     return f"{value:.2f}".removeprefix("0") if value < 0.995 else "1.0"
-
-
-def _smoothed(values: Sequence[float]) -> list[float]:
-    """A centred moving average over about 1/40 of the curve."""
-    reach = len(values) // 80
-    windows = (values[max(i - reach, 0) : i + reach + 1] for i in range(len(values)))
-    return [sum(window) / len(window) for window in windows]

@@ -70,11 +70,11 @@ def _looping(text: TextResult, few: int, depth: int) -> Takeaway:
         f"{_loops(depth)} read{'s' if depth == 1 else ''} held-out text at "
         f"{with_error(values[depth])} bits per byte, {_loops(few)} at {with_error(values[few])}"
     )
-    size = f"{with_error(_scaled(change, -1.0))} bits ({_share(change, -values[few].value)})"
+    size = f"{with_error(_scaled(change, -1.0), 4)} bits ({_share(change, -values[few].value)})"
     if not is_clear(change):
         return Takeaway(f"{read}: looping saves {size}, no clear difference.", False)
     if change.value > 0:
-        size = f"{with_error(change)} bits ({_share(change, values[few].value)})"
+        size = f"{with_error(change, 4)} bits ({_share(change, values[few].value)})"
         return Takeaway(f"{read}: looping does not help here, it costs {size}.", False)
     return Takeaway(f"{read}: looping saves {size} with the same parameters.", True)
 

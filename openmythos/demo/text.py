@@ -3,7 +3,7 @@
 import gzip
 import lzma
 import math
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -15,24 +15,21 @@ from openmythos.config import presets
 from openmythos.data.loader import TokenLoader
 from openmythos.data.packing import on_device
 from openmythos.demo.result import TextResult
-from openmythos.engine.reference import generate
 from openmythos.eval.score import with_error
-from openmythos.folder import write_json
-from openmythos.model.exit import KLExit
-from openmythos.report.page import LoopScale, Piece, Sample, render_sample, render_scale
+from openmythos.report.page import LoopScale, render_sample, render_scale
+from openmythos.report.sample import EXIT_KL, continuations, write_sample_file
 from openmythos.terminal import print_table
 from openmythos.train.depth_schedule import DepthSchedule, PoissonDepth
 from openmythos.train.display import TrainDisplay
 from openmythos.train.metrics import read_metrics
 from openmythos.train.recipe import RunConfig, TextData, TrainConfig
-from openmythos.train.run import Run, set_up
+from openmythos.train.run import set_up
 from openmythos.train.task import TextTask
 from openmythos.train.validation import held_out_bits
 
 PROMPTS = ("The function returns", "Raise an exception if", "A class that")
 TEXT_LOOPS = (1, 2, 4, 8, 16)
 NEW_TOKENS = 64
-EXIT_KL = 1e-3
 
 
 def text_config(seed: int, seconds: float) -> RunConfig:
@@ -63,10 +60,18 @@ def act_text(console: Console, out: Path, config: RunConfig, device: str) -> Tex
     for loops in TEXT_LOOPS:
         with console.status(Text(f"held-out text at {loops} loops")):
             held_out[loops] = held_out_bits(model, validation, loops)
-    samples = continuations(run)
-    written = out / "samples" / f"step-{result.step:08d}.json"
-    write_json(written, [asdict(sample) for sample in samples])
-    most = 4 * model.config.num_loops
+    tokenizer, most = run.folder.tokenizer, 4 * model.config.num_loops
+    if tokenizer is None:
+        raise TypeError("act 1 has a tokenizer")
+    samples = continuations(
+        model,
+        tokenizer,
+        PROMPTS,
+        num_loops=most,
+        max_new_tokens=NEW_TOKENS,
+        seed=train_config.seed,
+    )
+    write_sample_file(samples, out, result.step)
     batch, ctx = on_device(model, next(iter(validation.validation_batches(1))))
     rows = [row for row in read_metrics(out / "metrics.jsonl") if row["kind"] == "train"]
     sampling = train_config.depth.sampling
@@ -103,7 +108,7 @@ def show_text(console: Console, result: TextResult) -> None:
     table.add_column("bits per byte", justify="right")
     table.add_column(f"difference to {depth} loops", justify="right")
     for loops, score in result.validation.items():
-        change = "" if loops == depth else with_error(result.difference(loops, depth), sign="+")
+        change = "" if loops == depth else with_error(result.difference(loops, depth), 4, sign="+")
         table.add_row(str(loops), with_error(score), change)
     print_table(console, table)
     scale = LoopScale.of(piece.loops for sample in result.samples for piece in sample.pieces)
@@ -127,30 +132,3 @@ def marks(train: TokenLoader, held_out: TokenLoader) -> dict[str, float]:
         "xz -9 after the training text": after - before,
     }
     return {name: 8 * size / len(text) for name, size in sizes.items()}
-
-
-def continuations(run: Run) -> list[Sample]:
-    """Three continuations with a per-token exit rule."""
-    tokenizer = run.folder.tokenizer
-    if tokenizer is None:
-        raise TypeError("act 1 has a tokenizer")
-    result = generate(
-        run.model,
-        [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in PROMPTS],
-        max_new_tokens=NEW_TOKENS,
-        num_loops=4 * run.model.config.num_loops,
-        exit_rule=KLExit(threshold=EXIT_KL),
-        temperature=0.7,
-        top_k=40,
-        stop_tokens=[tokenizer.eos_id],
-        seed=run.config.train.seed,
-    )
-    samples = []
-    for prompt, tokens, loops in zip(PROMPTS, result.tokens, result.loops, strict=True):
-        pieces = [
-            Piece(text=tokenizer.decode([token]), loops=count)
-            for token, count in zip(tokens, loops, strict=True)
-            if token != tokenizer.eos_id
-        ]
-        samples.append(Sample(prompt=prompt, pieces=pieces))
-    return samples

@@ -18,6 +18,7 @@ from openmythos.engine.request import TEXT, Request, token_ids
 from openmythos.engine.sampling import (
     Logprobs,
     SamplingConfig,
+    adjusted,
     row_generator,
     sample,
     token_logprobs,
@@ -83,6 +84,7 @@ def generate(
     temperature: Numbers = 0.0,
     top_k: OptionalCounts = None,
     top_p: OptionalNumbers = None,
+    num_ids: int | None = None,
     stop_tokens: Collection[int] = (),
     seed: int = 0,
     cache_layout: CacheLayout | None = None,
@@ -97,6 +99,8 @@ def generate(
     Args:
         model: Its mode, training or evaluation, is the same afterwards.
         prompts: Token ids, at least one per prompt; lengths may differ.
+        num_ids: The tokenizer's ``vocab_size``, which a model does not know: ids from there on have
+            no text and are then not generated. None: all ids that the model has.
         seed: Seed of the initial states and, together with the prompt's index, of the sampling.
         cache_layout: Default ``PerLoop``, the same results as without a cache; others approximate.
         prefill_chunk: Number of prompt tokens read at once; None: all. See ``Session.stream``.
@@ -109,13 +113,9 @@ def generate(
         ValueError: A bad prompt, number or combination; raised before anything is computed.
     """
     rows = _token_rows(prompts)
-    columns = (
-        _per_row("max_new_tokens", max_new_tokens, len(rows)),
-        _per_row("num_loops", num_loops, len(rows)),
-        _per_row("temperature", temperature, len(rows)),
-        _per_row("top_k", top_k, len(rows)),
-        _per_row("top_p", top_p, len(rows)),
-    )
+    given: dict[str, Any] = {"max_new_tokens": max_new_tokens, "num_loops": num_loops}
+    given |= {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    columns = [_per_row(name, value, len(rows)) for name, value in given.items()]
     return_logits = as_flag("return_logits", return_logits)
     stops = Request(tokens=(), stop_tokens=stop_tokens).stop_tokens  # an iterator is read once
     requests = [
@@ -124,7 +124,7 @@ def generate(
             max_new_tokens=count,
             num_loops=depth,
             exit_rule=exit_rule,
-            sampling=SamplingConfig(temperature=t, top_k=k, top_p=p),
+            sampling=SamplingConfig(temperature=t, top_k=k, top_p=p, num_ids=num_ids),
             stop_tokens=stops,
             seed=seed,
             sample_idx=row,
@@ -359,8 +359,13 @@ class Session:
                 logits, loops = self.batch.decode(tokens, depths, rule)
                 keys = {row: (row, requests[row].sample_idx) for row in running}
                 drawn = {key: done.generator(key) for key in keys.values()}
-                settings = [requests[row].sampling for row in running]
-                sampled = sample(logits, settings, list(drawn.values())).tolist()
+                num_new = [budgets[row] - left[row] for row in running]
+                settings = [
+                    requests[row].sampling_after(new)
+                    for row, new in zip(running, num_new, strict=True)
+                ]
+                weighed = adjusted(logits, settings, [texts[row] for row in running], num_new)
+                sampled = sample(weighed, settings, list(drawn.values())).tolist()
             new = []
             for i, (row, token) in enumerate(zip(running, sampled, strict=True)):
                 request = requests[row]

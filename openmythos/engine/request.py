@@ -1,7 +1,8 @@
 """A generation request for one row, checked and converted to Python's own types."""
 
+import math
 from collections.abc import Collection, Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from openmythos.config import ModelConfig
@@ -23,6 +24,7 @@ class Request:
     Attributes:
         tokens: Ids to read first; may be empty if the row of a session already has tokens.
         max_new_tokens: The maximum number of new tokens; None: as many as there is room for.
+        min_new_tokens: No stop token is sampled before so many new tokens.
         num_loops: The maximum number of loops per token; None: the model's default.
         exit_rule: Stops single tokens earlier; None: every token takes ``num_loops``.
         sampling: How the next token is chosen; default: greedily.
@@ -39,6 +41,7 @@ class Request:
 
     tokens: Sequence[int]
     max_new_tokens: int | None = None
+    min_new_tokens: int = 0
     num_loops: int | None = None
     exit_rule: Rule | None = None
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
@@ -55,6 +58,7 @@ class Request:
         for name, least in (("max_new_tokens", 1), ("num_loops", 1), ("logprobs", 0)):
             if getattr(self, name) is not None:
                 set_field(self, name, as_integer(name, getattr(self, name), least))
+        set_field(self, "min_new_tokens", as_integer("min_new_tokens", self.min_new_tokens, 0))
         set_field(self, "sample_idx", as_integer("sample_idx", self.sample_idx, 0))
         set_field(self, "seed", as_seed("seed", self.seed))
         rule, made = self.exit_rule, "None or a rule of openmythos.model.exit, for example KLExit()"
@@ -65,6 +69,13 @@ class Request:
     def depth(self, config: ModelConfig) -> int:
         """The maximum number of loops per token."""
         return config.num_loops if self.num_loops is None else self.num_loops
+
+    def sampling_after(self, num_new: int) -> SamplingConfig:
+        """How the token after ``num_new`` new ones is chosen; no stop token too early."""
+        if num_new >= self.min_new_tokens or not self.stop_tokens:
+            return self.sampling
+        forbidden = [(stop, -math.inf) for stop in self.stop_tokens]
+        return replace(self.sampling, logit_bias=[*self.sampling.logit_bias, *forbidden])
 
     def budget(self, room: int) -> int:
         """The maximum number of new tokens; by default ``room``, as many as fit."""
@@ -99,6 +110,8 @@ class Request:
         require(length > 0, prompt, list(self.tokens), "at least one token long")
         for stop in self.stop_tokens:
             require(0 <= stop < config.vocab_size, "a stop token", stop, f"in {ids}")
+        for biased, _ in self.sampling.logit_bias:
+            require(biased < config.vocab_size, "an id of logit_bias", biased, f"in {ids}")
         limit = config.max_seq_len
         if self.max_new_tokens is not None and length + self.max_new_tokens > limit:
             raise ValueError(

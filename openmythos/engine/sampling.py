@@ -7,14 +7,16 @@ random numbers.
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from openmythos.config.schema import as_integer, as_number, as_seed, require
+from openmythos.config.schema import as_integer, as_number, as_seed, plain, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,14 +29,36 @@ class SamplingConfig:
 
     Only ids below ``num_ids`` are sampled: a model's vocabulary is often padded past that of its
     tokenizer, and an id without a token means nothing. None: all ids.
+
+    Before all this, ``adjusted`` changes the logits by what the text already has:
+
+    - ``logit_bias``, numbers by id (kept as pairs), is added to the logits; -inf forbids an id;
+    - of every token in the text, given or new, a positive logit is divided by
+      ``repetition_penalty`` and a negative one is multiplied by it;
+    - ``frequency_penalty`` times the number of times that a token was newly generated, and
+      ``presence_penalty`` if it was at all, is subtracted.
+
+    Source: OpenAI API reference, chat completions (bias, frequency and presence penalties); CTRL,
+        Keskar et al. 2019 (arXiv 1909.05858), section 4.1 (repetition penalty).
     """
 
     temperature: float = 0.0
     top_k: int | None = None
     top_p: float | None = None
     num_ids: int | None = None
+    logit_bias: Sequence[tuple[int, float]] = ()  # or a mapping
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "logit_bias", _pairs(self.logit_bias))
+        for name in ("repetition_penalty", "frequency_penalty", "presence_penalty"):
+            positive = name == "repetition_penalty"
+            allowed = "a number above 0" if positive else "a number"
+            value = as_number(name, getattr(self, name), allowed)
+            require(value > 0 or not positive, name, value, allowed)
+            object.__setattr__(self, name, value)
         if self.num_ids is not None:
             object.__setattr__(self, "num_ids", as_integer("num_ids", self.num_ids, 1))
         allowed = "a number of at least 0 (0 is greedy)"
@@ -49,10 +73,69 @@ class SamplingConfig:
             require(0 < top_p <= 1, "top_p", top_p, allowed)
             object.__setattr__(self, "top_p", top_p)
 
+    @property
+    def adjusts(self) -> bool:
+        """Whether ``adjusted`` changes any logit."""
+        penalties = (self.frequency_penalty, self.presence_penalty)
+        return bool(self.logit_bias) or self.repetition_penalty != 1 or any(penalties)
+
+
+def _pairs(given: Any) -> tuple[tuple[int, float], ...]:
+    """The pairs of id and number of a ``logit_bias``, by id."""
+    allowed = "numbers by token id, for example {17: -100.0}; -inf forbids an id"
+    pairs = list(given.items()) if isinstance(given, Mapping) else plain(given)
+    known = isinstance(pairs, list | tuple)
+    require(known, "logit_bias", given, allowed)
+    known = all(isinstance(pair, tuple) and len(pair) == 2 for pair in pairs)
+    require(known, "logit_bias", given, allowed)
+    biases = {}
+    for biased, bias in pairs:
+        low = bias == -math.inf
+        number = -math.inf if low else as_number("a bias of logit_bias", bias, allowed)
+        biases[as_integer("an id of logit_bias", biased, 0)] = number
+    return tuple(sorted(biases.items()))
+
+
+def adjusted(
+    logits: Float[Tensor, "B V"],
+    configs: Sequence[SamplingConfig],
+    texts: Sequence[Sequence[int]],
+    num_new: Sequence[int],
+) -> Float[Tensor, "B V"]:
+    """The logits after each row's bias and penalties.
+
+    Args:
+        logits: The next token's.
+        configs: One per row.
+        texts: The tokens so far of each row.
+        num_new: How many of them, at the end, are newly generated.
+
+    Raises:
+        ValueError: A row's bias forbids every token.
+    """
+    if not any(config.adjusts for config in configs):
+        return logits
+    logits = logits.clone()
+    for row, config, text, new in zip(logits, configs, texts, num_new, strict=True):
+        for biased, bias in config.logit_bias:
+            row[biased] += bias
+        if config.logit_bias and row.amax() == -math.inf:
+            raise ValueError("logit_bias forbids every token; leave at least one")
+        if config.repetition_penalty != 1:
+            ids = torch.tensor(sorted(set(text)), device=row.device)
+            seen, penalty = row[ids], config.repetition_penalty
+            row[ids] = torch.where(seen > 0, seen / penalty, seen * penalty)
+        counts = Counter(text[len(text) - new :])
+        if counts and (config.frequency_penalty or config.presence_penalty):
+            ids = torch.tensor(list(counts), device=row.device)
+            times = row.new_tensor(list(counts.values()))
+            row[ids] -= config.frequency_penalty * times + config.presence_penalty
+    return logits
+
 
 @dataclass(frozen=True)
 class Logprobs:
-    """Log-probabilities (natural) at one position, before temperature, top-k and top-p.
+    """Log-probabilities (natural) at one position, before all that a ``SamplingConfig`` does.
 
     Attributes:
         chosen: The sampled token's log-probability.
@@ -65,7 +148,7 @@ class Logprobs:
 
 def token_logprobs(logits: Float[Tensor, "V"], token: int, count: int) -> Logprobs:
     """Log-probabilities of ``token`` and of the ``count`` most likely tokens, or all if fewer."""
-    logprobs = logits.double().log_softmax(dim=-1)
+    logprobs = _in_double(logits).log_softmax(dim=-1)
     ranked, tokens = logprobs.sort(descending=True, stable=True)
     top = zip(tokens[:count].tolist(), ranked[:count].tolist(), strict=True)
     return Logprobs(float(logprobs[token]), tuple(top))
@@ -87,23 +170,30 @@ def token_probs(
 ) -> Float[Tensor, "B V"]:
     """The distribution that each row is sampled from, in fp64; one-hot for greedy rows.
 
+    Of logits on MPS, which has no fp64, it is on the CPU.
+
     Raises:
         ValueError: Not one config per row, or a row's largest logit is not finite.
     """
     _check_rows(logits, configs)
-    _check_finite(logits)
     logits = _with_tokens(logits, configs)
-    wide = logits.double()
+    _check_finite(logits)
+    wide = _in_double(logits)
     top = wide.amax(dim=-1, keepdim=True)
-    best = torch.zeros_like(wide).scatter_(1, logits.argmax(dim=-1, keepdim=True), 1.0)
+    best = torch.zeros_like(wide).scatter_(1, wide.argmax(dim=-1, keepdim=True), 1.0)
     if all(config.temperature == 0 for config in configs):
         return best
     temperatures = wide.new_tensor([[config.temperature or 1.0] for config in configs])
     probs = ((wide - top) / temperatures).softmax(dim=-1)
     if any(config.top_k is not None or config.top_p is not None for config in configs):
         probs = _filtered(probs, configs)
-    greedy = torch.tensor([[config.temperature == 0] for config in configs], device=logits.device)
+    greedy = torch.tensor([[config.temperature == 0] for config in configs], device=wide.device)
     return torch.where(greedy, best, probs)
+
+
+def _in_double(logits: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """The logits in fp64, which MPS does not have: those are moved to the CPU."""
+    return (logits.cpu() if logits.device.type == "mps" else logits).double()
 
 
 def _with_tokens(
@@ -120,7 +210,7 @@ def _with_tokens(
 
 def _check_rows(logits: Tensor, configs: Sequence[SamplingConfig]) -> None:
     known = isinstance(logits, Tensor) and logits.ndim == 2 and logits.is_floating_point()
-    require(known, "logits", logits, "a tensor of floats, [B, V]")
+    require(known and logits.numel() > 0, "logits", logits, "a tensor of floats, [B, V]")
     known = isinstance(configs, Sequence) and all(isinstance(c, SamplingConfig) for c in configs)
     require(known, "configs", configs, "a list of SamplingConfig, one per row")
     if len(configs) != len(logits):
@@ -172,23 +262,25 @@ def sample(
         ValueError: Not one config and one generator per row, or logits that are not finite.
     """
     _check_rows(logits, configs)
+    made = "a list of torch.Generator, one per row (see row_generator)"
+    known = isinstance(generators, Sequence)
+    known = known and all(isinstance(generator, torch.Generator) for generator in generators)
+    require(known, "generators", generators, made)
     if len(generators) != len(configs):
         raise ValueError(
             f"{len(configs)} rows of logits came with {len(generators)} generators; "
             "give one per row"
         )
-    made = "a list of torch.Generator, one per row (see row_generator)"
-    known = all(isinstance(generator, torch.Generator) for generator in generators)
-    require(known, "generators", generators, made)
     draws = [torch.rand((), dtype=torch.float64, generator=generator) for generator in generators]
     if all(config.temperature == 0 for config in configs):
+        logits = _with_tokens(logits, configs)
         _check_finite(logits)
-        return _with_tokens(logits, configs).argmax(dim=-1)
+        return logits.argmax(dim=-1)
     probs = token_probs(logits, configs)
-    uniform = torch.stack(draws).to(logits.device)[:, None]
+    uniform = torch.stack(draws).to(probs.device)[:, None]
     cumulative = probs.cumsum(dim=-1)
     # Even after rounding, the target must be below the total, so that a token of probability 0 is
     # never chosen.
     total = cumulative[:, -1:]
     target = (uniform * total).clamp(max=torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cumulative, target, right=True)[:, 0]
+    return torch.searchsorted(cumulative, target, right=True)[:, 0].to(logits.device)

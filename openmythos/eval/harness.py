@@ -5,18 +5,19 @@ to load.
 """
 
 import contextlib
-import difflib
 import functools
+import inspect
 import io
 import logging
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import lm_eval.models  # noqa: F401  (registers the harness' own models, before ours)
+import torch
 import yaml
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
@@ -25,32 +26,62 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 
-from openmythos.checkpoint.load import checkpoint_folder
+from openmythos.checkpoint.weights import DTYPES
 from openmythos.eval.score import Measured, Outcomes, Score, summarise
 from openmythos.eval.scoring import GenerationRequest, Scorer
-from openmythos.eval.task import SHIPPED, choice_baselines
+from openmythos.eval.task import choice_baselines
+from openmythos.eval.task_name import SHIPPED, no_such_task
 from openmythos.folder import in_a_sentence
+from openmythos.interop.hub import local_folder
 from openmythos.interop.loading import load_pretrained
 from openmythos.tokenizer import Tokenizer
+from openmythos.tokenizer_folder import NOT_OBEYED, named_templates
 
 SHIPPED_FOLDER = Path(__file__).parent / "tasks"
 DEFAULT_NEW_TOKENS = 256  # the default of the harness' own models
 BOOTSTRAPS = 1000
+AUTO_BATCH = 64  # rows that "auto" begins with
 GENERATION_WORDS = {"until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p"}
+ANY = object()
+# Options of other models that are accepted, at values with which they change nothing.
+NEUTRAL: Mapping[str, Mapping[str, Any]] = {
+    "model_args": {
+        **dict.fromkeys(("trust_remote_code", "use_fast_tokenizer", "low_cpu_mem_usage"), ANY),
+        **dict.fromkeys(("parallelize", "truncation", "logits_cache"), False),
+        "backend": "causal",
+        "revision": "main",
+        "subfolder": "",
+    },
+    "generation_kwargs": {
+        **dict.fromkeys(("use_cache", "pad_token_id", "length_penalty", "early_stopping"), ANY),
+        **NOT_OBEYED,
+        "repetition_penalty": 1,
+        "skip_special_tokens": True,
+    },
+}
 
 
 @register_model("openmythos")
 class HarnessModel(TemplateLM):
     """Answers the harness' three kinds of request with a ``Scorer``.
 
+    Its arguments are named as those of the harness' ``hf`` model.
+
     Args:
-        pretrained: A scorer; or a folder, for ``simple_evaluate(model="openmythos", ...)``.
+        pretrained: A scorer; or a checkpoint, for ``lm_eval --model openmythos --model_args
+            pretrained=PATH``.
         num_loops: Loops per token; default: the model's.
-        batch_size: Rows per batch; does not change scores.
-        max_batch_size: Unused; the harness' command line passes it.
+        batch_size: Rows per batch, or ``auto``; does not change scores.
+        max_batch_size: The most rows that ``auto`` takes.
+        max_length: The most tokens that are read at once; default: the model's maximum.
+        dtype: Dtype of the weights; ``auto``: as stored.
         device: Device of a model loaded from a folder.
-        add_bos: Whether contexts begin with the ids that the tokenizer begins a text with.
+        add_bos_token: Whether contexts begin with the ids that the tokenizer begins a text with.
         seed: Seed of random initial states and of samples.
+        others: Arguments of other models, which are accepted where they change nothing.
+
+    Raises:
+        ValueError: An argument is unknown or its value is not allowed.
     """
 
     def __init__(
@@ -60,23 +91,31 @@ class HarnessModel(TemplateLM):
         num_loops: int | None = None,
         batch_size: int | str = 16,
         max_batch_size: int | None = None,
+        max_length: int | None = None,
+        dtype: str | torch.dtype | None = None,
         device: str = "cpu",
-        add_bos: bool = True,
+        add_bos_token: bool = True,
         seed: int = 0,
+        **others: Any,
     ) -> None:
         super().__init__()
+        known = [name for name in inspect.signature(HarnessModel).parameters if name != "others"]
+        _refuse_others("model_args", others, known)
         if not isinstance(pretrained, Scorer):
-            folder = checkpoint_folder(pretrained)
-            model = load_pretrained(folder, device=device)
+            size, stored = rows_per_batch(batch_size, max_batch_size), dtype_of(dtype)
+            folder = local_folder(pretrained)
+            model = load_pretrained(folder, dtype=stored, device=device)
             pretrained = Scorer(
                 model=model,
                 codec=Tokenizer.load(folder),
                 num_loops=model.config.num_loops if num_loops is None else num_loops,
-                batch_size=int(batch_size),
-                add_bos=add_bos,
+                batch_size=size,
+                add_bos=add_bos_token,
+                limit=max_length,
                 seed=seed,
             )
         self.scorer = pretrained
+        self._template: str | None = None
         self._device = pretrained.model.embed.weight.device
 
     @property
@@ -95,7 +134,7 @@ class HarnessModel(TemplateLM):
 
     @property
     def max_length(self) -> int:
-        """The model's maximum sequence length, in tokens."""
+        """The most tokens that are read at once."""
         return self.scorer.max_len
 
     @property
@@ -121,12 +160,61 @@ class HarnessModel(TemplateLM):
         name = codec.fingerprint if isinstance(codec, Tokenizer) else type(codec).__name__
         return f"openmythos-{name}"
 
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """The tokenizer's chat template, for the record; a name chooses among several.
+
+        From then on marks such as ``<|im_start|>`` in texts are read as the tokens.
+
+        Raises:
+            ValueError: It has no such template.
+        """
+        if chat_template is False:
+            return None
+        codec = self.scorer.codec
+        given = codec.settings.get("chat_template") if isinstance(codec, Tokenizer) else None
+        named = named_templates(given)
+        name = "default" if chat_template is True else chat_template
+        if not isinstance(codec, Tokenizer) or name not in named:
+            has = f"has only {', '.join(sorted(named))}" if named else "has none"
+            raise ValueError(f"chat template {name!r} was asked for, and the tokenizer {has}")
+        self._template, self.scorer = named[name], replace(self.scorer, special=True)
+        return self._template
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """A conversation as text, up to where an answer begins or, without, in its midst.
+
+        Raises:
+            ValueError: There is no chat template, or it refuses the messages.
+        """
+        template = self.chat_template(True) if self._template is None else self._template
+        codec = self.scorer.codec
+        assert isinstance(codec, Tokenizer)  # it has a template
+        names: dict[str, Any] = {
+            "template": template,
+            "add_generation_prompt": add_generation_prompt,
+        }
+        try:
+            text = codec.chat_text(chat_history, **names)
+        except ValueError:
+            rest = [message for message in chat_history if message["role"] != "system"]
+            if len(rest) == len(chat_history):
+                raise
+            text = codec.chat_text(rest, **names)
+            logging.getLogger(__name__).warning("the chat template takes no system message")
+        if add_generation_prompt:
+            return text
+        last = chat_history[-1]["content"].lstrip()
+        last = last if last in text else last.rstrip()  # some templates strip, others do not
+        return text[: text.rindex(last) + len(last)]
+
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **_: Any
     ) -> list[int]:
         """Token ids of a text; with bos unless the caller or the scorer disables it."""
         if add_special_tokens is False:
-            return self.scorer.codec.encode(string)
+            return self.scorer.codec.encode(string, special=self.scorer.special)
         return self.scorer.encode_context(string)
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
@@ -161,26 +249,70 @@ class HarnessModel(TemplateLM):
         return texts
 
 
+def rows_per_batch(given: int | str, most: int | None) -> int:
+    """The rows per batch that the harness' ``batch_size`` asks for.
+
+    ``auto`` begins with the most rows; the scorer takes fewer where memory does not suffice.
+
+    Raises:
+        ValueError: It is neither a positive number nor ``auto`` or ``auto:N``.
+    """
+    automatic, _, number = str(given).partition(":")
+    if automatic == "auto" and (not number or number.isdecimal()):
+        return int(most or AUTO_BATCH)
+    if not str(given).isdecimal() or int(given) < 1:
+        raise ValueError(f"batch_size is {given!r}; give a positive number or auto")
+    return int(given)
+
+
+def dtype_of(given: str | torch.dtype | None) -> torch.dtype | None:
+    """The dtype with this name; None for ``auto``, as stored.
+
+    Raises:
+        ValueError: It is not one of those that weights can have.
+    """
+    if given is None or given == "auto":
+        return None
+    names = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
+    found = names.get(str(given).removeprefix("torch."))
+    if found is None:
+        raise ValueError(f"dtype is {str(given)!r}; give auto, {', '.join(names)}")
+    return found
+
+
+def _refuse_others(where: str, options: Mapping[str, Any], known: Iterable[str]) -> None:
+    """Refuse options that would change something and are not supported."""
+    harmless = NEUTRAL[where]
+    refused = {
+        name: value
+        for name, value in options.items()
+        if not (value is None or harmless.get(name) is ANY or harmless.get(name) == value)
+    }
+    if refused:
+        said = ", ".join(f"{name}={value!r}" for name, value in sorted(refused.items()))
+        raise ValueError(f"{where} has {said}; supported are {', '.join(sorted(known))}")
+
+
 def generation_request(context: str, options: Mapping[str, Any]) -> GenerationRequest:
     """A task's ``generation_kwargs`` as a request.
 
     Raises:
         ValueError: They ask for something that is not supported, such as beam search.
     """
-    known = normalize_gen_kwargs(dict(options), DEFAULT_NEW_TOKENS)
-    unknown = sorted(set(known) - GENERATION_WORDS)
-    if unknown:
-        raise ValueError(
-            f"generation_kwargs has {', '.join(unknown)}; supported are "
-            f"{', '.join(sorted(GENERATION_WORDS))}"
-        )
+    given = {name: value for name, value in options.items() if value is not None}
+    known = normalize_gen_kwargs(given, DEFAULT_NEW_TOKENS)
+    others = {name: value for name, value in known.items() if name not in GENERATION_WORDS}
+    _refuse_others("generation_kwargs", others, GENERATION_WORDS)
+    temperature = known.get("temperature", 1.0) if known["do_sample"] else 0.0
+    drawn = temperature > 0
+    top_k = known.get("top_k") or 0
     return GenerationRequest(
         context=context,
         max_new_tokens=known["max_gen_toks"],
         stops=tuple(stop for stop in known["until"] if stop),
-        temperature=known.get("temperature", 0.0) if known["do_sample"] else 0.0,
-        top_k=known.get("top_k") if known["do_sample"] else None,
-        top_p=known.get("top_p") if known["do_sample"] else None,
+        temperature=temperature,
+        top_k=top_k if drawn and top_k > 0 else None,  # 0 and -1 are other programs' for all
+        top_p=known.get("top_p") if drawn else None,
     )
 
 
@@ -302,12 +434,7 @@ def _manager(include_defaults: bool) -> TaskManager:
 
 def _load(manager: TaskManager, spec: str, what: Any) -> Mapping[str, Any]:
     if isinstance(what, str) and what not in manager.task_index:
-        near = difflib.get_close_matches(what, [*manager.all_tasks, *SHIPPED], n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(
-            f"no task {what!r}{hint} Give a name of lm-evaluation-harness, one of "
-            f"{', '.join(SHIPPED)}, or a task file"
-        )
+        raise ValueError(no_such_task(what, manager.all_tasks))
     try:
         return manager.load([what])
     except Exception as error:  # network, hub and format errors have no common class
@@ -381,3 +508,9 @@ def _baselines(metric: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, floa
             return {}
         questions.append((asked[0][0], [part[1] for part in asked], answer))
     return choice_baselines(questions) if questions else {}
+
+
+if __name__ == "__main__":  # the harness' command, for its releases that look for no entry points
+    from lm_eval.__main__ import cli_evaluate
+
+    cli_evaluate()

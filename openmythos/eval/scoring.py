@@ -4,9 +4,10 @@ Requests are batched by length. A row's result does not depend on the other rows
 padding is masked, and each sampled request has its own generator.
 """
 
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -19,8 +20,10 @@ from openmythos.model.cache import CacheLayout
 from openmythos.model.exit import Rule
 from openmythos.model.inference import inference
 from openmythos.model.recurrent import RecurrentDepthLM
+from openmythos.plan.memory import is_out_of_memory, require_memory
 from openmythos.text_stream import ByteDecoder, TextStream
 
+T = TypeVar("T")
 Pair = tuple[list[int], list[int]]  # token ids of a context and its continuation
 
 
@@ -48,8 +51,8 @@ class Codec(ByteDecoder, Protocol):
     def eos_id(self) -> int | None:
         """The token that ends a document."""
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a text, without special tokens."""
+    def encode(self, text: str, *, special: bool = False) -> list[int]:
+        """Token ids of a text; those of special tokens only with ``special``."""
 
     def require_lossless(self, purpose: str) -> None:
         """Raise a ValueError if a text does not come back unchanged from its ids."""
@@ -79,8 +82,10 @@ class Scorer:
         model: The model; it is run in evaluation mode.
         codec: The model's tokenizer.
         num_loops: Loops per token.
-        batch_size: Rows per batch; does not change results.
+        batch_size: Rows per batch; does not change results. Halved where memory does not suffice.
         add_bos: Whether contexts begin with the ids that the codec begins a text with.
+        special: Whether marks such as ``<|im_start|>`` in contexts and stops are the tokens.
+        limit: The most tokens that are read at once; default: the model's maximum.
         seed: Seed of random initial states and of samples.
         exit_rule: Stops single tokens earlier; used in generation only.
         cache_layout: The cache layout of generation; default: the exact one.
@@ -92,6 +97,8 @@ class Scorer:
     num_loops: int
     batch_size: int = 16
     add_bos: bool = True
+    special: bool = False
+    limit: int | None = None
     seed: int = 0
     exit_rule: Rule | None = None
     cache_layout: CacheLayout | None = None
@@ -99,11 +106,14 @@ class Scorer:
 
     def __post_init__(self) -> None:
         require_positive(self, "num_loops", "batch_size")
+        longest = self.model.config.max_seq_len
+        allowed = f"at least 1 and at most the model's {longest} tokens"
+        require(self.limit is None or 1 <= self.limit <= longest, "max_length", self.limit, allowed)
 
     @property
     def max_len(self) -> int:
-        """The model's maximum sequence length, in tokens."""
-        return self.model.config.max_seq_len
+        """The most tokens that are read at once."""
+        return self.model.config.max_seq_len if self.limit is None else self.limit
 
     @property
     def prefix_id(self) -> int:
@@ -120,8 +130,13 @@ class Scorer:
     # --- text to tokens --------------------------------------------------------------------------
 
     def encode_context(self, text: str) -> list[int]:
-        """Token ids of a context, after the codec's ``begin_ids`` if ``add_bos`` is set."""
-        return [*(self.codec.begin_ids if self.add_bos else ()), *self.codec.encode(text)]
+        """Token ids of a context, after the codec's ``begin_ids`` if ``add_bos`` is set.
+
+        They are not put before a text that begins with them.
+        """
+        ids = self.codec.encode(text, special=self.special)
+        begin = [*self.codec.begin_ids] if self.add_bos else []
+        return ids if ids[: len(begin)] == begin else begin + ids
 
     def encode_pair(self, context: str, continuation: str) -> Pair:
         """Token ids of both, split from the ids of the two texts encoded as one.
@@ -178,13 +193,30 @@ class Scorer:
             read = (*context, *continuation)[-(self.max_len + 1) : -1]
             askers.setdefault(read, []).append(index)
         scores = [(0.0, False)] * len(pairs)
-        rows = sorted(askers, key=lambda row: (-len(row), row))
-        for start in range(0, len(rows), self.batch_size):
-            batch = rows[start : start + self.batch_size]
+
+        def answer(batch: Sequence[tuple[int, ...]]) -> None:
             for row, logits in zip(batch, self._logits(batch), strict=True):
                 for index in askers[row]:
                     scores[index] = _score(logits[: len(row)], pairs[index][1])
+
+        self._in_batches(sorted(askers, key=lambda row: (-len(row), row)), answer)
         return scores
+
+    def _in_batches(self, rows: Sequence[T], run: Callable[[Sequence[T]], None]) -> None:
+        """Run all rows, the longest first; a batch that does not fit into memory is halved."""
+        start = 0
+        while start < len(rows):
+            batch = rows[start : start + self.batch_size]
+            try:
+                run(batch)
+            except (MemoryError, RuntimeError, ValueError) as error:
+                if len(batch) == 1 or not is_out_of_memory(error):
+                    raise
+                self.batch_size = len(batch) // 2
+                said = f"{len(batch)} rows at once do not fit into memory; going on with"
+                warnings.warn(f"{said} {self.batch_size}", stacklevel=2)
+                continue
+            start += len(batch)
 
     def _check_pair(self, context: list[int], continuation: list[int]) -> None:
         if not context or not continuation:
@@ -202,6 +234,10 @@ class Scorer:
     def _logits(self, rows: Sequence[tuple[int, ...]]) -> Tensor:
         """Logits of rows that are padded on the right to equal length."""
         device, width = self.model.embed.weight.device, max(map(len, rows))
+        if device.type == "cpu":  # where the system would end the process instead of saying so
+            numbers = len(rows) * width * self.model.config.vocab_size
+            size = numbers * self.model.embed.weight.itemsize
+            require_memory(size, f"the logits of {len(rows)} rows", "lower batch_size")
         lengths = torch.tensor([len(row) for row in rows], device=device)
         tokens = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=device)
         valid = torch.arange(width, device=device) < lengths[:, None]
@@ -223,13 +259,15 @@ class Scorer:
         rows = [self._row(index, request) for index, request in enumerate(requests)]
         order = sorted(range(len(rows)), key=lambda index: (-len(rows[index].tokens), index))
         texts = [""] * len(requests)
-        for start in range(0, len(order), self.batch_size):
-            chosen = order[start : start + self.batch_size]
+
+        def answer(chosen: Sequence[int]) -> None:
             found = self._generate_batch(
                 [rows[index] for index in chosen], [requests[index].stops for index in chosen]
             )
             for index, text in zip(chosen, found, strict=True):
                 texts[index] = text
+
+        self._in_batches(order, answer)
         return texts
 
     def _row(self, index: int, request: GenerationRequest) -> Request:
@@ -253,10 +291,17 @@ class Scorer:
                 top_p=request.top_p,
                 num_ids=self.codec.vocab_size,
             ),
-            stop_tokens=self.codec.end_ids,
+            stop_tokens=self.codec.end_ids | self._marks_in(request.stops),
             seed=self.seed,
             sample_idx=index,
         )
+
+    def _marks_in(self, stops: Sequence[str]) -> set[int]:
+        """Ids of the stops that are special tokens, which have no text to be found in."""
+        if not self.special:
+            return set()
+        found = [self.codec.encode(stop, special=True) for stop in stops]
+        return {ids[0] for ids in found if len(ids) == 1 and not self.codec.decode_bytes(ids)}
 
     def _generate_batch(
         self, rows: Sequence[Request], stops: Sequence[tuple[str, ...]]

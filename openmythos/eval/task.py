@@ -5,7 +5,6 @@ The task files in ``eval/tasks`` give the harness the same documents; both give 
 Every task has baselines, the scores of guessers that use no model: a score near one shows nothing.
 """
 
-import importlib.util
 import math
 import re
 from collections import Counter
@@ -17,6 +16,7 @@ from openmythos.data.synthetic import Walks
 from openmythos.eval import python_docs
 from openmythos.eval.score import Measured, Outcomes, summarise
 from openmythos.eval.scoring import GenerationRequest, Scorer
+from openmythos.eval.task_name import HOPS, TEXT_NAMES
 from openmythos.eval.walk import hops_documents
 
 Kind = Literal["choice", "next", "generate", "text"]
@@ -29,7 +29,6 @@ METRICS: dict[Kind, str] = {
 LOWER_IS_BETTER = ("bits_per_byte", "byte_perplexity", "word_perplexity", "perplexity")
 WORD = re.compile("[A-Za-z]+")
 WORD_TOKENS = 8
-HOPS = re.compile(r"hops_([1-9]\d*)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,12 +80,8 @@ def _python_docs_bits() -> EvalTask:
     return EvalTask(name="python_docs_bits", kind="text", documents=texts, baselines={})
 
 
-TEXT_TASKS: dict[str, Callable[[], EvalTask]] = {
-    "python_docs_choice": _python_docs_choice,
-    "python_docs_word": _python_docs_word,
-    "python_docs_bits": _python_docs_bits,
-}
-SHIPPED = (*TEXT_TASKS, "hops_1, hops_2 ...")
+MAKERS = (_python_docs_choice, _python_docs_word, _python_docs_bits)
+TEXT_TASKS: dict[str, Callable[[], EvalTask]] = dict(zip(TEXT_NAMES, MAKERS, strict=True))
 
 
 def shipped_task(name: str, walks: Walks | None) -> EvalTask | None:
@@ -112,19 +107,6 @@ def shipped_task(name: str, walks: Walks | None) -> EvalTask | None:
     if walks is not None:
         raise ValueError(f"task {name} needs a model of text; this one knows walks: give hops_1 ..")
     return TEXT_TASKS[name]()
-
-
-def require_harness() -> None:
-    """Check that lm-evaluation-harness is installed.
-
-    Raises:
-        ValueError: It is not; says how to install it.
-    """
-    if importlib.util.find_spec("lm_eval") is None:
-        raise ValueError(
-            "only the tasks that ship run without lm-evaluation-harness; run: "
-            'pip install "openmythos[eval]"'
-        )
 
 
 # --- what a model answers ------------------------------------------------------------------------

@@ -30,8 +30,8 @@ class WalkCodec:
         """Number of ids, one for each word."""
         return len(self.words)
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of words separated by white space.
+    def encode(self, text: str, *, special: bool = False) -> list[int]:
+        """Token ids of words separated by white space; there are no special tokens.
 
         Raises:
             ValueError: A word is neither an entity nor a relation.

@@ -1,4 +1,7 @@
-"""Models by name on the Hugging Face hub; weights and JSON are downloaded, never code."""
+"""Where a model lies: a folder, a GGUF file, or a name on the Hugging Face hub.
+
+Weights and JSON are downloaded, never code.
+"""
 
 import os
 import re
@@ -6,6 +9,7 @@ from pathlib import Path
 
 from openmythos.checkpoint.load import checkpoint_folder
 from openmythos.folder import PathLike
+from openmythos.interop.gguf import SUFFIX, open_gguf
 
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 SAFE_FILES = ["*.json", "*.safetensors"]
@@ -13,8 +17,9 @@ TORCH_FILES = ["*.bin", "*.pt", "*.pth"]  # read as tensors only
 
 
 def local_folder(path: PathLike, *, verify: bool = True) -> Path:
-    """The local folder for ``path``, a folder or a model's name ``owner/name`` on the hub.
+    """The local folder for ``path``: a folder, a GGUF file, or ``owner/name`` on the hub.
 
+    A GGUF file's folder is temporary and holds everything but the weights, which stay in the file.
     A path that exists locally, or whose first folder does, is never looked up on the hub. With
     ``verify``, a run folder's damaged checkpoints are left out.
 
@@ -22,6 +27,8 @@ def local_folder(path: PathLike, *, verify: bool = True) -> Path:
         ValueError: There is neither such a folder nor such a model, or the hub is not reachable.
     """
     name = os.fspath(path)
+    if Path(name).suffix == SUFFIX and not Path(name).is_dir():
+        return open_gguf(path)
     if not HUB_NAME.fullmatch(name) or Path(name).exists() or Path(name).parent.exists():
         return checkpoint_folder(path, verify=verify)
     from huggingface_hub import snapshot_download

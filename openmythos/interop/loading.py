@@ -12,6 +12,7 @@ from openmythos.checkpoint.load import (
     load_checkpoint,
     open_checkpoint,
     read_config,
+    require_room,
     verify_checkpoint,
 )
 from openmythos.checkpoint.save import FORMAT
@@ -19,12 +20,22 @@ from openmythos.checkpoint.weights import CONFIG_FILE, StoredWeights
 from openmythos.config import ModelConfig
 from openmythos.folder import PathLike
 from openmythos.interop import export
-from openmythos.interop.families import huginn, llama, openmythos_original, ouro, parcae
+from openmythos.interop.families import (
+    huginn,
+    ifm_looped_lm,
+    llama,
+    looplm_135m,
+    openmythos_original,
+    ouro,
+    parcae,
+)
+from openmythos.interop.families.not_loaded import why_not
+from openmythos.interop.gguf import PARTS_FIELD, GgufWeights
 from openmythos.interop.hub import local_folder
 from openmythos.interop.mapping import read_tensors
 from openmythos.model.recurrent import RecurrentDepthLM
 from openmythos.tokenizer import Tokenizer
-from openmythos.tokenizer_folder import TOKENIZER_FILE, VOCAB_FILE
+from openmythos.tokenizer_folder import TOKENIZER_FILE, has_tokenizer
 
 FAMILIES = (
     openmythos_original.FAMILY,
@@ -35,6 +46,8 @@ FAMILIES = (
     parcae.GPT_FAMILY,
     llama.LLAMA,
     llama.NANBEIGE,
+    ifm_looped_lm.FAMILY,
+    looplm_135m.FAMILY,
     export.FAMILY,
 )
 
@@ -49,8 +62,9 @@ def load_pretrained(
     """Load a checkpoint folder: ours, or one of a family in ``FAMILIES``.
 
     Args:
-        path: A folder with config.json and the weights, or a model's name on the Hugging Face hub.
-        dtype: Dtype of the parameters; None keeps the stored one.
+        path: A folder with config.json and the weights, a ``.gguf`` file of a Llama, or a model's
+            name on the Hugging Face hub.
+        dtype: Dtype of the parameters; None keeps the stored one, and is fp32 for a GGUF file.
         device: Device of the model.
         verify: Compare the files of one of our checkpoints with the SHA-256 in its manifest.json
             (about 1 GB/s); of a run, a damaged newest checkpoint falls back to the one before it.
@@ -62,6 +76,7 @@ def load_pretrained(
         ValueError: There is no such folder, the family is unknown, files are damaged, weights do
             not fit the config (all names are listed), or weights are not finite.
     """
+    require_room(local_folder(path, verify=False), dtype, device)
     folder = local_folder(path, verify=verify)
     if verify:
         verify_checkpoint(folder)
@@ -92,7 +107,7 @@ def own_tokenizer(folder: Path) -> Tokenizer | None:
 
 def usable_tokenizer(folder: Path) -> tuple[Tokenizer | None, str]:
     """The tokenizer of a folder of any family; or None, and the reason for a person."""
-    if not any((folder / name).is_file() for name in (TOKENIZER_FILE, VOCAB_FILE)):
+    if not has_tokenizer(folder):
         return None, f"{folder} has no {TOKENIZER_FILE}; the result has none either"
     try:
         return Tokenizer.load(folder), ""
@@ -104,8 +119,12 @@ def _open_foreign(
     folder: Path, dtype: torch.dtype | None
 ) -> tuple[RecurrentDepthLM, Iterator[tuple[str, Tensor]]]:
     """The empty model, and its weights to come; their names and shapes have been checked."""
-    data, weights = read_config(folder), StoredWeights(folder)
+    data = read_config(folder)
+    parts = data.pop(PARTS_FIELD, None)
+    weights = StoredWeights(folder) if parts is None else GgufWeights(parts, data)
     family = next((f for f in FAMILIES if f.recognises(data, weights.shapes)), None)
+    if family is None and (reason := why_not(data)) is not None:
+        raise ValueError(f"{weights.folder}: {reason}; docs/families/README.md lists what loads")
     if family is None:
         known = ", ".join(family.name for family in FAMILIES)
         raise ValueError(
@@ -116,6 +135,6 @@ def _open_foreign(
     try:
         config = family.read_config(data)
     except ValueError as error:
-        raise ValueError(f"{folder} (read as {family.name}): {error}") from None
+        raise ValueError(f"{weights.folder} (read as {family.name}): {error}") from None
     model = empty_model(config)
     return model, read_tensors(family, model, weights, dtype)

@@ -1,9 +1,9 @@
 """Map another family's checkpoints onto ours: declared once, run in both directions.
 
 A ``Family`` has its config fields and a list of rules. A rule names the family's tensors on one
-side ("theirs") and our tensors on the other, and only moves numbers, so that a round trip gives the
-same bytes. The names and shapes that are expected in the family's files follow from the rules and
-our model.
+side ("theirs") and our tensors on the other, and only moves numbers (except for ``Shift``), so that
+a round trip gives the same bytes. The names and shapes that are expected in the family's files
+follow from the rules and our model.
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -75,6 +75,59 @@ class Reshape:
 
     def write(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         return [tensors[0].reshape(self.their_shape).clone()]
+
+
+@dataclass(frozen=True)
+class Shift:
+    """Ours is theirs plus 1: the weight of a norm that multiplies by 1 + weight."""
+
+    their_name: str
+    our_name: str
+
+    @property
+    def theirs(self) -> tuple[str, ...]:
+        return (self.their_name,)
+
+    @property
+    def ours(self) -> tuple[str, ...]:
+        return (self.our_name,)
+
+    def read(self, tensors: Iterable[Tensor]) -> list[Tensor]:
+        (tensor,) = tensors
+        return [tensor + 1]
+
+    def write(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        return [tensors[0] - 1]
+
+
+@dataclass(frozen=True)
+class Constant:
+    """One of our tensors for which they have none, because all its numbers are always ``value``.
+
+    Reading: it is made. Writing: it must still have this value everywhere.
+    """
+
+    our_name: str
+    our_shape: tuple[int, ...]
+    value: float
+
+    @property
+    def theirs(self) -> tuple[str, ...]:
+        return ()
+
+    @property
+    def ours(self) -> tuple[str, ...]:
+        return (self.our_name,)
+
+    def read(self, tensors: Iterable[Tensor]) -> list[Tensor]:
+        return [torch.full(self.our_shape, self.value)]
+
+    def write(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        (tensor,) = tensors
+        if not tensor.is_meta and bool((tensor != self.value).any()):
+            changed = f"{self.our_name} is not {self.value:g} everywhere any more"
+            raise ValueError(f"{changed}, and the family has no tensor for it")
+        return []
 
 
 @dataclass(frozen=True)
@@ -187,7 +240,7 @@ class Dead:
     their_shape: tuple[int, ...]
 
 
-Rule = Rename | Reshape | Join | Split
+Rule = Rename | Reshape | Shift | Constant | Join | Split
 AnyRule = Rule | TiedCopy | Recomputed | Dead
 
 
@@ -280,10 +333,15 @@ def _read(
         if isinstance(rule, TiedCopy) and rule.their_name in weights.shapes:
             _check_tied(rule, weights)  # first, while memory is empty
     moves = [rule for rule in rules if not isinstance(rule, TiedCopy | Recomputed | Dead)]
+    stored = dtype
     for rule in sorted(moves, key=lambda rule: weights.size(rule.theirs), reverse=True):
         wanted = dtype if cast.issuperset(rule.ours) else None
         parts = (weights.read(name).to(dtype=wanted) for name in rule.theirs)
-        yield from zip(rule.ours, rule.read(parts), strict=True)
+        made = rule.read(parts)
+        if isinstance(rule, Constant) and cast.issuperset(rule.ours):
+            made = [tensor.to(stored) for tensor in made]  # like the parameters that were read
+        stored = made[0].dtype if stored is None else stored
+        yield from zip(rule.ours, made, strict=True)
 
 
 def _check_tied(rule: TiedCopy, weights: StoredWeights) -> None:

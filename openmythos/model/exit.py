@@ -286,4 +286,6 @@ def _kl(log_p: Float[Tensor, "B V"], log_q: Float[Tensor, "B V"]) -> Float[Tenso
 
 def _relative_norm(x: Float[Tensor, "B D"], h: Float[Tensor, "B D"]) -> Float[Tensor, "B"]:
     """|x| / |h|, and 0 where both are 0."""
-    return x.norm(dim=-1) / h.norm(dim=-1).clamp(min=torch.finfo(h.dtype).tiny)
+    return torch.linalg.vector_norm(x, dim=-1) / torch.linalg.vector_norm(h, dim=-1).clamp(
+        min=torch.finfo(h.dtype).tiny
+    )

@@ -76,28 +76,24 @@ class LTIInjection(Injection):
 
     rho(A) < 1 holds for this linear part only; it does not make the whole loop a contraction.
 
-    Source: Parcae (arXiv 2604.12946), equation 3.
+    Source: Parcae (arXiv 2604.12946), equation 3; xllm-loop, looped.py, OrthogonalInputInjection.
     """
 
     def __init__(self, config: ModelConfig, part: LTIInjectionConfig) -> None:
         super().__init__(config, part)
-        dim = config.d_model
-        delta = -math.log(part.decay_init)  # a_log starts at 0, so A = exp(-delta)
+        dim, delta = config.d_model, -math.log(part.decay_init)  # a_log = 0, so A = exp(-delta)
         self.a_log = nn.Parameter(torch.zeros(dim))
         self.dt_bias = nn.Parameter(torch.full((dim,), math.log(math.expm1(delta))))
-        self.weight = nn.Parameter(_identity(dim))
+        self.weight, self.orthogonal = nn.Parameter(_identity(dim)), part.orthogonal
 
     def log_delta(self) -> Float[Tensor, "D"]:
         """log softplus(dt_bias), finite even where softplus rounds to zero."""
-        dt_bias = self.dt_bias.to(torch.promote_types(self.dt_bias.dtype, torch.float32))
-        small = dt_bias < -15
-        return torch.where(small, dt_bias, functional.softplus(dt_bias.clamp(min=-15)).log())
+        bias = self.dt_bias.to(torch.promote_types(self.dt_bias.dtype, torch.float32))
+        return torch.where(bias < -15, bias, functional.softplus(bias.clamp(min=-15)).log())
 
     def decay(self) -> Float[Tensor, "D"]:
         """A in the parameters' dtype."""
-        return stable_decay(
-            self.log_delta() + self.a_log.to(self.log_delta().dtype), self.a_log.dtype
-        )
+        return stable_decay(self.log_delta() + self.a_log, self.a_log.dtype)
 
     def drive(self, e: State) -> State:
         """Delta B e."""
@@ -105,9 +101,12 @@ class LTIInjection(Injection):
         return delta * functional.linear(e, self.weight.to(e.dtype))
 
     def mix(self, h: State, e: State) -> State:
-        """A h + Delta B e; e comes from ``drive``."""
-        decay = stable_decay(self.log_delta() + self.a_log.to(self.log_delta().dtype), h.dtype)
-        return decay * h + e
+        """A h + Delta B e, from ``drive``; with ``orthogonal``, A h without its part along it."""
+        kept = stable_decay(self.log_delta() + self.a_log, h.dtype) * h
+        if self.orthogonal:
+            a, b = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (kept, e))
+            kept = (a - (a * b).sum(-1, True) / (b.square().sum(-1, True) + 1e-6) * b).to(h.dtype)
+        return kept + e
 
 
 class OriginalLTIInjection(Injection):
@@ -138,19 +137,19 @@ class OriginalLTIInjection(Injection):
 
 
 class LinearInjection(Injection):
-    """``x = W_h h + W_e e``; both matrices start as the identity.
+    """``x = W_h h + W_e e``, plus a bias if asked for; both matrices start as the identity.
 
     Source: Huginn (arXiv 2502.05171), section 3.2.
     """
 
     def __init__(self, config: ModelConfig, part: LinearInjectionConfig) -> None:
         super().__init__(config, part)
-        self.h_weight = nn.Parameter(_identity(config.d_model))
-        self.e_weight = nn.Parameter(_identity(config.d_model))
+        self.h_weight, self.e_weight = (nn.Parameter(_identity(config.d_model)) for _ in range(2))
+        self.bias = nn.Parameter(torch.zeros(config.d_model)) if part.bias else None
 
     def drive(self, e: State) -> State:
-        """W_e e."""
-        return functional.linear(e, self.e_weight).to(e.dtype)
+        """W_e e, and the bias if there is one."""
+        return functional.linear(e, self.e_weight, self.bias).to(e.dtype)
 
     def mix(self, h: State, e: State) -> State:
         """W_h h + W_e e; e comes from ``drive``."""

@@ -24,7 +24,8 @@ def rope_frequencies(
 
     Source: for the scaling, Llama 3.1, as transformers implements the rope type "llama3".
     """
-    exponents = torch.arange(0, dim, 2, dtype=torch.float64, device=device) / dim
+    place = "cpu" if device is not None and device.type == "mps" else device  # MPS has no fp64
+    exponents = torch.arange(0, dim, 2, dtype=torch.float64, device=place) / dim
     frequencies = config.theta**-exponents
     part = config.scaling
     if part is None:
@@ -42,7 +43,7 @@ def rope_angles(
     Both channels of a pair have the same cosine; the sine is negated for the first.
     """
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    frequencies = rope_frequencies(dim, config, positions.device).to(wide)
+    frequencies = rope_frequencies(dim, config, positions.device).to(wide).to(positions.device)
     angles = positions[..., None, None].to(wide) * frequencies
     cos, sin = angles.cos(), angles.sin()
     if config.interleaved:

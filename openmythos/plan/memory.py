@@ -1,10 +1,11 @@
-"""The memory that this machine has left, and refusals that name what was needed."""
+"""The memory that this machine has left, refusals that name what was needed, and its lack."""
 
 import os
 from pathlib import Path
 
 MEMINFO = Path("/proc/meminfo")
 CGROUP = Path("/sys/fs/cgroup")
+OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
 UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB", "PiB")
 
 
@@ -23,15 +24,26 @@ def free_bytes() -> int | None:
         return None
 
 
+class DoesNotFitError(ValueError):
+    """What was asked for needs more memory than the machine has."""
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error says that memory was lacking; torch has no class of its own for it."""
+    said = str(error).lower()
+    lacking = isinstance(error, RuntimeError) and any(words in said for words in OUT_OF_MEMORY)
+    return lacking or isinstance(error, (MemoryError, DoesNotFitError))
+
+
 def require_memory(needed: int, what: str, advice: str) -> None:
     """Refuse what cannot fit into this machine's memory, before it is begun.
 
     Raises:
-        ValueError: ``what`` needs more bytes than are free; says how many, and ``advice``.
+        DoesNotFitError: ``what`` needs more bytes than are free; says how many, and ``advice``.
     """
     free = free_bytes()
     if free is not None and needed > free:
-        raise ValueError(
+        raise DoesNotFitError(
             f"{what} needs {in_words(needed)} of memory and this machine has {in_words(free)} "
             f"free; {advice}"
         )

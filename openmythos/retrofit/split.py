@@ -20,7 +20,7 @@ from openmythos.config import (
     StateInitConfig,
     ZerosInitConfig,
 )
-from openmythos.config.schema import require, to_dict
+from openmythos.config.schema import require, shown, to_dict
 from openmythos.model.recurrent import RecurrentDepthLM
 
 # Stands for a path in errors about weights: the source is a model in memory.
@@ -68,7 +68,9 @@ def check_stack(config: ModelConfig, layers: Layers) -> None:
         value_embedding=None,
     )
     found, expected = to_dict(config), to_dict(plain)
-    different = [f"{name} is {found[name]!r}" for name in found if found[name] != expected[name]]
+    different = [
+        f"{name} is {shown(found[name])}" for name in found if found[name] != expected[name]
+    ]
     if different:
         raise ValueError(
             f"the source is no plain stack that runs once, as a Llama is: {'; '.join(different)}"

@@ -13,7 +13,11 @@ from openmythos.config.schema import require, require_literals, require_positive
 
 @dataclass(frozen=True, kw_only=True)
 class FixedDepth:
-    """Always ``mean_recurrence`` loops."""
+    """Always the same number of loops.
+
+    Attributes:
+        mean_recurrence: Mean number of loops.
+    """
 
     kind: ClassVar[str] = "fixed"
     mean_recurrence: int = 4
@@ -44,7 +48,11 @@ class PoissonDepth(FixedDepth):
 
 @dataclass(frozen=True, kw_only=True)
 class ClippedPoissonDepth(PoissonDepth):
-    """Poisson(mean) clipped to ``low .. high``.
+    """Poisson(mean) clipped at both ends.
+
+    Attributes:
+        low: Fewest loops.
+        high: Most loops.
 
     Source: Loop, Think and Generalize (arXiv 2604.07822), section 4.1.
     """
@@ -64,7 +72,11 @@ class ClippedPoissonDepth(PoissonDepth):
 
 @dataclass(frozen=True, kw_only=True)
 class UniformDepth:
-    """Uniform over ``low .. high``; with ``FinalLoopObjective`` it is Chen's silent objective.
+    """Uniform between two numbers; with the loss of the final loop it is Chen's silent objective.
+
+    Attributes:
+        low: Fewest loops.
+        high: Most loops.
 
     Source: Chen 2026 (arXiv 2603.21676).
     """
@@ -93,6 +105,9 @@ class UniformDepth:
 class LogNormalPoissonDepth(FixedDepth):
     """1 + Poisson(rate) with a log-normal rate of mean ``mean``: a long tail of deep steps.
 
+    Attributes:
+        sigma: Standard deviation of the rate's logarithm; the larger, the longer the tail.
+
     Source: Huginn (arXiv 2502.05171), section 3.3 and its sampling code.
     """
 
@@ -117,10 +132,16 @@ DepthConfig = FixedDepth | PoissonDepth | ClippedPoissonDepth | UniformDepth | L
 class DepthSchedule:
     """Depth of each step, and how many of its last loops get gradients.
 
-    ``ramp`` is the share of the run over which the mean depth grows to ``mean_recurrence``. With p
-    the share of the ramp that is done, ``ramp_shape`` is "linear", 1 + (mean - 1) p;
-    "ceil_linear", ceil(mean p); or "ceil_one_minus_sqrt", ceil(mean (1 - sqrt(1 - p))), which stays
-    low for longer. ``mean_backprop_depth`` is the number of last loops with gradients (None: all).
+    With p the share of the ramp that is done, its shapes are linear, 1 + (mean - 1) p; ceil_linear,
+    ceil(mean p); and ceil_one_minus_sqrt, ceil(mean (1 - sqrt(1 - p))), which stays low for longer.
+
+    Attributes:
+        sampling: How the number of loops is drawn.
+        per_sequence: Whether every row draws its own depth; otherwise all rows of a step share one.
+        mean_backprop_depth: Last loops with gradients; null: all.
+        ramp: Share of the run over which the mean depth grows from 1.
+        ramp_shape: How it grows.
+        max_loops: Most loops of a step, whatever is drawn.
 
     Source: Retrofitting recurrence (arXiv 2511.07384) and its train.py, for the two ceil shapes.
     """

@@ -145,8 +145,10 @@ def _gradients(
                 )
             loss, nats = config.objective.loss(model, output, micro.targets, ctx, depths[rows])
         (loss * share).backward()
-        norm = output.h.detach().float().norm(dim=-1).mean() * (micro_size / num_rows)
-        measured += torch.stack((loss.detach().float() * share, nats.float() * share, norm))
+        norm = torch.linalg.vector_norm(output.h.detach().float(), dim=-1).mean()
+        measured += torch.stack(
+            (loss.detach().float() * share, nats.float() * share, norm * (micro_size / num_rows))
+        )
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip_norm)
     decay = model.injection.decay()
     last = () if decay is None else (decay.detach().max(),)

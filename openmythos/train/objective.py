@@ -70,6 +70,10 @@ def loop_logits(
 class FinalLoopObjective:
     """Cross-entropy of the last loop's readout, plus z-loss and, with ACT, the ponder cost.
 
+    Attributes:
+        z_loss: Weight of the squared log-partition function, which keeps the logits small.
+        ponder_weight: Weight of ACT's cost of loops; needs model.halting.kind=act.
+
     Source: Graves 2016 (arXiv 1603.08983), equation 9, for the ponder cost.
     """
 
@@ -122,7 +126,11 @@ class FinalLoopObjective:
 
 @dataclass(frozen=True, kw_only=True)
 class PerLoopObjective:
-    """Cross-entropy of every loop's readout, averaged over the loops that each row runs."""
+    """Cross-entropy of every loop's readout, averaged over the loops that each row runs.
+
+    Attributes:
+        z_loss: Weight of the squared log-partition function, which keeps the logits small.
+    """
 
     kind: ClassVar[str] = "per_loop"
     needs_states: ClassVar[bool] = True
@@ -160,6 +168,12 @@ class ExitWeightedObjective:
 
     p_t is the halting head's probability of loop t, H(p) its entropy. PonderNet uses the KL term,
     Ouro's first stage the entropy term.
+
+    Attributes:
+        kl_weight: Weight of KL(p || geometric prior), PonderNet's term.
+        prior_rate: Exit probability per loop of that prior.
+        entropy_weight: Weight of the entropy of p, Ouro's term.
+        z_loss: Weight of the squared log-partition function, which keeps the logits small.
 
     Source: PonderNet (arXiv 2107.05407), equation 3; Ouro (arXiv 2510.25741), equation 4.
     """
@@ -222,6 +236,12 @@ class ExitGainObjective:
     I_t, which loop t has brought: the gate at loop 1 is not trained, and that at loop T is, which
     no exit rule reads. With "next", the gate at loop t = 1 .. T-1 has the label of I_{t+1}, which
     going on would bring.
+
+    Attributes:
+        slope: How sharply the gain decides: its factor in a sigmoid, per nat.
+        least_gain: Gain of one loop, in nats, below which a token should stop.
+        label: Whether a loop's gate learns from the gain that the loop brought, or from that of the
+            next one.
 
     Source: Ouro (arXiv 2510.25741), equations 5 and 6.
     """

@@ -34,7 +34,8 @@ def orthogonalise(matrices: Float[Tensor, "N R C"]) -> Float[Tensor, "N R C"]:
     # Divide by the largest entry first, or the squares of a tiny matrix underflow in the norm. A
     # matrix of zeros stays zero.
     x = x / x.abs().amax(dim=(1, 2), keepdim=True).clamp(min=tiny)
-    x = x / (x.norm(dim=(1, 2), keepdim=True) * 1.02).clamp(min=tiny)
+    norms = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True)
+    x = x / (norms * 1.02).clamp(min=tiny)
     x = x if x.device.type == "cpu" else x.bfloat16()
     for a, b, c in POLAR_COEFFICIENTS:
         gram = torch.bmm(x, x.mT)
@@ -91,12 +92,22 @@ class Muon(torch.optim.Optimizer):
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """Learning rates and the schedule.
+    """Learning rates and their schedule; the defaults suit short runs from scratch.
 
-    With ``muon_lr`` None, AdamW trains the matrices too, at ``lr``; with ``embedding_lr`` None,
-    embeddings and head use ``lr``. ``warmup`` and ``decay`` are shares of the run: rates rise over
-    the first ``warmup`` and fall linearly over the last ``decay``, to ``final_lr`` (a factor, not a
-    rate). The defaults suit short runs from scratch.
+    The rates rise over the first part of the run and fall linearly over its last part.
+
+    Attributes:
+        lr: AdamW's learning rate, of vectors, norms and whatever has no rate of its own.
+        embedding_lr: AdamW's learning rate of embeddings and head; null: ``lr``.
+        muon_lr: Muon's learning rate of the blocks' matrices; null: AdamW trains them too, at
+            ``lr``.
+        muon_momentum: Momentum of Muon.
+        betas: AdamW's decay rates of the first and the second moment.
+        weight_decay: Weight decay of the blocks' matrices.
+        warmup: Share of the run over which the rates rise.
+        decay: Share of the run, at its end, over which the rates fall.
+        final_lr: What the rates fall to, as a factor of the full ones.
+        clip_norm: Gradients of a larger norm are scaled down to this one.
     """
 
     kind: ClassVar[str] = "muon_adamw"

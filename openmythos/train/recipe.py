@@ -16,12 +16,30 @@ class TrainConfig:
 
     The learning rate and the depth ramp follow the share of the run that is done. With
     ``max_steps`` alone that share is a pure function of the step, so that a resumed run is equal to
-    an uninterrupted one. ``batch_size`` counts the rows of one optimiser step, over all
-    ``grad_accumulation`` micro-batches. ``balance_rate`` is the step of the experts' selection bias
-    per optimiser step. ``recompute`` is activation checkpointing per loop: the forward keeps the
-    states only, and the backward pass runs each loop again. ``init_from`` is a checkpoint folder,
-    of any family, with the initial weights; None draws new ones. A checkpoint is written after
-    every ``save_every`` steps (0: not by number of steps), before every evaluation, and at the end.
+    an uninterrupted one. A checkpoint is also written before every evaluation, and at the end.
+
+    Attributes:
+        seed: Seed of everything that is random.
+        init_from: Checkpoint folder, of any family, with the initial weights; null: new ones are
+            drawn.
+        max_steps: Optimiser steps in all; null: no limit.
+        max_seconds: Seconds of training in all; null: no limit.
+        batch_size: Rows of one optimiser step, over all its micro-batches.
+        grad_accumulation: Micro-batches of a step; a divisor of ``batch_size``.
+        optimizer: Learning rates and their schedule.
+        depth: How many loops a step runs, and how many get gradients.
+        objective: What the loss sees.
+        balance_rate: Step of the experts' selection bias per optimiser step.
+        autocast: Precision of the forward's products: that of the weights, or bfloat16.
+        compile: Whether the core is compiled; needs a C++ compiler.
+        recompute: Activation checkpointing per loop: the forward keeps the states only, and the
+            backward pass runs each loop again.
+        log_every: Steps between two rows of metrics.jsonl.
+        eval_every: Steps between two evaluations; 0: at the end only.
+        eval_loops: Numbers of loops that are evaluated.
+        eval_batches: Batches of held-out text in an evaluation.
+        save_every: Steps between two checkpoints; 0: not by number of steps.
+        keep_checkpoints: Newest checkpoints that are kept.
     """
 
     seed: int = 0
@@ -86,7 +104,16 @@ PATH_FIELDS = ("data.source", "train.init_from")  # compared as the places that 
 
 @dataclass(frozen=True, kw_only=True)
 class TextData:
-    """Packed text; ``source`` is what ``read_source`` accepts, or a folder of prepared data."""
+    """Packed text.
+
+    Attributes:
+        source: What `openmythos prepare` accepts as its source, or a folder that it prepared.
+        seq_len: Tokens of a row.
+        val_fraction: Share of the documents that is held out.
+        column: Text column of tables.
+        skip_bad: Whether files and rows that cannot be read are left out; otherwise they are
+            errors.
+    """
 
     kind: ClassVar[str] = "text"
     source: str = "python-docs"
@@ -109,7 +136,11 @@ class TextData:
 class HopsData:
     """Walks over a graph of permutations; stage k of the curriculum trains up to k hops.
 
-    The curriculum's accuracy is measured at ``check_loops`` loops.
+    Attributes:
+        num_entities: Nodes of the graph.
+        num_relations: Permutations of the nodes.
+        max_train_hops: Longest walks of the training, in hops.
+        check_loops: Loops at which the curriculum measures whether a stage is learnt.
     """
 
     kind: ClassVar[str] = "hops"
@@ -135,7 +166,13 @@ class HopsData:
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """The configuration of a whole run: what its ``config.json`` holds and ``--config`` reads."""
+    """The configuration of a whole run: what its ``config.json`` holds and ``--config`` reads.
+
+    Attributes:
+        model: What the model is.
+        train: How it is trained.
+        data: What it is trained on.
+    """
 
     model: ModelConfig
     train: TrainConfig

@@ -236,7 +236,6 @@ def text_task(data: TextData, config: RunConfig, out: Path) -> TextTask:
             seq_len=data.seq_len,
             batch_size=config.train.batch_size,
             seed=config.train.seed,
-            verify=True,
         )
         for split, content in read_index(folder).splits.items()
         if split == "train" or content.num_documents

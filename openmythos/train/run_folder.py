@@ -3,9 +3,11 @@
 Training state is stored as safetensors and JSON, never as a pickle.
 """
 
+import contextlib
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,11 +20,13 @@ from torch import Tensor
 
 from openmythos.checkpoint.load import NEEDED, load_weights, newest_checkpoint, run_checkpoints
 from openmythos.checkpoint.save import OWN_FILES, save_tensors, write_checkpoint
+from openmythos.checkpoint.weights import CONFIG_FILE
 from openmythos.config.schema import from_dict, to_dict
 from openmythos.folder import (
     in_a_sentence,
     listed,
     put_in_place,
+    remove_folder,
     remove_unfinished,
     replaced_folder,
     write_json,
@@ -35,7 +39,10 @@ from openmythos.train.task import Task
 
 STATE_TENSORS, STATE_RECORD = "training_state.safetensors", "training_state.json"
 
-RUN_FILES = {"config.json", "metrics.jsonl", "checkpoints", "samples", "data", "tensorboard"}
+RUN_FILES = {
+    *("config.json", "metrics.jsonl", "checkpoints", "samples", "data", "tensorboard"),
+    "report.html",
+}
 
 
 def refuse_foreign(path: Path) -> None:
@@ -83,25 +90,12 @@ class RunFolder:
         (path / "samples").mkdir(exist_ok=True)
 
     def stored_config(self) -> dict[str, Any] | None:
-        """The folder's configuration, with defaults for the fields of later versions; None: none.
-
-        If the file is lost, it is that of the newest checkpoint.
+        """The run's configuration, with defaults for the fields of later versions; None: none.
 
         Raises:
             ValueError: It is not JSON.
         """
-        target = self.path / "config.json"
-        try:
-            if target.exists():
-                stored = json.loads(target.read_text(encoding="utf-8"))
-            else:
-                folder = self.last_checkpoint()
-                stored = folder and _read_json(folder / STATE_RECORD).get("run")
-        except ValueError as error:  # of JSON or of UTF-8
-            raise ValueError(
-                f"{target} is not JSON: {error}; delete this file and run the same command again, "
-                "or choose another --out"
-            ) from None
+        stored = read_run_config(self.path)
         try:
             return stored and to_dict(from_dict(RunConfig, stored))
         except ValueError:  # of another version: compared as it is
@@ -141,10 +135,14 @@ class RunFolder:
         return found
 
     def write_config(self, resolved: dict[str, Any]) -> None:
-        """Write the resolved configuration, unless nothing has changed; see ``changes``."""
+        """Write the resolved configuration, unless the file holds it; see ``changes``."""
         self.config = resolved
-        if self.changes(resolved) or not (self.path / "config.json").exists():
-            write_json(self.path / "config.json", resolved)
+        self.changes(resolved)
+        target = self.path / CONFIG_FILE
+        with contextlib.suppress(OSError, ValueError):
+            if _read_json(target) == json.loads(json.dumps(resolved)):
+                return
+        write_json(target, resolved)
 
     def checkpoints(self) -> list[Path]:
         """The complete checkpoints, oldest first."""
@@ -183,7 +181,7 @@ class RunFolder:
             write_json(fresh / STATE_RECORD, record)
             write_manifest(fresh)
         for old in self.checkpoints()[: -self.keep]:
-            shutil.rmtree(old)
+            remove_folder(old)
         return target
 
     def resume(
@@ -218,6 +216,31 @@ class RunFolder:
                     shutil.rmtree(aside)
                 put_in_place(damaged, aside)
         return RunState(**record["state"])
+
+
+def read_run_config(run: Path) -> dict[str, Any] | None:
+    """The configuration of a run folder; None: there is none.
+
+    It is the one that the newest intact checkpoint was written with, which has a checksum; before
+    the first checkpoint, that in the run's config.json.
+
+    Raises:
+        ValueError: It is not JSON.
+    """
+    with warnings.catch_warnings(), contextlib.suppress(OSError, ValueError):
+        warnings.simplefilter("ignore")  # who goes on to read the checkpoint is told of damage
+        folder = newest_checkpoint(run, (*NEEDED, STATE_RECORD))
+        stored = folder and _read_json(folder / STATE_RECORD).get("run")
+        if stored:
+            return stored
+    target = run / CONFIG_FILE
+    try:
+        return _read_json(target) if target.exists() else None
+    except ValueError as error:  # of JSON or of UTF-8
+        raise ValueError(
+            f"{target} is not JSON: {error}; delete this file and run the same command again, or "
+            "choose another --out"
+        ) from None
 
 
 def _read_json(path: Path) -> dict[str, Any]:

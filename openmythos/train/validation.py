@@ -40,7 +40,7 @@ def held_out_bits(
             sizes = loader.tokenizer.token_num_bytes[batch.targets.numpy()[counted]]
             batch, ctx = on_device(model, batch)
             output = model(batch.tokens, num_loops=num_loops, ctx=ctx)
-            nats = cross_entropy(output.logits, batch.targets).double().cpu().numpy()
+            nats = cross_entropy(output.logits, batch.targets).cpu().double().numpy()
             found.append((loader.document_of(places)[counted], nats[counted], sizes))
     numbers, nats, sizes = (np.concatenate(column) for column in zip(*found, strict=True))
     _, index = np.unique(numbers, return_inverse=True)

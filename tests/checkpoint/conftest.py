@@ -4,7 +4,7 @@ import pytest
 
 from openmythos.checkpoint.save import save_pretrained
 from openmythos.model.recurrent import RecurrentDepthLM
-from tests.checkpoint.examples import make_model
+from tests.checkpoint.examples import make_model, without_checksums
 
 
 @pytest.fixture
@@ -15,6 +15,4 @@ def model() -> RecurrentDepthLM:
 @pytest.fixture
 def folder(model: RecurrentDepthLM, tmp_path: Path) -> Path:
     """As versions before checksums wrote it: what a manifest would refuse is seen without one."""
-    saved = save_pretrained(model, tmp_path / "saved")
-    (saved / "manifest.json").unlink()
-    return saved
+    return without_checksums(save_pretrained(model, tmp_path / "saved"))

@@ -6,11 +6,22 @@ from pathlib import Path
 import pytest
 import torch
 
+from openmythos.checkpoint import load
 from openmythos.checkpoint.load import checkpoint_folder, load_checkpoint, load_weights
 from openmythos.checkpoint.save import save_pretrained
+from openmythos.checkpoint.weights import StoredWeights
 from openmythos.config.schema import apply_overrides
+from openmythos.interop.loading import load_pretrained
 from openmythos.model.recurrent import RecurrentDepthLM
-from tests.checkpoint.examples import CONFIG, TOKENS, edit_json, edit_weights, make_model
+from openmythos.plan import memory
+from tests.checkpoint.examples import (
+    CONFIG,
+    TOKENS,
+    edit_json,
+    edit_weights,
+    make_model,
+    without_checksums,
+)
 
 # --- there and back -------------------------------------------------------------------------------
 
@@ -47,7 +58,7 @@ def test_dtype_and_device(folder: Path) -> None:
     assert model.core[0].feed_forward.load.dtype == torch.int64
     assert model(TOKENS).logits.dtype == torch.bfloat16
     again = load_checkpoint(save_pretrained(model, folder))
-    (folder / "manifest.json").unlink()
+    without_checksums(folder)
     assert again.embed.weight.dtype == torch.bfloat16
     with pytest.raises(ValueError, match=r"torch\.int8; it must be a floating dtype"):
         load_checkpoint(folder, dtype=torch.int8)
@@ -134,6 +145,40 @@ def test_weights_that_are_not_finite_are_refused(folder: Path, value: float) -> 
         load_checkpoint(folder)
 
 
+def test_a_lost_manifest_is_damage_unless_the_format_had_none(
+    model: RecurrentDepthLM, tmp_path: Path
+) -> None:
+    folder = save_pretrained(model, tmp_path / "saved")
+    (folder / "manifest.json").unlink()
+    with pytest.raises(ValueError, match=r"saved is damaged: manifest\.json is missing; .*convert"):
+        load_checkpoint(folder)
+    assert load_checkpoint(folder, verify=False).config == model.config
+    save_pretrained(model, folder)
+    assert load_checkpoint(without_checksums(folder)).config == model.config
+
+
+def test_weights_that_cannot_fit_are_refused_before_they_are_read(
+    model: RecurrentDepthLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = save_pretrained(model, tmp_path / "saved")
+    size = (folder / "model.safetensors").stat().st_size
+
+    def read(*_: object) -> None:
+        pytest.fail("weights were read")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(memory, "free_bytes", lambda: size - 1)
+        patch.setattr(StoredWeights, "read", read)
+        patch.setattr(load, "checkpoint_damage", read)
+        for call in (load_checkpoint, load_pretrained):
+            with pytest.raises(ValueError, match=rf"loading \S+saved needs {size / 1024:.1f} KiB"):
+                call(folder)
+    monkeypatch.setattr(memory, "free_bytes", lambda: size - 1)
+    assert load_pretrained(folder, dtype=torch.bfloat16).embed.weight.dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="needs"):
+        load_pretrained(folder, dtype=torch.float64)
+
+
 def test_bad_configs_are_refused(folder: Path) -> None:
     path = folder / "config.json"
     good = path.read_text(encoding="utf-8")
@@ -141,8 +186,10 @@ def test_bad_configs_are_refused(folder: Path) -> None:
     with pytest.raises(ValueError, match=r"config\.json: unknown key 'd_modle'; did you mean"):
         load_checkpoint(folder)
     path.write_text(good, encoding="utf-8")
-    edit_json(path, lambda data: data.update(format_version=2))
-    with pytest.raises(ValueError, match=r"version 2; this program reads 'openmythos', version 1"):
+    edit_json(path, lambda data: data.update(format_version=3))
+    with pytest.raises(
+        ValueError, match=r"version 3; this program reads 'openmythos', versions 1 to 2"
+    ):
         load_checkpoint(folder)
     path.write_text(good[:-10], encoding="utf-8")
     with pytest.raises(ValueError, match=r"config\.json is not JSON"):

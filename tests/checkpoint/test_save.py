@@ -23,7 +23,7 @@ def test_folder_layout(tmp_path: Path, tied: bool) -> None:
     ]
     assert [path.name for path in folder.parent.iterdir()] == ["saved"]
     data = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    assert (data.pop("format"), data.pop("format_version")) == ("openmythos", 1)
+    assert (data.pop("format"), data.pop("format_version")) == ("openmythos", 2)
     assert from_dict(ModelConfig, data) == config
     assert ("head.weight" in StoredWeights(folder).shapes) == (not tied)
 

@@ -1,18 +1,21 @@
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from openmythos import Tokenizer, save_pretrained
 from openmythos.cli import app
 from openmythos.command import chat
+from openmythos.engine import reference
 from openmythos.engine.reference import Session
 from openmythos.tokenizer import byte_tokenizer
-from tests.command.conftest import Invoke
+from tests.command.conftest import Invoke, refused, sets
 from tests.foreign import write_chat_folder
 from tests.strategies import scripted_model
 
@@ -50,13 +53,65 @@ def test_chat_goes_on_when_the_context_is_full(text_run: Path) -> None:
 
 
 def test_depth_is_read_from_a_line(capsys: pytest.CaptureFixture[str]) -> None:
-    from rich.console import Console
-
     console = Console()
     assert chat.read_depth(console, "/loops 3", 4, 8) == 3
     for line in ("/loops", "/loops 9", "/loops 0", "/loops x", "/loop 3", "/loops 1 2"):
         assert chat.read_depth(console, line, 4, 8) == 4
     assert capsys.readouterr().out.count("give /loops 1..8") == 6
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--num-loops", 0), "num_loops is 0; it must be an integer of at least 1"),
+        (("--num-loops", 10**12), "and 1000000000000 loops needs"),
+        (("--max-new-tokens", 0), "max_new_tokens is 0"),
+        (("--exit-rule", "cumulative_threshold", *sets("exit_rule.threshold=1")), "halting head"),
+        (("--temperature", -1), "temperature is -1.0"),
+        (("--top-p", 7), "top_p is 7.0"),
+        (("--stop", ""), "stop"),
+    ],
+)
+def test_options_are_checked_before_the_first_line(
+    invoke: Invoke, text_run: Path, options: tuple[object, ...], said: str
+) -> None:
+    def read(*_: object) -> None:
+        pytest.fail("a line was read")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chat, "ask", read)
+        assert said in refused(invoke, "chat", text_run, *options)
+
+
+def test_an_interrupt_ends_the_answer_and_another_the_talk(
+    text_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    lines, drawn, draw = iter(["the list", "a value"]), [], reference.sample
+
+    def interrupted(*arguments: Any) -> Any:
+        drawn.append(draw(*arguments))
+        if len(drawn) == 3:
+            signal.raise_signal(signal.SIGINT)
+        return drawn[-1]
+
+    def ask(_: object, prompt: object) -> str:
+        for line in lines:
+            return line
+        signal.raise_signal(signal.SIGINT)
+        raise AssertionError
+
+    monkeypatch.setattr(reference, "sample", interrupted)
+    monkeypatch.setattr(Console, "input", ask)
+    recorder = Recorder(monkeypatch)
+    command = ["chat", str(text_run), "--max-new-tokens", "5", "--temperature", "0"]
+    ran = CliRunner().invoke(app, command)
+    assert ran.exit_code == 0 and ran.exception is None
+    ((first, second),) = recorder.sessions  # one session went on
+    assert len(drawn) == 3 + 5
+    tokenizer = Tokenizer.load(text_run)
+    assert first == tokenizer.encode_prompt("the list\n")
+    assert second == tokenizer.encode("a value\n")  # what was answered stands before it
 
 
 # --- chat templates -------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -49,6 +50,19 @@ def test_refusals(
     words = [hops_run if word == "RUN" else word for word in arguments]
     assert said in refused(invoke, *words, "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_changed_checkpoint_is_taken_on_request(
+    invoke: Invoke, text_run: Path, tmp_path: Path
+) -> None:
+    changed, new = tmp_path / "changed", tmp_path / "new"
+    shutil.copytree(next((text_run / "checkpoints").glob("step-*")), changed)
+    config = stored(changed)
+    (changed / "config.json").write_text(json.dumps(config | {"num_loops": 3}), encoding="utf-8")
+    said = refused(invoke, "convert", changed, "--out", new)
+    assert f"openmythos convert {changed} --no-verify --out NEW" in said
+    invoke("convert", changed, "--no-verify", "--out", new)
+    assert load_pretrained(new).config.num_loops == 3
 
 
 def test_names_of_families_are_plain(invoke: Invoke, hops_run: Path, tmp_path: Path) -> None:

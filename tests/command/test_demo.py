@@ -44,7 +44,7 @@ def test_demo_from_end_to_end(
         assert name in said
     page = (out / "report.html").read_text(encoding="utf-8")
     assert "http://" not in page.replace("http://www.w3.org", "")
-    assert "held-out bits per byte" in said and "never trained; chance" in said
+    assert "held-out text" in said and "bits per byte" in said and "never trained; chance" in said
     runs: dict[str, Any] = {}
     for act in ("text", "hops", "hops_original_halting"):
         rows = [row for row in read_metrics(out / act / "metrics.jsonl") if row["kind"] == "train"]

@@ -1,8 +1,12 @@
 import json
+import os
+import shutil
+import sys
 from pathlib import Path
 
 import pytest
 
+from openmythos.command import option
 from openmythos.eval import python_docs
 from tests.command.conftest import SMALL, Invoke, refused, sets
 from tests.eval.examples import documents
@@ -32,12 +36,74 @@ def test_eval_finds_the_prepared_folder_of_the_run(
     invoke("prepare", text_file, "--out", tmp_path / "other", "--vocab-size", 270)
     message = refused(invoke, "eval", out, "--data", tmp_path / "other")
     assert "tokenizer mismatch" in message
-    assert "is not prepared data" in refused(invoke, "eval", out, "--data", tmp_path)
+    nowhere = refused(invoke, "eval", out, "--data", tmp_path)
+    assert "belongs to no run" in nowhere and "as --data" in nowhere
+
+
+def test_a_converted_checkpoint_is_evaluated_with_the_data_of_its_run(
+    invoke: Invoke, text_run: Path, hops_run: Path, tmp_path: Path
+) -> None:
+    ours, walks = tmp_path / "ours", tmp_path / "walks"
+    invoke("convert", text_run, "--out", ours)
+    invoke("convert", hops_run, "--out", walks)
+    said = refused(invoke, "eval", ours)
+    assert (
+        f"{ours} belongs to no run" in said and "give the run, or prepared data, as --data" in said
+    )
+    options = ("--num-loops", 2, "--json")
+    for data in (text_run, text_run / "data", text_run / "checkpoints" / "step-00000004"):
+        given = invoke("eval", ours, "--data", data, *options)
+        assert json.loads(given) == json.loads(invoke("eval", text_run, *options))
+    assert "a checkpoint without a tokenizer" in refused(invoke, "eval", walks)
+    assert "a checkpoint without a tokenizer" in refused(invoke, "generate", walks, "--prompt", "a")
+    asked = ("--tasks", "hops_2", *options)
+    given = json.loads(invoke("eval", walks, "--data", hops_run, *asked))
+    assert given["curves"] == json.loads(invoke("eval", hops_run, *asked))["curves"]
+
+
+def test_a_run_is_evaluated_from_any_directory(
+    invoke: Invoke, text_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ("--num-loops", 2, "--json")
+    there = json.loads(invoke("eval", text_run, *options))
+    monkeypatch.chdir(tmp_path)
+    assert json.loads(invoke("eval", os.path.relpath(text_run), *options)) == there
+    monkeypatch.chdir(text_run / "checkpoints")
+    assert json.loads(invoke("eval", "step-00000004", *options)) == there
+    monkeypatch.chdir(text_run)
+    assert json.loads(invoke("eval", ".", *options)) == there
+    moved = tmp_path / "moved"
+    shutil.copytree(text_run, moved)
+    assert json.loads(invoke("eval", moved, *options)) == there
+    shutil.rmtree(moved / "data")
+    said = refused(invoke, "eval", moved)
+    assert said.startswith(f"the data of {moved} is gone: there is none in {moved / 'data'}")
+
+
+def test_a_run_on_walks_is_asked_the_hops_of_its_training(invoke: Invoke, hops_run: Path) -> None:
+    report = json.loads(invoke("eval", hops_run, "--num-loops", 1, "--limit", 8, "--json"))
+    names = [curve["task"] for curve in report["curves"]]
+    assert names == ["hops_1", "hops_2", "hops_4", "hops_8"]
+    assert "--seq-len is of held-out text" in refused(invoke, "eval", hops_run, "--seq-len", 4)
+    for hops in (64, 99_999_999_999):
+        said = refused(invoke, "eval", hops_run, "--tasks", f"hops_{hops}")
+        assert said.endswith(f"has {hops + 1} tokens, and the model reads at most 64")
+    said = refused(invoke, "generate", hops_run, "--prompt", "a")
+    assert "of a run on walks" in said and f"openmythos eval {hops_run} asks it" in said
+
+
+def test_a_name_that_is_no_task_is_refused_before_anything_is_loaded(
+    invoke: Invoke, text_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.setattr(option, "check_device", lambda _: pytest.fail("torch was loaded"))
+    said = refused(invoke, "eval", text_run, "--tasks", "python_docs_choices")
+    assert "did you mean 'python_docs_choice'?" in said
 
 
 def test_eval_refuses(invoke: Invoke, text_run: Path, hops_run: Path, tmp_path: Path) -> None:
     assert "does not exist" in refused(invoke, "eval", tmp_path / "absent")
-    assert "no tokenizer" in refused(invoke, "eval", hops_run)
+    assert refused(invoke, "eval", "/usr").startswith("/usr is no checkpoint: it has no config")
     assert "--num-loops is '0'" in refused(invoke, "eval", text_run, "--num-loops", "0")
     invoke("eval", text_run, "--max-batches", 0, status=2)
 
@@ -98,7 +164,8 @@ def test_eval_refuses_tasks(invoke: Invoke, text_run: Path, hops_run: Path) -> N
     )
     assert "--tasks is ' , '" in refused(invoke, *run, " , ")
     assert "gone.yaml does not exist" in refused(invoke, *run, "gone.yaml")
-    assert "--data is of held-out text" in refused(invoke, *run, "hops_2", "--data", "x")
+    bits = (*run, "python_docs_bits", "--data", "x")
+    assert "--data is of held-out text" in refused(invoke, *bits)
     assert "--limit needs --tasks" in refused(invoke, "eval", text_run, "--limit", 3)
     message = refused(invoke, "eval", hops_run, "--tasks", "hops_1", "--num-fewshot", 2)
     assert "those that ship have none" in message

@@ -39,7 +39,7 @@ def test_a_checkpoint_without_a_tokenizer_says_so(
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("export", "RUN", "--to", "gguf"), "--to is 'gguf'; allowed: 'hf'"),
+        (("export", "RUN", "--to", "gguf"), "--to is 'gguf'; allowed: hf"),
         (("export", "RUN", "--dtype", "int4"), "--dtype is 'int4'; allowed: float32, float16"),
         (("export", "absent"), "absent does not exist"),
     ],

@@ -68,7 +68,8 @@ def test_generate_refuses(invoke: Invoke, text_run: Path, hops_run: Path, tmp_pa
     for arguments, said in (
         ((text_run,), "at least one --prompt"),
         ((tmp_path / "absent", *prompt), "does not exist"),
-        ((hops_run, *prompt), "no tokenizer.json"),
+        ((hops_run, *prompt), "of a run on walks"),
+        (("/usr", *prompt), "/usr is no checkpoint: it has no config.json"),
         ((text_run, *prompt, "--exit-rule", "hope"), "exit_rule.kind is 'hope'"),
         (
             (text_run, *prompt, *sets("threshold=1")),
@@ -126,7 +127,7 @@ def test_stop_texts_end_an_answer_wherever_tokens_end(invoke: Invoke, scripted: 
     assert row["text"] == "" and len(row["tokens"]) == 3 == len(row["loops"])
     said = invoke("generate", scripted, "--prompt", "e", "--temperature", 0, "--stop", "eee")
     assert said.startswith("e\n")
-    assert "texts that are not empty" in refused(
+    assert "texts, none of them empty" in refused(
         invoke, "generate", scripted, "--prompt", "e", "--stop", ""
     )
 

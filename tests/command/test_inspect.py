@@ -173,7 +173,9 @@ def test_bad_context_length_and_override(invoke: Invoke) -> None:
     most = preset("tiny").max_seq_len
     for context in (0, most + 1):
         message = error(invoke, "inspect", "tiny", "--context-length", str(context))
-        assert message == f"--context-length is {context}; it must be 1 to max_seq_len={most}"
+        assert message == (
+            f"--context-length is {context}; it must be 1 to {most}, the model's max_seq_len"
+        )
     assert "did you mean 'd_model'" in error(invoke, "inspect", "tiny", "--set", "d_modl=3")
 
 

@@ -91,6 +91,7 @@ def test_options_are_short_for_fields(invoke: Invoke, tmp_path: Path) -> None:
     assert (train["max_steps"], train["batch_size"], train["optimizer"]["lr"]) == (2, 3, 1e-5)
     assert said["step"] == 2 and not said["interrupted"]
     assert said["checkpoint"].endswith("step-00000002")
+    assert Path(said["page"]).is_file()
     assert [row["num_loops"] for row in said["held_out"]] == [1, 2]
     for option, value, field in (
         ("--steps", 9, "train.max_steps=9"),
@@ -101,6 +102,9 @@ def test_options_are_short_for_fields(invoke: Invoke, tmp_path: Path) -> None:
     ):
         message = refused(invoke, *walks, option, value, *sets(field))
         assert f"{option} {value} and --set {field} set the same field" in message
+    for option, field in (("--data", "data.source=b"), ("--from", "train.init_from=b")):
+        message = refused(invoke, "train", option, "a", "--out", tmp_path / "x", *sets(field))
+        assert f"{option} a and --set {field} set the same field" in message
     assert "must be at least 1" in refused(invoke, *walks, "--steps", 0)
 
 
@@ -115,6 +119,8 @@ def test_a_lost_run_ends_with_status_1_and_one_line(
     said = "error: the loss is nan at step 1; last checkpoint: none was written yet\n"
     *notes, _ = result.stderr.splitlines()
     assert result.stderr.endswith(said) and all(line.endswith(" ...") for line in notes)
+    page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert "stopped at step 0" in page  # what was logged until then
 
 
 def test_prepare_and_train_from_a_checkpoint(

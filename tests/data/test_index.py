@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import numpy as np
@@ -5,7 +6,7 @@ import pytest
 
 from openmythos.data.index import read_index, token_dtype
 from openmythos.data.prepare import prepare
-from openmythos.tokenizer import byte_tokenizer, train_bpe
+from openmythos.tokenizer import Tokenizer, byte_tokenizer, train_bpe
 
 
 @pytest.fixture
@@ -44,8 +45,46 @@ def test_damage_is_found_and_named(prepared):
 def test_another_tokenizer_is_refused(prepared):
     other = train_bpe(["some text some text"], 262)
     other.save((prepared.folder / prepared.tokenizer_file).parent)
-    with pytest.raises(ValueError, match="tokenizer mismatch"):
+    with pytest.raises(ValueError, match=r"tokenizer\.json does not match its SHA-256"):
         prepared.load_tokenizer()
+    older = dataclasses.replace(prepared, tokenizer_sha256={})
+    with pytest.raises(ValueError, match="tokenizer mismatch"):
+        older.load_tokenizer()
+
+
+def test_every_file_of_a_tokenizer_has_a_checksum(tmp_path):
+    """The begin token and the chat template are no part of the fingerprint."""
+    text, template = tmp_path / "text.txt", {"chat_template": "{{ messages }}"}
+    text.write_text("a line of text\n\n" * 100)
+    byte_tokenizer().save(tmp_path / "chat")
+    (tmp_path / "chat" / "tokenizer_config.json").write_text(json.dumps(template))
+    tokenizer = Tokenizer.load(tmp_path / "chat")
+    data = prepare(str(text), tmp_path / "out", tokenizer=tokenizer)
+    assert data.load_tokenizer().chat_template == "{{ messages }}"
+    files = sorted((data.folder / data.tokenizer_file).parent.glob("*.json"))
+    assert {file.name for file in files} >= {"tokenizer.json", "tokenizer_config.json"}
+    for file in files:
+        content = file.read_text()
+        file.write_text(content + " ")
+        with pytest.raises(ValueError, match=rf"{file.name} does not match its SHA-256"):
+            data.load_tokenizer()
+        file.unlink()
+        with pytest.raises(ValueError, match=rf"{file.name} is missing"):
+            data.load_tokenizer()
+        file.write_text(content)
+
+
+def test_every_change_of_the_index_is_refused(prepared):
+    path = prepared.folder / "index.json"
+    index = json.loads(path.read_text())
+    for name in index:
+        path.write_text(json.dumps({**index, name: "another"}))
+        with pytest.raises(ValueError, match="cannot use"):
+            read_index(prepared.folder)
+    index["splits"]["val"]["num_bytes"] += 1  # what bits per byte are divided by
+    path.write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="does not match its own sha256; prepare the data again"):
+        read_index(prepared.folder)
 
 
 @pytest.mark.parametrize(
@@ -59,7 +98,9 @@ def test_another_tokenizer_is_refused(prepared):
 )
 def test_an_index_that_is_not_ours_is_refused(prepared, change, message):
     path = prepared.folder / "index.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    index = json.loads(path.read_text())
+    del index["sha256"]
+    path.write_text(json.dumps({**index, **change}))
     with pytest.raises(ValueError, match=message):
         read_index(prepared.folder)
 

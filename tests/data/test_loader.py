@@ -185,17 +185,17 @@ def test_arguments_out_of_range(folder):
     with pytest.raises(ValueError, match="step=-1 is negative"):
         TokenLoader(folder, **good).batch(-1)
     fingerprint = byte_tokenizer().fingerprint
-    assert TokenLoader(folder, **good, verify=True, tokenizer_fingerprint=fingerprint)
+    assert TokenLoader(folder, **good, tokenizer_fingerprint=fingerprint)
 
 
-def test_damage_is_found_on_request(tmp_path):
+def test_damage_is_found(tmp_path):
     (tmp_path / "a.txt").write_text("some text\n\n" * 900)
     data = prepare(str(tmp_path / "a.txt"), tmp_path / "out", vocab_size=300)
     shard = data.folder / data.splits["train"].shards[0].file
     shard.write_bytes(b"\1\1" + shard.read_bytes()[2:])
-    assert TokenLoader(tmp_path / "out", seq_len=8, batch_size=1)
+    assert TokenLoader(tmp_path / "out", seq_len=8, batch_size=1, verify=False)
     with pytest.raises(ValueError, match="does not match its SHA-256"):
-        TokenLoader(tmp_path / "out", seq_len=8, batch_size=1, verify=True)
+        TokenLoader(tmp_path / "out", seq_len=8, batch_size=1)
 
 
 def test_an_empty_split_says_so(tmp_path):

@@ -1,3 +1,4 @@
+import dataclasses
 import io
 import itertools
 import json
@@ -248,10 +249,10 @@ def test_a_summary_shows_the_first_reasons(tmp_path):
 def test_data_of_an_older_version_is_read(corpus, tmp_path):
     data = prepare(str(corpus), tmp_path / "out", vocab_size=300)
     index = json.loads((tmp_path / "out" / "index.json").read_text())
-    for name in ("num_replaced", "num_left_out", "left_out"):
+    for name in ("num_replaced", "num_left_out", "left_out", "tokenizer_sha256", "sha256"):
         del index[name]
     (tmp_path / "out" / "index.json").write_text(json.dumps(index))
-    assert read_index(tmp_path / "out") == data
+    assert read_index(tmp_path / "out") == dataclasses.replace(data, tokenizer_sha256={})
 
 
 def test_standard_input_is_read_every_time(tmp_path, monkeypatch):
@@ -314,6 +315,22 @@ def test_a_first_run_that_was_killed_can_be_repeated(corpus, tmp_path):
     data = prepare(str(corpus), tmp_path / "out", vocab_size=300)
     assert stored_documents(data, "train")
     assert [p.name for p in (tmp_path / "out").glob(".*")] == []
+
+
+@pytest.mark.parametrize("num_bytes", [0, 2_000, 5_000])
+def test_a_full_disk_leaves_the_old_data_and_is_named(corpus, tmp_path, num_bytes):
+    resource = pytest.importorskip("resource")
+    old = prepare(str(corpus), tmp_path / "out", vocab_size=300)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
+    try:
+        with pytest.raises(OSError, match=rf"{tmp_path}/out/.* cannot be written: file too large"):
+            prepare(str(corpus), tmp_path / "out", vocab_size=300, seed=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert read_index(tmp_path / "out") == old
+    assert [p.name for p in (tmp_path / "out").glob(".*")] == []
+    assert prepare(str(corpus), tmp_path / "out", vocab_size=300).reused
 
 
 def test_preparing_needs_no_torch():

@@ -29,7 +29,7 @@ def test_looping_that_helps_and_does_not() -> None:
     good = text_takeaways(text_result())[0]
     assert good.holds
     assert "4 loops read held-out text at 2.000 ± 0.048 bits per byte, 1 loop at 2.500" in good.text
-    assert "saves 0.500 ± 0.000 bits (20.00 ± 0.00 %)" in good.text
+    assert "saves 0.5000 ± 0.0000 bits (20.00 ± 0.00 %)" in good.text
     bad = text_takeaways(text_result(validation={1: 2.0, 4: 2.1}))[0]
     assert bad.holds is False
     assert "does not help here, it costs 0.100" in bad.text
@@ -42,7 +42,7 @@ def test_a_gain_is_believed_by_the_error_of_its_differences() -> None:
         held_out = {1: documents(2.0, jitter=0.01), 4: documents(2.0 - gain)}
         found = text_takeaways(text_result(held_out=held_out))[0]
         assert found.holds is clear
-        assert f"saves {gain:.3f} ± {error:.3f} bits ({50 * gain:.2f} ± {50 * error:.2f} %)" in (
+        assert f"saves {gain:.4f} ± {error:.4f} bits ({50 * gain:.2f} ± {50 * error:.2f} %)" in (
             found.text
         )
         assert ("no clear difference" in found.text) is not clear

@@ -1,5 +1,6 @@
 """Generation as a user calls it: equal to the plain forward, whatever the batch; its refusals."""
 
+import math
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -265,6 +266,19 @@ def test_top_k_may_exceed_the_vocabulary() -> None:
     assert wide.tokens == generate(model, PROMPTS, max_new_tokens=5, temperature=1.0).tokens
 
 
+def test_ids_past_the_tokenizers_can_be_left_out() -> None:
+    """A model knows no tokenizer, and its vocabulary is often padded: the caller says the size."""
+    model = make_model()
+    with torch.no_grad():
+        model.embed.weight[-4:] = 3 * model.embed.weight[:4]
+    size = model.config.vocab_size
+    words: dict[str, Any] = {"max_new_tokens": 12, "temperature": 1.5}
+    every = generate(model, PROMPTS, **words)
+    assert any(token >= size - 4 for row in every.tokens for token in row)
+    fewer = generate(model, PROMPTS, num_ids=size - 4, **words)
+    assert all(token < size - 4 for row in fewer.tokens for token in row)
+
+
 def test_samples_depend_on_the_seed_not_on_the_batch() -> None:
     model = make_model()
     settings: dict[str, Any] = {"max_new_tokens": 8, "temperature": 1.5}
@@ -364,6 +378,36 @@ def turn(session: Session, prompts: list[list[int]], **settings: Any) -> list[li
     for new in session.stream(asked(prompts, **settings)):
         tokens[new.row].append(new.token)
     return tokens
+
+
+def test_penalties_and_bias_act_on_what_a_request_says_and_has_said() -> None:
+    """Greedy tokens as chosen by hand from the logits; a second turn's counts begin anew."""
+    model = make_model()
+    hard = SamplingConfig(frequency_penalty=3.0, repetition_penalty=1.5, logit_bias=[(5, 1.0)])
+    session, text = Session(model), [1, 2, 1]
+    for given in ([1, 2, 1], [4]):
+        text += given if text != [1, 2, 1] else []
+        new: list[int] = []
+        request = Request(tokens=given, max_new_tokens=6, sampling=hard)
+        for item in session.stream([request]):
+            logits = item.logits.clone()
+            logits[5] += 1.0
+            for token in set(text):
+                logits[token] *= 1.5 if logits[token] < 0 else 1 / 1.5
+            for token in new:
+                logits[token] -= 3.0
+            assert item.token == int(logits.argmax())
+            new.append(item.token)
+            text.append(item.token)
+        assert len(set(new)) > 1
+
+
+def test_no_stop_token_comes_too_early() -> None:
+    model = make_model()
+    free = generate(model, [[1, 2]], max_new_tokens=8).tokens[0]
+    request = Request(tokens=[1, 2], max_new_tokens=8, stop_tokens=free, min_new_tokens=5)
+    new = [item.token for item in Session(model).stream([request])]
+    assert len(new) >= 5 and not set(new[:5]) & set(free)
 
 
 @pytest.mark.parametrize("use_cache", [True, False])
@@ -588,8 +632,11 @@ def test_bad_prompts_are_refused(prompts: Any, message: str) -> None:
     ("settings", "message"),
     [
         ({"max_new_tokens": 0}, "max_new_tokens is 0; it must be an integer of at least 1"),
-        ({"max_new_tokens": 39}, "row 0 has 2 tokens and max_new_tokens=39.*max_seq_len=40"),
-        ({"max_new_tokens": 10**12}, "max_seq_len=40"),
+        (
+            {"max_new_tokens": 39},
+            "row 0 has 2 tokens and asks for 39 new ones.* room for 40",
+        ),
+        ({"max_new_tokens": 10**12}, r"room for 40 in all \(max_seq_len\)"),
         ({"num_loops": 0}, "num_loops is 0; it must be an integer of at least 1"),
         ({"num_loops": [2, 2, 2]}, "num_loops is .* one for each of 1 rows"),
         ({"num_loops": 5, "max_loops": 4}, "num_loops is 5; it must be at most 4"),
@@ -844,6 +891,7 @@ REQUEST = {name: WRONG[name] for name in ("max_new_tokens", "num_loops", "seed",
     "sampling": [None, *NO_OBJECT],
     "sample_idx": NO_INTEGER,
     "logprobs": NO_INTEGER,
+    "min_new_tokens": NO_INTEGER,
 }
 RULE_FIELDS: list[tuple[Any, dict[str, Any], str, list[Any]]] = [
     (KLExit, {}, "threshold", [*NO_NUMBER, 0, None]),
@@ -909,7 +957,12 @@ def test_sessions_refuse_wrong_values_in_one_line() -> None:
 def test_requests_rules_and_layouts_refuse_wrong_values_in_one_line() -> None:
     for what, wrong in each(REQUEST):
         assert_one_line(f"Request({what})", partial(Request, **({"tokens": [1]} | wrong)))
-    sampling = {name: WRONG[name] for name in ("temperature", "top_k", "top_p")}
+    sampling = {name: WRONG[name] for name in ("temperature", "top_k", "top_p")} | {
+        "logit_bias": [5, "ab", [1], {"a": 1}, {1: "a"}, {-1: 0.0}, [(1, 2, 3)], True, math.nan],
+        "repetition_penalty": [*NO_NUMBER, 0, None],
+        "frequency_penalty": [x for x in NO_NUMBER if x != -1],
+        "presence_penalty": [x for x in NO_NUMBER if x != -1],
+    }
     for what, wrong in each(sampling):
         assert_one_line(f"SamplingConfig({what})", partial(SamplingConfig, **wrong))
     for kind, others, name, values in RULE_FIELDS:

@@ -29,9 +29,19 @@ def test_the_defaults_ask_for_greedy_text_at_the_models_depth() -> None:
     assert dataclasses.asdict(request) == {
         "tokens": (1, 2),
         "max_new_tokens": None,
+        "min_new_tokens": 0,
         "num_loops": None,
         "exit_rule": None,
-        "sampling": {"temperature": 0.0, "top_k": None, "top_p": None, "num_ids": None},
+        "sampling": {
+            "temperature": 0.0,
+            "top_k": None,
+            "top_p": None,
+            "num_ids": None,
+            "logit_bias": (),
+            "repetition_penalty": 1.0,
+            "frequency_penalty": 0.0,
+            "presence_penalty": 0.0,
+        },
         "stop_tokens": frozenset(),
         "seed": 0,
         "sample_idx": 0,
@@ -162,7 +172,11 @@ def test_sampling_is_converted_too() -> None:
         temperature=np.float32(0.5), top_k=torch.tensor(3), top_p=1, num_ids=np.int64(9)
     )
     assert given == SamplingConfig(temperature=0.5, top_k=3, top_p=1.0, num_ids=9)
-    assert [type(v) for v in dataclasses.astuple(given)] == [float, int, float, int]
+    types = [type(v) for v in (given.temperature, given.top_k, given.top_p, given.num_ids)]
+    assert types == [float, int, float, int]
+    biased = SamplingConfig(logit_bias={np.int64(3): torch.tensor(0.5), 1: np.float32(2)})
+    assert biased == SamplingConfig(logit_bias=[(1, 2.0), (3, 0.5)])
+    assert biased.logit_bias == ((1, 2.0), (3, 0.5)) and hash(biased)
 
 
 def test_token_ids_name_what_was_given() -> None:

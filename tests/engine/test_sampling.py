@@ -1,10 +1,13 @@
 import math
+import re
+from typing import Any
 
 import pytest
 import torch
 
 from openmythos.engine.sampling import (
     SamplingConfig,
+    adjusted,
     row_generator,
     sample,
     token_logprobs,
@@ -135,6 +138,15 @@ def test_half_precision_logits() -> None:
         ({"top_p": None, "top_k": "3"}, "top_k is '3'"),
         ({"top_p": 0.0}, r"top_p is 0.0; it must be a number above 0 and at most 1"),
         ({"top_p": 1.1}, "top_p is 1.1"),
+        ({"logit_bias": 3}, "logit_bias is 3; it must be numbers by token id"),
+        ({"logit_bias": [3]}, r"logit_bias is \[3\]; it must be numbers by token id"),
+        ({"logit_bias": {-1: 1.0}}, "an id of logit_bias is -1"),
+        ({"logit_bias": {"1": 1.0}}, "an id of logit_bias is '1'"),
+        ({"logit_bias": {1: math.nan}}, "a bias of logit_bias is nan"),
+        ({"logit_bias": {1: math.inf}}, "a bias of logit_bias is inf"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty is 0.0; it must be a number above 0"),
+        ({"frequency_penalty": math.inf}, "frequency_penalty is inf; it must be a number"),
+        ({"presence_penalty": "1"}, "presence_penalty is '1'; it must be a number"),
     ],
 )
 def test_bad_settings_are_refused(settings: dict[str, float], message: str) -> None:
@@ -153,6 +165,86 @@ def test_diverged_logits_are_named(bad: float) -> None:
 def test_one_config_and_generator_a_row() -> None:
     with pytest.raises(ValueError, match="2 rows of logits came with 1 configs"):
         sample(torch.zeros(2, 3), [SamplingConfig()], [row_generator(0, 0)])
+
+
+GENERATOR = row_generator(0, 0)
+GREEDY = SamplingConfig()
+
+
+@unchecked()
+@pytest.mark.parametrize(
+    ("logits", "configs", "said"),
+    [
+        (None, [GREEDY], "logits is None; it must be a tensor of floats, [B, V]"),
+        ([[0.0, 1.0]], [GREEDY], "logits is [[0.0, 1.0]]; it must be a tensor"),
+        (LOGITS[0], [GREEDY], "logits is [-0.9"),
+        (LOGITS[None], [GREEDY], "logits is [[[-0.9"),
+        (torch.ones(1, 3).long(), [GREEDY], "logits is [[1, 1, 1]]; it must be a tensor of floats"),
+        (torch.ones(1, 0), [GREEDY], "logits is [[]]; it must be"),
+        (torch.ones(0, 3), [], "logits is []; it must be"),
+        (LOGITS, GREEDY, "configs is SamplingConfig("),
+        (LOGITS, None, "configs is None; it must be a list of SamplingConfig, one per row"),
+        (LOGITS, [None], "configs is [None]; it must be a list of SamplingConfig"),
+        (LOGITS, [{"temperature": 1.0}], "configs is [{'temperature': 1.0}]; it must be a list"),
+        (LOGITS, (), "1 rows of logits came with 0 configs; give one per row"),
+        (LOGITS, [GREEDY] * 2, "1 rows of logits came with 2 configs; give one per row"),
+        (LOGITS * math.nan, [GREEDY], "the logits of row 0 are not finite numbers"),
+        (LOGITS - math.inf, [GREEDY], "the logits of row 0 are not finite numbers"),
+        (
+            torch.tensor([[-math.inf, 1.0]]),
+            [SamplingConfig(num_ids=1)],
+            "the logits of row 0 are not finite numbers",
+        ),
+    ],
+)
+def test_wrong_values_are_refused_in_one_line(logits: Any, configs: Any, said: str) -> None:
+    for call in (
+        lambda: token_probs(logits, configs),
+        lambda: sample(logits, configs, [GENERATOR]),
+    ):
+        with pytest.raises(ValueError, match=f"^{re.escape(said)}") as caught:
+            call()
+        assert "\n" not in str(caught.value)
+
+
+@unchecked()
+@pytest.mark.parametrize(
+    ("generators", "said"),
+    [
+        ([], "1 rows of logits came with 0 generators; give one per row"),
+        ([GENERATOR] * 2, "1 rows of logits came with 2 generators; give one per row"),
+        (None, "generators is None; it must be a list of torch.Generator, one per row"),
+        (GENERATOR, "generators is <torch"),
+        (3, "generators is 3; it must be a list of torch.Generator, one per row"),
+        ([3], "generators is [3]; it must be a list of torch.Generator, one per row"),
+        ([None], "generators is [None]; it must be a list of torch.Generator"),
+    ],
+)
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_wrong_generators_are_refused_in_one_line(
+    generators: Any, said: str, temperature: float
+) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(said)}") as caught:
+        sample(LOGITS, [SamplingConfig(temperature=temperature)], generators)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("seed", "row", "said"),
+    [
+        (None, 0, "seed is None; it must be an integer in 0.."),
+        (1.0, 0, "seed is 1.0; it must be an integer in 0.."),
+        (True, 0, "seed is True; it must be an integer in 0.."),
+        ("1", 0, "seed is '1'; it must be an integer in 0.."),
+        (-1, 0, "seed is -1; it must be an integer in 0.."),
+        (0, -1, "row is -1; it must be an integer of at least 0"),
+        (0, 0.5, "row is 0.5; it must be an integer of at least 0"),
+    ],
+)
+@unchecked()
+def test_wrong_seeds_are_refused_in_one_line(seed: Any, row: Any, said: str) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(said)}"):
+        row_generator(seed, row)
 
 
 def test_logprobs_are_those_of_the_model() -> None:
@@ -188,3 +280,47 @@ def test_ids_past_the_tokenizers_are_never_sampled() -> None:
     assert torch.allclose(probs[0, :3], torch.tensor([0.0, 1.0, 2.0]).double().softmax(0))
     with pytest.raises(ValueError, match="num_ids is 0"):
         SamplingConfig(num_ids=0)
+
+
+# --- bias and penalties ---------------------------------------------------------------------------
+
+
+def adjust(text: list[int], num_new: int, **settings: Any) -> list[float]:
+    logits = torch.tensor([[2.0, -1.0, 0.5, 0.0]])
+    return adjusted(logits, [SamplingConfig(**settings)], [text], [num_new])[0].tolist()
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, [2.0, -1.0, 0.5, 0.0]),
+        ({"logit_bias": [(3, 4.0), (1, -math.inf)]}, [2.0, -math.inf, 0.5, 4.0]),
+        # In the text are 0, 1 (given) and 0, 0, 2 (new).
+        ({"repetition_penalty": 2.0}, [1.0, -2.0, 0.25, 0.0]),
+        ({"frequency_penalty": 0.5}, [1.0, -1.0, 0.0, 0.0]),
+        ({"presence_penalty": 0.5}, [1.5, -1.0, 0.0, 0.0]),
+        ({"frequency_penalty": -0.5, "presence_penalty": 0.25}, [2.75, -1.0, 0.75, 0.0]),
+        # The bias comes first, then the division, then what is subtracted.
+        (
+            {"logit_bias": [(0, 2.0)], "repetition_penalty": 2.0, "frequency_penalty": 0.25},
+            [1.5, -2.0, 0.0, 0.0],
+        ),
+    ],
+)
+def test_bias_and_penalties_by_numbers(settings: dict[str, Any], expected: list[float]) -> None:
+    assert adjust([0, 1, 0, 0, 2], 3, **settings) == expected
+
+
+def test_rows_are_adjusted_alone_and_the_given_logits_stay() -> None:
+    logits = torch.randn(3, 6, generator=torch.Generator().manual_seed(0))
+    before = logits.clone()
+    plain, biased = SamplingConfig(), SamplingConfig(logit_bias=[(2, 9.0)])
+    changed = adjusted(logits, [plain, biased, plain], [[1], [], [2, 2]], [0, 0, 2])
+    assert torch.equal(logits, before)
+    assert (changed != logits).nonzero().tolist() == [[1, 2]]
+    assert adjusted(logits, [plain] * 3, [[]] * 3, [0] * 3) is logits
+
+
+def test_forbidding_every_token_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"^logit_bias forbids every token; leave at least one$"):
+        adjust([0], 0, logit_bias=[(i, -math.inf) for i in range(4)])

@@ -12,20 +12,24 @@ from openmythos.eval.harness import HarnessModel, read_task
 from openmythos.eval.scoring import Scorer
 
 
-def through_hf(folder: Path, tasks: Path, **model_args: Any) -> dict[str, Any]:
+def through_hf(
+    folder: Path, tasks: Path, apply_chat_template: bool = False, **model_args: Any
+) -> dict[str, Any]:
     """Results of the stock ``hf`` model on a folder with a tokenizer, such as an export.
 
     For an export give ``trust_remote_code=True, num_loops=4, dtype="float32"``.
     """
     # Neither side adds a begin token of its own accord: in the harness that is up to the tokenizer.
     given = {"pretrained": str(folder), "add_bos_token": False, **model_args}
-    return _evaluated(tasks, model="hf", model_args=given, device="cpu", batch_size=4)
+    chat = {"apply_chat_template": apply_chat_template}
+    return _evaluated(tasks, model="hf", model_args=given, device="cpu", batch_size=4, **chat)
 
 
-def through_ours(scorer: Scorer, tasks: Path) -> dict[str, Any]:
+def through_ours(scorer: Scorer, tasks: Path, apply_chat_template: bool = False) -> dict[str, Any]:
     """Results of our adapter, told to add no begin token either."""
     assert not scorer.add_bos
-    return _evaluated(tasks, model=HarnessModel(scorer))
+    chat = {"apply_chat_template": apply_chat_template}
+    return _evaluated(tasks, model=HarnessModel(scorer), **chat)
 
 
 def _evaluated(tasks: Path, **options: Any) -> dict[str, Any]:

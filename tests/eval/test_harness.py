@@ -1,13 +1,19 @@
 import json
 import math
+import re
 import socket
+import subprocess
+import sys
+import tomllib
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import datasets
 import huggingface_hub.constants
 import pytest
-from lm_eval.api.registry import get_model
+import torch
+from lm_eval.api.registry import Registry, get_model
 from lm_eval.tasks import TaskManager
 
 from openmythos import save_pretrained
@@ -26,10 +32,13 @@ from openmythos.eval.score import sweep
 from openmythos.eval.task import TEXT_TASKS, measure_tasks, shipped_task
 from openmythos.eval.walk import WalkCodec
 from openmythos.interop.export import export_hf
-from openmythos.tokenizer import byte_tokenizer
+from openmythos.tokenizer import Tokenizer, byte_tokenizer
 from tests.eval.backends import assert_equal_scores, through_hf, through_ours
 from tests.eval.examples import bpe, documents, scorer, text_model, write_tasks
+from tests.foreign import CHATML, write_chat_folder
 from tests.strategies import random_model, small_config
+
+ROOT = Path(__file__).parents[2]
 
 WALKS = Walks(HopsConfig(num_entities=12, num_relations=4, seed=2))
 
@@ -72,6 +81,23 @@ def test_an_export_scores_in_the_hugging_face_backend_as_here(
         assert_equal_scores(through_ours(shallow, tasks), theirs, 1e-4)
 
 
+def test_conversations_score_in_the_hugging_face_backend_as_here(
+    tasks: Path, tmp_path: Path
+) -> None:
+    """With ``--apply_chat_template``: the same prompts, ids and answers, ended by the same mark."""
+    codec = Tokenizer.load(write_chat_folder(tmp_path / "tokenizer"))
+    model = text_model(codec.vocab_size, max_seq_len=192)
+    folder = export_hf(model, tmp_path / "export", tokenizer=codec)
+    options: dict[str, Any] = {"trust_remote_code": True, "num_loops": 2, "dtype": "float32"}
+    theirs = through_hf(folder, tasks, apply_chat_template=True, **options)
+    asked = scorer(model, codec=codec, num_loops=2, add_bos=False)
+    ours = through_ours(asked, tasks, apply_chat_template=True)
+    assert ours["samples"]["some_answer"][0]["arguments"][0][0].startswith("<|im_start|>user")
+    assert_equal_scores(ours, theirs, 1e-4)
+    with pytest.raises(AssertionError):
+        assert_equal_scores(through_ours(asked, tasks), theirs, 1e-4)
+
+
 # --- the adapter ----------------------------------------------------------------------------------
 
 
@@ -96,18 +122,68 @@ def test_the_adapter_has_what_the_harness_asks_for() -> None:
 
 
 def test_the_harness_knows_the_model_by_name(tmp_path: Path) -> None:
+    """With the arguments that its command line passes."""
     assert get_model("openmythos") is HarnessModel
     assert get_model("hf").__name__ == "HFLM"
     model = text_model()
     save_pretrained(model, tmp_path, byte_tokenizer())
-    made = get_model("openmythos").create_from_arg_obj(
-        {"pretrained": str(tmp_path), "num_loops": 2}, {"batch_size": 2, "device": "cpu"}
-    )
-    assert (made.num_loops, made.batch_size, made.scorer.add_bos) == (2, 2, True)
+
+    def made(arguments: str, **given: Any) -> HarnessModel:
+        text = f"pretrained={tmp_path},{arguments}"
+        return get_model("openmythos").create_from_arg_string(text, given)
+
+    few = made("num_loops=2,dtype=auto", batch_size=2, device="cpu")
+    assert (few.num_loops, few.batch_size, few.scorer.add_bos) == (2, 2, True)
     pairs = [("The sky is", " blue"), ("", "x")]
     expected = scorer(model, num_loops=2).loglikelihood(pairs)
-    for (nats, _), (wanted, _) in zip(made.scorer.loglikelihood(pairs), expected, strict=True):
+    for (nats, _), (wanted, _) in zip(few.scorer.loglikelihood(pairs), expected, strict=True):
         assert nats == pytest.approx(wanted, abs=1e-5)
+    other = made(
+        "dtype=bfloat16,max_length=64,add_bos_token=False,trust_remote_code=True,revision=main",
+        batch_size="auto:4",
+        max_batch_size=8,
+    )
+    assert (other.max_length, other.batch_size, other.scorer.add_bos) == (64, 8, False)
+    assert other.scorer.model.embed.weight.dtype == torch.bfloat16
+    assert len(other.scorer._row(0, generation_request("a" * 99, {"max_gen_toks": 4})).tokens) == 60
+    assert made("", batch_size="auto").batch_size > 8
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"batch_size": "many"}, "batch_size is 'many'; give a positive number or auto"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"dtype": "int8"}, "dtype is 'int8'; give auto, float16"),
+        ({"max_length": 999}, "max_length is 999; it must be at least 1 and at most the model's"),
+        ({"peft": "a"}, "model_args has peft='a'; supported are add_bos_token, batch_size"),
+        ({"parallelize": True}, "model_args has parallelize=True"),
+    ],
+)
+def test_arguments_that_cannot_be_obeyed_are_refused_by_name(
+    tmp_path: Path, arguments: dict[str, Any], said: str
+) -> None:
+    save_pretrained(text_model(), tmp_path, byte_tokenizer())
+    with pytest.raises(ValueError, match=re.escape(said)):
+        HarnessModel(str(tmp_path), **arguments)
+
+
+def test_the_harness_finds_the_model_after_installation(tmp_path: Path) -> None:
+    """As its releases after 0.4.13 do: by an entry point; the others have a command of ours."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    ((name, value),) = project["entry-points"]["lm_eval.models"].items()
+    assert name == "openmythos"
+    described = tmp_path / "some-1.0.dist-info"
+    described.mkdir()
+    (described / "METADATA").write_text("Metadata-Version: 2.1\nName: some\nVersion: 1.0\n")
+    (described / "entry_points.txt").write_text(f"[lm_eval.models]\n{name} = {value}\n")
+    (found,) = metadata.Distribution.at(described).entry_points.select(group="lm_eval.models")
+    registry: Registry[Any] = Registry("model")
+    registry.register(name, target=found)
+    assert registry.get("openmythos") is HarnessModel
+    command = [sys.executable, "-m", "openmythos.eval.harness", "run", "--help"]
+    said = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    assert "--apply_chat_template" in said
 
 
 def test_generation_options() -> None:
@@ -115,9 +191,40 @@ def test_generation_options() -> None:
     assert (request.stops, request.max_new_tokens, request.temperature) == (("x",), 7, 0.0)
     drawn = generation_request("a", {"do_sample": True, "temperature": 0.5, "top_p": 0.9})
     assert (drawn.temperature, drawn.top_p, drawn.max_new_tokens) == (0.5, 0.9, 256)
+    assert generation_request("a", {"do_sample": True, "top_k": 0}).temperature == 1.0
     assert generation_request("a", {"temperature": 0.0, "top_p": 0.9}).top_p is None
-    with pytest.raises(ValueError, match="generation_kwargs has num_beams; supported are do_sam"):
-        generation_request("a", {"num_beams": 4})
+    plain = {"num_beams": 1, "do_sample": False, "temperature": 0.7, "repetition_penalty": 1.0}
+    plain |= {"top_k": 50, "use_cache": True, "min_p": None, "no_repeat_ngram_size": 0}
+    assert generation_request("a", plain) == generation_request("a", {})
+    for name, value in (("num_beams", 4), ("repetition_penalty", 1.2), ("eos_token_id", 3)):
+        said = f"generation_kwargs has {name}={value}; supported are do_sam"
+        with pytest.raises(ValueError, match=re.escape(said)):
+            generation_request("a", {"until": ["x"], name: value})
+
+
+def test_conversations_as_text(tmp_path: Path) -> None:
+    codec = Tokenizer.load(write_chat_folder(tmp_path))
+    model = HarnessModel(scorer(text_model(codec.vocab_size), codec=codec))
+    talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "So: "}]
+    begun = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    assert model.apply_chat_template(talk[:1]) == begun
+    assert model.apply_chat_template(talk, add_generation_prompt=False) == begun + "So: "
+    assert model.tok_encode(begun) == codec.encode_chat(talk[:1])
+    ended = model.scorer._row(
+        0, generation_request(begun, {"until": ["<|im_start|>"], "max_gen_toks": 8})
+    )
+    assert ended.stop_tokens == codec.end_ids | {259}
+    assert model.chat_template(False) is None and model.chat_template(True) == CHATML
+    with pytest.raises(ValueError, match=r"chat template 'tools' was asked for, .* only default"):
+        model.chat_template("tools")
+    with pytest.raises(ValueError, match=r"'default' was asked for, and the tokenizer has none"):
+        HarnessModel(scorer()).apply_chat_template(talk)
+    unsystematic = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no') }}{% endif %}x"
+    model._template = unsystematic
+    assert model.apply_chat_template([{"role": "system", "content": "a"}, *talk]) == "x"
+    model._template = "{{ raise_exception('never') }}"
+    with pytest.raises(ValueError, match="chat template fails: never"):
+        model.apply_chat_template(talk)
 
 
 # --- tasks ----------------------------------------------------------------------------------------

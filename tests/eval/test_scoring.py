@@ -1,5 +1,7 @@
 import itertools
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,10 +12,12 @@ from tokenizers import normalizers
 from openmythos import generate
 from openmythos.config import NormalInitConfig, PonderNetConfig
 from openmythos.data.synthetic import HopsConfig, Walks
+from openmythos.engine.reference import Session
 from openmythos.eval.scoring import GenerationRequest, Scorer, rolling_windows
 from openmythos.eval.walk import WalkCodec
 from openmythos.model.cache import LastLoop
 from openmythos.model.exit import ArgmaxStableExit
+from openmythos.plan import memory
 from openmythos.tokenizer import Tokenizer, byte_tokenizer
 from tests.eval.examples import bpe, scorer, text_model
 from tests.foreign import END, backend, write_chat_folder, write_folder
@@ -264,3 +268,42 @@ def test_bits_per_byte_need_a_tokenizer_that_keeps_text(tmp_path: Path) -> None:
     assert len(asked.loglikelihood([("a", " b")])) == 1
     with pytest.raises(ValueError, match=r"changes text .* so bits per byte would be wrong"):
         asked.rolling(["A text"])
+
+
+def test_batches_that_do_not_fit_into_memory_are_halved(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = text_model()
+    pairs = [("a" * n, "bc") for n in range(1, 9)]
+    asked = [GenerationRequest(context=context, max_new_tokens=2) for context, _ in pairs]
+    expected = scorer(model).loglikelihood(pairs), scorer(model).generate(asked)
+    logits, fitting, sizes = Scorer._logits, Session.fitting, []
+
+    def of_few(self: Scorer, rows: list[tuple[int, ...]]) -> torch.Tensor:
+        sizes.append(len(rows))
+        if len(rows) > 4:
+            raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: ...")
+        return logits(self, rows)
+
+    def for_few(model: Any, rows: Sequence[Any], **options: Any) -> Session:
+        if len(rows) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate ...")
+        return fitting(model, rows, **options)
+
+    monkeypatch.setattr(Scorer, "_logits", of_few)
+    monkeypatch.setattr(Session, "fitting", for_few)
+    small = scorer(model, batch_size=64)
+    with pytest.warns(UserWarning, match="8 rows at once do not fit into memory; going on with 4"):
+        found = small.loglikelihood(pairs)
+    assert found == [pytest.approx(pair) for pair in expected[0]] and sizes == [8, 4, 4]
+    with pytest.warns(UserWarning, match="4 rows at once do not fit into memory; going on with 2"):
+        assert small.generate(asked) == expected[1]
+    monkeypatch.setattr(Scorer, "_logits", logits)
+    monkeypatch.setattr(memory, "free_bytes", lambda: 40_000)  # two rows of up to ten tokens
+    with pytest.warns(UserWarning, match="rows at once do not fit into memory"):
+        found = scorer(model, batch_size=4).loglikelihood(pairs)
+    assert found == [pytest.approx(pair) for pair in expected[0]]
+    monkeypatch.setattr(memory, "free_bytes", lambda: 4_000)
+    with pytest.raises(ValueError, match=r"the logits of 1 rows needs .* lower batch_size"):
+        scorer(model, batch_size=1).loglikelihood(pairs)
+    monkeypatch.setattr(Session, "fitting", lambda *a, **b: {}["another fault"])
+    with pytest.raises(KeyError):
+        small.generate(asked)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import torch
 import transformers
@@ -317,21 +318,32 @@ def test_a_chat_model_stays_one_through_export_and_retrofit(tmp_path: Path) -> N
         assert tokenised(tmp_path / name) == expected, name
         found = Tokenizer.load(tmp_path / name)
         assert found.chat_template == CHATML and found.end_ids == {258, 260}
+        for_llama_cpp = gguf.SpecialVocab(tmp_path / name)  # as its conversion reads a folder
+        assert for_llama_cpp.chat_template == CHATML
+        assert for_llama_cpp.special_token_ids["eos"] == 260
     for name in "ce":  # our own form
         found = Tokenizer.load(tmp_path / name)
         assert found.chat_template == CHATML and found.encode_chat(TALK)
         assert found.encode_prompt("the thé") == expected[0][0]
 
 
-def test_what_transformers_saved_is_exported_again_as_it_was(tmp_path: Path) -> None:
-    """A fine-tuned export: the template then lies in a file of its own."""
+def test_what_was_tuned_in_transformers_is_exported_again_as_it_was(tmp_path: Path) -> None:
+    """Its ``save_pretrained`` puts the template into a file of its own."""
     source = llama_folder(tmp_path / "source")
-    invoke_app("export", source, "--out", tmp_path / "a")
-    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "a", trust_remote_code=True)
-    theirs.save_pretrained(tmp_path / "a")
-    assert (tmp_path / "a" / "chat_template.jinja").is_file()
-    invoke_app("export", tmp_path / "a", "--out", tmp_path / "b")
-    assert tokenised(tmp_path / "b") == tokenised(source)
+    first, tuned, again = (tmp_path / name for name in ("first", "tuned", "again"))
+    invoke_app("export", source, "--out", first)
+    export = transformers.AutoModelForCausalLM.from_pretrained(first, trust_remote_code=True)
+    with torch.no_grad():
+        export.model.norm.weight.mul_(2)
+    export.save_pretrained(tuned)
+    theirs = transformers.AutoTokenizer.from_pretrained(first, trust_remote_code=True)
+    theirs.save_pretrained(tuned)
+    assert (tuned / "chat_template.jinja").is_file()
+    invoke_app("export", tuned, "--out", again)
+    assert tokenised(again) == tokenised(first) == tokenised(source)
+    opened = transformers.AutoModelForCausalLM.from_pretrained(again, trust_remote_code=True)
+    ids = torch.arange(8)[None]
+    assert torch.equal(opened(ids).logits, export(ids).logits)
 
 
 def test_our_own_tokenizer_begins_texts_in_an_export_as_here(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from openmythos.config import (
 )
 from openmythos.interop.mapping import (
     AnyRule,
+    Constant,
     Dead,
     Family,
     Join,
@@ -26,6 +27,7 @@ from openmythos.interop.mapping import (
     Rename,
     Reshape,
     Rule,
+    Shift,
     Split,
     TiedCopy,
     check_fields,
@@ -74,6 +76,25 @@ def test_rules_go_there_and_back(rule: Rule, shapes: list[tuple[int, ...]]) -> N
     # The same rule gives shapes on the meta device.
     hollow = rule.write([tensor.to("meta") for tensor in ours])
     assert [tensor.shape for tensor in hollow] == [tensor.shape for tensor in theirs]
+
+
+def test_a_norm_stored_around_zero_is_moved_by_one() -> None:
+    rule, stored = Shift("a", "x"), torch.tensor([-0.5, 0.0, 0.25])
+    (ours,) = rule.read([stored])
+    assert ours.tolist() == [0.5, 1.0, 1.25]
+    (back,) = rule.write([ours])
+    assert torch.equal(back, stored)
+    assert [tensor.shape for tensor in rule.write([ours.to("meta")])] == [(3,)]
+
+
+def test_a_constant_is_made_and_may_not_have_changed() -> None:
+    rule = Constant("x", (2, 3), 0.5)
+    (ours,) = rule.read([])
+    assert torch.equal(ours, torch.full((2, 3), 0.5))
+    assert rule.write([ours]) == [] == rule.write([ours.to("meta")])
+    ours[1, 1] = 0.25
+    with pytest.raises(ValueError, match=r"^x is not 0\.5 everywhere any more, and the family has"):
+        rule.write([ours])
 
 
 def test_join_takes_one_part_at_a_time_and_keeps_the_wider_dtype() -> None:

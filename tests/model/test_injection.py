@@ -102,6 +102,34 @@ def test_parcaes_formula_in_the_ordinary_range(dtype):
     torch.testing.assert_close(injection.update(h, e, h), h)
 
 
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+def test_orthogonal_removes_the_component_along_the_drive(dtype):
+    """xllm-loop's OrthogonalInputInjection, whose formula this is, in fp64."""
+    plain, projected = (made(LTIInjectionConfig(orthogonal=flag)) for flag in (False, True))
+    h, drive = state(0), plain.drive(state(1))
+    kept = plain.mix(h, drive) - drive
+    along = (kept * drive).sum(-1, keepdim=True) / (drive.square().sum(-1, keepdim=True) + 1e-6)
+    expected = kept - along * drive + drive
+    assert (expected - plain.mix(h, drive)).abs().max() > 0.1
+    assert ((projected.mix(h, drive) - drive) * drive).sum(-1).abs().max() < 1e-4
+    found = projected.to(dtype).mix(h.to(dtype), drive.to(dtype))
+    assert found.dtype == dtype
+    tolerance = {torch.bfloat16: 0.1, torch.float32: 1e-5, torch.float64: 1e-12}[dtype]
+    torch.testing.assert_close(found.double(), expected, atol=tolerance, rtol=0)
+
+
+def test_a_linear_injection_may_have_a_bias():
+    injection = made(LinearInjectionConfig(bias=True))
+    h, e = state(0), state(1)
+    both = torch.cat((injection.h_weight, injection.e_weight), dim=1)
+    expected = torch.cat((h, e), dim=-1) @ both.T + injection.bias
+    torch.testing.assert_close(injection.mix(h, injection.drive(e)), expected)
+    assert injection.bias.abs().min() > 0
+    assert made(LinearInjectionConfig()).bias is None
+    fresh = make_injection(small_config(injection=LinearInjectionConfig(bias=True)))
+    assert not fresh.bias.any()
+
+
 @pytest.mark.parametrize("decay_init", [0.2**0.5, 0.05, 0.99])
 def test_the_decay_starts_where_the_config_says(decay_init):
     injection = LTIInjection(small_config(), LTIInjectionConfig(decay_init=decay_init))

@@ -169,5 +169,5 @@ def test_only_a_plain_stack_can_be_retrofitted(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="num_loops is 2"):
         check_stack(replace(stack, num_loops=2), WHOLE)
     deep = replace(stack, depth_attention=DepthAttentionConfig(num_recent_loops=2))
-    with pytest.raises(ValueError, match=r"depth_attention is \{'num_recent_loops': 2\}"):
+    with pytest.raises(ValueError, match=r'depth_attention is \{"num_recent_loops": 2\}'):
         check_stack(deep, WHOLE)

@@ -21,7 +21,7 @@ from openmythos.interop.loading import load_config, load_pretrained
 from openmythos.tokenizer import byte_tokenizer
 from openmythos.train.metrics import read_metrics
 from openmythos.train.recipe import FREE_FIELDS, RunConfig, TextData
-from openmythos.train.run import set_up
+from openmythos.train.run import resolve, set_up
 from openmythos.train.run_folder import RunFolder
 from openmythos.train.task import HopsTask, TextTask
 from tests.strategies import random_model
@@ -335,9 +335,35 @@ def test_a_lost_configuration_is_that_of_the_checkpoint(tmp_path: Path) -> None:
     assert json.loads((run / "config.json").read_text())["train"]["max_steps"] == 8
 
 
+def test_a_damaged_configuration_is_not_believed(tmp_path: Path) -> None:
+    """Nor by who gives the run its own file; that of the newest intact checkpoint counts."""
+    config = changed(hops_config(), max_steps=8, save_every=4, keep_checkpoints=100)
+    run, whole = stopped(config, tmp_path / "run"), tmp_path / "whole"
+    examples.run(config, whole)
+    file = run / "config.json"
+    content, damaged = file.read_text(), file.read_text().replace('"lr": 0.01', '"lr": 0.03')
+    file.write_text(damaged)
+    with pytest.raises(ValueError, match=r"train\.optimizer\.lr \(0\.01 there, 0\.03 here\)"):
+        set_up(resolve(None, None, file, [], None), run)
+    newest = shutil.copytree(run / "checkpoints/step-00000004", run / "checkpoints/step-00000006")
+    (newest / "training_state.json").write_text(damaged)  # is not read either
+    for broken in (damaged, "{", ""):
+        file.write_text(broken)
+        set_up(config, run)
+        assert file.read_text() == content
+    with pytest.warns(UserWarning, match="step-00000006 is damaged"):
+        examples.run(config, run)
+    examples.assert_equal_runs(whole, run)
+
+
 def test_a_configuration_of_an_older_version_is_completed(tmp_path: Path) -> None:
     config = changed(hops_config(), max_steps=4)
     examples.run(config, tmp_path)
+    for path in (tmp_path / "checkpoints").iterdir():  # there it was not kept
+        (path / "manifest.json").unlink()
+        record = json.loads((path / "training_state.json").read_text())
+        del record["run"]
+        (path / "training_state.json").write_text(json.dumps(record))
     stored = json.loads((tmp_path / "config.json").read_text())
     del stored["train"]["balance_rate"]
     (tmp_path / "config.json").write_text(json.dumps(stored))

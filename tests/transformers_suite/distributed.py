@@ -3,6 +3,7 @@
 Copied beside its tests under the name that they import.
 """
 
+import multiprocessing
 import os
 import socket
 from collections.abc import Callable
@@ -10,6 +11,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
+# One process imports this for all ranks of all tests; they are forked from it.
+PRELOADED = ["test_tensor_parallel_mixin", "test_expert_parallel_mixin"]
 
 
 def _ranked(rank: int, world_size: int, port: int, function: Callable, arguments: tuple) -> None:
@@ -36,8 +40,12 @@ def run_distributed(world_size: int) -> Callable[[Callable], Callable]:
             with socket.socket() as free:
                 free.bind(("127.0.0.1", 0))
                 port = free.getsockname()[1]
-            torch.multiprocessing.spawn(
-                _ranked, (world_size, port, function, arguments), nprocs=world_size
+            multiprocessing.set_forkserver_preload([f"{__package__}.{name}" for name in PRELOADED])
+            torch.multiprocessing.start_processes(
+                _ranked,
+                (world_size, port, function, arguments),
+                nprocs=world_size,
+                start_method="forkserver",
             )
 
         return call

@@ -85,6 +85,7 @@ class OpenMythosConfig(PreTrainedConfig):
         self.num_experts_per_tok = experts.get("num_experts_per_token", 0)
         self.moe_intermediate_size = experts.get("d_expert", 0)
         self.norm_topk_prob = True
+        self.base_model_tp_plan = self._tensor_parallel_plan()  # transformers 5.19 adds to it
         self._derive_depth()
         for name in ("num_hidden_layers", *DERIVED_FIELDS):
             kwargs.pop(name, None)
@@ -96,8 +97,7 @@ class OpenMythosConfig(PreTrainedConfig):
         if name in DEPTH_FIELDS:
             self._derive_depth()
 
-    @property
-    def base_model_tp_plan(self) -> dict[str, str]:
+    def _tensor_parallel_plan(self) -> dict[str, str]:
         """How each matrix that this kind of model has is split over ranks.
 
         What a loop adds to a projection and value embeddings are as wide as all heads, and one head

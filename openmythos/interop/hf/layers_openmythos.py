@@ -314,7 +314,8 @@ class Experts(nn.Module):
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         out = torch.zeros_like(hidden_states)
-        for expert in top_k_index.unique().tolist():
+        # Expert parallelism writes ``num_experts`` where the expert is on another rank.
+        for expert in top_k_index[top_k_index < self.num_experts].unique().tolist():
             token, choice = (top_k_index == expert).nonzero(as_tuple=True)
             projected = functional.linear(hidden_states[token], self.gate_up_proj[expert])
             gate, up = projected.chunk(2, -1)

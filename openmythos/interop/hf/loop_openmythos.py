@@ -159,7 +159,7 @@ class CarriedGate(nn.Module):
         self.register_buffer("bias", torch.zeros(1))
 
     def reset(self, std: float) -> None:
-        init.normal_(self.weight, std=std)
+        init.zeros_(self.weight)
         init.zeros_(self.bias)
 
 

@@ -1,5 +1,9 @@
+from typing import Any
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from openmythos.config import ModelConfig
 from tests.interop.hf.conftest import Open
@@ -38,6 +42,67 @@ def test_every_attention_and_expert_implementation_agrees(opened: Open) -> None:
     for implementation in ("eager", "grouped_mm", "batched_mm"):
         export.set_experts_implementation(implementation)
         assert (export(tokens).logits - ours).abs().max() < TOLERANCE
+
+
+# What ``make test-onnx`` has run: ONNX has no erfinv, say, and onnxruntime little for doubles.
+ONNX = """
+    __rshift__ _local_scalar_dense _scaled_dot_product_flash_attention_for_cpu _softmax
+    _to_copy _unsafe_view add addcmul addmm alias all arange bitwise_and bitwise_not
+    bitwise_xor bmm cat clamp clone constant_pad_nd cos cumsum detach div embedding eq exp
+    expand flip full_like gather ge index lerp log lt mean mm mul ne neg ones_like pow relu
+    roll rsqrt rsub select sigmoid silu sin slice softplus split split_with_sizes squeeze
+    stack sub sum t topk transpose unsqueeze view where zeros_like
+"""
+ONNX_DOUBLE = "_to_copy arange clamp div lerp mul neg pow sub"
+
+
+class Operators(TorchDispatchMode):
+    """Records the operators that run, and those of them that see doubles."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: set[str] = set()
+        self.double: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        self.found.add(name)
+        tensors = [x for x in tree_leaves((args, out)) if isinstance(x, torch.Tensor)]
+        if any(x.dtype == torch.float64 for x in tensors):
+            self.double.add(name)
+        return out
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=list(CONFIGS))
+@torch.no_grad()
+def test_every_operator_is_one_that_onnx_has(opened: Open, config: ModelConfig) -> None:
+    _, export = opened(config)
+    if config.core_ff.kind == "moe":
+        export.set_experts_implementation("batched_mm")
+    tokens = random_tokens(config, 2, 7)
+    with Operators() as operators:
+        export(tokens, use_cache=False)
+    assert operators.found <= set(ONNX.split())
+    assert operators.double <= set(ONNX_DOUBLE.split())
+
+
+@torch.no_grad()
+def test_experts_of_another_rank_add_nothing(opened: Open) -> None:
+    """Expert parallelism gives a rank's experts the number of all of them for one elsewhere."""
+    _, export = opened(SPARSE)
+    experts = export.model.core[0].mlp.experts
+    experts._is_expert_parallel = True
+    states, index = torch.randn(5, SPARSE.d_model), torch.randint(0, 5, (5, 2))
+    index[0] = elsewhere = experts.num_experts
+    weights = torch.rand(5, 2).masked_fill(index == elsewhere, 0.0)
+    found = []
+    for implementation in ("eager", "grouped_mm", "batched_mm"):
+        export.set_experts_implementation(implementation)
+        found.append(experts(states, index, weights))
+        assert found[-1][0].count_nonzero() == 0
+        assert (found[-1] - found[0]).abs().max() < TOLERANCE
+    assert found[0].count_nonzero() > 0
 
 
 @torch.no_grad()
@@ -88,11 +153,15 @@ def test_a_model_made_from_the_config_is_initialised(opened: Open, config: Model
     """transformers makes models on the meta device: what no one fills would be garbage."""
     _, export = opened(config)
     torch.manual_seed(0)
-    for parameter in export.parameters():
-        parameter.data.fill_(float("nan"))
-        parameter._is_hf_initialized = False
-    for module in export.modules():
-        module._is_hf_initialized = False
-    export.init_weights()
-    assert all(tensor.isfinite().all() for tensor in export.state_dict().values())
+    buffers = []
+    for _ in range(2):
+        for tensor in (*export.parameters(), *export.buffers()):
+            tensor.data.fill_(float("nan"))
+            tensor._is_hf_initialized = False
+        for module in export.modules():
+            module._is_hf_initialized = False
+        export.init_weights()
+        assert all(tensor.isfinite().all() for tensor in export.state_dict().values())
+        buffers.append([buffer.clone() for buffer in export.buffers()])
+    assert all(map(torch.equal, *buffers))  # a buffer is no weight: nothing about it is random
     assert export(random_tokens(DENSE, 1, 4)).logits.isfinite().all()

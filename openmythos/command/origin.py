@@ -1,0 +1,95 @@
+"""Where a checkpoint comes from: its run, and the data or walks of that run."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from openmythos.data.synthetic import Walks
+
+
+def require_text(checkpoint: Path) -> None:
+    """Check that a folder holds a checkpoint with a tokenizer.
+
+    Raises:
+        ValueError: It holds no checkpoint, one of a run on walks, or one without a tokenizer.
+    """
+    from openmythos.checkpoint.load import read_config
+    from openmythos.tokenizer_folder import TOKENIZER_FILE, has_tokenizer
+
+    if has_tokenizer(checkpoint):
+        return
+    read_config(checkpoint)  # refuses what is no checkpoint
+    if walks_of(checkpoint) is not None:
+        raise ValueError(
+            f"{checkpoint} is of a run on walks: it reads entities and relations, and no text; "
+            f"openmythos eval {run_of(checkpoint)} asks it"
+        )
+    raise ValueError(
+        f"{checkpoint} is a checkpoint without a tokenizer, so it reads no text: put its "
+        f"{TOKENIZER_FILE} beside its weights"
+    )
+
+
+def run_of(folder: Path) -> Path | None:
+    """The run that a folder is, or that a checkpoint belongs to; None if it belongs to none."""
+    folder = folder.resolve()
+    run = folder.parent.parent if folder.parent.name == "checkpoints" else folder
+    return run if (run / "checkpoints").is_dir() else None
+
+
+def run_config(folder: Path) -> Mapping[str, Any]:
+    """The configuration of the run of a folder; empty if there is none that can be read."""
+    run = run_of(folder)
+    for path, part in (
+        (folder, "training_state.json"),  # a checkpoint's own, which has a checksum
+        (folder if run is None else run, "config.json"),
+    ):
+        try:
+            stored = json.loads((path / part).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        stored = stored.get("run") if part == "training_state.json" else stored
+        if isinstance(stored, dict) and isinstance(stored.get("data"), dict):
+            return stored
+    return {}
+
+
+def data_of(folder: Path) -> Path:
+    """The prepared data of a folder: itself, or that of its run.
+
+    Raises:
+        ValueError: There is none at the places where a run keeps it.
+    """
+    if (folder / "index.json").is_file():
+        return folder
+    run, source = run_of(folder), run_config(folder).get("data", {}).get("source")
+    places = [] if run is None else [run / "data"]
+    places += [Path(source)] if isinstance(source, str) else []
+    for place in places:
+        if (place / "index.json").is_file():
+            return place
+    if not places:
+        raise ValueError(
+            f"{folder} belongs to no run, so its held-out text is not known: give the run, or "
+            "prepared data, as --data"
+        )
+    raise ValueError(
+        f"the data of {folder if run is None else run} is gone: there is none in "
+        f"{', '.join(map(str, places))}; prepare it again and give it as --data"
+    )
+
+
+def walks_of(folder: Path) -> "Walks | None":
+    """The walks that a run, or the run of a checkpoint, trains on; None if it is none on walks."""
+    stored = run_config(folder)
+    if stored.get("data", {}).get("kind") != "hops":
+        return None
+    from openmythos.config.schema import from_dict
+    from openmythos.train.recipe import HopsData, RunConfig
+    from openmythos.train.run import hops_task
+
+    config = from_dict(RunConfig, stored)
+    assert isinstance(config.data, HopsData)
+    return hops_task(config.data, config.train.seed).walks

@@ -278,7 +278,8 @@ class Engine:
     def stream(self, number: int) -> Iterator[Event]:
         """The events of a request from now on, until it ends; steps the engine while there is none.
 
-        Several streams may be read in turn. A stream that is closed early aborts its request.
+        They are given to this stream only, those of other requests to their streams or to the next
+        ``step``. Several streams may be read in turn. One that is closed early aborts its request.
         """
         require(
             number in self._live, "number", number, "the number of a request that has not ended"
@@ -314,6 +315,11 @@ class Engine:
 
     def step(self) -> list[Event]:
         """Read chunks of prompts, decode and encode tokens, run a loop; return the new events."""
+        self._step()
+        events, self._events = self._events, []
+        return events
+
+    def _step(self) -> None:
         try:
             with inference(self.model, self._modules):
                 self._work()
@@ -321,8 +327,6 @@ class Engine:
             self._scheduler.copies.clear()
             self._scheduler.preempt(self._scheduler.running)
             raise
-        events, self._events = self._events, []
-        return events
 
     def _work(self) -> None:
         scheduler, runner, now = self._scheduler, self._runner, self._clock()
@@ -403,9 +407,7 @@ class Engine:
         self._give(self._live.pop(number), Event(number, None, 0, reason, None, error))
 
     def _give(self, live: _Live, event: Event) -> None:
-        self._events.append(event)
-        if live.mailbox is not None:
-            live.mailbox.append(event)
+        (self._events if live.mailbox is None else live.mailbox).append(event)
 
     def _read(self, number: int, mailbox: deque[Event]) -> Iterator[Event]:
         try:
@@ -413,7 +415,7 @@ class Engine:
                 if mailbox:
                     yield mailbox.popleft()
                 else:
-                    self.step()
+                    self._step()
         finally:
             self.abort(number)
 

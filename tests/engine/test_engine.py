@@ -412,6 +412,15 @@ def test_streams_are_read_in_turn_and_one_that_is_closed_aborts() -> None:
     assert not engine.abort(0)
 
 
+def test_events_of_other_requests_wait_for_the_next_step() -> None:
+    engine = make_engine()
+    plain = engine.add(make_request(max_new_tokens=1))
+    streamed = engine.add(make_request(seed=1))
+    events = list(engine.stream(streamed))
+    assert same(engine, make_request(seed=1), events)
+    assert [event.id for event in engine.step()] == [plain] and engine.is_idle
+
+
 def test_a_stream_of_a_request_that_has_ended_is_refused() -> None:
     engine = make_engine()
     number = engine.add(make_request(max_new_tokens=1))

@@ -41,7 +41,7 @@ test: $(STAMP)
 stress: $(STAMP)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.stress.run $(ARGS)
 
-# The engine's schedules, of which `make test` runs twenty: a thousand take half an hour.
+# The engine's schedules, of which `make test` runs twenty: a thousand take a quarter of an hour.
 stress-engine: $(STAMP)
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m tests.engine.coherence --schedules 1000 $(ARGS)
 

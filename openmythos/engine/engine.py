@@ -55,7 +55,9 @@ class EngineConfig:
         prefill_chunk: Tokens of a prompt that are read at once, a multiple of ``page_size``.
         reuse_prefixes: Whether prompts that begin alike share what was read.
         hold_rows: The number of rows that tokens wait for between two tokens, where coda and
-            prelude run, as long as others loop: more rows per call, but some wait for it.
+            prelude run, as long as others loop: more rows per call, but some wait for it. None: as
+            is best for the sum of all by the costs that ``warm_up`` measures; without it they do
+            not wait.
         max_hold_ms: The longest that a token waits there, in milliseconds.
         priority_s: Seconds of waiting that make up for a priority that is one worse.
         compiled: Whether to compile what runs for every token.
@@ -69,15 +71,15 @@ class EngineConfig:
     cache_layout: CacheLayout | None = None
     prefill_chunk: int = 256
     reuse_prefixes: bool = True
-    hold_rows: int = 1
+    hold_rows: int | None = None
     max_hold_ms: float = 50.0
     priority_s: float = 10.0
     compiled: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("max_rows", "page_size", "prefill_chunk", "hold_rows"):
+        for name in ("max_rows", "page_size", "prefill_chunk"):
             object.__setattr__(self, name, as_integer(name, getattr(self, name), 1))
-        for name, least in (("max_len", 1), ("max_loops", 1), ("num_pages", 2)):
+        for name, least in (("max_len", 1), ("max_loops", 1), ("num_pages", 2), ("hold_rows", 1)):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, as_integer(name, getattr(self, name), least))
         for name in ("max_hold_ms", "priority_s"):
@@ -215,6 +217,15 @@ class Engine:
         self._events: list[Event] = []
         self._counts = _Counts()
 
+    def warm_up(self) -> None:
+        """Compile what is to be compiled, and measure what calls cost; takes seconds to minutes.
+
+        Without it the calls are compiled when they come, and tokens do not wait for each other.
+        Call it while no request is running.
+        """
+        with inference(self.model, self._modules):
+            self._scheduler.costs = self._runner.measure()
+
     # --- requests ---------------------------------------------------------------------------------
 
     def add(
@@ -255,6 +266,7 @@ class Engine:
             num_new=num_new,
             depth=request.depth(self.model.config),
             settings=self._settings(request, rule, salt),
+            may_stop=not isinstance(rule, Fixed),
             order=(now + priority * self.config.priority_s, number),
             deadline=deadline,
         )
@@ -274,7 +286,8 @@ class Engine:
     def stream(self, number: int) -> Iterator[Event]:
         """The events of a request from now on, until it ends; steps the engine while there is none.
 
-        Several streams may be read in turn. A stream that is closed early aborts its request.
+        They are given to this stream only, those of other requests to their streams or to the next
+        ``step``. Several streams may be read in turn. One that is closed early aborts its request.
         """
         require(
             number in self._live, "number", number, "the number of a request that has not ended"
@@ -310,6 +323,11 @@ class Engine:
 
     def step(self) -> list[Event]:
         """Read chunks of prompts, decode and encode tokens, run a loop; return the new events."""
+        self._step()
+        events, self._events = self._events, []
+        return events
+
+    def _step(self) -> None:
         try:
             with inference(self.model, self._modules):
                 self._work()
@@ -317,8 +335,6 @@ class Engine:
             self._scheduler.copies.clear()
             self._scheduler.preempt(self._scheduler.running)
             raise
-        events, self._events = self._events, []
-        return events
 
     def _work(self) -> None:
         scheduler, runner, now = self._scheduler, self._runner, self._clock()
@@ -346,8 +362,8 @@ class Engine:
         if looping:
             self._counts.core_calls += 1
             self._counts.core_rows += len(looping)
-            for seat in runner.advance(list(looping)):
-                scheduler.exit(looping[seat], now)
+            ended = runner.advance(list(looping))
+            scheduler.has_looped(looping.values(), [looping[seat] for seat in ended], now)
 
     def _entry(self, job: Job) -> Entry:
         live = self._live[job.id]
@@ -404,9 +420,7 @@ class Engine:
         self._give(self._live.pop(number), Event(number, None, 0, reason, None, error))
 
     def _give(self, live: _Live, event: Event) -> None:
-        self._events.append(event)
-        if live.mailbox is not None:
-            live.mailbox.append(event)
+        (self._events if live.mailbox is None else live.mailbox).append(event)
 
     def _read(self, number: int, mailbox: deque[Event]) -> Iterator[Event]:
         try:
@@ -414,7 +428,7 @@ class Engine:
                 if mailbox:
                     yield mailbox.popleft()
                 else:
-                    self.step()
+                    self._step()
         finally:
             self.abort(number)
 

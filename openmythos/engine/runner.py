@@ -4,8 +4,10 @@ Rows are addressed by seat. A call may take any seats, at different loops: it ga
 computes, and puts it back.
 """
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from openmythos.engine.call_cost import CallCosts
 from openmythos.engine.compile import EAGER, compiled_calls
 from openmythos.engine.page_pool import SCRATCH
 from openmythos.engine.paged_cache import PagedCache, PagedContext
@@ -92,8 +95,36 @@ class Runner:
         self._pages: list[list[int]] = [[] for _ in range(rows)]
         self._loops, self._limits, self._depths = [0] * rows, [1] * rows, [1] * rows
         self._rules: list[Rule] = [Fixed()] * rows
+        self._contexts: dict[tuple[int, ...], PagedContext] = {}  # until a token begins
         self._exits: dict[int, ExitState] = {}
         self._logits: dict[int, Tensor] = {}  # of tokens that stopped by a rule that needs them
+
+    # --- costs ------------------------------------------------------------------------------------
+
+    def measure(self, repeats: int = 7) -> CallCosts:
+        """Seconds of the calls for 1, 2, 4 ... rows; compiled calls are compiled for them first.
+
+        All rows are the seat of nobody, whose text is one token long.
+        """
+        core, boundary, count, before = {}, {}, 1, self.core_applications
+        while count < 2 * self.num_seats:
+            size = min(count, self.num_seats)
+            rows = [self.num_seats] * size
+            core[size] = _least_seconds(partial(self._loop_nobody, rows), repeats)
+            boundary[size] = _least_seconds(partial(self._cross_nobody, rows), repeats)
+            count *= 2
+        self.core_applications = before
+        return CallCosts(core, boundary, padded=self.compiled)
+
+    def _loop_nobody(self, rows: Sequence[int]) -> None:
+        self._loops[self.num_seats] = 0
+        self.advance(rows)
+
+    def _cross_nobody(self, rows: Sequence[int]) -> None:
+        self._loops[self.num_seats] = 1
+        logits, _ = self.leave(rows)
+        logits.argmax(dim=-1).tolist()
+        self.enter([Entry(row, 0, 0, (SCRATCH,), 1, Fixed(), 0) for row in rows])
 
     # --- prompts ----------------------------------------------------------------------------------
 
@@ -121,6 +152,7 @@ class Runner:
 
     def enter(self, entries: Sequence[Entry]) -> None:
         """Encode a token in each of some seats."""
+        self._contexts.clear()
         for entry in entries:
             seat, pages = entry.seat, list(entry.pages)
             self._loops[seat], self._depths[seat] = 0, entry.depth
@@ -210,20 +242,26 @@ class Runner:
 
     def _context(self, rows: Sequence[int]) -> PagedContext:
         """The context of the rows' tokens."""
+        key = tuple(rows)
+        if key not in self._contexts:
+            self._contexts[key] = self._make_context(rows)
+        return self._contexts[key]
+
+    def _make_context(self, rows: Sequence[int]) -> PagedContext:
         index = self._integers(rows)
         tables = self._tables
         if not self.compiled:  # whose graphs would depend on the width
             tables = tables[:, : max(1, *(len(self._pages[row]) for row in rows))]
-        parts = (part[index] for part in (self._tokens, self._positions, tables, self._seeds))
-        return self.cache.context(*parts)
+        parts = self._tokens, self._positions, tables, self._seeds
+        return self.cache.context(*(part.index_select(0, index) for part in parts))
 
     def _state(self, rows: Sequence[int]) -> LoopState:
         """The state of the rows."""
         index = self._integers(rows)
         loops = [self._loops[row] for row in rows]
         return LoopState(
-            h=self._h[index],
-            e=self._e[index],
+            h=self._h.index_select(0, index),
+            e=self._e.index_select(0, index),
             loop_idx=self._integers(loops),
             loops=tuple(loops),
             depths=tuple(self._limits[row] for row in rows),
@@ -249,6 +287,19 @@ class Runner:
 
     def _integers(self, numbers: Sequence[Any]) -> Int[Tensor, "..."]:
         return torch.tensor(numbers, dtype=torch.int64, device=self.device)
+
+
+def _least_seconds(call: Callable[[], object], repeats: int) -> float:
+    """The shortest of some calls, after one that is not counted."""
+    call()
+    found = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        call()
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        found.append(time.perf_counter() - start)
+    return min(found)
 
 
 def _signed(seed: int) -> int:

@@ -16,8 +16,10 @@ from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Literal, NamedTuple
 
+from openmythos.engine.call_cost import CallCosts, Ends, ends_after
 from openmythos.engine.page_pool import PagePool
 
+MEMORY = 32  # tokens of a job whose loops tell how soon the next one will stop
 Stage = Literal["waiting", "prefill", "ready", "core", "exited"]
 
 
@@ -32,6 +34,7 @@ class Job:
         depth: The most loops per token.
         settings: All that the keys and values of prompts depend on, besides the tokens.
         order: Jobs with smaller ones go first.
+        may_stop: Whether an exit rule can stop a token before it has taken all loops.
         deadline: When it ends at the latest, on the clock of ``now``, in seconds.
         new: The tokens sampled so far.
         loops: The loops that each of them took.
@@ -40,6 +43,7 @@ class Job:
         seat: Its place among the rows; -1 without one.
         since: When it reached its stage, in seconds.
         num_cached: Number of prompt tokens that were found in pages when it began.
+        num_looped: The loops that its token has run.
     """
 
     id: int
@@ -48,6 +52,7 @@ class Job:
     depth: int
     settings: Hashable = ()
     order: tuple[float, int] = (0.0, 0)
+    may_stop: bool = False
     deadline: float = math.inf
     stage: Stage = "waiting"
     new: list[int] = field(default_factory=list)
@@ -57,6 +62,7 @@ class Job:
     seat: int = -1
     since: float = 0.0
     num_cached: int = 0
+    num_looped: int = 0
 
     @property
     def text(self) -> tuple[int, ...]:
@@ -74,6 +80,17 @@ class Job:
         """The loops that the next token took before the job was preempted; None: it is new."""
         place = self.num_read + 1 - len(self.prompt)
         return self.loops[place] if place < len(self.loops) else None
+
+    @property
+    def ends(self) -> Ends:
+        """When its token will end; by an exit rule as the job's latest tokens did."""
+        done, known = self.num_looped, self.recorded_loops
+        if known is None and not self.may_stop:
+            known = self.depth
+        if known is not None:
+            return ends_after([known - done])
+        latest = [loops - done for loops in self.loops[-MEMORY:] if loops > done]
+        return ends_after(latest or range(1, self.depth - done + 1))
 
 
 class Chunk(NamedTuple):
@@ -99,7 +116,8 @@ class Scheduler:
         exact: Whether the cache layout keeps every loop. If not, what a token reads depends on
             where its chunk begins, and only whole chunks are found in kept pages.
         hold: The number of rows that tokens wait for at the boundary between two tokens, where coda
-            and prelude run, as long as other rows loop.
+            and prelude run, as long as other rows loop. None: decided by ``costs``, once the engine
+            has measured them; until then they do not wait.
         max_hold: The longest that a token waits there, in seconds.
         reuse: Whether jobs with the same beginning and settings share pages.
     """
@@ -111,7 +129,7 @@ class Scheduler:
         num_seats: int,
         prefill_chunk: int,
         exact: bool = True,
-        hold: int = 1,
+        hold: int | None = None,
         max_hold: float = math.inf,
         reuse: bool = True,
     ) -> None:
@@ -120,6 +138,7 @@ class Scheduler:
         self.waiting: list[Job] = []  # in order
         self.running: list[Job] = []
         self.copies: list[tuple[int, int]] = []  # pages to copy before anything is read or written
+        self.costs: CallCosts | None = None
         self.num_preempted = 0
         self._seats = list(range(num_seats - 1, -1, -1))
 
@@ -245,11 +264,14 @@ class Scheduler:
     def boundary_is_due(self, now: float) -> bool:
         """Whether the tokens at the boundary go on, or are held back for more to come."""
         held = [job for job in self.running if job.stage in ("exited", "ready")]
-        others = any(job.stage == "core" for job in self.running)
-        if not held:
-            return False
-        oldest = min(job.since for job in held)
-        return not others or len(held) >= self.hold or now - oldest >= self.max_hold
+        looping = [job.ends for job in self.running if job.stage == "core"]
+        if not held or not looping:
+            return bool(held)
+        if now - min(job.since for job in held) >= self.max_hold:
+            return True
+        if self.hold is not None:
+            return len(held) >= self.hold
+        return self.costs is None or not self.costs.worth_waiting(len(held), looping)
 
     def enter(self, now: float) -> list[Job]:
         """Move the ready jobs to the core, each with a page of its own for the next token."""
@@ -257,12 +279,16 @@ class Scheduler:
         for job in self.at("ready"):
             if job.stage == "ready" and self._claim_page(job):  # a job before it may have preempted
                 self._move(job, "core", now)
+                job.num_looped = 0
                 entered.append(job)
         return [job for job in entered if job.stage == "core"]
 
-    def exit(self, job: Job, now: float) -> None:
-        """The job's token has taken its loops."""
-        self._move(job, "exited", now)
+    def has_looped(self, jobs: Iterable[Job], ended: Iterable[Job], now: float) -> None:
+        """The jobs' tokens have run a loop, which was the last of those that ``ended``."""
+        for job in jobs:
+            job.num_looped += 1
+        for job in ended:
+            self._move(job, "exited", now)
 
     def has_decoded(self, job: Job, loops: int, token: int | None, now: float) -> None:
         """The job's token was decoded; ``token`` is the next one, None if it is known already."""

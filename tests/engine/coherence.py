@@ -1,8 +1,8 @@
 """Random schedules of requests, and whether each request gives what it gives alone.
 
-``make stress-engine`` runs a thousand of them, and 500 aborts; ``--first`` is the number of the first. The
-tests run some. Everything is in fp64, and every weight is random: with zero output projections, as
-in a new model, the cache would not matter.
+``make stress-engine`` runs a thousand of them, and 500 aborts; ``--first`` is the number of the
+first. The tests run some. Everything is in fp64, and every weight is random: with zero output
+projections, as in a new model, the cache would not matter.
 """
 
 import argparse

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import openmythos as om
+from openmythos.engine.call_cost import CallCosts
 from openmythos.engine.engine import Engine, EngineConfig, Event
 from openmythos.engine.paged_cache import PagedView
 from openmythos.engine.request import Request
@@ -153,6 +154,54 @@ def test_in_fp32_a_difference_is_a_near_tie(kind: str) -> None:
                 assert best - second < 1e-4
                 break
             assert event.logprobs.chosen == pytest.approx(new.logprobs.chosen, abs=1e-4)
+
+
+@pytest.fixture
+def fresh_compiler(compiler: None) -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("fresh_compiler")
+def test_a_compiled_engine_gives_what_each_request_gives_alone() -> None:
+    """One to three rows at different loops; the third is filled up by a seat of nobody."""
+    engine = make_engine("universal act, moe, mla", max_rows=4, compiled=True)
+    engine.warm_up()
+    with torch.compiler.set_stance("fail_on_recompile"):
+        requests = [
+            make_request(tokens=PROMPT[first:], num_loops=2 + first, exit_rule=rule)
+            for first, rule in enumerate((None, RULE, KLExit(threshold=0.05)))
+        ]
+        for request in requests:
+            engine.add(request)
+            engine.step()
+        events = run(engine)
+    assert all(same(engine, requests[n], each) for n, each in events.items())
+
+
+def test_measured_costs_decide_who_waits_and_change_no_result(monkeypatch) -> None:
+    crossings, leave = [], Runner.leave
+    monkeypatch.setattr(
+        Runner, "leave", lambda r, seats: crossings.append(seats) or leave(r, seats)
+    )
+    numbers = {}
+    for seconds in (1e-6, 1e6):  # of a crossing
+        engine = make_engine(max_hold_ms=1e6)
+        engine.warm_up()
+        costs = engine._scheduler.costs
+        assert costs is not None and set(costs.core) == set(costs.boundary) == {1, 2, 4}
+        assert min(*costs.core.values(), *costs.boundary.values()) > 0
+        rows = dict.fromkeys((1, 2, 4), 1.0)
+        engine._scheduler.costs = CallCosts(rows, dict.fromkeys(rows, seconds))
+        requests = [make_request(num_loops=2 + n, seed=n, max_new_tokens=4) for n in range(4)]
+        for request in requests:
+            engine.add(request)
+        crossings.clear()
+        assert all(same(engine, requests[n], each) for n, each in run(engine).items())
+        numbers[seconds] = len(crossings)
+    assert numbers[1e6] < numbers[1e-6]
 
 
 # --- what is shared -------------------------------------------------------------------------------
@@ -361,6 +410,15 @@ def test_streams_are_read_in_turn_and_one_that_is_closed_aborts() -> None:
     for request, begin, end in zip(requests, first, rest, strict=False):
         assert same(engine, request, [begin, *end])
     assert not engine.abort(0)
+
+
+def test_events_of_other_requests_wait_for_the_next_step() -> None:
+    engine = make_engine()
+    plain = engine.add(make_request(max_new_tokens=1))
+    streamed = engine.add(make_request(seed=1))
+    events = list(engine.stream(streamed))
+    assert same(engine, make_request(seed=1), events)
+    assert [event.id for event in engine.step()] == [plain] and engine.is_idle
 
 
 def test_a_stream_of_a_request_that_has_ended_is_refused() -> None:

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from openmythos.engine.call_cost import CallCosts, ends_after
 from openmythos.engine.page_pool import PagePool
 from openmythos.engine.scheduler import Job, Scheduler
 
@@ -34,7 +35,7 @@ def start(scheduler: Scheduler, *jobs: Job, now: float = 0.0) -> None:
 def decode(scheduler: Scheduler, job: Job, token: int, loops: int = 3, now: float = 0.0) -> None:
     """A job's token goes through the core and the boundary."""
     assert job in scheduler.enter(now) or job.stage == "core"
-    scheduler.exit(job, now)
+    scheduler.has_looped([job], [job], now)
     scheduler.has_decoded(job, loops, token, now)
 
 
@@ -151,19 +152,50 @@ def test_the_boundary_is_held_back_for_more_rows_but_not_for_ever() -> None:
     start(scheduler, *jobs)
     assert scheduler.boundary_is_due(0.0)
     assert scheduler.enter(0.0) == jobs
-    scheduler.exit(jobs[0], 1.0)
+    scheduler.has_looped([jobs[0]], [jobs[0]], 1.0)
     assert not scheduler.boundary_is_due(5.9)
     assert scheduler.boundary_is_due(6.0)  # waited long enough
-    scheduler.exit(jobs[1], 2.0)
+    scheduler.has_looped([jobs[1]], [jobs[1]], 2.0)
     assert scheduler.boundary_is_due(2.0)  # enough rows
     scheduler.has_decoded(jobs[0], 1, 5, 2.0)
     scheduler.has_decoded(jobs[1], 1, 5, 2.0)
     scheduler.enter(2.0)
     assert not scheduler.boundary_is_due(2.0)
     for job in jobs:
-        scheduler.exit(job, 3.0)
+        scheduler.has_looped([job], [job], 3.0)
     scheduler.hold = 9
     assert scheduler.boundary_is_due(3.0)  # nothing else to do
+
+
+def test_measured_costs_decide_if_no_number_is_given() -> None:
+    scheduler = make_scheduler()
+    jobs = [make_job(number, depth=2 if number < 2 else 9) for number in range(4)]
+    start(scheduler, *jobs)
+    scheduler.enter(0.0)
+    assert [job.ends for job in jobs] == [ends_after([loops]) for loops in (2, 2, 9, 9)]
+    scheduler.has_looped(jobs, jobs[:1], 0.0)
+    assert [job.ends for job in jobs[1:]] == [ends_after([loops]) for loops in (1, 8, 8)]
+    assert scheduler.boundary_is_due(0.0)  # nothing was measured
+    rows = dict.fromkeys((1, 2, 4), 1.0)
+    scheduler.costs = CallCosts(rows, rows)
+    assert not scheduler.boundary_is_due(0.0)  # the other shallow one ends with the next loop
+    scheduler.has_looped(jobs[1:], jobs[1:2], 0.0)
+    assert scheduler.boundary_is_due(0.0)
+
+
+def test_what_a_token_has_still_to_run_is_told_by_the_jobs_last_tokens() -> None:
+    job = make_job(0, depth=8, may_stop=True)
+    start(make_scheduler(), job)
+    assert job.ends == ends_after(range(1, 9))  # nothing is known yet
+    job.new, job.loops = [1, 2, 3], [3, 1, 5]
+    job.num_read += 3
+    assert job.ends == ends_after([3, 1, 5])
+    job.num_looped = 3
+    assert job.ends == ends_after([2])
+    job.num_looped = 6
+    assert job.ends == ends_after([1, 2])  # deeper than ever
+    job.num_read, job.num_looped = job.num_read - 2, 0
+    assert job.ends == ends_after([1])  # recorded
 
 
 def test_the_last_in_order_is_preempted_and_replays_its_loops() -> None:
@@ -173,7 +205,7 @@ def test_the_last_in_order_is_preempted_and_replays_its_loops() -> None:
     assert first.stage == second.stage == "ready"
     decode(scheduler, second, 91, loops=2)
     assert first.stage == "core"
-    scheduler.exit(first, 0.0)
+    scheduler.has_looped([first], [first], 0.0)
     scheduler.has_decoded(first, 3, 80, 0.0)
     assert scheduler.pages.num_free == 1
     for token in (81, 82, 83):  # the second of these needs a third page: there is one
@@ -189,7 +221,7 @@ def test_the_last_in_order_is_preempted_and_replays_its_loops() -> None:
     assert second.stage == "ready" and second.token == second.prompt[-1]
     assert second.recorded_loops == 2
     assert scheduler.enter(0.0) == [second]
-    scheduler.exit(second, 0.0)
+    scheduler.has_looped([second], [second], 0.0)
     scheduler.has_decoded(second, 2, None, 0.0)
     assert second.token == 91 and second.recorded_loops is None and second.new == [91]
 
@@ -214,11 +246,11 @@ def test_a_job_without_pages_preempts_itself_if_it_is_the_last() -> None:
     scheduler.enter(0.0)
     assert scheduler.pages.num_free == 0
     for job in (first, second):
-        scheduler.exit(job, 0.0)
+        scheduler.has_looped([job], [job], 0.0)
         scheduler.has_decoded(job, 3, 7, 0.0)
     decode(scheduler, first, 8)  # has a place left in its page
     assert scheduler.num_preempted == 0 and second.stage == "core"
-    scheduler.exit(second, 0.0)
+    scheduler.has_looped([second], [second], 0.0)
     scheduler.has_decoded(second, 3, 7, 0.0)
     first.deadline = 1.0
     assert scheduler.enter(0.0) == [first]

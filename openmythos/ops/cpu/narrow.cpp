@@ -16,7 +16,7 @@
 #include "check.h"
 #include "tiles.h"
 
-using tiles::Eight, tiles::lanes, tiles::load, tiles::Vector;
+using tiles::Eight, tiles::lanes, tiles::load, tiles::power, tiles::total_each, tiles::Vector;
 using torch::stable::Tensor;
 
 namespace {
@@ -40,33 +40,6 @@ inline void keep([[maybe_unused]] Vector& value) {
 #ifdef __x86_64__
   asm("" : "+v"(value));
 #endif
-}
-
-template <int... I>
-inline Vector add_pairs(Vector a, Vector b, std::integer_sequence<int, I...>) {
-  return __builtin_shufflevector(a, b, (2 * I)...) + __builtin_shufflevector(a, b, (2 * I + 1)...);
-}
-
-constexpr int power(int count) { return count <= 1 ? 1 : 2 * power((count + 1) / 2); }
-
-// found[i] = the sum of the lanes of values[i]; both have room for a power of two.
-template <int Count>
-inline void total_each(Vector* values, float* found) {
-  if constexpr (Count > lanes) {
-    total_each<lanes>(values, found);
-    total_each<Count - lanes>(values + lanes, found + lanes);
-  } else {
-    int left = power(Count);
-#pragma GCC unroll 4
-    for (int width = lanes; width > 1; width /= 2) {
-      const int pairs = std::max(left / 2, 1);
-#pragma GCC unroll 8
-      for (int i = 0; i < pairs; ++i)
-        values[i] = add_pairs(values[2 * i], values[left > 1 ? 2 * i + 1 : 0], std::make_integer_sequence<int, lanes>());
-      left = pairs;
-    }
-    std::memcpy(found, &values[0], power(Count) * sizeof(float));
-  }
 }
 
 // y[n * stride + o] = w[o] . x[n] for ``Outer`` rows of w and ``Rows`` of x; what lies ``ahead`` is fetched.

@@ -20,21 +20,22 @@ using torch::stable::Tensor;
 
 namespace {
 
-constexpr int together = 4;  // heads whose queries meet a key in registers
+constexpr int together = 8;  // keys that meet a query in registers
 
-// found[r] = q[r * width ..] . key for ``Heads`` queries that lie one after the other.
-template <int Heads>
-inline void dots(const float* q, const float* key, int64_t width, float* found, int64_t step) {
-  Vector sums[Heads] = {};
+// found[t] = q . key[t] for ``Count`` keys that are ``stride`` apart.
+template <int Count>
+inline void dots(const float* q, const float* key, int64_t stride, int64_t width, float* found) {
+  Vector sums[Count] = {};
   int64_t i = 0;
   for (; i + lanes <= width; i += lanes) {
-    const Vector part = load(key + i);
-    for (int h = 0; h < Heads; ++h) sums[h] += load(q + h * width + i) * part;
+    const Vector part = load(q + i);
+    for (int t = 0; t < Count; ++t) sums[t] += part * load(key + t * stride + i);
   }
-  for (int h = 0; h < Heads; ++h) {
-    float sum = tiles::total(sums[h]);
-    for (int64_t j = i; j < width; ++j) sum += q[h * width + j] * key[j];
-    found[h * step] = sum;
+  float totals[Count];
+  tiles::total_each<Count>(sums, totals);
+  for (int t = 0; t < Count; ++t) {
+    for (int64_t j = i; j < width; ++j) totals[t] += q[j] * key[t * stride + j];
+    found[t] = totals[t];
   }
 }
 
@@ -75,11 +76,12 @@ struct Group {
     const int64_t width = k.size(3), stride = k.size(2) * width;
     each([&](int64_t page, int64_t start, int64_t count) {
       const float* first = key(page);
-      for (int64_t t = 0; t < count; ++t, first += stride) {
-        int64_t h = 0;
-        for (; h + together <= heads; h += together)
-          dots<together>(q + h * width, first, width, scores + h * step + start + t, step);
-        for (; h < heads; ++h) dots<1>(q + h * width, first, width, scores + h * step + start + t, step);
+      for (int64_t h = 0; h < heads; ++h) {
+        const float* query = q + h * width;
+        float* found = scores + h * step + start;
+        int64_t t = 0;
+        for (; t + together <= count; t += together) dots<together>(query, first + t * stride, stride, width, found + t);
+        for (; t < count; ++t) dots<1>(query, first + t * stride, stride, width, found + t);
       }
     });
   }

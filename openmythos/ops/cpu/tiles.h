@@ -6,8 +6,10 @@
 
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 #include <vector>
 
 namespace tiles {
@@ -30,6 +32,33 @@ inline float total(Vector value) {
   float sum = 0;
   for (int lane = 0; lane < lanes; ++lane) sum += value[lane];
   return sum;
+}
+
+template <int... I>
+inline Vector add_pairs(Vector a, Vector b, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(a, b, (2 * I)...) + __builtin_shufflevector(a, b, (2 * I + 1)...);
+}
+
+constexpr int power(int count) { return count <= 1 ? 1 : 2 * power((count + 1) / 2); }
+
+// found[i] = the sum of the lanes of values[i]; both have room for a power of two.
+template <int Count>
+inline void total_each(Vector* values, float* found) {
+  if constexpr (Count > lanes) {
+    total_each<lanes>(values, found);
+    total_each<Count - lanes>(values + lanes, found + lanes);
+  } else {
+    int left = power(Count);
+#pragma GCC unroll 4
+    for (int width = lanes; width > 1; width /= 2) {
+      const int pairs = std::max(left / 2, 1);
+#pragma GCC unroll 8
+      for (int i = 0; i < pairs; ++i)
+        values[i] = add_pairs(values[2 * i], values[left > 1 ? 2 * i + 1 : 0], std::make_integer_sequence<int, lanes>());
+      left = pairs;
+    }
+    std::memcpy(found, &values[0], power(Count) * sizeof(float));
+  }
 }
 
 // 2^n e^r with |r| <= ln(2) / 2 and the series of e^r: to about one unit in the last place; 0 below

@@ -1,0 +1,71 @@
+"""What the model's calls cost by their rows, and when tokens should wait for each other.
+
+Between two tokens of a request coda, head and prelude run: the boundary. If tokens cross it as soon
+as they can, every step pays a call of few rows; if they wait for each other, fewer rows loop
+meanwhile. What is better depends on the model, the machine, and how soon others will come.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+HORIZON = 8  # loops that are looked ahead
+Ends = tuple[float, ...]  # the probabilities to have ended after 1, 2 ... HORIZON more loops
+
+
+def ends_after(loops: Sequence[int]) -> Ends:
+    """The probabilities if each of these numbers of further loops is as likely."""
+    counts = [0] * HORIZON
+    for number in loops:
+        if number <= HORIZON:
+            counts[number - 1] += 1
+    return tuple(count / len(loops) for count in accumulate(counts))
+
+
+@dataclass(frozen=True)
+class CallCosts:
+    """Measured seconds per call, by the number of rows.
+
+    Attributes:
+        core: One loop.
+        boundary: Decoding a token, and encoding the next one.
+        padded: Whether calls are filled up to the next measured number of rows; otherwise their
+            cost lies on a line between the measured ones.
+    """
+
+    core: Mapping[int, float]
+    boundary: Mapping[int, float]
+    padded: bool = False
+
+    def worth_waiting(self, num_held: int, looping: Sequence[Ends]) -> bool:
+        """Whether tokens at the boundary should let the others run loops until more have come.
+
+        If they wait for some loops and cross together with those that have ended by then, one call
+        does the work of two. Until then the loops are run by fewer rows than there are, each at a
+        higher cost. They wait if, for some number of loops, more is saved than lost.
+        """
+        num_rows = num_held + len(looping)
+        per_row = self._at(self.core, num_rows) / num_rows
+        lost, joined = 0.0, 0.0
+        for ended in zip(*looping, strict=True):
+            running = len(looping) - joined
+            lost += self._at(self.core, running) - running * per_row
+            joined = sum(ended)
+            if self._saved(num_held, joined) > lost:
+                return True
+        return False
+
+    def _saved(self, num_held: int, joined: int | float) -> float:
+        """Seconds that one crossing takes less than two; of less than one row its share."""
+        others = max(joined, 1.0)
+        apart = self._at(self.boundary, num_held) + self._at(self.boundary, others)
+        return min(joined, 1.0) * (apart - self._at(self.boundary, num_held + others))
+
+    def _at(self, costs: Mapping[int, float], rows: int | float) -> float:
+        """The cost of so many rows on average."""
+        below = max((known for known in costs if known <= rows), default=min(costs))
+        above = min((known for known in costs if known >= rows), default=max(costs))
+        if below == above or self.padded:
+            return costs[above]
+        share = (rows - below) / (above - below)
+        return costs[below] + share * (costs[above] - costs[below])

@@ -5,18 +5,19 @@ const $ = (id) => document.getElementById(id);
 const SVG = "http://www.w3.org/2000/svg";
 const LOOPS = "", OWN_RULE = "";
 const RULES = {
-  fixed: "never early: every token takes all its loops",
-  cumulative_threshold: "when its halting head has summed enough",
-  kl: "when the prediction no longer moves (KL)",
-  entropy_kl: "when the prediction rests and is sharp",
-  latent_difference: "when its state no longer moves",
-  acceleration: "when its state moves evenly",
-  argmax_stable: "when its best token stays the same",
+  "": "As the server decides.",
+  fixed: "Never early: every token takes all its loops.",
+  cumulative_threshold: "When the halting head's exit probabilities sum to the threshold.",
+  kl: "When a loop no longer changes the prediction.",
+  entropy_kl: "When a loop no longer changes the prediction, and the prediction is sharp.",
+  latent_difference: "When a loop no longer changes the state.",
+  acceleration: "When the state changes by the same from loop to loop.",
+  argmax_stable: "When the most likely token has stayed the same for so many loops.",
 };
 
 const state = {
   key: "", models: [], model: null, offer: { exit_rules: [], puzzles: [] },
-  histories: [[], []], running: null, walk: 0,
+  conversation: { histories: [[], []] }, running: null, walk: 0,
 };
 
 // --- elements ----------------------------------------------------------------------------------
@@ -35,6 +36,12 @@ function draw(tag, attributes = {}, ...children) {
   return made;
 }
 
+// The heading of an answer; its letter is empty if there is only one.
+function named(letter, depth) {
+  return letter ? `${letter}: ${depth.words}` : depth.words[0].toUpperCase() + depth.words.slice(1);
+}
+
+const letters = (count) => (count > 1 ? ["A", "B"] : [""]);
 const plural = (count, word) => `${count} ${word}${count === 1 ? "" : "s"}`;
 const sum = (numbers) => numbers.reduce((total, number) => total + number, 0);
 
@@ -200,9 +207,9 @@ function showSettings() {
 }
 
 function showRules(kind) {
-  const own = make("option", { value: OWN_RULE }, "as the server decides");
+  const own = make("option", { value: OWN_RULE }, "the server's");
   const rules = state.offer.exit_rules.map((rule) =>
-    make("option", { value: rule.kind }, RULES[rule.kind] ?? rule.kind));
+    make("option", { value: rule.kind }, rule.kind.replaceAll("_", " ")));
   $("rule").replaceChildren(own, ...rules);
   $("rule").value = kind;
   showRuleFields();
@@ -219,6 +226,7 @@ function showRuleFields() {
     return make("div", { class: "field" }, label, input);
   });
   $("rule-fields").replaceChildren(...inputs);
+  $("rule-said").textContent = RULES[$("rule").value] ?? "";
   showSettings();
 }
 
@@ -302,7 +310,7 @@ function pickWalk() {
 
 function startAgain() {
   state.running?.abort();
-  state.histories = [[], []];
+  state.conversation = { histories: [[], []] };
   const walks = state.offer.puzzles.length > 0;
   $("prompt-label").textContent = walks ? "Walk" : isChat() ? "Message" : "Text to continue";
   $("clear").textContent = isChat() ? "New conversation" : "Clear";
@@ -313,6 +321,7 @@ function startAgain() {
       : "Write the beginning of a text. Each token that follows is shaded by the loops it took.";
   $("thread").replaceChildren(make("p", { class: "empty" }, said));
   $("prompt").value = "";
+  $("prompt").rows = walks ? 1 : 2;
   if (walks) pickWalk();
 }
 
@@ -327,7 +336,7 @@ class Lane {
     this.at = -1;
     this.tokens = make("div", {
       class: "tokens", role: "listbox", "aria-orientation": "horizontal",
-      "aria-label": `Tokens of answer ${letter} and their loops`,
+      "aria-label": `Tokens of the answer ${letter} and their loops`,
     });
     this.error = make("p", { class: "error", role: "alert", hidden: "" });
     this.said = make("p", { class: "said quiet" }, "waiting …");
@@ -339,9 +348,8 @@ class Lane {
       make("figure", {}, caption("Loops of each token, in order; dashed: the most allowed"),
         this.curve),
       make("figure", {}, caption("Tokens by loops"), this.histogram));
-    this.head = make("h3", {}, `${letter}: ${depth.words}`);
-    this.element = make("section", { class: "lane", "aria-label": `Answer ${letter}` },
-      this.head, this.tokens, this.said, this.error, this.facts, this.charts);
+    this.element = make("section", { class: "lane", "aria-label": `Answer ${letter}`.trim() },
+      make("h3", {}, named(letter, depth)), this.tokens, this.said, this.error, this.facts, this.charts);
     this.listen();
   }
 
@@ -404,8 +412,7 @@ class Lane {
   }
 
   words({ loops }) {
-    if (loops.length === 1) return plural(loops[0], "loop");
-    return `${loops.length} tokens: ${loops.join(", ")} loops`;
+    return loops.length === 1 ? plural(loops[0], "loop") : `${loops.join(", ")} loops`;
   }
 
   point(index) {
@@ -417,7 +424,9 @@ class Lane {
     this.at = index;
     piece.span.classList.add("at");
     piece.span.setAttribute("tabindex", "0");
-    showTip(piece.span, `${this.words(piece)} of ${this.budget}, token ${piece.first + 1}`);
+    const [first, last] = [piece.first + 1, piece.first + piece.loops.length];
+    const which = first === last ? `token ${first}` : `tokens ${first} to ${last}`;
+    showTip(piece.span, `${this.words(piece)} of at most ${this.budget}, ${which}`);
     this.drawCurve();
   }
 
@@ -437,8 +446,8 @@ class Lane {
     const facts = {
       "tokens": count,
       "tokens/s": rate,
-      "loops per token": mean.toFixed(2),
-      "loops in all": sum(this.loops),
+      "mean loops": mean.toFixed(2),
+      "all loops": sum(this.loops),
       "first token": `${Math.round(this.begun - this.started)} ms`,
     };
     if (this.usage) {
@@ -586,7 +595,7 @@ function drawWalks(svg, rows, most) {
 function turn(title, said, depths) {
   $("thread").querySelector(".empty")?.remove();
   const most = Math.max(...depths.map((depth) => depth.loops));
-  const lanes = depths.map((depth, index) => new Lane("AB"[index], depth, most));
+  const lanes = depths.map((depth, index) => new Lane(letters(depths.length)[index], depth, most));
   const grid = make("div", { class: `lanes ${lanes.length > 1 ? "two" : ""}` });
   grid.append(...lanes.map((lane) => lane.element));
   const element = make("article", { class: "turn" },
@@ -628,7 +637,6 @@ async function follow(lane, ...asked) {
 }
 
 async function run(work) {
-  state.running?.abort();
   const control = state.running = new AbortController();
   $("send").disabled = $("ask-all").disabled = true;
   $("stop").disabled = false;
@@ -653,29 +661,30 @@ async function send() {
   const chat = isChat();
   const walk = state.offer.puzzles.find((puzzle) => puzzle.prompt === prompt.trim());
   const shared = { model: state.model.id, ...ruleBody(), ...sampling() };
-  const { element, lanes } = turn(prompt, chat ? "You" : walk ? "Walk" : "Text", depthsAsked());
+  const depths = depthsAsked();
+  const { element, lanes } = turn(prompt, chat ? "You" : walk ? "Walk" : "Text", depths);
   if (!chat) element.classList.add("continue");
   if (chat) $("prompt").value = "";
   reveal(element);
   announce(`Answering with ${lanes.map((lane) => plural(lane.budget, "loop")).join(" and ")}.`);
+  // A second depth that joins later goes on from the first one's conversation.
+  const { conversation } = state;
+  const before = lanes.map((_, index) => conversation.histories[index].length
+    ? conversation.histories[index] : conversation.histories[0]);
+  conversation.histories = [before[0], before[1] ?? []];
   await run((signal) => Promise.all(lanes.map(async (lane, index) => {
-    const body = { ...shared, ...state.depths[index].body };
-    if (chat) {
-      // A second depth that joins later goes on from the first one's conversation.
-      const own = state.histories[index];
-      const history = index && !own.length ? [...state.histories[0]] : own;
-      if (lanes.length === 1) state.histories[1] = [];
-      history.push({ role: "user", content: prompt });
-      await follow(lane, "v1/chat/completions", { ...body, messages: [...history] }, signal);
-      if (lane.text) history.push({ role: "assistant", content: lane.text });
-      else history.pop();
-      state.histories[index] = history;
-    } else {
+    const body = { ...shared, ...depths[index].body };
+    if (!chat) {
       await follow(lane, "v1/completions", { ...body, prompt }, signal);
+      if (walk && lane.text) judge(lane, walk);
+      return;
     }
-    if (walk && lane.text) judge(lane, walk);
+    const messages = [...before[index], { role: "user", content: prompt }];
+    await follow(lane, "v1/chat/completions", { ...body, messages }, signal);
+    const answer = { role: "assistant", content: lane.text };
+    if (lane.text) conversation.histories[index] = [...messages, answer];
   })));
-  announce(lanes.map((lane, index) => summary(lane, lanes.length > 1 ? "AB"[index] : "")).join(" "));
+  announce(lanes.map((lane, index) => summary(lane, letters(lanes.length)[index])).join(" "));
   reveal(element);
 }
 
@@ -691,7 +700,7 @@ function summary(lane, letter) {
   if (!lane.error.hidden) return "";
   const count = lane.loops.length;
   const mean = count ? (sum(lane.loops) / count).toFixed(1) : 0;
-  return `Answer ${letter}: ${printable(lane.text)}. ${plural(count, "token")}, ${mean} loops on `
+  return `${`Answer ${letter}`.trim()}: ${printable(lane.text)}. ${plural(count, "token")}, ${mean} loops on `
     + `average; ${lane.said.textContent}.`;
 }
 
@@ -708,7 +717,7 @@ async function askAll() {
     const puzzle = walks[nth % walks.length];
     return { puzzle, loops: [], cells: depths.map(() => make("td", {}, "…")) };
   });
-  const names = depths.map((depth, index) => `${"AB"[index]}: ${depth.words}`);
+  const names = depths.map((depth, index) => named(letters(depths.length)[index], depth));
   const head = ["hops", "walk", "ends at", ...names];
   const body = rows.map(({ puzzle, cells }) => make("tr", {},
     make("td", {}, `${puzzle.hops}${puzzle.trained ? "" : " *"}`), make("td", {}, puzzle.prompt),

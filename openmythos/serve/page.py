@@ -55,6 +55,7 @@ def offer(served: ServedModel) -> dict[str, Any]:
     rules = [rule for rule in EXIT_RULES.values() if has_head or not rule.needs_halting]
     return {
         "model": served.name,
+        "default_rule": served.default_rule and served.default_rule.kind,
         "exit_rules": [{"kind": rule.kind, "fields": _fields(rule)} for rule in rules],
         "puzzles": puzzles(served),
     }

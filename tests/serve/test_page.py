@@ -158,7 +158,9 @@ def test_a_model_of_text_has_no_puzzles(server: Running) -> None:
 
 
 def test_rules_are_those_that_the_model_can_follow(server: Running) -> None:
-    rules = server.client.get("/v1/page").json()["exit_rules"]
+    offered = server.client.get("/v1/page").json()
+    assert offered["default_rule"] is None
+    rules = offered["exit_rules"]
     without_head = {kind for kind, rule in EXIT_RULES.items() if not rule.needs_halting}
     assert {rule["kind"] for rule in rules} == without_head
     for rule in rules:

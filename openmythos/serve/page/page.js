@@ -69,7 +69,7 @@ function shade(element, loops, most) {
 
 function marks(most) {
   const numbers = Array.from({ length: most }, (_, index) => index + 1);
-  return numbers.filter((n) => most <= 8 || n === most || (n & (n - 1)) === 0);
+  return numbers.filter((n) => most <= 4 || n === most || (n & (n - 1)) === 0);
 }
 
 function showLegend() {
@@ -138,7 +138,7 @@ async function* events(answer) {
 function showKeyForm() {
   $("key-form").hidden = false;
   $("key-said").textContent = state.key
-    ? "The server refuses this key." : "This server asks for a key. It is kept in this tab only.";
+    ? "The server refuses this key." : "This server asks for a key. It is kept until this page is closed.";
   $("key").focus();
 }
 
@@ -207,7 +207,8 @@ function showSettings() {
 }
 
 function showRules(kind) {
-  const own = make("option", { value: OWN_RULE }, "the server's");
+  const preset = state.offer.default_rule?.replaceAll("_", " ") ?? "none";
+  const own = make("option", { value: OWN_RULE }, `the server's: ${preset}`);
   const rules = state.offer.exit_rules.map((rule) =>
     make("option", { value: rule.kind }, rule.kind.replaceAll("_", " ")));
   $("rule").replaceChildren(own, ...rules);
@@ -282,7 +283,7 @@ async function chooseModel() {
   state.depths = state.depths ?? [new Depth("a"), new Depth("b")];
   state.depths[0].offer(model, model.num_loops);
   state.depths[1].offer(model, Math.max(1, Math.floor(model.num_loops / 4)));
-  showRules(model.exit_rule ? OWN_RULE : "entropy_kl");
+  showRules(offer.default_rule ? OWN_RULE : "entropy_kl");
   $("temperature").value = walks ? 0 : 0.8;
   $("max-tokens").value = walks ? 1 : Math.min(200, Math.floor(model.max_model_len / 2));
   $("modes").hidden = walks;
@@ -358,7 +359,10 @@ class Lane {
   }
 
   listen() {
-    const indexOf = (event) => this.pieces.findIndex(({ span }) => span === event.target);
+    const indexOf = ({ target }) => {
+      const token = target.closest(".t");
+      return this.pieces.findIndex(({ span }) => span === token);
+    };
     this.tokens.addEventListener("focusin", (event) => this.point(indexOf(event)));
     this.tokens.addEventListener("focusout", hideTip);
     this.tokens.addEventListener("pointerover", (event) => this.point(indexOf(event)));
@@ -400,14 +404,21 @@ class Lane {
       shade(span, Math.max(...loops), state.model.max_loops);
       span.dataset.loops = Math.max(...loops);
       this.label(piece);
-      this.tokens.append(span);
+      const box = this.tokens;
+      const atEnd = box.scrollTop + box.clientHeight >= box.scrollHeight - 4;
+      box.append(span);
+      if (atEnd && this.at < 0) box.scrollTop = box.scrollHeight; // not away from who reads
     }
     this.redraw();
   }
 
   label(piece) {
-    piece.span.textContent = printable(piece.text);
-    piece.span.classList.toggle("break", piece.text.includes("\n"));
+    // The number stands in the token's first line; marks show the ends of lines.
+    const number = make("sub", { "aria-hidden": "true" }, String(Math.max(...piece.loops)));
+    const [first, ...lines] = printable(piece.text).split("\n");
+    const mark = () => make("span", { class: "mark", "aria-hidden": "true" }, "↵");
+    const rest = lines.flatMap((line) => [mark(), `\n${line}`]);
+    piece.span.replaceChildren(first, number, ...rest);
     piece.span.setAttribute("aria-label", `${spoken(printable(piece.text))}, ${this.words(piece)}`);
   }
 
@@ -472,6 +483,7 @@ class Lane {
 
   finish(how) {
     this.tokens.removeAttribute("aria-busy");
+    if (this.at < 0) this.tokens.scrollTop = 0;
     this.said.textContent = how;
     this.show();
   }
@@ -693,6 +705,7 @@ function judge(lane, walk) {
   const words = right ? `✓ right: the walk ends at ${walk.answer}`
     : `✗ wrong: the walk ends at ${walk.answer}`;
   const taken = `, answered after ${plural(lane.loops[0], "loop")}`;
+  lane.said.textContent = ""; // of course it ended after one token
   lane.said.before(make("p", { class: `verdict ${right ? "right" : "wrong"}` }, words + taken));
 }
 

@@ -414,7 +414,7 @@ class Lane {
 
   label(piece) {
     // The number stands in the token's first line; marks show the ends of lines.
-    const number = make("sub", { "aria-hidden": "true" }, String(Math.max(...piece.loops)));
+    const number = make("sub", { "data-loops": Math.max(...piece.loops) });
     const [first, ...lines] = printable(piece.text).split("\n");
     const mark = () => make("span", { class: "mark", "aria-hidden": "true" }, "↵");
     const rest = lines.flatMap((line) => [mark(), `\n${line}`]);

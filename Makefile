@@ -10,10 +10,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test stress stress-engine test-vllm test-transformers test-onnx lint bench docs clean
+.PHONY: help setup demo test stress stress-engine test-vllm test-transformers test-onnx test-page lint bench docs clean
 
 help:
-	@echo "make setup | demo | test | stress | stress-engine | test-vllm | test-transformers | test-onnx | lint | bench | docs | clean   (options: PYTHON=python3.12, ARGS=...)"
+	@echo "make setup | demo | test | stress | stress-engine | test-vllm | test-transformers | test-onnx | test-page | lint | bench | docs | clean   (options: PYTHON=python3.12, ARGS=...)"
 
 setup: $(STAMP)
 
@@ -86,6 +86,19 @@ $(ONNX)/.installed:
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps --target $(ONNX) \
 		onnx==1.23.2 onnx-ir==1.1.0 onnxscript==0.7.2 onnxruntime==1.32.0 \
 		flatbuffers==25.12.19 ml_dtypes==0.6.0 protobuf==7.36.2
+	@touch $@
+
+# A browser that the system has (Debian and Ubuntu: apt install chromium), driven from Node.js.
+CHROMIUM ?= chromium
+PAGE := .page
+
+test-page: $(STAMP) $(PAGE)/.installed
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m tests.page_suite.run \
+		--chromium $(CHROMIUM) --packages $(PAGE) $(ARGS)
+
+$(PAGE)/.installed:
+	@rm -rf $(PAGE)
+	@npm install --silent --no-audit --no-fund --prefix $(PAGE) playwright-core@1.65.1 axe-core@4.14.1
 	@touch $@
 
 lint: $(STAMP)

@@ -13,7 +13,12 @@ NUM_WALKS, WALK_SEED = 512, 1  # as in the demo's grid
 
 
 class WalkCodec:
-    """Words of walks to token ids and back."""
+    """Words of walks to token ids and back.
+
+    Attributes:
+        walks: The walks themselves.
+        words: The word of each id.
+    """
 
     bos_id: int | None = None
     eos_id: int | None = None
@@ -21,6 +26,7 @@ class WalkCodec:
     end_ids: frozenset[int] = frozenset()
 
     def __init__(self, walks: Walks) -> None:
+        self.walks = walks
         entities = [f"e{number}" for number in range(walks.config.num_entities)]
         self.words = [*entities, *(f"r{number}" for number in range(walks.config.num_relations))]
         self._ids = {word: index for index, word in enumerate(self.words)}

@@ -13,6 +13,7 @@ from openmythos.serve.chat import chat
 from openmythos.serve.completions import complete
 from openmythos.serve.error import APIError
 from openmythos.serve.metrics import Metrics
+from openmythos.serve.page import offer, page_files
 from openmythos.serve.responses import ResponsesBody, respond
 from openmythos.serve.schema import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 from openmythos.serve.served import ServedModel
@@ -36,6 +37,7 @@ def make_app(models: Sequence[ServedModel], metrics: Metrics) -> FastAPI:
 
     _add_errors(app)
     _add_state(app, models, metrics)
+    app.include_router(page_files())
 
     @app.get("/v1/models")
     async def list_models() -> dict[str, Any]:
@@ -46,6 +48,11 @@ def make_app(models: Sequence[ServedModel], metrics: Metrics) -> FastAPI:
     async def get_model(name: str) -> dict[str, Any]:
         """One model."""
         return model_named(name).card()
+
+    @app.get("/v1/page")
+    def page_offer(model: str | None = None) -> dict[str, Any]:
+        """What the page at ``/`` offers for a model: exit rules, and puzzles with answers."""
+        return offer(model_named(model))
 
     @app.post("/v1/completions")
     async def completions(body: CompletionBody, request: Request) -> Response:

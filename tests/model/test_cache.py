@@ -360,7 +360,7 @@ DEPTH = small_config(depth_attention=DepthAttentionConfig(num_recent_loops=2))
 @pytest.mark.parametrize("layout", [EveryK(1), EveryK(2), LastLoop(), FirstLoop()])
 def test_layouts_that_lose_loops_are_refused_in_one_line(layout):
     with pytest.raises(
-        ValueError, match="loses loops that depth_attention reads; use PerLoop"
+        ValueError, match="loses loops that depth_attention reads; use per_loop"
     ) as e:
         KVCache(DEPTH, batch_size=1, max_len=4, max_loops=2, layout=layout)
     assert "\n" not in str(e.value)

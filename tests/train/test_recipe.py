@@ -46,7 +46,7 @@ def test_overrides_reach_every_seam() -> None:
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({}, "max_steps and max_seconds"),
+        ({}, "give max_steps or max_seconds"),
         ({"max_steps": 0}, "max_steps is 0"),
         ({"max_seconds": 0.0}, "max_seconds is 0.0"),
         ({"max_steps": 1, "batch_size": 0}, "batch_size is 0"),

@@ -3,12 +3,16 @@
 import os
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from openmythos.command.decoding import load
-from openmythos.command.option import Device
+from openmythos.command.option import Device, check_device
+
+if TYPE_CHECKING:
+    from openmythos.model.recurrent import RecurrentDepthLM
+    from openmythos.serve.served import Codec
 
 KEY_VARIABLE = "OPENMYTHOS_API_KEY"
 
@@ -67,7 +71,7 @@ def serve(
 
     metrics, models = Metrics(), []
     for name, path in zip(names, paths, strict=True):
-        model, tokenizer = load(path, device)
+        model, codec = load_any(path, device)
         deepest = 2 * model.config.num_loops if max_loops is None else max_loops
         config = EngineConfig(
             max_rows=max_rows,
@@ -80,13 +84,33 @@ def serve(
         measured = metrics.of(name, lambda engine=engine: engine.stats)  # type: ignore[misc]
         worker = EngineThread(engine, measured, max_waiting=max_waiting)
         created = int(time.time())
-        served = ServedModel(name, model, tokenizer, worker, created=created, timeout=timeout)
+        served = ServedModel(name, model, codec, worker, created=created, timeout=timeout)
         models.append(served)
         typer.echo(f"{name}: {served.max_len} tokens, up to {deepest} loops", err=True)
     if not keys and host not in ("127.0.0.1", "localhost", "::1"):
         typer.echo(f"warning: anyone who reaches {host} can use it; give keys", err=True)
     typer.echo(f"listening on http://{host}:{port}", err=True)
     run(models, metrics, host=host, port=port, keys=keys)
+
+
+def load_any(path: Path, device: str) -> "tuple[RecurrentDepthLM, Codec]":
+    """A checkpoint's model and tokenizer; of a run on walks, the words of its walks.
+
+    Raises:
+        ValueError: There is no checkpoint, or it reads neither text nor walks.
+    """
+    from openmythos.command.origin import walks_of
+    from openmythos.eval.walk import WalkCodec
+    from openmythos.interop.hub import local_folder
+    from openmythos.interop.loading import load_pretrained
+    from openmythos.tokenizer_folder import has_tokenizer
+
+    folder = local_folder(path)
+    walks = None if has_tokenizer(folder) else walks_of(folder)
+    if walks is None:
+        return load(path, device)
+    check_device(device)
+    return load_pretrained(folder, device=device), WalkCodec(walks)
 
 
 def keys_of(file: Path | None) -> list[str]:

@@ -51,6 +51,10 @@ class WalkCodec:
                 )
         return [self._ids[word] for word in words]
 
+    def encode_prompt(self, text: str) -> list[int]:
+        """Token ids of a walk; nothing is put before it."""
+        return self.encode(text)
+
     def require_lossless(self, purpose: str) -> None:
         """Nothing: words come back as they are, but for the white space between them."""
 

@@ -914,7 +914,11 @@ def assert_one_line(what: str, call: Any) -> None:
             call()
     except Exception as error:  # of which class is the question
         said = f"{type(error).__name__}: {error}"
-    one_line = said.startswith(("ValueError: ", "DoesNotFitError: ")) and "\n" not in said and len(said) < 600
+    one_line = (
+        said.startswith(("ValueError: ", "DoesNotFitError: "))
+        and "\n" not in said
+        and len(said) < 600
+    )
     assert one_line, f"{what} gave {said}"
 
 

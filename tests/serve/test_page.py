@@ -22,19 +22,12 @@ FOLDER = ROOT / "openmythos/serve/page"
 WALKS = Walks(HopsConfig())
 
 
-class Codec(WalkCodec):
-    """A walk's words are its whole prompt."""
-
-    def encode_prompt(self, text: str) -> list[int]:
-        return self.encode(text)
-
-
 @pytest.fixture(scope="module")
 def server() -> Iterator[Running]:
     models = {
         "small": (small_model(), byte_tokenizer()),
-        "walks": (small_model(vocab_size=WALKS.vocab_size), Codec(WALKS)),
-        "short": (small_model(vocab_size=WALKS.vocab_size, max_seq_len=8), Codec(WALKS)),
+        "walks": (small_model(vocab_size=WALKS.vocab_size), WalkCodec(WALKS)),
+        "short": (small_model(vocab_size=WALKS.vocab_size, max_seq_len=8), WalkCodec(WALKS)),
     }
     with running(models, max_rows=2) as here:
         yield here
@@ -128,7 +121,7 @@ def test_other_paths_are_not_found(server: Running) -> None:
 
 def test_puzzles_are_walks_with_their_ends(server: Running) -> None:
     offered = server.client.get("/v1/page", params={"model": "walks"}).json()
-    codec, hops = Codec(WALKS), []
+    codec, hops = WalkCodec(WALKS), []
     for puzzle in offered["puzzles"]:
         walk = np.array([codec.encode(puzzle["prompt"])])
         assert puzzle["answer"] == codec.words[WALKS.entities_along(walk)[0, -1]]

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from openmythos.data.synthetic import HopsConfig, Walks
+from openmythos.eval.walk import WalkCodec
 from openmythos.serve.error import APIError
 from openmythos.serve.schema import CompletionBody, Message
 from openmythos.tokenizer import Tokenizer, byte_tokenizer
@@ -24,6 +26,21 @@ def test_a_conversation_in_its_template(tmp_path: Path) -> None:
         answer = server.post("/v1/chat/completions", model="chat", max_tokens=2, messages=plain)
         assert answer.status_code == 200 and "x-warning" not in answer.headers
         assert served.card()["chat_template"] is True
+
+
+def test_a_model_of_walks_reads_words_and_answers_one() -> None:
+    codec = WalkCodec(Walks(HopsConfig()))
+    model = small_model(vocab_size=codec.vocab_size)
+    with running({"walks": (model, codec)}) as server:
+        body = {"model": "walks", "temperature": 0}
+        text = server.post("/v1/completions", prompt="e3 r1 r0", **body, max_tokens=1).json()
+        said = {"role": "user", "content": "e3 r1 r0"}
+        chat = server.post("/v1/chat/completions", messages=[said], **body).json()
+        answer = text["choices"][0]["text"]
+        assert answer == chat["choices"][0]["message"]["content"]
+        assert answer.strip() in codec.words and chat["usage"]["completion_tokens"] == 1
+        wrong = server.post("/v1/completions", prompt="e3 hello", **body)
+        assert wrong.status_code == 400 and "'hello'" in wrong.json()["error"]["message"]
 
 
 def test_without_a_template_a_transcript(server: Running) -> None:

@@ -185,7 +185,7 @@ def test_curriculum_chooses_the_current_stage_two_times_in_three():
 def test_arguments_out_of_range():
     for options, message in [
         ({"num_entities": 1}, "num_entities is 1"),
-        ({"max_train_hops": 0}, "max_train_hops=0"),
+        ({"max_train_hops": 0}, "max_train_hops is 0"),
         ({"held_out_fraction": 0.9}, "held_out_fraction is 0.9; it must be 0 to 0.5"),
     ]:
         with pytest.raises(ValueError, match=message):

@@ -1,13 +1,14 @@
 """``POST /v1/completions``: prompts are continued."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse
 
 from openmythos.engine import request as engine
-from openmythos.serve.answer import Answer, completion_logprobs
+from openmythos.engine.sampling import Logprobs
+from openmythos.serve.answer import Answer, Delta, completion_logprobs
 from openmythos.serve.error import APIError
 from openmythos.serve.reply import head_of, merged, usage_of_body, warnings
 from openmythos.serve.schema import CompletionBody
@@ -39,18 +40,9 @@ async def complete(served: ServedModel, body: CompletionBody, request: Request) 
         async with served.answers(requests, stops) as answers:
             offsets = [0] * len(answers)
             async for index, delta in merged(answers):
-                choice: dict[str, Any] = {
-                    "index": index,
-                    "text": delta.text,
-                    "finish_reason": delta.finish_reason,
-                    "logprobs": None,
-                }
-                if body.logprobs is not None:
-                    pairs = [(token.id, token.logprobs) for token in delta.tokens]
-                    choice["logprobs"] = completion_logprobs(pairs, served.codec, offsets[index])
+                pairs = [(token.id, token.logprobs) for token in delta.tokens]
+                choice = _choice(served, body, index, delta, pairs, offsets[index])
                 offsets[index] += len(delta.text)
-                if body.include_loops:
-                    choice["loops"] = [token.num_loops for token in delta.tokens]
                 yield {**head, "choices": [choice]}
             if with_usage:
                 usage = usage_of_body(body, num_prompt, answers, requests[0].num_loops or 0)
@@ -64,16 +56,17 @@ async def complete(served: ServedModel, body: CompletionBody, request: Request) 
             choices = []
             for index, answer in enumerate(answers):
                 await answer.whole()
-                choices.append(await _choice(served, body, index, answer, requests[index]))
+                choices.append(await _whole(served, body, index, answer, requests[index]))
             usage = usage_of_body(body, num_prompt, answers, requests[0].num_loops or 0)
             return {**head, "choices": choices, "usage": usage}
 
     return JSONResponse(await unless_gone(whole(), request.receive), headers=headers)
 
 
-async def _choice(
+async def _whole(
     served: ServedModel, body: CompletionBody, index: int, answer: Answer, asked: engine.Request
 ) -> dict[str, Any]:
+    """The choice of an answer that has ended, after its prompt if that is to be echoed."""
     pairs = [(token.id, token.logprobs) for token in answer.tokens]
     text = answer.text
     if body.echo:
@@ -81,16 +74,29 @@ async def _choice(
         if body.logprobs is not None:
             own = await served.prompt_logprobs(asked, body.logprobs)
             pairs = [*zip(asked.tokens, own, strict=True), *pairs]
+    told = Delta(text, tuple(answer.tokens), answer.finish_reason)
+    return _choice(served, body, index, told, pairs)
+
+
+def _choice(
+    served: ServedModel,
+    body: CompletionBody,
+    index: int,
+    delta: Delta,
+    pairs: Sequence[tuple[int, Logprobs | None]],
+    start: int = 0,
+) -> dict[str, Any]:
+    """A choice, or the next piece of one, which begins at a character of its text."""
     choice: dict[str, Any] = {
         "index": index,
-        "text": text,
-        "finish_reason": answer.finish_reason,
+        "text": delta.text,
+        "finish_reason": delta.finish_reason,
         "logprobs": None,
     }
     if body.logprobs is not None:
-        choice["logprobs"] = completion_logprobs(pairs, served.codec)
+        choice["logprobs"] = completion_logprobs(pairs, served.codec, start)
     if body.include_loops:
-        choice["loops"] = [token.num_loops for token in answer.tokens]
+        choice["loops"] = [token.num_loops for token in delta.tokens]
     return choice
 
 

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from starlette.responses import Response
 
 from openmythos.serve.error import APIError
-from openmythos.serve.guard import Receive, Scope, Send
+from openmythos.serve.guard import Receive, Scope, Send, send_error
 
 T = TypeVar("T")
 DONE = "[DONE]"
@@ -53,8 +53,9 @@ async def _gone(receive: Receive) -> None:
 class EventStream(Response):
     """Events as data: objects in JSON, or (name, object) for events that have a name.
 
-    An error after the first byte is sent as data, because the status is gone by then. The source is
-    closed whatever happens, also if the client hangs up while nothing is sent.
+    The answer begins with the first event: an error before it, such as a full queue, has its own
+    status; one after it is sent as data, because the status is gone by then. The source is closed
+    whatever happens, also if the client hangs up while nothing is sent.
     """
 
     def __init__(self, events: AsyncIterator[Any], headers: dict[str, str], *, done: bool) -> None:
@@ -68,32 +69,31 @@ class EventStream(Response):
             await unless_gone(self._send_all(send), receive)
 
     async def _send_all(self, send: Send) -> None:
-        start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
-        await send(start)
+        begun = False
         try:
             async for event in self.events:
+                if not begun:
+                    head = {"type": "http.response.start", "status": 200}
+                    await send({**head, "headers": self.raw_headers})
+                begun = True
                 await send(_data(event))
         except APIError as error:
+            if not begun:
+                await send_error(error, send)
+                return
             await send(_data(("error", error.body) if not self.done else error.body))
         finally:
             await self.events.aclose()  # type: ignore[attr-defined]
         if self.done:
-            await send(
-                {
-                    "type": "http.response.body",
-                    "body": f"data: {DONE}\n\n".encode(),
-                    "more_body": True,
-                }
-            )
+            await send(_part(f"data: {DONE}\n\n"))
         await send({"type": "http.response.body", "body": b""})
 
 
 def _data(event: Any) -> dict[str, Any]:
     name, body = event if isinstance(event, tuple) else (None, event)
     head = "" if name is None else f"event: {name}\n"
-    text = json.dumps(body, ensure_ascii=False)
-    return {
-        "type": "http.response.body",
-        "body": f"{head}data: {text}\n\n".encode(),
-        "more_body": True,
-    }
+    return _part(f"{head}data: {json.dumps(body, ensure_ascii=False)}\n\n")
+
+
+def _part(text: str) -> dict[str, Any]:
+    return {"type": "http.response.body", "body": text.encode(), "more_body": True}

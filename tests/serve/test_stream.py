@@ -76,6 +76,21 @@ def test_an_error_after_the_first_byte_is_data(done: bool) -> None:
     assert '"message": "broken"' in text and text.endswith("[DONE]\n\n") == done
 
 
+def test_an_error_before_the_first_byte_has_its_status() -> None:
+    messages: list[Any] = []
+
+    async def events() -> AsyncIterator[Any]:
+        raise APIError(429, "full", retry_after=1)
+        yield
+
+    async def send(message: Any) -> None:
+        messages.append(message)
+
+    asyncio.run(EventStream(events(), {}, done=True)({}, never, send))
+    assert [message.get("status") for message in messages] == [429, None]
+    assert (b"retry-after", b"1") in messages[0]["headers"] and b"full" in messages[1]["body"]
+
+
 def test_a_source_is_closed_when_the_client_hangs_up() -> None:
     closed = []
 

@@ -30,8 +30,10 @@ def usage_of_body(
     body: Choices, num_prompt: int, answers: Sequence[Answer], num_loops: int
 ) -> dict[str, Any]:
     """The usage of a body's answers."""
-    cached = min(num_prompt, sum(answer.ticket.num_cached for answer in answers))
-    loops = (num_prompt - cached) * num_loops
+    firsts = answers[:: body.n]  # the first choice of each prompt reads it, the others find it
+    cached = sum(answer.ticket.num_cached for answer in firsts)
+    # The loops of a prompt's last token are those of the first new one.
+    loops = max(0, num_prompt - len(firsts) - cached) * num_loops
     return usage_of(num_prompt, cached, answers, body.include_loops, loops)
 
 

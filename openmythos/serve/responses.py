@@ -228,7 +228,8 @@ class _Reply:
             "total_tokens": self.num_prompt + count,
         }
         if self.body.include_loops:
-            num_read = self.num_prompt - answer.ticket.num_cached
+            # The loops of the prompt's last token are those of the first new one.
+            num_read = max(0, self.num_prompt - 1 - answer.ticket.num_cached)
             usage["loops"] = loop_counts(loops, num_read * self.num_loops)
         return usage
 

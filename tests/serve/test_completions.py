@@ -67,6 +67,21 @@ def test_several_prompts_as_text_and_ids(client: openai.OpenAI) -> None:
     assert one.choices[0].text == by_ids.choices[0].text
 
 
+def test_the_loops_of_a_prompt_are_those_of_all_but_its_last_token(client: openai.OpenAI) -> None:
+    prompts, size = ["one two", "three four"], TOKENIZER.encode_prompt
+    made = client.completions.create(
+        model="small",
+        prompt=prompts,
+        max_tokens=2,
+        n=2,
+        extra_body={"num_loops": 3, "include_loops": True},
+    )
+    assert made.usage is not None and made.usage.prompt_tokens_details is not None
+    loops: Any = made.usage.loops  # type: ignore[attr-defined]
+    assert made.usage.prompt_tokens_details.cached_tokens == 0
+    assert loops["prompt"] == 3 * sum(len(size(prompt)) - 1 for prompt in prompts)
+
+
 def test_stops_and_limits(client: openai.OpenAI) -> None:
     free = client.completions.create(model="small", prompt="ab", max_tokens=30, temperature=0)
     text = free.choices[0].text

@@ -55,6 +55,33 @@ def compile_call(call: Callable[..., Any]) -> Callable[..., Any]:
     return compiled
 
 
+def record(call: Callable[[], Any]) -> tuple[Any, Callable[[], Any]]:
+    """Compile and run ``call``; return its result, and what runs the compiled code again.
+
+    All that it reads, the tensors that it closes over and the weights of modules, is read where it
+    was, and what it changes in place is changed there: nothing is looked up or checked again, which
+    takes longer than a layer of a small model. It returns one tensor or nothing.
+    """
+    found: list[Callable[[], Any]] = []
+
+    def backend(graph: fx.GraphModule, inputs: Sequence[Any]) -> Any:
+        compiled = _backend(graph, inputs)
+
+        def first(*inputs: Any) -> Any:
+            found.append(lambda: compiled(*inputs))
+            return compiled(*inputs)
+
+        return first
+
+    torch.compiler.allow_in_graph(gathered_experts)  # as in ``compile_call``
+    settings: dict[str, Any] = {"backend": backend, "fullgraph": True, "dynamic": False}
+    settings |= {"recompile_limit": RECOMPILE_LIMIT, "isolate_recompiles": True}
+    settings["options"] = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
+    result = torch.compile(call, **settings)()
+    (again,) = found
+    return result, again if result is None else lambda: again()[0]
+
+
 def _backend(graph: fx.GraphModule, inputs: Sequence[Any]) -> Any:
     """Inductor, after replacing the products that the ``narrow`` kernels take."""
     from torch._inductor.compile_fx import compile_fx  # takes seconds to import

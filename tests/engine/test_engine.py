@@ -11,7 +11,7 @@ import torch
 import openmythos as om
 from openmythos.engine.call_cost import CallCosts
 from openmythos.engine.engine import Engine, EngineConfig, Event
-from openmythos.engine.paged_cache import PagedView
+from openmythos.engine.paged_cache import PagedCache
 from openmythos.engine.request import Request
 from openmythos.engine.runner import Runner
 from openmythos.engine.sampling import SamplingConfig
@@ -127,14 +127,14 @@ def test_two_swapped_pages_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("left_out", [1, 2])
 def test_one_forward_fill_left_out_is_noticed(monkeypatch, left_out: int) -> None:
-    fill, calls = PagedView.fill_forward, []
+    fill, calls = PagedCache.fill_forward, []
 
-    def fill_most(view: PagedView, *loops: torch.Tensor) -> None:
-        calls.append(loops)
+    def fill_most(cache: PagedCache, tokens: list) -> None:
+        calls.append(tokens)
         if len(calls) != left_out:
-            fill(view, *loops)
+            fill(cache, tokens)
 
-    monkeypatch.setattr(PagedView, "fill_forward", fill_most)
+    monkeypatch.setattr(PagedCache, "fill_forward", fill_most)
     found, _ = check(MUTANT)
     assert len(calls) > left_out and any("log-probabilities" in each for each in found)
 

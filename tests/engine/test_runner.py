@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from openmythos.engine import runner as runner_module
 from openmythos.engine.batch import CachedBatch
 from openmythos.engine.paged_cache import PagedCache
 from openmythos.engine.runner import Entry, Runner
@@ -100,8 +101,13 @@ def test_seats_of_nobody_fill_up_a_call_and_change_nothing(monkeypatch) -> None:
     model, seen = make_model("act"), []
     plain, padded = make_runner(model), make_runner(model)
     padded.compiled = True
-    context = padded._context
-    monkeypatch.setattr(padded, "_context", lambda rows: seen.append(len(rows)) or context(rows))
+    monkeypatch.setattr(runner_module, "record", lambda call: (call(), call))
+    context = padded._make_context
+    monkeypatch.setattr(
+        padded,
+        "_make_context",
+        lambda given, width: seen.append(given.shape[1]) or context(given, width),
+    )
     for runner in (plain, padded):
         for row in (0, 2, 3):
             read(runner, row)

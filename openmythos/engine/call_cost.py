@@ -5,6 +5,7 @@ as they can, every step pays a call of few rows; if they wait for each other, fe
 meanwhile. What is better depends on the model, the machine, and how soon others will come.
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -13,8 +14,14 @@ HORIZON = 8  # loops that are looked ahead
 Ends = tuple[float, ...]  # the probabilities to have ended after 1, 2 ... HORIZON more loops
 
 
-def ends_after(loops: Sequence[int]) -> Ends:
-    """The probabilities if each of these numbers of further loops is as likely."""
+@functools.lru_cache(maxsize=4096)  # asked at every step, for what changes slowly
+def ends_after(seen: tuple[int, ...], done: int, depth: int) -> Ends:
+    """The probabilities for a token that has run ``done`` loops of at most ``depth``.
+
+    It ends as one of those ``seen``, each as likely, that took more; without any such, all numbers
+    of loops up to ``depth`` are as likely.
+    """
+    loops = [taken - done for taken in seen if taken > done] or range(1, depth - done + 1)
     counts = [0] * HORIZON
     for number in loops:
         if number <= HORIZON:

@@ -386,12 +386,19 @@ class Engine:
         if not new:
             return
         lives = [self._live[jobs[place].id] for place in new]
-        drawn = [live.generator.clone_state() for live in lives]
+        drawn = [  # copies, so that a failed step draws nothing
+            live.generator.clone_state() if live.request.sampling.temperature else live.generator
+            for live in lives
+        ]
         num_new = [len(live.job.new) for live in lives]
         settings = [
             live.request.sampling_after(count) for live, count in zip(lives, num_new, strict=True)
         ]
-        weighed = adjusted(logits[new], settings, [live.job.text for live in lives], num_new)
+        texts = [
+            live.job.text if each.adjusts else ()
+            for live, each in zip(lives, settings, strict=True)
+        ]
+        weighed = adjusted(logits[new], settings, texts, num_new)
         tokens = sample(weighed, settings, drawn).tolist()
         for place, live, token, generator in zip(new, lives, tokens, drawn, strict=True):
             live.generator = generator

@@ -20,6 +20,7 @@ from openmythos.engine.call_cost import CallCosts, Ends, ends_after
 from openmythos.engine.page_pool import PagePool
 
 MEMORY = 32  # tokens of a job whose loops tell how soon the next one will stop
+FORGET = 8  # tokens after which they are looked up again
 Stage = Literal["waiting", "prefill", "ready", "core", "exited"]
 
 
@@ -63,6 +64,8 @@ class Job:
     since: float = 0.0
     num_cached: int = 0
     num_looped: int = 0
+    _seen: tuple[int, ...] = ()  # the latest tokens' loops in order, when there were ``_num_seen``
+    _num_seen: int = 0
 
     @property
     def text(self) -> tuple[int, ...]:
@@ -88,9 +91,10 @@ class Job:
         if known is None and not self.may_stop:
             known = self.depth
         if known is not None:
-            return ends_after([known - done])
-        latest = [loops - done for loops in self.loops[-MEMORY:] if loops > done]
-        return ends_after(latest or range(1, self.depth - done + 1))
+            return ends_after((known,), done, known)
+        if len(self.loops) >= self._num_seen + FORGET or self._num_seen > len(self.loops):
+            self._num_seen, self._seen = len(self.loops), tuple(sorted(self.loops[-MEMORY:]))
+        return ends_after(self._seen, done, self.depth)
 
 
 class Chunk(NamedTuple):
@@ -264,14 +268,15 @@ class Scheduler:
     def boundary_is_due(self, now: float) -> bool:
         """Whether the tokens at the boundary go on, or are held back for more to come."""
         held = [job for job in self.running if job.stage in ("exited", "ready")]
-        looping = [job.ends for job in self.running if job.stage == "core"]
+        looping = [job for job in self.running if job.stage == "core"]
         if not held or not looping:
             return bool(held)
         if now - min(job.since for job in held) >= self.max_hold:
             return True
         if self.hold is not None:
             return len(held) >= self.hold
-        return self.costs is None or not self.costs.worth_waiting(len(held), looping)
+        costs = self.costs
+        return costs is None or not costs.worth_waiting(len(held), [job.ends for job in looping])
 
     def enter(self, now: float) -> list[Job]:
         """Move the ready jobs to the core, each with a page of its own for the next token."""

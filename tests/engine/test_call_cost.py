@@ -12,13 +12,15 @@ def linear(core: tuple[float, float], boundary: tuple[float, float]) -> CallCost
 
 
 def after(*loops: int) -> Ends:
-    return ends_after(loops)
+    return ends_after(loops, 0, 99)
 
 
 def test_what_has_ended_by_when() -> None:
     assert after(2) == (0, 1, 1, 1, 1, 1, 1, 1)
     assert after(1, 3, 3, 20) == (0.25, 0.25, *[0.75] * 6)
     assert len(after(99)) == HORIZON and sum(after(99)) == 0
+    assert ends_after((1, 3, 5, 5), 3, 8)[:3] == (0, 1, 1)
+    assert ends_after((1, 3), 3, 7)[:5] == ends_after((), 3, 7)[:5] == (0.25, 0.5, 0.75, 1, 1)
 
 
 @pytest.mark.parametrize(

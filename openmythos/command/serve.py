@@ -41,6 +41,14 @@ Compiled = Annotated[
     bool, typer.Option("--compile", help="Wait for the compiler, then decode faster.")
 ]
 
+Fair = Annotated[
+    str,
+    typer.Option(
+        help="'sum': most tokens per second in all; 'deep': requests with few loops hold up those "
+        "with more only a little."
+    ),
+]
+
 
 def serve(
     paths: Paths,
@@ -54,6 +62,7 @@ def serve(
     num_pages: Pages = None,
     timeout: Timeout = 600.0,
     compiled: Compiled = False,
+    fair: Fair = "sum",
     device: Device = "cpu",
 ) -> None:
     """Serve models over HTTP as OpenAI's API does, with depth per request."""
@@ -79,8 +88,10 @@ def serve(
             max_loops=deepest,
             num_pages=num_pages,
             compiled=compiled,
+            fair=fair,  # type: ignore[arg-type]  # checked there
         )
         engine = Engine(model, config)
+        engine.warm_up()
         measured = metrics.of(name, lambda engine=engine: engine.stats)  # type: ignore[misc]
         worker = EngineThread(engine, measured, max_waiting=max_waiting)
         created = int(time.time())

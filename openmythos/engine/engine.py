@@ -11,7 +11,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from jaxtyping import Float
@@ -28,7 +28,7 @@ from openmythos.engine.sampling import (
     sample,
     token_logprobs,
 )
-from openmythos.engine.scheduler import Job, Scheduler
+from openmythos.engine.scheduler import Fair, Job, Scheduler
 from openmythos.model.cache import CacheLayout, PerLoop
 from openmythos.model.exit import Fixed, Rule
 from openmythos.model.inference import inference
@@ -59,6 +59,10 @@ class EngineConfig:
             is best for the sum of all by the costs that ``warm_up`` measures; without it they do
             not wait.
         max_hold_ms: The longest that a token waits there, in milliseconds.
+        fair: ``"sum"``: as many tokens per second as possible, most of them of requests with few
+            loops. ``"deep"``: those hold up requests with more loops only so far that these keep at
+            least 0.8 of their speed in lockstep; it needs ``warm_up``, without which all tokens
+            wait for each other, and ``max_hold_ms`` still bounds the wait.
         priority_s: Seconds of waiting that make up for a priority that is one worse.
         compiled: Whether to compile what runs for every token.
     """
@@ -73,6 +77,7 @@ class EngineConfig:
     reuse_prefixes: bool = True
     hold_rows: int | None = None
     max_hold_ms: float = 50.0
+    fair: Fair = "sum"
     priority_s: float = 10.0
     compiled: bool = False
 
@@ -87,6 +92,9 @@ class EngineConfig:
             value = as_number(name, getattr(self, name), allowed)
             require(value >= 0, name, value, allowed)
             object.__setattr__(self, name, value)
+        require(
+            self.fair in get_args(Fair), "fair", self.fair, " or ".join(map(repr, get_args(Fair)))
+        )
         for name in ("reuse_prefixes", "compiled"):
             object.__setattr__(self, name, as_flag(name, getattr(self, name)))
         layout, made = self.cache_layout, "None or a layout, for example LastLoop()"
@@ -206,6 +214,7 @@ class Engine:
             exact=self._cache.layout.exact,
             hold=config.hold_rows,
             max_hold=config.max_hold_ms / 1000,
+            fair=config.fair,
             reuse=config.reuse_prefixes,
         )
         self._runner = Runner(

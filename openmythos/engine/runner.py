@@ -33,6 +33,7 @@ from openmythos.model.loop import (
 from openmythos.model.recurrent import RecurrentDepthLM
 
 MEASURED_LENGTH = 128  # tokens that a row attends to when the costs of calls are measured
+MOST_REPEATS, MEASURED_SECONDS = 15, 0.2  # of each of these calls
 Program = Literal["encode", "loop", "decode"]  # what is run on rows: ``Runner._encode_rows`` ...
 
 
@@ -103,18 +104,20 @@ class Runner:
 
     # --- costs ------------------------------------------------------------------------------------
 
-    def measure(self, repeats: int = 7) -> CallCosts:
+    def measure(self) -> CallCosts:
         """Seconds of the calls for 1, 2, 4 ... rows; compiled calls are compiled for them first.
 
         All rows are the seat of nobody, whose text is ``MEASURED_LENGTH`` tokens long meanwhile.
         """
         core, boundary, count, before = {}, {}, 1, self.core_applications
-        nobody, length = self.num_seats, min(MEASURED_LENGTH, self._tables.shape[1])
-        entry = Entry(nobody, 0, length - 1, (SCRATCH,) * length, self.cache.max_loops, Fixed(), 0)
+        nobody, size = self.num_seats, self.cache.page_size
+        pages = min(-(-MEASURED_LENGTH // size), self._tables.shape[1])
+        place = min(MEASURED_LENGTH, pages * size) - 1, (SCRATCH,) * pages
+        entry = Entry(nobody, 0, *place, self.cache.max_loops, Fixed(), 0)
         while count < 2 * self.num_seats:
             size = min(count, self.num_seats)
-            core[size] = _least_seconds(partial(self._loop_nobody, size), repeats)
-            boundary[size] = _least_seconds(partial(self._cross_nobody, [entry] * size), repeats)
+            core[size] = _least_seconds(partial(self._loop_nobody, size))
+            boundary[size] = _least_seconds(partial(self._cross_nobody, [entry] * size))
             count *= 2
         self.enter([replace(entry, position=0, pages=(SCRATCH,))])
         self.core_applications = before
@@ -321,11 +324,11 @@ class Runner:
         return torch.tensor(numbers, dtype=torch.int64, device=self.device)
 
 
-def _least_seconds(call: Callable[[], object], repeats: int) -> float:
+def _least_seconds(call: Callable[[], object]) -> float:
     """The shortest of some calls, after one that is not counted."""
     call()
-    found = []
-    for _ in range(repeats):
+    found: list[float] = []
+    while len(found) < MOST_REPEATS and sum(found) < MEASURED_SECONDS:
         start = time.perf_counter()
         call()
         if torch.cuda.is_initialized():

@@ -465,6 +465,7 @@ def test_requests_are_refused_in_one_line() -> None:
         ({"prefill_chunk": 3}, "prefill_chunk is 3; it must be a multiple of page_size=2"),
         ({"num_pages": 1}, "num_pages is 1; it must be an integer of at least 2"),
         ({"max_hold_ms": -1}, "max_hold_ms is -1"),
+        ({"fair": "all"}, "fair is 'all'; it must be 'sum' or 'deep'"),
         ({"cache_layout": "last"}, "cache_layout is 'last'"),
         ({"compiled": "no"}, "compiled is 'no'; it must be True or False"),
         ({"max_len": 65}, "max_len is 65; it must be at most 64, the max_seq_len of the model"),

@@ -168,7 +168,8 @@ def fresh_compiler(compiler: None) -> Iterator[None]:
 def test_a_compiled_engine_gives_what_each_request_gives_alone() -> None:
     """One to three rows at different loops; the third is filled up by a seat of nobody."""
     engine = make_engine("universal act, moe, mla", max_rows=4, compiled=True)
-    engine.warm_up()
+    with unchecked():
+        engine.warm_up()
     with torch.compiler.set_stance("fail_on_recompile"):
         requests = [
             make_request(tokens=PROMPT[first:], num_loops=2 + first, exit_rule=rule)
@@ -363,6 +364,23 @@ def test_a_request_that_diverges_fails_alone(monkeypatch: pytest.MonkeyPatch) ->
     assert [event.finish_reason for event in events[bad]] == [None, None, "error"]
     assert "diverged" in events[bad][-1].error
     assert same(engine, make_request(seed=2), events[good])
+    assert engine.stats.num_free_pages == engine.stats.num_pages
+
+
+def test_settings_that_leave_no_choice_fail_alone() -> None:
+    engine = make_engine()
+    nothing = [(token, -float("inf")) for token in range(engine.model.config.vocab_size)]
+    bad = [
+        engine.add(make_request(sampling=SamplingConfig(**changes)))
+        for changes in ({"logit_bias": nothing}, {"repetition_penalty": 1e-300})
+    ]
+    other = make_request(sampling=SamplingConfig(temperature=1.0), seed=2)
+    good = engine.add(other)
+    events = run(engine)
+    for number in bad:
+        assert [event.finish_reason for event in events[number]] == ["error"]
+    assert "forbids every token" in events[bad[0]][0].error
+    assert same(engine, other, events[good])
     assert engine.stats.num_free_pages == engine.stats.num_pages
 
 

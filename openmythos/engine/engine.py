@@ -393,8 +393,9 @@ class Engine:
         ]
         weighed = adjusted(logits[new], settings, [live.job.text for live in lives], num_new)
         tokens = sample(weighed, settings, drawn).tolist()
-        for place, live, token, generator in zip(new, lives, tokens, drawn, strict=True):
+        for place, live, sampled, generator in zip(new, lives, tokens, drawn, strict=True):
             live.generator = generator
+            token = live.request.new_token(len(live.job.new), sampled)
             self._scheduler.has_decoded(live.job, loops[place], token, now)
             self._tell(live, token, loops[place], logits[place])
 

@@ -23,6 +23,7 @@ from openmythos.command.decoding import (
     coloured,
     decoding_of,
     load,
+    most_tokens,
     sampling_of,
 )
 from openmythos.command.option import Device, Seed
@@ -30,6 +31,7 @@ from openmythos.terminal import console, note
 
 if TYPE_CHECKING:
     from openmythos.engine.reference import NewToken, Session
+    from openmythos.eval.walk import WalkCodec
     from openmythos.report.page import LoopScale
     from openmythos.text_stream import TextStream
     from openmythos.tokenizer import Tokenizer
@@ -39,7 +41,7 @@ MIN_ANSWER = 8  # tokens of the context that must be left for an answer
 
 def chat(
     checkpoint: Checkpoint,
-    max_new_tokens: NewTokens = 128,
+    max_new_tokens: NewTokens = None,
     num_loops: NumLoops = None,
     exit_rule: ExitKind = "fixed",
     cache_layout: Layout = "per_loop",
@@ -63,6 +65,7 @@ def chat(
     from openmythos.text_stream import TextStream
 
     default = SamplingConfig(temperature=0.8, top_k=50)
+    longest = most_tokens(max_new_tokens, tokenizer, 128)
     sampling = sampling_of(tokenizer, default, temperature, top_k, top_p)
     screen, notes = console(), console(notes=True)
     depth = model.config.num_loops if num_loops is None else num_loops
@@ -75,7 +78,7 @@ def chat(
     # option that cannot be.
     asked = Request(
         tokens=[0],
-        max_new_tokens=max_new_tokens,
+        max_new_tokens=longest,
         num_loops=depth,
         exit_rule=rule,
         sampling=sampling,
@@ -85,8 +88,7 @@ def chat(
     replace(asked, max_new_tokens=1).check(model.config, max_loops=deepest)
     TextStream(tokenizer, stop or ())
     session, talk = fresh(), Talk(tokenizer, special)
-    how = "each line continues the text" if tokenizer.chat_template is None else "in its template"
-    notes.print(Text(f"/loops N, /reset, /quit; {how}.", "dim"))
+    notes.print(Text(f"/loops N, /reset, /quit; {talk.how}.", "dim"))
     while (line := ask(notes)) is not None and line != "/quit":
         if line == "/reset":
             session, talk = fresh(), Talk(tokenizer, special)
@@ -94,9 +96,8 @@ def chat(
         if line.startswith("/"):
             depth = read_depth(notes, line, depth, deepest)
             continue
-        alone = len(Talk(tokenizer, special).prompt(line))
-        if alone > session.max_len - MIN_ANSWER:
-            said = f"that line has {alone} tokens: too long for this model"
+        said = why_not(line, Talk(tokenizer, special), session.max_len)
+        if said is not None:
             notes.print(Text(said, "red"))
             continue
         whole = talk.prompt(line)
@@ -109,13 +110,23 @@ def chat(
         request = replace(
             asked,
             tokens=whole[len(talk.seen) :],
-            max_new_tokens=min(max_new_tokens, session.max_len - len(whole)),
+            max_new_tokens=min(longest, session.max_len - len(whole)),
             num_loops=depth,
         )
         answer = TextStream(tokenizer, stop or ())
         say(screen, session.stream([request]), answer, LoopScale(1, depth))
         (talk.seen,) = session.tokens
         talk.answered(line, answer.text)
+
+
+def why_not(line: str, talk: "Talk", max_len: int) -> str | None:
+    """Why a line cannot be read even in a new talk; None: it can be."""
+    try:
+        alone = len(talk.prompt(line))
+    except ValueError as error:  # what is no walk
+        return str(error)
+    too_long = alone > max_len - MIN_ANSWER
+    return f"that line has {alone} tokens: too long for this model" if too_long else None
 
 
 def say(
@@ -135,13 +146,31 @@ def say(
 class Talk:
     """What has been said, and the tokens of it that the session has."""
 
-    def __init__(self, tokenizer: "Tokenizer", special: bool) -> None:
+    def __init__(self, tokenizer: "Tokenizer | WalkCodec", special: bool) -> None:
         self.tokenizer, self.special = tokenizer, special
         self.messages: list[dict[str, str]] = []
         self.seen: list[int] = []
 
+    @property
+    def how(self) -> str:
+        """How the lines are read, in words."""
+        from openmythos.eval.walk import WalkCodec
+
+        if isinstance(self.tokenizer, WalkCodec):
+            return "each line is a walk, such as e3 r1 r0"
+        templated = self.tokenizer.chat_template is not None
+        return "in its template" if templated else "each line continues the text"
+
     def prompt(self, line: str) -> list[int]:
-        """The tokens of everything up to the answer to ``line``."""
+        """The tokens of everything up to the answer to ``line``.
+
+        Raises:
+            ValueError: The line is no walk, and the model knows nothing else.
+        """
+        from openmythos.eval.walk import WalkCodec
+
+        if isinstance(self.tokenizer, WalkCodec):  # every line is a walk of its own
+            return self.tokenizer.encode_prompt(line)
         if self.tokenizer.chat_template is not None:
             messages = [*self.messages, {"role": "user", "content": line}]
             return self.tokenizer.encode_chat(messages, special=self.special)

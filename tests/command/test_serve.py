@@ -69,6 +69,8 @@ def test_a_server_that_is_told_to_end_finishes_what_runs(tmp_path: Path) -> None
     [
         (["absent"], "absent"),
         (["a/small", "b/small"], "same name"),
+        (["zoo:absent"], "no model 'zoo:absent' ships"),
+        (["zoo:walks", "a/walks"], "same name"),
         (["absent", "--api-key-file", "empty.txt"], "holds no key"),
         (["absent", "--host", "999.1.1.1"], "absent"),
     ],

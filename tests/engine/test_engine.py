@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import openmythos as om
+from benchmarks.engine_device import run as run_on_device
 from openmythos.engine.call_cost import CallCosts
 from openmythos.engine.engine import Engine, EngineConfig, Event
 from openmythos.engine.paged_cache import PagedCache
@@ -513,3 +514,10 @@ def test_public_names() -> None:
     tokens = [event.token for event in engine.stream(number)]
     assert tokens == om.generate(model, [[1, 2, 3]], max_new_tokens=3, num_loops=2).tokens[0]
     assert om.EngineConfig().max_rows == engine.config.max_rows
+
+
+def test_the_benchmark_for_gpus_runs_anywhere() -> None:
+    with unchecked():
+        (same, speed, *_) = run_on_device("cpu", ["walks"], [2], 2, compiled=False)
+    assert same["coherence"]["requests"] > same["coherence"]["differ_beyond_rounding"] == 0
+    assert speed["fixed"] > 0 and speed["dtype"] == "float32"

@@ -12,6 +12,7 @@ from openmythos.command.option import check_device, set_option
 from openmythos.command.origin import require_text
 
 if TYPE_CHECKING:
+    from openmythos.engine.engine import Event
     from openmythos.engine.sampling import SamplingConfig
     from openmythos.model.cache import CacheLayout
     from openmythos.model.exit import Rule
@@ -140,6 +141,16 @@ def load(checkpoint: Path, device: str) -> tuple["RecurrentDepthLM", "Tokenizer"
     if tokenizer.change is not None:
         typer.echo(f"note: the tokenizer changes text: {tokenizer.change}", err=True)
     return load_pretrained(folder, device=device), tokenizer
+
+
+def require_well(event: "Event") -> None:
+    """Check that a request goes on or has ended as it should.
+
+    Raises:
+        ValueError: It has failed; says why.
+    """
+    if event.error is not None:
+        raise ValueError(event.error)
 
 
 def coloured(pieces: "Iterable[TextPiece]", loops: Sequence[int], scale: "LoopScale") -> Text:

@@ -9,7 +9,7 @@ was preempted.
 import itertools
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from openmythos.config.schema import as_flag, as_integer, as_number, require
 from openmythos.engine.paged_cache import PagedCache
-from openmythos.engine.request import Request
+from openmythos.engine.request import Request, room_for
 from openmythos.engine.runner import Entry, Runner
 from openmythos.engine.sampling import (
     Logprobs,
@@ -37,6 +37,7 @@ from openmythos.ops.cpu import build as native
 from openmythos.plan.memory import free_bytes, require_memory
 
 EndReason = Literal["stop", "length", "abort", "deadline", "error"]
+ONE_DAY_MS = 86_400_000.0
 PAGES_SHARE = 0.5  # of the free memory that an engine takes for pages at most, if it is not told
 
 
@@ -216,6 +217,40 @@ class Engine:
         self._ids = itertools.count()
         self._events: list[Event] = []
         self._counts = _Counts()
+
+    @classmethod
+    def fitting(
+        cls,
+        model: RecurrentDepthLM,
+        requests: Sequence[Request],
+        *,
+        cache_layout: CacheLayout | None = None,
+        compiled: bool = False,
+    ) -> "Engine":
+        """An engine with just enough room for these requests, which are still to be added.
+
+        It gives what ``generate`` gives for them, prompts being read at once where that matters.
+        Tokens wait for each other as in its batches: nothing depends on how long calls take.
+
+        Raises:
+            ValueError: A request that the model cannot serve, or a cache that does not fit.
+        """
+        room, size = room_for(model.config, requests), EngineConfig.page_size
+        exact = cache_layout is None or cache_layout.exact
+        # Room to spare, a page each: jobs are admitted as long as the running ones can go on.
+        per_row = -(-room.max_len // size) + 1
+        config = EngineConfig(
+            max_rows=len(requests),
+            max_len=room.max_len,
+            max_loops=room.max_loops,
+            num_pages=1 + len(requests) * per_row,
+            cache_layout=cache_layout,
+            prefill_chunk=EngineConfig.prefill_chunk if exact else size * per_row,
+            hold_rows=len(requests),
+            max_hold_ms=ONE_DAY_MS,
+            compiled=compiled,
+        )
+        return cls(model, config)
 
     def warm_up(self) -> None:
         """Compile what is to be compiled, and measure what calls cost; takes seconds to minutes.
@@ -479,7 +514,7 @@ def _capacity(model: RecurrentDepthLM, config: EngineConfig) -> Capacity:
             pages = max(2, min(pages, int(PAGES_SHARE * free / size)))
     if weight.device.type == "cpu":
         what = f"a cache of {pages} pages of {config.page_size} tokens and {loops} loops"
-        require_memory(pages * size, what, "lower num_pages, max_loops or max_len")
+        require_memory(pages * size, what, "lower num_loops or max_loops, max_len or num_pages")
     return Capacity(longest, loops, pages)
 
 

@@ -140,7 +140,7 @@ async def respond(served: ServedModel, body: ResponsesBody, request: Request) ->
 
     async def events() -> AsyncIterator[tuple[str, dict[str, Any]]]:
         number = 0
-        async with served.answers(requests, stops) as answers:
+        async with served.answers(requests, stops, body) as answers:
             async for kind, fields in reply.events(answers[0]):
                 yield kind, {"type": kind, "sequence_number": number, **fields}
                 number += 1
@@ -149,7 +149,7 @@ async def respond(served: ServedModel, body: ResponsesBody, request: Request) ->
         return EventStream(events(), headers, done=False)
 
     async def whole() -> dict[str, Any]:
-        async with served.answers(requests, stops) as answers:
+        async with served.answers(requests, stops, body) as answers:
             return reply.ended(await answers[0].whole())
 
     return JSONResponse(await unless_gone(whole(), request.receive), headers=headers)

@@ -253,9 +253,9 @@ class ServedModel:
 
     @asynccontextmanager
     async def answers(
-        self, requests: Sequence[Request], stops: Sequence[str]
+        self, requests: Sequence[Request], stops: Sequence[str], body: Generation
     ) -> AsyncIterator[list[Answer]]:
-        """The answers to requests; whatever leaves the context aborts what has not ended.
+        """The answers to a body's requests; whatever leaves the context aborts what has not ended.
 
         Raises:
             APIError: The engine refuses a request.
@@ -263,7 +263,12 @@ class ServedModel:
         given: list[Answer] = []
         try:
             for request in requests:
-                ticket = await self.worker.open(request, timeout=self.timeout, salt="")
+                ticket = await self.worker.open(
+                    request,
+                    priority=body.priority,
+                    timeout=self.timeout,
+                    salt=body.cache_salt or "",
+                )
                 given.append(Answer(self.worker, ticket, self.codec, stops))
             yield given
         finally:

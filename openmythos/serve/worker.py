@@ -83,7 +83,9 @@ class EngineThread:
         if self._thread.is_alive():
             self._thread.join()
 
-    async def open(self, request: Request, *, timeout: float | None, salt: str) -> Ticket:
+    async def open(
+        self, request: Request, *, priority: int, timeout: float | None, salt: str
+    ) -> Ticket:
         """Give a request to the engine.
 
         Raises:
@@ -95,7 +97,7 @@ class EngineThread:
         loop = asyncio.get_running_loop()
 
         def add() -> Ticket:
-            number = self.engine.add(request, timeout=timeout, salt=salt)
+            number = self.engine.add(request, priority=priority, timeout=timeout, salt=salt)
             ticket = self._tickets[number] = Ticket(number, loop, len(request.tokens))
             return ticket
 

@@ -12,6 +12,7 @@ import openmythos as om
 from openmythos.engine.call_cost import CallCosts
 from openmythos.engine.engine import Engine, EngineConfig, Event
 from openmythos.engine.paged_cache import PagedView
+from openmythos.engine.reference import Session
 from openmythos.engine.request import Request
 from openmythos.engine.runner import Runner
 from openmythos.engine.sampling import SamplingConfig
@@ -90,6 +91,30 @@ def test_the_schedules_cover_what_they_should() -> None:
     assert len({type(request.exit_rule) for request in requests}) == 7
     assert any(request.sample_idx for request in requests)
     assert any(arrival.patience is not None for s in drawn for arrival in s.arrivals)
+
+
+@pytest.mark.parametrize("kind", ["gqa", "universal act, moe, mla"])
+@pytest.mark.parametrize("layout", [None, LastLoop()])
+def test_an_engine_that_fits_gives_what_a_session_gives(kind: str, layout: Any) -> None:
+    """In its batch, prompts read at once: also one that is longer than a chunk would be."""
+    model = make_model(kind)
+    requests = [
+        make_request(tokens=(PROMPT * 5)[:length], seed=7, sample_idx=row, **changes)
+        for row, (length, changes) in enumerate(
+            [(3, {}), (41, {"exit_rule": RULE}), (41, {"sampling": SamplingConfig(temperature=1)})]
+        )
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(EngineConfig, "prefill_chunk", 16)
+        engine = Engine.fitting(model, requests, cache_layout=layout)
+    numbers = [engine.add(request) for request in requests]
+    events = run(engine)
+    for number, request in zip(numbers, requests, strict=True):
+        session = Session.fitting(model, [request], cache_layout=layout)
+        assert not list(differences(events[number], list(session.stream([request]))))
+    assert engine.stats.num_free_pages == engine.stats.num_pages
+    with refused(r"prompt 1 is \[99\]"):
+        Engine.fitting(model, [requests[0], make_request(tokens=[99])])
 
 
 MUTANT = Schedule(
@@ -468,7 +493,7 @@ def test_requests_are_refused_in_one_line() -> None:
         ({"cache_layout": "last"}, "cache_layout is 'last'"),
         ({"compiled": "no"}, "compiled is 'no'; it must be True or False"),
         ({"max_len": 65}, "max_len is 65; it must be at most 64, the max_seq_len of the model"),
-        ({"num_pages": 10**12}, "a cache of 1000000000000 pages .* lower num_pages"),
+        ({"num_pages": 10**12}, "a cache of 1000000000000 pages .* or num_pages"),
     ],
 )
 def test_configs_are_refused_in_one_line(changes: Any, message: str) -> None:

@@ -62,6 +62,9 @@ class EngineConfig:
         max_hold_ms: The longest that a token waits there, in milliseconds.
         priority_s: Seconds of waiting that make up for a priority that is one worse.
         compiled: Whether to compile what runs for every token.
+        batch_invariant: Whether a request's logits are the same to the last bit, whatever else is
+            computed. Calls then have one size, so few requests cost as much as 16, and only whole
+            chunks of prompts are shared.
     """
 
     max_rows: int = 32
@@ -76,6 +79,7 @@ class EngineConfig:
     max_hold_ms: float = 50.0
     priority_s: float = 10.0
     compiled: bool = False
+    batch_invariant: bool = False
 
     def __post_init__(self) -> None:
         for name in ("max_rows", "page_size", "prefill_chunk"):
@@ -88,7 +92,7 @@ class EngineConfig:
             value = as_number(name, getattr(self, name), allowed)
             require(value >= 0, name, value, allowed)
             object.__setattr__(self, name, value)
-        for name in ("reuse_prefixes", "compiled"):
+        for name in ("reuse_prefixes", "compiled", "batch_invariant"):
             object.__setattr__(self, name, as_flag(name, getattr(self, name)))
         layout, made = self.cache_layout, "None or a layout, for example LastLoop()"
         require(layout is None or isinstance(layout, CacheLayout), "cache_layout", layout, made)
@@ -199,18 +203,24 @@ class Engine:
             layout=config.cache_layout,
             dtype=weight.dtype,
             device=weight.device,
+            batch_invariant=config.batch_invariant,
         )
         self._scheduler = Scheduler(
             self._cache.pages,
             num_seats=config.max_rows,
             prefill_chunk=config.prefill_chunk,
-            exact=self._cache.layout.exact,
+            exact=self._cache.layout.exact and not config.batch_invariant,
             hold=config.hold_rows,
             max_hold=config.max_hold_ms / 1000,
             reuse=config.reuse_prefixes,
         )
         self._runner = Runner(
-            model, self._cache, config.max_rows, capacity.max_len, compiled=config.compiled
+            model,
+            self._cache,
+            config.max_rows,
+            capacity.max_len,
+            compiled=config.compiled,
+            batch_invariant=config.batch_invariant,
         )
         self._modules = list(model.modules())
         self._live: dict[int, _Live] = {}
@@ -427,7 +437,13 @@ class Engine:
             live.request.sampling_after(count) for live, count in zip(lives, num_new, strict=True)
         ]
         weighed = adjusted(logits[new], settings, [live.job.text for live in lives], num_new)
-        tokens = sample(weighed, settings, drawn).tolist()
+        size = 1 if self.config.batch_invariant else len(new)
+        parts = (slice(start, start + size) for start in range(0, len(new), size))
+        tokens = [
+            token
+            for part in parts
+            for token in sample(weighed[part], settings[part], drawn[part]).tolist()
+        ]
         for place, live, token, generator in zip(new, lives, tokens, drawn, strict=True):
             live.generator = generator
             self._scheduler.has_decoded(live.job, loops[place], token, now)

@@ -377,6 +377,23 @@ def gathered_experts(
     return (down[expert] * hidden[:, :, None, :]).sum(dim=-1).sum(dim=1)
 
 
+def separate_experts(
+    x: Float[Tensor, "N D"],
+    expert: Int[Tensor, "N K"],
+    weight: Float[Tensor, "N K"],
+    counts: Int[Tensor, "E"],
+    gate_up: Float[Tensor, "E _ D"],
+    down: Float[Tensor, "E D F"],
+) -> Float[Tensor, "N D"]:
+    """As ``moe_experts``, and no bit of a token's result depends on the other tokens."""
+    if not native.eager():
+        return gathered_experts(x, expert, weight, gate_up, down)
+    if _has_native(gate_up, x) and _has_native(down, x):  # whose sums have one order for all rows
+        return LoopedExperts(gate_up, down)(x, expert, weight, counts)
+    tokens = zip(x.split(1), expert.split(1), weight.split(1), strict=True)
+    return torch.cat([gathered_experts(*token, gate_up, down) for token in tokens])
+
+
 def _few(expert: Tensor, weights: Tensor) -> bool:
     compiling = torch.compiler.is_compiling() and not torch.is_grad_enabled()
     return compiling and expert.numel() <= len(weights)

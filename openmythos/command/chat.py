@@ -24,6 +24,7 @@ from openmythos.command.decoding import (
     coloured,
     decoding_of,
     load,
+    most_tokens,
     require_well,
     sampling_of,
 )
@@ -33,6 +34,7 @@ from openmythos.terminal import console, note
 if TYPE_CHECKING:
     from openmythos.engine.engine import Engine
     from openmythos.engine.request import Request
+    from openmythos.eval.walk import WalkCodec
     from openmythos.report.page import LoopScale
     from openmythos.text_stream import TextStream
     from openmythos.tokenizer import Tokenizer
@@ -42,7 +44,7 @@ MIN_ANSWER = 8  # tokens of the context that must be left for an answer
 
 def chat(
     checkpoint: Checkpoint,
-    max_new_tokens: NewTokens = 128,
+    max_new_tokens: NewTokens = None,
     num_loops: NumLoops = None,
     exit_rule: ExitKind = "fixed",
     cache_layout: Layout = "per_loop",
@@ -66,6 +68,7 @@ def chat(
     from openmythos.text_stream import TextStream
 
     default = SamplingConfig(temperature=0.8, top_k=50)
+    longest = most_tokens(max_new_tokens, tokenizer, 128)
     sampling = sampling_of(tokenizer, default, temperature, top_k, top_p)
     screen, notes = console(), console(notes=True)
     depth = model.config.num_loops if num_loops is None else num_loops
@@ -74,7 +77,7 @@ def chat(
     # option that cannot be.
     asked = Request(
         tokens=[0],
-        max_new_tokens=max_new_tokens,
+        max_new_tokens=longest,
         num_loops=depth,
         exit_rule=rule,
         sampling=sampling,
@@ -84,9 +87,8 @@ def chat(
     replace(asked, max_new_tokens=1).check(model.config, max_loops=deepest)
     TextStream(tokenizer, stop or ())
     engine = Engine(model, EngineConfig(max_rows=1, max_loops=deepest, cache_layout=layout))
-    talk, longest = Talk(tokenizer, special), engine.capacity.max_len
-    how = "each line continues the text" if tokenizer.chat_template is None else "in its template"
-    notes.print(Text(f"/loops N, /reset, /quit; {how}.", "dim"))
+    talk, max_len = Talk(tokenizer, special), engine.capacity.max_len
+    notes.print(Text(f"/loops N, /reset, /quit; {talk.how}.", "dim"))
     while (line := ask(notes)) is not None and line != "/quit":
         if line == "/reset":
             talk = Talk(tokenizer, special)
@@ -94,25 +96,34 @@ def chat(
         if line.startswith("/"):
             depth = read_depth(notes, line, depth, deepest)
             continue
-        alone = len(Talk(tokenizer, special).prompt(line))
-        if alone > longest - MIN_ANSWER:
-            said = f"that line has {alone} tokens: too long for this model"
+        said = why_not(line, Talk(tokenizer, special), max_len)
+        if said is not None:
             notes.print(Text(said, "red"))
             continue
-        if len(talk.prompt(line)) + MIN_ANSWER > longest:
+        if len(talk.prompt(line)) + MIN_ANSWER > max_len:
             notes.print(Text("the context is full; starting again", "dim"))
             talk = Talk(tokenizer, special)
         tokens = talk.prompt(line)
         request = replace(
             asked,
             tokens=tokens,
-            max_new_tokens=min(max_new_tokens, longest - len(tokens)),
+            max_new_tokens=min(longest, max_len - len(tokens)),
             num_loops=depth,
             sample_idx=talk.num_answers,
         )
         answer = TextStream(tokenizer, stop or ())
         new = say(screen, engine, request, answer, LoopScale(1, depth))
         talk.answered(line, answer.text, [*tokens, *new])
+
+
+def why_not(line: str, talk: "Talk", max_len: int) -> str | None:
+    """Why a line cannot be read even in a new talk; None: it can be."""
+    try:
+        alone = len(talk.prompt(line))
+    except ValueError as error:  # what is no walk
+        return str(error)
+    too_long = alone > max_len - MIN_ANSWER
+    return f"that line has {alone} tokens: too long for this model" if too_long else None
 
 
 def say(
@@ -165,7 +176,7 @@ class Talk:
     next prompt, with all loops.
     """
 
-    def __init__(self, tokenizer: "Tokenizer", special: bool) -> None:
+    def __init__(self, tokenizer: "Tokenizer | WalkCodec", special: bool) -> None:
         self.tokenizer, self.special = tokenizer, special
         self.messages: list[dict[str, str]] = []
         self.seen: list[int] = []
@@ -175,8 +186,26 @@ class Talk:
         """Number of answers so far."""
         return len(self.messages) // 2
 
+    @property
+    def how(self) -> str:
+        """How the lines are read, in words."""
+        from openmythos.eval.walk import WalkCodec
+
+        if isinstance(self.tokenizer, WalkCodec):
+            return "each line is a walk, such as e3 r1 r0"
+        templated = self.tokenizer.chat_template is not None
+        return "in its template" if templated else "each line continues the text"
+
     def prompt(self, line: str) -> list[int]:
-        """The tokens of everything up to the answer to ``line``."""
+        """The tokens of everything up to the answer to ``line``.
+
+        Raises:
+            ValueError: The line is no walk, and the model knows nothing else.
+        """
+        from openmythos.eval.walk import WalkCodec
+
+        if isinstance(self.tokenizer, WalkCodec):  # every line is a walk of its own
+            return self.tokenizer.encode_prompt(line)
         if self.tokenizer.chat_template is not None:
             messages = [*self.messages, {"role": "user", "content": line}]
             return self.tokenizer.encode_chat(messages, special=self.special)

@@ -23,6 +23,7 @@ from openmythos.command.decoding import (
     coloured,
     decoding_of,
     load,
+    most_tokens,
     require_well,
     sampling_of,
 )
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 def generate(
     checkpoint: Checkpoint,
     prompt: Annotated[list[str] | None, typer.Option(help="Text to continue. Repeatable.")] = None,
-    max_new_tokens: NewTokens = 64,
+    max_new_tokens: NewTokens = None,
     num_loops: NumLoops = None,
     exit_rule: ExitKind = "fixed",
     cache_layout: Layout = "per_loop",
@@ -73,7 +74,7 @@ def generate(
     requests = [
         Request(
             tokens=tokenizer.encode_prompt(text, special=special),
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=most_tokens(max_new_tokens, tokenizer, 64),
             num_loops=num_loops,
             exit_rule=rule,
             sampling=sampling,

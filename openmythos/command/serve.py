@@ -3,21 +3,22 @@
 import os
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from openmythos.command.decoding import load
-from openmythos.command.option import Device, check_device
-
-if TYPE_CHECKING:
-    from openmythos.model.recurrent import RecurrentDepthLM
-    from openmythos.serve.served import Codec
+from openmythos.command.option import Device
 
 KEY_VARIABLE = "OPENMYTHOS_API_KEY"
+SHIPPED = ("zoo:walks",)  # the page begins with the first
 
 Paths = Annotated[
-    list[Path], typer.Argument(help="Checkpoint or run folders; the name of each is its model's.")
+    list[Path] | None,
+    typer.Argument(
+        help="Checkpoint or run folders, or zoo:NAME; the name of each is its model's. Default: "
+        "the models that ship."
+    ),
 ]
 Host = Annotated[str, typer.Option(help="Address to listen on; the default is this machine only.")]
 Port = Annotated[int, typer.Option(help="Port to listen on.", min=1, max=65535)]
@@ -52,7 +53,7 @@ BatchInvariant = Annotated[
 
 
 def serve(
-    paths: Paths,
+    paths: Paths = None,
     host: Host = "127.0.0.1",
     port: Port = 8000,
     api_key_file: Keys = None,
@@ -67,7 +68,8 @@ def serve(
     device: Device = "cpu",
 ) -> None:
     """Serve models over HTTP as OpenAI's API does, with depth per request."""
-    names = [path.resolve().name for path in paths]
+    paths = paths or [Path(name) for name in SHIPPED]
+    names = [path.resolve().name.removeprefix("zoo:") for path in paths]
     if len(set(names)) < len(names):
         raise ValueError(f"two of the folders have the same name: {', '.join(sorted(names))}")
     keys = keys_of(api_key_file)
@@ -81,7 +83,7 @@ def serve(
 
     metrics, models = Metrics(), []
     for name, path in zip(names, paths, strict=True):
-        model, codec = load_any(path, device)
+        model, codec = load(path, device)
         deepest = 2 * model.config.num_loops if max_loops is None else max_loops
         config = EngineConfig(
             max_rows=max_rows,
@@ -102,26 +104,6 @@ def serve(
         typer.echo(f"warning: anyone who reaches {host} can use it; give keys", err=True)
     typer.echo(f"listening on http://{host}:{port}", err=True)
     run(models, metrics, host=host, port=port, keys=keys)
-
-
-def load_any(path: Path, device: str) -> "tuple[RecurrentDepthLM, Codec]":
-    """A checkpoint's model and tokenizer; of a run on walks, the words of its walks.
-
-    Raises:
-        ValueError: There is no checkpoint, or it reads neither text nor walks.
-    """
-    from openmythos.command.origin import walks_of
-    from openmythos.eval.walk import WalkCodec
-    from openmythos.interop.hub import local_folder
-    from openmythos.interop.loading import load_pretrained
-    from openmythos.tokenizer_folder import has_tokenizer
-
-    folder = local_folder(path)
-    walks = None if has_tokenizer(folder) else walks_of(folder)
-    if walks is None:
-        return load(path, device)
-    check_device(device)
-    return load_pretrained(folder, device=device), WalkCodec(walks)
 
 
 def keys_of(file: Path | None) -> list[str]:

@@ -260,20 +260,17 @@ class ServedModel:
         Raises:
             APIError: The engine refuses a request.
         """
-        given: list[Answer] = []
+        tickets = await self.worker.open(
+            requests,
+            priority=body.priority,
+            timeout=self.timeout,
+            salt=body.cache_salt or "",
+        )
         try:
-            for request in requests:
-                ticket = await self.worker.open(
-                    request,
-                    priority=body.priority,
-                    timeout=self.timeout,
-                    salt=body.cache_salt or "",
-                )
-                given.append(Answer(self.worker, ticket, self.codec, stops))
-            yield given
+            yield [Answer(self.worker, ticket, self.codec, stops) for ticket in tickets]
         finally:
-            for answer in given:
-                self.worker.close(answer.ticket)
+            for ticket in tickets:
+                self.worker.close(ticket, "abort")
 
     async def prompt_logprobs(self, request: Request, count: int) -> list[Logprobs | None]:
         """Log-probabilities of a prompt's own tokens, at its full depth; the first has none."""

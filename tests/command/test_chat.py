@@ -53,6 +53,16 @@ def test_chat_goes_on_when_the_context_is_full(text_run: Path) -> None:
     assert "too long for this model" in ran.stderr
 
 
+def test_every_line_is_a_walk_of_its_own() -> None:
+    lines = "e3 r1\nhello\n\ne3 r1\n/loops 2\ne3\n"
+    ran = CliRunner().invoke(app, ["chat", "zoo:walks", "--temperature", "0"], input=lines)
+    assert ran.exit_code == 0
+    assert "each line is a walk, such as e3 r1 r0" in ran.stderr
+    assert "'hello' is no word of a walk" in ran.stderr and "there is no walk" in ran.stderr
+    first, again, start = ran.stdout.split()
+    assert first == again and start == "e3"
+
+
 def test_depth_is_read_from_a_line(capsys: pytest.CaptureFixture[str]) -> None:
     console = Console()
     assert chat.read_depth(console, "/loops 3", 4, 8) == 3

@@ -11,8 +11,11 @@ import openmythos as om
 from openmythos import Tokenizer, save_pretrained
 from openmythos.cli import app
 from openmythos.command.decoding import sampling_of
+from openmythos.command.origin import walks_of
 from openmythos.engine.runner import Runner
 from openmythos.engine.sampling import SamplingConfig
+from openmythos.eval.walk import hops_documents
+from openmythos.interop.hub import local_folder
 from openmythos.model.cache import LastLoop
 from openmythos.model.exit import KLExit
 from openmythos.tokenizer import byte_tokenizer
@@ -115,12 +118,29 @@ def test_generate_says_that_a_model_has_diverged(
     assert "diverged" in refused(invoke, "generate", text_run, *PROMPTS, "--max-new-tokens", 4)
 
 
+def test_a_walk_is_answered_by_one_word(invoke: Invoke, hops_run: Path) -> None:
+    words_of_walks = [*(f"e{i}" for i in range(16)), *(f"r{i}" for i in range(4))]
+    for source in (hops_run, "zoo:walks"):
+        words = ("generate", source, "--prompt", "e3 r1 r0", "--prompt", "e0", "--json")
+        rows = json.loads(invoke(*words, "--num-loops", 6))
+        assert [len(row["tokens"]) for row in rows] == [1, 1]
+        assert {row["text"] for row in rows} <= {f" {word}" for word in words_of_walks}
+        (longer, _) = json.loads(invoke(*words, "--max-new-tokens", 3))
+        assert len(longer["tokens"]) == 3
+    walks = walks_of(local_folder("zoo:walks"))
+    assert walks is not None
+    questions = hops_documents(walks, 6, size=20)
+    asked = [word for question in questions for word in ("--prompt", question["context"])]
+    given = [row["text"] for row in json.loads(invoke("generate", "zoo:walks", *asked, "--json"))]
+    assert given == [question["target"] for question in questions]
+
+
 def test_generate_refuses(invoke: Invoke, text_run: Path, hops_run: Path, tmp_path: Path) -> None:
     prompt = ("--prompt", "a")
     for arguments, said in (
         ((text_run,), "at least one --prompt"),
         ((tmp_path / "absent", *prompt), "does not exist"),
-        ((hops_run, *prompt), "of a run on walks"),
+        ((hops_run, *prompt), "'a' is no word of a walk"),
         (("/usr", *prompt), "/usr is no checkpoint: it has no config.json"),
         ((text_run, *prompt, "--exit-rule", "hope"), "exit_rule.kind is 'hope'"),
         (

@@ -81,6 +81,8 @@ def test_options_reach_the_engine(
     [
         (["absent"], "absent"),
         (["a/small", "b/small"], "same name"),
+        (["zoo:absent"], "no model 'zoo:absent' ships"),
+        (["zoo:walks", "a/walks"], "same name"),
         (["absent", "--api-key-file", "empty.txt"], "holds no key"),
         (["absent", "--host", "999.1.1.1"], "absent"),
     ],

@@ -10,8 +10,10 @@ import torch
 from openmythos.data.synthetic import HopsConfig, Walks
 from openmythos.engine.request import Request
 from openmythos.eval.walk import WalkCodec
+from openmythos.model.exit import Fixed, KLExit
 from openmythos.serve.error import APIError
 from openmythos.serve.schema import CompletionBody, Message
+from openmythos.serve.served import ServedModel
 from openmythos.tokenizer import Tokenizer, byte_tokenizer
 from tests.foreign import write_chat_folder
 from tests.serve.running import Running, running, small_model
@@ -141,3 +143,20 @@ def test_salts_and_priorities_that_are_none_are_refused(
     answer = server.post("/v1/completions", model="small", prompt="a", **fields)
     assert answer.status_code == 400
     assert answer.json()["error"]["param"] == next(iter(fields))
+
+
+def test_a_body_without_a_depth_gets_the_default_depth_and_rule(server: Running) -> None:
+    made = server.served[0]
+    rule = KLExit(threshold=0.1)
+    served = ServedModel(
+        "small", made.model, made.codec, made.worker, default_rule=rule, default_loops=3
+    )
+    body = {"model": "small", "prompt": "a"}
+    assert served.depth_of(CompletionBody(**body)) == (3, rule)
+    assert served.depth_of(CompletionBody(**body, num_loops=5)) == (5, rule)
+    assert served.depth_of(CompletionBody(**body, reasoning_effort="medium")) == (4, rule)
+    assert served.depth_of(CompletionBody(**body, exit_rule={"kind": "fixed"})) == (3, Fixed())
+    card = served.card()
+    assert card["default_loops"] == 3 and card["default_exit_rule"]["kind"] == "kl"
+    own = made.card()
+    assert own["default_loops"] == 4 and own["default_exit_rule"] is None

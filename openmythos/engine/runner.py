@@ -32,6 +32,7 @@ from openmythos.model.loop import (
     unroll,
 )
 from openmythos.model.recurrent import RecurrentDepthLM
+from openmythos.ops.separate_experts import separate_experts
 
 SEPARATE_ROWS = 16  # of every call whose rows must not depend on each other; see ``Runner``
 
@@ -276,7 +277,7 @@ class Runner:
             tables = tables[:, : max(1, *(len(self._pages[row]) for row in rows))]
         parts = self._tokens, self._positions, tables, self._seeds
         ctx = self.cache.context(*(part.index_select(0, index) for part in parts))
-        return replace(ctx, separate=self.separate)
+        return replace(ctx, experts=separate_experts) if self.separate else ctx
 
     def _state(self, rows: Sequence[int]) -> LoopState:
         """The state of the rows."""

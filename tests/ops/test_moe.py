@@ -7,12 +7,11 @@ from torch.nn import functional
 
 from openmythos.ops.moe import (
     LoopedExperts,
-    _has_native,
     gathered_experts,
     grouped_mm,
     grouped_mm_reference,
+    has_native,
     moe_experts,
-    separate_experts,
 )
 from tests.strategies import seeded, unchecked
 
@@ -114,7 +113,7 @@ WAYS = {  # width of the model, of an expert, dtype: by torch's products, by our
 def test_the_kernel_takes_the_ways_named_after_it(compiler):
     for name, way in WAYS.items():
         weights = experts_case(*way)
-        taken = {_has_native(each, loop_case(5, *way[::2], 1)[0]) for each in weights}
+        taken = {has_native(each, loop_case(5, *way[::2], 1)[0]) for each in weights}
         assert taken == {name.startswith("kernel")}
 
 
@@ -265,20 +264,3 @@ def test_the_kernel_gives_the_same_bits_with_any_threads(compiler):
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
-
-
-@torch.no_grad()
-@pytest.mark.parametrize(("dim", "width"), [(12, 20), (64, 32)])
-def test_separate_experts_equal_the_reference_and_no_bit_depends_on_the_others(dim, width):
-    weights = experts_case(dim, width, torch.float32)
-    x, expert, weight, counts = loop_case(16, dim, torch.float32, seed=0)
-    mine = separate_experts(x, expert, weight, counts, *weights)
-    torch.testing.assert_close(mine, moe_experts(x, expert, weight, counts, *weights))
-    other = loop_case(16, dim, torch.float32, seed=1)
-    order = torch.randperm(16, generator=torch.Generator().manual_seed(0))
-    for kept in (1, 5, 16):
-        mixed = [part.clone() for part in other[:3]]
-        for part, of_mine in zip(mixed, (x, expert, weight), strict=True):
-            part[order[:kept]] = of_mine[:kept]
-        mixed.append(torch.bincount(mixed[1].flatten(), minlength=len(counts)))
-        assert torch.equal(separate_experts(*mixed, *weights)[order[:kept]], mine[:kept])

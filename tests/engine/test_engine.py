@@ -448,7 +448,7 @@ def test_settings_that_leave_no_choice_fail_alone() -> None:
     nothing = [(token, -float("inf")) for token in range(engine.model.config.vocab_size)]
     bad = [
         engine.add(make_request(sampling=SamplingConfig(**changes)))
-        for changes in ({"logit_bias": nothing}, {"repetition_penalty": 1e-300})
+        for changes in ({"logit_bias": nothing}, {"repetition_penalty": 5e-324})
     ]
     other = make_request(sampling=SamplingConfig(temperature=1.0), seed=2)
     good = engine.add(other)

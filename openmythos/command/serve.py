@@ -53,6 +53,14 @@ Fair = Annotated[
         "with more only a little."
     ),
 ]
+BatchInvariant = Annotated[
+    bool,
+    typer.Option(
+        "--batch-invariant",
+        help="Logits equal to the last bit whatever else is computed; a few requests cost as "
+        "much as 16.",
+    ),
+]
 
 
 def serve(
@@ -68,6 +76,7 @@ def serve(
     timeout: Timeout = 600.0,
     compiled: Compiled = False,
     fair: Fair = "sum",
+    batch_invariant: BatchInvariant = False,
     device: Device = "cpu",
 ) -> None:
     """Serve models over HTTP as OpenAI's API does, with depth per request."""
@@ -95,6 +104,7 @@ def serve(
             num_pages=num_pages,
             compiled=compiled,
             fair=fair,  # type: ignore[arg-type]  # checked there
+            batch_invariant=batch_invariant,
         )
         engine = Engine(model, config)
         engine.warm_up()

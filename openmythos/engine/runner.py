@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn import functional
 from torch.utils._pytree import tree_map
 
 from openmythos.engine.call_cost import CallCosts
@@ -31,10 +32,15 @@ from openmythos.model.loop import (
     unroll,
 )
 from openmythos.model.recurrent import RecurrentDepthLM
+from openmythos.ops.separate_experts import separate_experts
+
+SEPARATE_ROWS = 16  # of every call whose rows must not depend on each other; see ``Runner``
 
 MEASURED_LENGTH = 128  # tokens that a row attends to when the costs of calls are measured
 MOST_REPEATS, MEASURED_SECONDS = 15, 0.2  # of each of these calls
-Program = Literal["encode", "loop", "decode"]  # what is run on rows: ``Runner._encode_rows`` ...
+Program = Literal[
+    "encode", "begin", "loop", "decode"
+]  # what is run on rows: ``Runner._encode_rows`` ...
 
 
 @dataclass(frozen=True)
@@ -68,6 +74,9 @@ class Runner:
     Compiled calls get row counts that are powers of two, or all rows, so that few graphs serve
     them: a seat of nobody, in the page of nobody, fills up the others.
 
+    With ``batch_invariant`` no bit of a row depends on the other rows, nor on how many there are:
+    every call has the same shape. Single rows do not need that.
+
     ``core_applications`` counts the loops of all tokens.
     """
 
@@ -79,8 +88,12 @@ class Runner:
         max_len: int,
         *,
         compiled: bool = False,
+        batch_invariant: bool = False,
     ) -> None:
         self.model, self.cache, self.num_seats = model, cache, num_seats
+        self.separate = batch_invariant and num_seats > 1
+        if self.separate:
+            require_separate_products(model, SEPARATE_ROWS)
         self.compiled, self.core_applications = compiled, 0
         weight, width = model.embed.weight, -(-max_len // cache.page_size)
         self.device, rows = weight.device, num_seats + 1
@@ -121,7 +134,7 @@ class Runner:
             count *= 2
         self.enter([replace(entry, position=0, pages=(SCRATCH,))])
         self.core_applications = before
-        return CallCosts(core, boundary, padded=self.compiled)
+        return CallCosts(core, boundary, padded=self.compiled or self.separate)
 
     def _loop_nobody(self, num_rows: int) -> None:
         self.advance([self.num_seats] * num_rows)
@@ -173,7 +186,10 @@ class Runner:
             if seed != self._known_seeds[seat]:
                 self._known_seeds[seat] = seed
                 self._seeds[seat] = seed
-        self._call("encode", [entry.seat for entry in entries])
+        for part in self._calls_of([entry.seat for entry in entries]):
+            self._call("encode", part)
+            if self.model.config.state_init.is_random:
+                self._call("begin", part)
         for entry in entries:
             seat, rule = entry.seat, self._rules[entry.seat]
             if not isinstance(rule, Fixed):
@@ -181,7 +197,8 @@ class Runner:
 
     def advance(self, seats: Sequence[int]) -> list[int]:
         """Run one loop in each of some seats; return the seats whose token stops there."""
-        self._call("loop", seats)
+        for part in self._calls_of(seats):
+            self._call("loop", part)
         self.core_applications += len(seats)
         for seat in seats:
             self._loops[seat] += 1
@@ -207,11 +224,12 @@ class Runner:
         """The seats whose exit rule stops the token after the loop that they have run."""
         wanted = [seat for seat in seats if self._rules[seat].needs_logits]
         logits = dict(zip(wanted, self._decode(wanted), strict=True)) if wanted else {}
-        by_rule: dict[Rule, list[int]] = {}
+        together: dict[tuple[Rule, int], list[int]] = {}
         for seat in seats:
-            by_rule.setdefault(self._rules[seat], []).append(seat)
+            key = self._rules[seat], seat if self.separate else -1
+            together.setdefault(key, []).append(seat)
         stopped = set()
-        for rule, group in by_rule.items():
+        for (rule, _), group in together.items():
             state = self._state(self._integers(group))
             stop, exits = rule.check(
                 join_states([self._exits[seat] for seat in group]),
@@ -230,8 +248,9 @@ class Runner:
 
     def _decode(self, seats: Sequence[int]) -> Float[Tensor, "N V"]:
         """The logits if the tokens of some seats stopped now."""
-        logits: Tensor = self._call("decode", seats)
-        return logits[: len(seats)]
+        return torch.cat(
+            [self._call("decode", part)[: len(part)] for part in self._calls_of(seats)]
+        )
 
     def _fill_forward(self, seats: Sequence[int]) -> None:
         """Show the last loop of each token at the later ones that its text may reach."""
@@ -261,7 +280,7 @@ class Runner:
         lists = self._loops, self._tokens, self._positions
         given = self._integers([rows, *([known[row] for row in rows] for known in lists)])
         run = getattr(self, f"_{program}_rows")
-        if not self.compiled:
+        if not self.compiled or program == "begin":  # random states take minutes to compile
             return run(given, self._context(rows, given))
         key = program, len(rows)
         if key not in self._recorded:
@@ -273,9 +292,12 @@ class Runner:
         return again()
 
     def _encode_rows(self, given: Int[Tensor, "4 N"], ctx: PagedContext) -> None:
-        e = self.model.encode(ctx.tokens, ctx)
-        h = self.model.init_state(e, ctx)
-        self._e.index_copy_(0, given[0], e)
+        self._e.index_copy_(0, given[0], self.model.encode(ctx.tokens, ctx))
+        if not self.model.config.state_init.is_random:
+            self._begin_rows(given, ctx)
+
+    def _begin_rows(self, given: Int[Tensor, "4 N"], ctx: PagedContext) -> None:
+        h = self.model.init_state(self._e.index_select(0, given[0]), ctx)
         halting = self.model.halting
         self._put(given[0], h, None if halting is None else Halted.start(halting, h))
 
@@ -287,11 +309,17 @@ class Runner:
     def _decode_rows(self, given: Int[Tensor, "4 N"], ctx: PagedContext) -> Float[Tensor, "N V"]:
         return self.model.decode(readout(self.model, self._state(given[0])), ctx)[:, -1]
 
+    def _calls_of(self, seats: Sequence[int]) -> list[Sequence[int]]:
+        """The seats of each call."""
+        size = SEPARATE_ROWS if self.separate else len(seats)
+        return [seats[start : start + size] for start in range(0, len(seats), size)]
+
     def _padded(self, seats: Sequence[int]) -> Sequence[int]:
-        """The seats, filled up with the seat of nobody for compiled calls."""
-        if not self.compiled:
+        """The seats, filled up with the seat of nobody for compiled calls and those of one size."""
+        if not (self.compiled or self.separate):
             return seats
         bucket = min(1 << (len(seats) - 1).bit_length(), self.num_seats)
+        bucket = SEPARATE_ROWS if self.separate else bucket
         return [*seats, *[self.num_seats] * (bucket - len(seats))]
 
     def _context(self, rows: Sequence[int], given: Int[Tensor, "4 N"]) -> PagedContext:
@@ -299,14 +327,16 @@ class Runner:
         key = tuple(rows)
         if key not in self._contexts:
             width = max(1, *(len(self._pages[row]) for row in rows))
-            self._contexts[key] = self._make_context(given, width)
+            whole = self.compiled or self.separate  # shapes must not change
+            self._contexts[key] = self._make_context(given, None if whole else width)
         return self._contexts[key]
 
     def _make_context(self, given: Int[Tensor, "4 N"], width: int | None) -> PagedContext:
-        """The context, with tables of so many pages; None: all, as a compiled graph needs."""
+        """The context, with tables of so many pages; None: all."""
         rows, _, tokens, positions = given
         tables, seeds = self._tables[:, :width].index_select(0, rows), self._seeds[rows]
-        return self.cache.context(tokens[:, None], positions[:, None], tables, seeds)
+        ctx = self.cache.context(tokens[:, None], positions[:, None], tables, seeds)
+        return replace(ctx, experts=separate_experts) if self.separate else ctx
 
     def _state(self, index: Int[Tensor, "N"]) -> LoopState:
         """The state of some rows, without what the host counts."""
@@ -322,6 +352,25 @@ class Runner:
 
     def _integers(self, numbers: Sequence[Any]) -> Int[Tensor, "..."]:
         return torch.tensor(numbers, dtype=torch.int64, device=self.device)
+
+
+def require_separate_products(model: RecurrentDepthLM, num_rows: int) -> None:
+    """Check that a product of ``num_rows`` rows and a weight gives a row the same at every place.
+
+    Raises:
+        ValueError: On this machine it does not, for the shape of one of the model's weights.
+    """
+    weights = {each.shape: each.detach() for each in model.parameters() if each.ndim == 2}
+    generator = torch.Generator().manual_seed(0)
+    for shape, weight in weights.items():
+        x = torch.randn(num_rows, 1, shape[1], generator=generator).to(weight)
+        wanted = functional.linear(x, weight)
+        for shift in range(1, num_rows):
+            if not torch.equal(functional.linear(x.roll(shift, 0), weight).roll(-shift, 0), wanted):
+                raise ValueError(
+                    f"batch_invariant is not possible here: products with weights of the shape "
+                    f"{list(shape)} depend on a row's place among the others on this machine"
+                )
 
 
 def _least_seconds(call: Callable[[], object]) -> float:

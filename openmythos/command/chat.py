@@ -25,7 +25,7 @@ from openmythos.command.decoding import (
     load,
     sampling_of,
 )
-from openmythos.command.option import Device, Seed
+from openmythos.command.option import Device, Seed, Weights
 from openmythos.terminal import console, note
 
 if TYPE_CHECKING:
@@ -51,11 +51,12 @@ def chat(
     special: Special = False,
     seed: Seed = 0,
     device: Device = "cpu",
+    weights: Weights = "stored",
 ) -> None:
     """Talk to a model, in its chat template; without one, each line continues the text."""
     note("loading the model ...")
     rule, layout = decoding_of(exit_rule, cache_layout, overrides or [])
-    model, tokenizer = load(checkpoint, device)
+    model, tokenizer = load(checkpoint, device, weights)
     from openmythos.engine.reference import Session
     from openmythos.engine.request import Request
     from openmythos.engine.sampling import SamplingConfig

@@ -123,7 +123,9 @@ def sampling_of(
     return SamplingConfig(**fields, num_ids=tokenizer.vocab_size)
 
 
-def load(checkpoint: Path, device: str) -> tuple["RecurrentDepthLM", "Tokenizer"]:
+def load(
+    checkpoint: Path, device: str, weights: str = "stored"
+) -> tuple["RecurrentDepthLM", "Tokenizer"]:
     """A checkpoint's model and tokenizer.
 
     Raises:
@@ -139,7 +141,7 @@ def load(checkpoint: Path, device: str) -> tuple["RecurrentDepthLM", "Tokenizer"
     tokenizer = Tokenizer.load(folder)
     if tokenizer.change is not None:
         typer.echo(f"note: the tokenizer changes text: {tokenizer.change}", err=True)
-    return load_pretrained(folder, device=device), tokenizer
+    return load_pretrained(folder, device=device, weights=weights), tokenizer
 
 
 def coloured(pieces: "Iterable[TextPiece]", loops: Sequence[int], scale: "LoopScale") -> Text:

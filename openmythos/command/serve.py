@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from openmythos.command.decoding import load
-from openmythos.command.option import Device, check_device
+from openmythos.command.option import Device, Weights, check_device
 
 if TYPE_CHECKING:
     from openmythos.model.recurrent import RecurrentDepthLM
@@ -55,6 +55,7 @@ def serve(
     timeout: Timeout = 600.0,
     compiled: Compiled = False,
     device: Device = "cpu",
+    weights: Weights = "stored",
 ) -> None:
     """Serve models over HTTP as OpenAI's API does, with depth per request."""
     names = [path.resolve().name for path in paths]
@@ -71,7 +72,7 @@ def serve(
 
     metrics, models = Metrics(), []
     for name, path in zip(names, paths, strict=True):
-        model, codec = load_any(path, device)
+        model, codec = load_any(path, device, weights)
         deepest = 2 * model.config.num_loops if max_loops is None else max_loops
         config = EngineConfig(
             max_rows=max_rows,
@@ -93,7 +94,7 @@ def serve(
     run(models, metrics, host=host, port=port, keys=keys)
 
 
-def load_any(path: Path, device: str) -> "tuple[RecurrentDepthLM, Codec]":
+def load_any(path: Path, device: str, weights: str = "stored") -> "tuple[RecurrentDepthLM, Codec]":
     """A checkpoint's model and tokenizer; of a run on walks, the words of its walks.
 
     Raises:
@@ -108,9 +109,9 @@ def load_any(path: Path, device: str) -> "tuple[RecurrentDepthLM, Codec]":
     folder = local_folder(path)
     walks = None if has_tokenizer(folder) else walks_of(folder)
     if walks is None:
-        return load(path, device)
+        return load(path, device, weights)
     check_device(device)
-    return load_pretrained(folder, device=device), WalkCodec(walks)
+    return load_pretrained(folder, device=device, weights=weights), WalkCodec(walks)
 
 
 def keys_of(file: Path | None) -> list[str]:

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from benchmarks.load_memory import our_config, resident
 from benchmarks.measure import CONFIGS, decode_session, some_tokens
+from openmythos.checkpoint.load import empty_model, fill_model
 from openmythos.checkpoint.save import save_pretrained
 from openmythos.config import ModelConfig, MoEConfig
 from openmythos.interop.families.openmythos_original import read_config
@@ -44,13 +45,17 @@ def config_of(name: str) -> ModelConfig:
 
 @torch.no_grad()
 def write(folder: Path, config: ModelConfig) -> Path:
-    """A checkpoint whose matrices are random, also those that start as zeros."""
-    model = RecurrentDepthLM(config)
-    for number, parameter in enumerate(model.parameters()):
-        if parameter.dim() > 1 and not bool(parameter.any()):
-            generator = torch.Generator().manual_seed(number)
-            parameter.normal_(0, parameter.shape[-1] ** -0.5, generator=generator)
-    return save_pretrained(model, folder)
+    """A checkpoint whose matrices are random, also those that a new model has as zeros."""
+    model, generator = empty_model(config), torch.Generator().manual_seed(0)
+
+    def drawn(name: str, like: Tensor) -> Tensor:
+        if like.dim() < 2:
+            vector = torch.ones if "norm" in name else torch.zeros
+            return vector(like.shape, dtype=like.dtype)
+        return torch.randn(like.shape, generator=generator) * like.shape[-1] ** -0.5
+
+    tensors = ((name, drawn(name, like)) for name, like in model.state_dict().items())
+    return save_pretrained(fill_model(model, tensors, folder, None, "cpu"), folder)
 
 
 def bytes_per_token(model: RecurrentDepthLM) -> int:

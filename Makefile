@@ -10,10 +10,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test stress stress-engine test-vllm test-transformers test-onnx test-page lint bench docs clean
+.PHONY: help setup demo zoo test stress stress-engine test-vllm test-transformers test-onnx test-page lint bench docs clean
 
 help:
-	@echo "make setup | demo | test | stress | stress-engine | test-vllm | test-transformers | test-onnx | test-page | lint | bench | docs | clean   (options: PYTHON=python3.12, ARGS=...)"
+	@echo "make setup | demo | zoo | test | stress | stress-engine | test-vllm | test-transformers | test-onnx | test-page | lint | bench | docs | clean   (options: PYTHON=python3.12, ARGS=...)"
 
 setup: $(STAMP)
 
@@ -32,6 +32,10 @@ $(STAMP): pyproject.toml constraints/cpu.txt
 
 demo: $(STAMP)
 	@$(BIN)/openmythos demo $(ARGS)
+
+# The models that ship, trained again and written into the package.
+zoo: $(STAMP)
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m benchmarks.zoo $(ARGS)
 
 # One thread a process: two torch threads beside a busy process are slower than one.
 test: $(STAMP)

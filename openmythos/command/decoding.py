@@ -9,10 +9,12 @@ import typer
 from rich.text import Text
 
 from openmythos.command.option import check_device, set_option
-from openmythos.command.origin import require_text
+from openmythos.command.origin import require_text, walks_of
 
 if TYPE_CHECKING:
+    from openmythos.engine.engine import Event
     from openmythos.engine.sampling import SamplingConfig
+    from openmythos.eval.walk import WalkCodec
     from openmythos.model.cache import CacheLayout
     from openmythos.model.exit import Rule
     from openmythos.model.recurrent import RecurrentDepthLM
@@ -20,8 +22,13 @@ if TYPE_CHECKING:
     from openmythos.text_stream import TextPiece
     from openmythos.tokenizer import Tokenizer
 
-Checkpoint = Annotated[Path, typer.Argument(help="A checkpoint or run folder, or a .gguf file.")]
-NewTokens = Annotated[int, typer.Option(help="Most tokens to generate.")]
+Checkpoint = Annotated[
+    Path, typer.Argument(help="A checkpoint or run folder, zoo:NAME, or a .gguf file.")
+]
+NewTokens = Annotated[
+    int | None,
+    typer.Option(help="Most tokens to generate; default: 64, in a chat 128, after a walk 1."),
+]
 NumLoops = Annotated[int | None, typer.Option(help="Most loops per token; default: the model's.")]
 ExitKind = Annotated[
     str,
@@ -96,7 +103,7 @@ def decoding_of(
 
 
 def sampling_of(
-    tokenizer: "Tokenizer",
+    tokenizer: "Tokenizer | WalkCodec",
     default: "SamplingConfig",
     temperature: float | None,
     top_k: int | None,
@@ -125,23 +132,47 @@ def sampling_of(
 
 def load(
     checkpoint: Path, device: str, weights: str = "stored"
-) -> tuple["RecurrentDepthLM", "Tokenizer"]:
-    """A checkpoint's model and tokenizer.
+) -> tuple["RecurrentDepthLM", "Tokenizer | WalkCodec"]:
+    """A checkpoint's model and tokenizer; of a model of walks, the words of its walks.
 
     Raises:
-        ValueError: There is no checkpoint, or it has no tokenizer.
+        ValueError: There is no checkpoint, or it reads neither text nor walks.
     """
     check_device(device)
     from openmythos import load_pretrained
+    from openmythos.eval.walk import WalkCodec
     from openmythos.interop.hub import local_folder
     from openmythos.tokenizer import Tokenizer
+    from openmythos.tokenizer_folder import has_tokenizer
 
     folder = local_folder(checkpoint)
+    walks = None if has_tokenizer(folder) else walks_of(folder)
+    if walks is not None:
+        return load_pretrained(folder, device=device, weights=weights), WalkCodec(walks)
     require_text(folder)
     tokenizer = Tokenizer.load(folder)
     if tokenizer.change is not None:
         typer.echo(f"note: the tokenizer changes text: {tokenizer.change}", err=True)
     return load_pretrained(folder, device=device, weights=weights), tokenizer
+
+
+def require_well(event: "Event") -> None:
+    """Check that a request goes on or has ended as it should.
+
+    Raises:
+        ValueError: It has failed; says why.
+    """
+    if event.error is not None:
+        raise ValueError(event.error)
+
+
+def most_tokens(given: int | None, tokenizer: "Tokenizer | WalkCodec", usual: int) -> int:
+    """The most tokens of an answer: as given, else the usual number; a walk ends in one word."""
+    from openmythos.eval.walk import WalkCodec
+
+    if given is not None:
+        return given
+    return 1 if isinstance(tokenizer, WalkCodec) else usual
 
 
 def coloured(pieces: "Iterable[TextPiece]", loops: Sequence[int], scale: "LoopScale") -> Text:

@@ -35,7 +35,7 @@ Tasks = Annotated[
     str | None,
     typer.Option(
         help="Separated by commas: python_docs_choice, python_docs_word, python_docs_bits, "
-        "hops_1 ..., a task file, a folder of them, or a task of lm-evaluation-harness. "
+        "held_out, hops_1 ..., a task file, a folder of them, or a task of lm-evaluation-harness. "
         "Default: held-out loss; of a run on walks, accuracy by hops."
     ),
 ]
@@ -61,7 +61,7 @@ ResultsOut = Annotated[
 
 def evaluate(
     checkpoint: Annotated[
-        Path, typer.Argument(help="A checkpoint or run folder, or a .gguf file.")
+        Path, typer.Argument(help="A checkpoint or run folder, zoo:NAME, or a .gguf file.")
     ],
     tasks: Tasks = None,
     num_loops: Loops = "1,2,4,8,16",
@@ -88,12 +88,16 @@ def evaluate(
         require_matplotlib()  # fail before the evaluation rather than after it
         require_writable(out / RESULTS_FILE)
     from openmythos.config.counts import count
+    from openmythos.eval.task import brings_text
+    from openmythos.eval.task_name import HELD_OUT
     from openmythos.interop.hub import local_folder
 
     folder = local_folder(checkpoint)
     walks = walks_of(folder if data is None else data)
     if walks is not None and names is None:
         names = usual_hops(walks.config.max_train_hops)
+    if names is None and data is None and brings_text(folder):
+        names = [HELD_OUT]
     of_text: dict[str, object] = {"--seq-len": seq_len, "--max-batches": max_batches}
     of_text |= {"--data": data} if walks is None else {}
     of_tasks = {"--limit": limit, "--num-fewshot": num_fewshot}
@@ -234,7 +238,7 @@ def on_tasks(
     codec: Codec = Tokenizer.load(folder) if walks is None else WalkCodec(walks)
     if walks is not None:
         require_fitting(names, load_config(folder).max_seq_len)
-    found = {name: shipped_task(name, walks) for name in names}
+    found = {name: shipped_task(name, walks, folder) for name in names}
     elsewhere = [name for name, task in found.items() if task is None]
     others = None
     if elsewhere:

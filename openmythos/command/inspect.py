@@ -34,7 +34,7 @@ def inspect(
         str | None,
         typer.Argument(
             metavar="[MODEL]",
-            help="A preset, a config.json, a folder that holds one, or a .gguf file.",
+            help="A preset, a config.json, a folder that holds one, zoo:NAME or a .gguf file.",
         ),
     ] = None,
     num_loops: Annotated[
@@ -151,6 +151,10 @@ def read_config(source: str) -> ModelConfig:
         ValueError: ``source`` is none of these, or the file is not a model's config.
     """
     path = Path(source)
+    if source.startswith("zoo:"):
+        from openmythos.interop.hub import local_folder
+
+        path = local_folder(source)
     if source in PRESETS or not path.exists():
         try:
             return preset(source)

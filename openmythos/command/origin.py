@@ -82,8 +82,15 @@ def data_of(folder: Path) -> Path:
 
 
 def walks_of(folder: Path) -> "Walks | None":
-    """The walks that a run, or the run of a checkpoint, trains on; None if it is none on walks."""
-    stored = run_config(folder)
+    """The walks that a checkpoint or a run trains on; None if it is none on walks.
+
+    A checkpoint of an older version does not hold them: its run's configuration does.
+    """
+    from openmythos.data.synthetic import read_walks
+
+    own, stored = read_walks(folder), run_config(folder)
+    if own is not None:
+        return own
     if stored.get("data", {}).get("kind") != "hops":
         return None
     from openmythos.config.schema import from_dict

@@ -8,16 +8,21 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from openmythos.command.decoding import load
-from openmythos.command.option import Device, Weights, check_device
+from openmythos.command.option import Device, Weights
 
 if TYPE_CHECKING:
+    from openmythos.eval.exit_choice import ExitChoice
     from openmythos.model.recurrent import RecurrentDepthLM
-    from openmythos.serve.served import Codec
 
 KEY_VARIABLE = "OPENMYTHOS_API_KEY"
+SHIPPED = ("zoo:walks",)  # the page begins with the first
 
 Paths = Annotated[
-    list[Path], typer.Argument(help="Checkpoint or run folders; the name of each is its model's.")
+    list[Path] | None,
+    typer.Argument(
+        help="Checkpoint or run folders, or zoo:NAME; the name of each is its model's. Default: "
+        "the models that ship."
+    ),
 ]
 Host = Annotated[str, typer.Option(help="Address to listen on; the default is this machine only.")]
 Port = Annotated[int, typer.Option(help="Port to listen on.", min=1, max=65535)]
@@ -41,9 +46,18 @@ Compiled = Annotated[
     bool, typer.Option("--compile", help="Wait for the compiler, then decode faster.")
 ]
 
+BatchInvariant = Annotated[
+    bool,
+    typer.Option(
+        "--batch-invariant",
+        help="Logits equal to the last bit whatever else is computed; a few requests cost as "
+        "much as 16.",
+    ),
+]
+
 
 def serve(
-    paths: Paths,
+    paths: Paths = None,
     host: Host = "127.0.0.1",
     port: Port = 8000,
     api_key_file: Keys = None,
@@ -54,11 +68,13 @@ def serve(
     num_pages: Pages = None,
     timeout: Timeout = 600.0,
     compiled: Compiled = False,
+    batch_invariant: BatchInvariant = False,
     device: Device = "cpu",
     weights: Weights = "stored",
 ) -> None:
     """Serve models over HTTP as OpenAI's API does, with depth per request."""
-    names = [path.resolve().name for path in paths]
+    paths = paths or [Path(name) for name in SHIPPED]
+    names = [path.resolve().name.removeprefix("zoo:") for path in paths]
     if len(set(names)) < len(names):
         raise ValueError(f"two of the folders have the same name: {', '.join(sorted(names))}")
     keys = keys_of(api_key_file)
@@ -72,7 +88,7 @@ def serve(
 
     metrics, models = Metrics(), []
     for name, path in zip(names, paths, strict=True):
-        model, codec = load_any(path, device, weights)
+        model, codec = load(path, device, weights)
         deepest = 2 * model.config.num_loops if max_loops is None else max_loops
         config = EngineConfig(
             max_rows=max_rows,
@@ -80,12 +96,23 @@ def serve(
             max_loops=deepest,
             num_pages=num_pages,
             compiled=compiled,
+            batch_invariant=batch_invariant,
         )
         engine = Engine(model, config)
         measured = metrics.of(name, lambda engine=engine: engine.stats)  # type: ignore[misc]
         worker = EngineThread(engine, measured, max_waiting=max_waiting)
         created = int(time.time())
-        served = ServedModel(name, model, codec, worker, created=created, timeout=timeout)
+        choice = choice_for(path, model)
+        served = ServedModel(
+            name,
+            model,
+            codec,
+            worker,
+            default_rule=None if choice is None else choice.exit_rule,
+            default_loops=None if choice is None else choice.num_loops,
+            created=created,
+            timeout=timeout,
+        )
         models.append(served)
         typer.echo(f"{name}: {served.max_len} tokens, up to {deepest} loops", err=True)
     if not keys and host not in ("127.0.0.1", "localhost", "::1"):
@@ -94,24 +121,33 @@ def serve(
     run(models, metrics, host=host, port=port, keys=keys)
 
 
-def load_any(path: Path, device: str, weights: str = "stored") -> "tuple[RecurrentDepthLM, Codec]":
-    """A checkpoint's model and tokenizer; of a run on walks, the words of its walks.
+def choice_for(path: Path, model: "RecurrentDepthLM") -> "ExitChoice | None":
+    """The depth and exit rule that ``calibrate-exit`` chose for a checkpoint, if it did.
 
     Raises:
-        ValueError: There is no checkpoint, or it reads neither text nor walks.
+        ValueError: Its file is damaged, or of another model.
     """
-    from openmythos.command.origin import walks_of
-    from openmythos.eval.walk import WalkCodec
+    from openmythos.checkpoint.save import EXIT_FILE
+    from openmythos.engine.request import Request
+    from openmythos.eval.exit_choice import processor_name, read_choice
     from openmythos.interop.hub import local_folder
-    from openmythos.interop.loading import load_pretrained
-    from openmythos.tokenizer_folder import has_tokenizer
 
     folder = local_folder(path)
-    walks = None if has_tokenizer(folder) else walks_of(folder)
-    if walks is None:
-        return load(path, device, weights)
-    check_device(device)
-    return load_pretrained(folder, device=device, weights=weights), WalkCodec(walks)
+    choice = read_choice(folder)
+    if choice is None:
+        return None
+    try:
+        Request(tokens=[0], max_new_tokens=1, exit_rule=choice.exit_rule).check(model.config)
+    except ValueError as error:
+        raise ValueError(f"{folder / EXIT_FILE} is of another model: {error}") from None
+    typer.echo(f"{path}: {choice}, as measured by calibrate-exit", err=True)
+    here = processor_name(model.embed.weight.device)
+    if choice.processor != here:
+        said = (
+            f"warning: {folder / EXIT_FILE} was measured on {choice.processor}, and this is {here}"
+        )
+        typer.echo(f"{said}; run openmythos calibrate-exit again", err=True)
+    return choice
 
 
 def keys_of(file: Path | None) -> list[str]:

@@ -16,16 +16,21 @@ Source: "Loop, Think & Generalize" (2604.07822v2), the depth extrapolation task,
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Int, UInt64
 
-from openmythos.config.schema import as_seed
+from openmythos.config.schema import as_seed, from_dict, require, to_dict
 from openmythos.data.hashing import mix, permutation, threshold
 from openmythos.data.packing import IGNORED_TARGET, Batch
+from openmythos.folder import write_json
+
+WALKS_FILE = "walks.json"  # in a checkpoint that was trained on walks: their settings
 
 _MIN_WALKS_TO_HOLD_OUT = 1000
 _MAX_ENUMERATED_WORDS = 4096
@@ -232,6 +237,27 @@ class Walks:
             positions=positions,
             num_bytes=0,
         )
+
+    def save(self, folder: Path) -> None:
+        """Write the settings into a checkpoint's folder; ``read_walks`` reads them."""
+        write_json(folder / WALKS_FILE, to_dict(self.config))
+
+
+def read_walks(folder: Path) -> Walks | None:
+    """The walks that a checkpoint was trained on, as its folder says; None if it does not say.
+
+    Raises:
+        ValueError: The file is damaged.
+    """
+    path = folder / WALKS_FILE
+    if not path.is_file():
+        return None
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        require(isinstance(stored, dict), "the content", type(stored).__name__, "an object")
+        return Walks(from_dict(HopsConfig, stored))
+    except ValueError as error:  # of JSON, of UTF-8 or of a field
+        raise ValueError(f"{path} does not describe walks: {error}") from None
 
 
 @dataclass

@@ -12,7 +12,6 @@ from rich.text import Text
 
 from openmythos.analysis.trace import trace_loops
 from openmythos.config import presets
-from openmythos.data.loader import TokenLoader
 from openmythos.data.packing import on_device
 from openmythos.demo.result import TextResult
 from openmythos.eval.score import with_error
@@ -77,7 +76,7 @@ def act_text(console: Console, out: Path, config: RunConfig, device: str) -> Tex
     sampling = train_config.depth.sampling
     depth, drawn = sampling.mean_recurrence, [row["num_loops"] for row in rows]
     with console.status("other compressors on the same text"):
-        others = marks(run.task.train, validation)
+        others = marks(run.task.train.text(), validation.text())
     found = TextResult(
         train_curve=[(row["seconds"], row["bits_per_byte"]) for row in rows],
         held_out=held_out,
@@ -118,13 +117,12 @@ def show_text(console: Console, result: TextResult) -> None:
         console.print()
 
 
-def marks(train: TokenLoader, held_out: TokenLoader) -> dict[str, float]:
-    """Bits per byte of other compressors on the held-out text.
+def marks(known: bytes, text: bytes) -> dict[str, float]:
+    """Bits per byte of other compressors on held-out text, ``known`` being the training text.
 
     A compressor learns from the text that it compresses only. So the last one is xz that has read
     the training text first, as the model has: the bytes that the held-out text adds to it.
     """
-    text, known = held_out.text(), train.text()
     before, after = (len(lzma.compress(part, preset=9)) for part in (known, known + text))
     sizes = {
         "gzip -9": len(gzip.compress(text, 9)),

@@ -10,13 +10,15 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
+from openmythos.data.source import load_documents
 from openmythos.data.synthetic import Walks
 from openmythos.eval import python_docs
 from openmythos.eval.score import Measured, Outcomes, summarise
 from openmythos.eval.scoring import GenerationRequest, Scorer
-from openmythos.eval.task_name import HOPS, TEXT_NAMES
+from openmythos.eval.task_name import HELD_OUT, HOPS, TEXT_NAMES
 from openmythos.eval.walk import hops_documents
 
 Kind = Literal["choice", "next", "generate", "text"]
@@ -29,6 +31,7 @@ METRICS: dict[Kind, str] = {
 LOWER_IS_BETTER = ("bits_per_byte", "byte_perplexity", "word_perplexity", "perplexity")
 WORD = re.compile("[A-Za-z]+")
 WORD_TOKENS = 8
+HELD_OUT_FILE = "held_out.jsonl"  # in a checkpoint: texts that it was not trained on
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,12 +87,29 @@ MAKERS = (_python_docs_choice, _python_docs_word, _python_docs_bits)
 TEXT_TASKS: dict[str, Callable[[], EvalTask]] = dict(zip(TEXT_NAMES, MAKERS, strict=True))
 
 
-def shipped_task(name: str, walks: Walks | None) -> EvalTask | None:
+def brings_text(checkpoint: Path) -> bool:
+    """Whether held-out text lies beside a checkpoint's weights."""
+    return (checkpoint / HELD_OUT_FILE).is_file()
+
+
+def _held_out(checkpoint: Path | None) -> EvalTask:
+    if checkpoint is None or not brings_text(checkpoint):
+        raise ValueError(
+            f"task {HELD_OUT} needs a {HELD_OUT_FILE} beside the weights; there is none"
+        )
+    texts = [
+        {"text": document.text} for document in load_documents(str(checkpoint / HELD_OUT_FILE))
+    ]
+    return EvalTask(name=HELD_OUT, kind="text", documents=texts, baselines={})
+
+
+def shipped_task(name: str, walks: Walks | None, checkpoint: Path | None = None) -> EvalTask | None:
     """The task of this name; None if no such task ships.
 
     Args:
-        name: A name of ``TEXT_TASKS``, or ``hops_4`` for walks of four hops.
+        name: A name of ``TEXT_TASKS``, ``held_out``, or ``hops_4`` for walks of four hops.
         walks: The walks that the model was trained on; None for a model of text.
+        checkpoint: The model's folder, which may bring its held-out text.
 
     Raises:
         ValueError: The task is for text and the model for walks, or the other way round.
@@ -102,11 +122,11 @@ def shipped_task(name: str, walks: Walks | None) -> EvalTask | None:
         return EvalTask(name=name, kind="next", documents=documents, baselines=leaks)
     if hops is not None:
         raise ValueError(f"task {name} needs a run on walks (train --data hops); this is of text")
-    if name not in TEXT_TASKS:
+    if name not in (*TEXT_TASKS, HELD_OUT):
         return None
     if walks is not None:
         raise ValueError(f"task {name} needs a model of text; this one knows walks: give hops_1 ..")
-    return TEXT_TASKS[name]()
+    return _held_out(checkpoint) if name == HELD_OUT else TEXT_TASKS[name]()
 
 
 # --- what a model answers ------------------------------------------------------------------------

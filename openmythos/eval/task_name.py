@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 TEXT_NAMES = ("python_docs_choice", "python_docs_word", "python_docs_bits")
-SHIPPED = (*TEXT_NAMES, "hops_1, hops_2 ...")
+HELD_OUT = "held_out"
+SHIPPED = (*TEXT_NAMES, HELD_OUT, "hops_1, hops_2 ...")
 HOPS = re.compile(r"hops_([1-9]\d*)")
 NAME_IN_FILE = re.compile(rb"^(?:task|group): *[\"']?([\w.-]+)", re.MULTILINE)
 
@@ -80,4 +81,4 @@ def did_you_mean(name: str, known: Sequence[str]) -> str:
 def _is_ours(name: str) -> bool:
     path = Path(name)
     is_path = path.suffix in (".yaml", ".yml") or path.is_dir()
-    return is_path or name in TEXT_NAMES or HOPS.fullmatch(name) is not None
+    return is_path or name in (*TEXT_NAMES, HELD_OUT) or HOPS.fullmatch(name) is not None

@@ -4,7 +4,7 @@ Each word is one token id of ``data.synthetic``: entities e0, e1 ... first, then
 ... There are no special tokens.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from openmythos.data.synthetic import HopsConfig, Walks
@@ -24,6 +24,9 @@ class WalkCodec:
     eos_id: int | None = None
     begin_ids: tuple[int, ...] = ()
     end_ids: frozenset[int] = frozenset()
+    chat_template: None = None
+    generation: Mapping[str, Any] = {}
+    sampling: Mapping[str, Any] = {}
 
     def __init__(self, walks: Walks) -> None:
         self.walks = walks
@@ -45,15 +48,26 @@ class WalkCodec:
         words = text.split()
         for word in words:
             if word not in self._ids:
-                raise ValueError(
-                    f"{word!r} is no word of a walk; the model knows {self.words[0]} to "
-                    f"{self.words[-1]} and can be asked hops_1, hops_2 ... only"
-                )
+                raise ValueError(f"{word!r} is no word of a walk; {self._form}")
         return [self._ids[word] for word in words]
 
-    def encode_prompt(self, text: str) -> list[int]:
-        """Token ids of a walk; nothing is put before it."""
+    def encode_prompt(self, text: str, *, special: bool = False) -> list[int]:
+        """Token ids of a walk; nothing is put before it.
+
+        Raises:
+            ValueError: There is no word, or one that is none of a walk.
+        """
+        if not text.strip():
+            raise ValueError(f"there is no walk; {self._form}")
         return self.encode(text)
+
+    @property
+    def _form(self) -> str:
+        last_entity = self.walks.config.num_entities - 1
+        return (
+            f"a walk is a start, e0 to e{last_entity}, and relations, r0 to {self.words[-1]}, "
+            "such as e3 r1 r0"
+        )
 
     def require_lossless(self, purpose: str) -> None:
         """Nothing: words come back as they are, but for the white space between them."""

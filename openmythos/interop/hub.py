@@ -1,4 +1,4 @@
-"""Where a model lies: a folder, a GGUF file, or a name on the Hugging Face hub.
+"""Where a model lies: a folder, a GGUF file, with the package, or on the Hugging Face hub.
 
 Weights and JSON are downloaded, never code.
 """
@@ -8,16 +8,18 @@ import re
 from pathlib import Path
 
 from openmythos.checkpoint.load import checkpoint_folder
+from openmythos.checkpoint.weights import CONFIG_FILE
 from openmythos.folder import PathLike
 from openmythos.interop.gguf import SUFFIX, open_gguf
 
+ZOO, ZOO_FOLDER = "zoo:", Path(os.path.realpath(__file__)).parent.parent / "zoo"
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 SAFE_FILES = ["*.json", "*.safetensors"]
 TORCH_FILES = ["*.bin", "*.pt", "*.pth"]  # read as tensors only
 
 
 def local_folder(path: PathLike, *, verify: bool = True) -> Path:
-    """The local folder for ``path``: a folder, a GGUF file, or ``owner/name`` on the hub.
+    """The local folder for ``path``: a folder, GGUF file, ``zoo:NAME``, or a name on the hub.
 
     A GGUF file's folder is temporary and holds everything but the weights, which stay in the file.
     A path that exists locally, or whose first folder does, is never looked up on the hub. With
@@ -27,6 +29,8 @@ def local_folder(path: PathLike, *, verify: bool = True) -> Path:
         ValueError: There is neither such a folder nor such a model, or the hub is not reachable.
     """
     name = os.fspath(path)
+    if name.startswith(ZOO) and not Path(name).exists():
+        return zoo_folder(name)
     if Path(name).suffix == SUFFIX and not Path(name).is_dir():
         return open_gguf(path)
     if not HUB_NAME.fullmatch(name) or Path(name).exists() or Path(name).parent.exists():
@@ -44,3 +48,19 @@ def local_folder(path: PathLike, *, verify: bool = True) -> Path:
             f"({reason}); give a folder, or go online and check the name"
         ) from None
     return checkpoint_folder(folder)
+
+
+def zoo_names() -> list[str]:
+    """The models that ship with the package, as ``local_folder`` takes them."""
+    return sorted(ZOO + path.parent.name for path in ZOO_FOLDER.glob(f"*/{CONFIG_FILE}"))
+
+
+def zoo_folder(name: str) -> Path:
+    """The folder of a model that ships.
+
+    Raises:
+        ValueError: No such model ships; the message lists those that do.
+    """
+    if name not in zoo_names():
+        raise ValueError(f"no model {name!r} ships; these do: {', '.join(zoo_names())}")
+    return ZOO_FOLDER / name.removeprefix(ZOO)

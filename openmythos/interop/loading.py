@@ -32,7 +32,7 @@ from openmythos.interop.families import (
 )
 from openmythos.interop.families.not_loaded import why_not
 from openmythos.interop.gguf import PARTS_FIELD, GgufWeights
-from openmythos.interop.hub import local_folder
+from openmythos.interop.hub import ZOO_FOLDER, local_folder
 from openmythos.interop.mapping import read_tensors
 from openmythos.model.int8 import int8_names
 from openmythos.model.recurrent import RecurrentDepthLM
@@ -65,9 +65,10 @@ def load_pretrained(
     """Load a checkpoint folder: ours, or one of a family in ``FAMILIES``.
 
     Args:
-        path: A folder with config.json and the weights, a ``.gguf`` file of a Llama, or a model's
-            name on the Hugging Face hub.
-        dtype: Dtype of the parameters; None keeps the stored one, and is fp32 for a GGUF file.
+        path: A folder with config.json and the weights, a ``.gguf`` file of a Llama, ``zoo:NAME``
+            of a model that ships, or a model's name on the Hugging Face hub.
+        dtype: Dtype of the parameters; None keeps the stored one, and is fp32 for a GGUF file and
+            for the models that ship, whose bf16 only saves space.
         device: Device of the model.
         verify: Compare the files of one of our checkpoints with the SHA-256 in its manifest.json
             (about 1 GB/s); of a run, a damaged newest checkpoint falls back to the one before it.
@@ -84,6 +85,8 @@ def load_pretrained(
     dtype = dtype_for(weights, dtype, device)
     require_room(local_folder(path, verify=False), dtype, device, weights)
     folder = local_folder(path, verify=verify)
+    if dtype is None and folder.parent == ZOO_FOLDER:
+        dtype = torch.float32
     if verify:
         verify_checkpoint(folder)
     if "format" in read_config(folder):

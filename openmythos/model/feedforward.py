@@ -172,8 +172,9 @@ class MoE(FeedForward):
         own = getattr(self.gate_up, "experts", None)  # that of weights in 8 bits
         if own is not None:
             return partial(own, self.down)
-        if self.gate_up.device.type != "cpu" or not native.eager():
-            return partial(moe_experts, gate_up=self.gate_up, down=self.down)
+        given = None if ctx is None else ctx.experts
+        if given is not None or self.gate_up.device.type != "cpu" or not native.eager():
+            return partial(given or moe_experts, gate_up=self.gate_up, down=self.down)
         if ctx is None:
             return LoopedExperts(self.gate_up, self.down)
         return ctx.once(LoopedExperts, self.gate_up, self.down)

@@ -1,5 +1,6 @@
 """The routes of the server."""
 
+import asyncio
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from starlette.exceptions import HTTPException
 from openmythos import __version__
 from openmythos.serve.chat import chat
 from openmythos.serve.completions import complete
+from openmythos.serve.describe import described
 from openmythos.serve.error import APIError
 from openmythos.serve.metrics import Metrics
 from openmythos.serve.page import offer, page_files
@@ -26,6 +28,7 @@ def make_app(models: Sequence[ServedModel], metrics: Metrics) -> FastAPI:
     """The application that serves these models; the first answers where no model is named."""
     app = FastAPI(title="OpenMythos", version=__version__, docs_url=None, redoc_url=None)
     by_name = {model.name: model for model in models}
+    app.openapi = lambda: described(app, list(by_name))  # type: ignore[method-assign]
 
     def model_named(name: str | None) -> ServedModel:
         if name is None:
@@ -76,9 +79,9 @@ def make_app(models: Sequence[ServedModel], metrics: Metrics) -> FastAPI:
         if (body.prompt is None) == (body.messages is None):
             raise APIError(400, "give a prompt or messages, one of them", param="prompt")
         if body.prompt is not None:
-            ids = model.encode(body.prompt)
+            ids = await asyncio.to_thread(model.encode, body.prompt)
         else:
-            ids, _ = model.encode_chat(body.messages or [])
+            ids, _ = await asyncio.to_thread(model.encode_chat, body.messages or [])
         return {"tokens": ids, "count": len(ids), "max_model_len": model.max_len}
 
     @app.post("/detokenize")

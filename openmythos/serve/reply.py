@@ -23,7 +23,9 @@ def warnings(body: Body, *warnings: str) -> dict[str, str]:
     unknown = body.unknown()
     said = [*warnings, *([f"ignored: {', '.join(unknown)}"] if unknown else [])]
     text = "; ".join(said).encode("ascii", "replace").decode()
-    return {"x-warning": "".join(c for c in text if c.isprintable())[:1000]} if said else {}
+    # A space at either end, as after a field without a name, is no valid header.
+    line = "".join(c for c in text if c.isprintable())[:1000].strip()
+    return {"x-warning": line} if said else {}
 
 
 def usage_of_body(
@@ -61,3 +63,13 @@ async def merged(answers: Sequence[Answer]) -> AsyncIterator[tuple[int, Any]]:
         for reader in readers:
             reader.cancel()
         await asyncio.gather(*readers, return_exceptions=True)
+
+
+async def all_ended(answers: Sequence[Answer]) -> None:
+    """Read several answers to their ends.
+
+    Raises:
+        APIError: The engine ended one with an error.
+    """
+    async for _ in merged(answers):
+        pass

@@ -92,8 +92,6 @@ def test_a_run_on_walks_is_asked_the_hops_of_its_training(invoke: Invoke, hops_r
     for hops in (64, 99_999_999_999):
         said = refused(invoke, "eval", hops_run, "--tasks", f"hops_{hops}")
         assert said.endswith(f"has {hops + 1} tokens, and the model reads at most 64")
-    said = refused(invoke, "generate", hops_run, "--prompt", "a")
-    assert "of a run on walks" in said and f"openmythos eval {hops_run} asks it" in said
 
 
 def test_a_name_that_is_no_task_is_refused_before_anything_is_loaded(

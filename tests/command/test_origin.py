@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from openmythos.command.origin import data_of, require_text, run_config, run_of, walks_of
+from openmythos.data.synthetic import WALKS_FILE
 
 
 def test_a_run_is_found_from_its_checkpoint_alone(text_run: Path, hops_run: Path) -> None:
@@ -38,6 +39,21 @@ def test_a_copied_checkpoint_knows_its_run(hops_run: Path, tmp_path: Path) -> No
     state = json.loads((newest / "training_state.json").read_text())
     (tmp_path / "training_state.json").write_text(json.dumps(state))
     assert run_config(tmp_path) == run_config(hops_run)
+
+
+def test_a_checkpoint_on_walks_brings_them(hops_run: Path, tmp_path: Path) -> None:
+    newest = next((hops_run / "checkpoints").glob("step-*"))
+    for name in ("config.json", "model.safetensors", WALKS_FILE):
+        shutil.copy(newest / name, tmp_path)
+    walks, of_run = walks_of(tmp_path), walks_of(hops_run)
+    assert walks is not None and of_run is not None and walks.config == of_run.config
+    # As an older version wrote it.
+    run = shutil.copytree(hops_run, tmp_path / "run")
+    (older,) = run.glob("checkpoints/step-*")
+    (older / WALKS_FILE).unlink()
+    for folder in (run, older):
+        found = walks_of(folder)
+        assert found is not None and found.config == walks.config
 
 
 def test_a_damaged_configuration_of_a_run_is_not_believed(hops_run: Path, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from openmythos.data.synthetic import Curriculum, HopsConfig, Walks
+from openmythos.data.synthetic import WALKS_FILE, Curriculum, HopsConfig, Walks, read_walks
 
 WALKS = Walks(HopsConfig(seed=3))
 
@@ -200,3 +200,15 @@ def test_arguments_out_of_range():
         Curriculum(max_stage=3, stage=9)
     with pytest.raises(ValueError, match="stage=7 is not in this curriculum"):
         Curriculum(max_stage=3).load_state_dict({"stage": 7})
+
+
+def test_walks_lie_beside_weights(tmp_path):
+    assert read_walks(tmp_path) is None
+    walks = Walks(HopsConfig(num_entities=5, num_relations=3, max_train_hops=4, seed=9))
+    walks.save(tmp_path)
+    again = read_walks(tmp_path)
+    assert again.config == walks.config and np.array_equal(again.relations, walks.relations)
+    for damaged in ('{"num_entities": 1}', "{", '{"entities": 5}', "[]"):
+        (tmp_path / WALKS_FILE).write_text(damaged)
+        with pytest.raises(ValueError, match=r"walks\.json does not describe walks: ."):
+            read_walks(tmp_path)

@@ -25,7 +25,7 @@ def test_other_compressors_read_the_held_out_text_and_nothing_else(tmp_path: Pat
         TokenLoader(tmp_path / "out", split, seq_len=16, batch_size=2) for split in ("train", "val")
     )
     assert len(held_out.text()) == held_out.num_bytes < train.num_bytes
-    found = marks(train, held_out)
+    found = marks(train.text(), held_out.text())
     size = len(lzma.compress(held_out.text(), preset=9))
     assert found["xz -9"] == 8 * size / held_out.num_bytes
     assert found["xz -9 after the training text"] < found["xz -9"] / 2

@@ -12,8 +12,10 @@ def test_words_are_token_ids() -> None:
     assert codec.decode([0, 7, 4, 5]) == "e0 r2 e4 r0"
     assert codec.decode_bytes([4, 5]) == b" e4 r0" == codec.decode_bytes([4]) + b" r0"
     assert codec.bos_id is None and codec.eos_id is None
-    with pytest.raises(ValueError, match=r"'hello' is no word of a walk; .* e0 to r2"):
+    with pytest.raises(ValueError, match=r"'hello' is no word of a walk; .*, e0 to e4, .* r2,"):
         codec.encode("e0 hello")
+    with pytest.raises(ValueError, match="there is no walk; a walk is a start"):
+        codec.encode_prompt("  ")
 
 
 def test_documents_are_walks_that_end_where_they_say() -> None:

@@ -83,3 +83,15 @@ def test_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="not cached, and offline"):
         local_folder(NAME)
+
+
+def test_models_that_ship_have_an_address(hub: Hub, tmp_path: Path) -> None:
+    folder = local_folder("zoo:walks")
+    assert folder == local_folder(Path("zoo:walks")) and (folder / "model.safetensors").is_file()
+    assert load_config("zoo:walks").num_loops == openmythos.load_pretrained(folder).config.num_loops
+    for name in ("zoo:", "zoo:absent", "zoo:../zoo/walks", "zoo:walks/x"):
+        with pytest.raises(ValueError, match=f"no model '{name}' ships; these do: .*zoo:walks"):
+            local_folder(name)
+    shutil.copytree(hub.model, tmp_path / "zoo:walks")
+    assert local_folder("zoo:walks") == (tmp_path / "zoo:walks").resolve()
+    assert not hub.asked

@@ -129,6 +129,8 @@ def test_the_engines_tokens_are_the_sessions(kind: str, tmp_path: Path) -> None:
     for request in requests:
         session = Session(quantised, batch_size=1, max_len=32)
         wanted.append([new.token for new in session.stream([request])])
+    with pytest.raises(ValueError, match="it must be False with weights in 8 bits"):
+        Engine(quantised, EngineConfig(max_rows=3, max_len=32, batch_invariant=True))
     engine = Engine(quantised, EngineConfig(max_rows=3, max_len=32))
     numbers = [engine.add(request) for request in requests]
     found: dict[int, list[int]] = {number: [] for number in numbers}

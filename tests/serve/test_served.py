@@ -2,14 +2,18 @@
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from openmythos.data.synthetic import HopsConfig, Walks
+from openmythos.engine.request import Request
 from openmythos.eval.walk import WalkCodec
+from openmythos.model.exit import Fixed, KLExit
 from openmythos.serve.error import APIError
 from openmythos.serve.schema import CompletionBody, Message
+from openmythos.serve.served import ServedModel
 from openmythos.tokenizer import Tokenizer, byte_tokenizer
 from tests.foreign import write_chat_folder
 from tests.serve.running import Running, running, small_model
@@ -26,6 +30,19 @@ def test_a_conversation_in_its_template(tmp_path: Path) -> None:
         answer = server.post("/v1/chat/completions", model="chat", max_tokens=2, messages=plain)
         assert answer.status_code == 200 and "x-warning" not in answer.headers
         assert served.card()["chat_template"] is True
+
+
+def test_a_template_that_fails_is_the_clients_to_know(tmp_path: Path) -> None:
+    tokenizer = Tokenizer.load(write_chat_folder(tmp_path / "chat"))
+    model = small_model(vocab_size=tokenizer.vocab_size)
+    with running({"chat": (model, tokenizer)}) as server:
+        for template in ("{{ raise_exception('roles must alternate') }}", "{{ 1 / 0 }}"):
+            tokenizer.chat_template = template
+            messages = [{"role": "user", "content": "hi"}]
+            answer = server.post("/v1/chat/completions", model="chat", messages=messages)
+            said = answer.json()["error"]["message"]
+            assert answer.status_code == 400 and "chat template fails" in said
+            assert "alternate" in said or "zero" in said
 
 
 def test_a_model_of_walks_reads_words_and_answers_one() -> None:
@@ -82,3 +99,64 @@ def test_logprobs_of_a_prompt_are_the_models(server: Running) -> None:
     for place, (report, token) in enumerate(zip(reports[1:], [9, 7], strict=True)):
         assert report is not None
         assert report.chosen == pytest.approx(float(logits[place, token]), abs=1e-5)
+
+
+PATHS = {
+    "/v1/completions": {"prompt": "the same long beginning of a prompt"},
+    "/v1/chat/completions": {"messages": [{"role": "user", "content": "a long conversation"}]},
+    "/v1/responses": {"input": "what has been said before"},
+}
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_salt_and_priority_reach_the_engine(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with running() as server:
+        given, add = [], server.engine.add
+
+        def adds(request: Request, *, priority: int, timeout: float | None, salt: str) -> int:
+            given.append((priority, salt))
+            return add(request, priority=priority, timeout=timeout, salt=salt)
+
+        monkeypatch.setattr(server.engine, "add", adds)
+
+        def num_found(**fields: Any) -> int:
+            before = server.engine.stats.num_prompt_tokens_found
+            answer = server.post(path, model="small", seed=1, **PATHS[path], **fields)
+            assert answer.status_code == 200
+            warning = answer.headers.get("x-warning", "")
+            assert "priority" not in warning and "cache_salt" not in warning
+            server.wait_until_idle()
+            return server.engine.stats.num_prompt_tokens_found - before
+
+        found = [num_found(), num_found(priority=-3), num_found(cache_salt="mine")]
+        found += [num_found(cache_salt="mine", priority=2), num_found(cache_salt="yours")]
+        assert [number > 0 for number in found] == [False, True, False, True, False]
+        assert given == [(0, ""), (-3, ""), (0, "mine"), (2, "mine"), (0, "yours")]
+
+
+@pytest.mark.parametrize(
+    "fields", [{"priority": 1001}, {"priority": 0.5}, {"cache_salt": ""}, {"cache_salt": 5}]
+)
+def test_salts_and_priorities_that_are_none_are_refused(
+    server: Running, fields: dict[str, Any]
+) -> None:
+    answer = server.post("/v1/completions", model="small", prompt="a", **fields)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == next(iter(fields))
+
+
+def test_a_body_without_a_depth_gets_the_default_depth_and_rule(server: Running) -> None:
+    made = server.served[0]
+    rule = KLExit(threshold=0.1)
+    served = ServedModel(
+        "small", made.model, made.codec, made.worker, default_rule=rule, default_loops=3
+    )
+    body = {"model": "small", "prompt": "a"}
+    assert served.depth_of(CompletionBody(**body)) == (3, rule)
+    assert served.depth_of(CompletionBody(**body, num_loops=5)) == (5, rule)
+    assert served.depth_of(CompletionBody(**body, reasoning_effort="medium")) == (4, rule)
+    assert served.depth_of(CompletionBody(**body, exit_rule={"kind": "fixed"})) == (3, Fixed())
+    card = served.card()
+    assert card["default_loops"] == 3 and card["default_exit_rule"]["kind"] == "kl"
+    own = made.card()
+    assert own["default_loops"] == 4 and own["default_exit_rule"] is None

@@ -1,0 +1,207 @@
+"""Train the models that ship with the package, and write them into ``openmythos/zoo``.
+
+``make zoo`` trains both; ``make zoo ARGS="walks"`` one of them, ``ARGS=--plan`` only says what
+would be trained. Weights are stored in bf16; the scores beside them are of the weights as stored. A
+model's card, its README.md, is written by hand.
+"""
+
+import argparse
+import json
+import re
+import shutil
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from openmythos.checkpoint.save import OWN_FILES, write_checkpoint
+from openmythos.command.demo import keep_freed_memory
+from openmythos.command.origin import walks_of
+from openmythos.config import presets
+from openmythos.config.schema import to_dict
+from openmythos.data.file import Document
+from openmythos.data.hashing import hash_bytes
+from openmythos.data.loader import TokenLoader
+from openmythos.data.source import PYTHON_DOCS, load_documents
+from openmythos.data.synthetic import WALKS_FILE, read_walks
+from openmythos.demo.text import marks
+from openmythos.demo.walks import hops_config
+from openmythos.eval.python_docs import held_out
+from openmythos.eval.scoring import Scorer
+from openmythos.eval.task import HELD_OUT_FILE, measure_tasks, shipped_task
+from openmythos.eval.task_name import HELD_OUT
+from openmythos.folder import replaced_folder, write_json, write_manifest, write_whole
+from openmythos.interop.hub import ZOO_FOLDER
+from openmythos.interop.loading import load_pretrained
+from openmythos.model.recurrent import RecurrentDepthLM
+from openmythos.terminal import console
+from openmythos.tokenizer import Tokenizer
+from openmythos.tokenizer_folder import has_tokenizer
+from openmythos.train.depth_schedule import DepthSchedule, PoissonDepth
+from openmythos.train.display import TrainDisplay
+from openmythos.train.optim import OptimizerConfig
+from openmythos.train.recipe import RunConfig, TextData, TrainConfig
+from openmythos.train.run import set_up
+from openmythos.train.validation import hops_right
+
+TEXT_STEPS = 1000
+SAMPLE_BYTES = 64 * 1024
+MIN_SHARED = 60  # characters of a paragraph that is looked for in the training text
+TEXT_LOOPS = (1, 2, 4, 8, 16)
+WALK_LOOPS, WALK_HOPS, NUM_WALKS = (1, 2, 3, 4, 6, 8, 12, 16), (1, 2, 4, 6, 8, 10, 12), 512
+SCORES = "scores.json"
+BY_HAND = ("README.md", "LICENSE-PYTHON.txt")
+
+
+def recipes() -> dict[str, RunConfig]:
+    """What is trained: act 2 of the demo with the demo's seed, and a longer act 1."""
+    return {"walks": hops_config(seed=0, seconds=150.0), "text": text_config()}
+
+
+def text_config() -> RunConfig:
+    """Preset ``tiny`` with a context of 512, for six passes over Python's documentation.
+
+    The weight decay is for the passes; gradients go through two loops, so that loops are of use.
+    """
+    model = replace(presets.preset("tiny"), max_seq_len=512)
+    sampling = PoissonDepth(mean_recurrence=model.num_loops)
+    settings = TrainConfig(
+        max_steps=TEXT_STEPS,
+        batch_size=6,
+        optimizer=OptimizerConfig(weight_decay=0.1),
+        depth=DepthSchedule(sampling=sampling, mean_backprop_depth=2, ramp=0.6, max_loops=16),
+        eval_loops=(),
+    )
+    return RunConfig(model=model, train=settings, data=TextData(source=PYTHON_DOCS, seq_len=512))
+
+
+# --- the held-out sample --------------------------------------------------------------------------
+
+
+def sample(documents: Iterable[Document], size: int = SAMPLE_BYTES) -> list[Document]:
+    """Held-out documents of ``size`` bytes together, in the order of their hashes.
+
+    The last one is cut after a paragraph, so that they have a little less.
+    """
+    chosen, left = [], size
+    for document in sorted(held_out(documents), key=lambda d: hash_bytes(d.text.encode())):
+        text = document.text
+        if len(text.encode()) > left:
+            room = text.encode()[:left].decode(errors="ignore")
+            text = room[: max(0, room.rfind("\n\n"))]
+        if text:
+            chosen.append(Document(document.name, text))
+        left -= len(document.text.encode())
+        if left <= 0:
+            break
+    return chosen
+
+
+def shared_paragraphs(documents: Iterable[Document], training: str) -> list[str]:
+    """The paragraphs of the documents that the training text has too, white space aside."""
+    known = " ".join(training.split())
+    paragraphs = (
+        " ".join(part.split()) for d in documents for part in re.split(r"\n\s*\n", d.text)
+    )
+    return [part for part in paragraphs if len(part) >= MIN_SHARED and part in known]
+
+
+# --- what a folder of the zoo holds ---------------------------------------------------------------
+
+
+def ship(run: Path, target: Path) -> None:
+    """Write a run's newest checkpoint into the zoo: weights in bf16, and what they score.
+
+    Raises:
+        ValueError: The held-out sample shares text with the training data.
+    """
+    model = load_pretrained(run).to(torch.bfloat16)
+    newest = max((run / "checkpoints").glob("step-*"))
+    tokenizer = Tokenizer.load(newest) if has_tokenizer(newest) else None
+    walks, others = walks_of(newest), {}
+    own = {*OWN_FILES, WALKS_FILE, HELD_OUT_FILE, SCORES, *BY_HAND}
+    with replaced_folder(target, own) as fresh:
+        write_checkpoint(model, fresh, tokenizer)
+        if walks is not None:
+            walks.save(fresh)
+        else:
+            training = TokenLoader(run / "data", "train", seq_len=512, batch_size=1).text()
+            others = bring_text(fresh, training)
+        write_manifest(fresh)
+        for name in BY_HAND:
+            if (target / name).is_file():
+                shutil.copy(target / name, fresh)
+        found = scores(load_pretrained(fresh, dtype=torch.float32), fresh)
+        write_json(fresh / SCORES, {**found, **others})
+
+
+def bring_text(folder: Path, training: bytes) -> dict[str, float]:
+    """Write the held-out sample into a folder; returns other compressors' bits per byte of it."""
+    chosen = sample(load_documents(PYTHON_DOCS))
+    if shared := shared_paragraphs(chosen, training.decode()):
+        raise ValueError(f"the training text has {len(shared)} paragraphs of the sample: {shared}")
+    rows = [json.dumps({"name": d.name, "text": d.text}) for d in chosen]
+    write_whole(folder / HELD_OUT_FILE, "\n".join(rows) + "\n")
+    text = "".join(d.text for d in chosen).encode()
+    return {name: round(bits, 4) for name, bits in marks(training, text).items()}
+
+
+def scores(
+    model: RecurrentDepthLM,
+    folder: Path,
+    loops: Sequence[int] | None = None,
+    hops: Sequence[int] | None = None,
+) -> dict[str, Any]:
+    """A model's scores by loops, as its folder keeps them: accuracy by hops, or bits per byte."""
+    walks = read_walks(folder)
+    if walks is None:
+        codec, measured = Tokenizer.load(folder), {}
+        task = shipped_task(HELD_OUT, None, folder)
+        assert task is not None
+        for n in loops or TEXT_LOOPS:
+            scorer = Scorer(model=model, codec=codec, num_loops=n)
+            ((_, result),) = measure_tasks(scorer, [task]).items()
+            measured[str(n)] = round(result.score.value, 4)
+        return {"bits_per_byte": measured}
+    return {
+        "accuracy": {
+            str(h): {
+                str(n): round(
+                    float(hops_right(model, walks, h, n, NUM_WALKS, seed=1).float().mean()), 4
+                )
+                for n in loops or WALK_LOOPS
+            }
+            for h in hops or WALK_HOPS
+        }
+    }
+
+
+def main() -> None:
+    """Train the models that are named, or both, and write them into the package."""
+    known = recipes()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", choices=[*known, []], help="default: both")
+    parser.add_argument("--out", type=Path, default=Path("runs/zoo"), help="folder of the runs")
+    parser.add_argument("--plan", action="store_true", help="say what would be trained, as JSON")
+    given = parser.parse_args()
+    chosen = {name: known[name] for name in given.names or known}
+    if given.plan:
+        print(json.dumps({name: to_dict(config) for name, config in chosen.items()}, indent=2))
+        return
+    keep_freed_memory()
+    screen = console()
+    for name, config in chosen.items():
+        run = set_up(config, given.out / name)
+        screen.print(run.in_words(config.data.in_words))
+        with TrainDisplay(screen, name) as display:
+            result = run.train(display)
+        if result.interrupted:
+            raise SystemExit(130)
+        ship(given.out / name, ZOO_FOLDER / name)
+        screen.print(f"{name}: step {result.step}, {result.seconds:.0f} s, {ZOO_FOLDER / name}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,116 @@
+"""The models that ship: what is in the package, and that they score what their cards say."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+import openmythos
+from benchmarks import zoo
+from openmythos.checkpoint.load import checkpoint_damage
+from openmythos.command.demo import configs
+from openmythos.command.origin import walks_of
+from openmythos.config import ModelConfig
+from openmythos.config.schema import apply_overrides, from_dict, to_dict
+from openmythos.data.file import Document
+from openmythos.eval.python_docs import held_out
+from openmythos.interop.hub import ZOO_FOLDER, local_folder, zoo_names
+from openmythos.interop.loading import load_config
+from openmythos.tokenizer_folder import has_tokenizer
+from openmythos.train.run import set_up
+
+NAMES = ("zoo:walks",)
+MOST_BYTES = 8_000_000
+
+
+def card(name: str) -> str:
+    return (local_folder(name) / "README.md").read_text(encoding="utf-8")
+
+
+def stored_scores(name: str) -> dict[str, dict[str, dict[str, float]]]:
+    return json.loads((local_folder(name) / zoo.SCORES).read_text(encoding="utf-8"))
+
+
+def test_what_ships_is_small_and_whole() -> None:
+    assert sorted(zoo_names()) == sorted(NAMES)
+    files = [path for path in ZOO_FOLDER.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < MOST_BYTES
+    for name in NAMES:
+        folder = local_folder(name)
+        assert checkpoint_damage(folder) is None
+        assert (walks_of(folder) is None) == has_tokenizer(folder)
+        assert "## Limits" in card(name) and "make zoo" in card(name)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_weights_are_stored_in_half_and_loaded_in_full(name: str) -> None:
+    stored = openmythos.load_pretrained(name, dtype=torch.bfloat16).state_dict()
+    for model in (openmythos.load_pretrained(name), openmythos.load_pretrained(local_folder(name))):
+        for key, tensor in model.state_dict().items():
+            assert tensor.dtype == torch.float32 and torch.equal(tensor, stored[key].float())
+    size = (local_folder(name) / "model.safetensors").stat().st_size
+    assert size < 2.1 * sum(tensor.numel() for tensor in stored.values()) + 10_000
+
+
+def test_walks_are_followed_as_the_card_says() -> None:
+    model = openmythos.load_pretrained("zoo:walks")
+    expected = stored_scores("zoo:walks")["accuracy"]
+    found = zoo.scores(model, local_folder("zoo:walks"), loops=(2, 6), hops=(4, 8, 10))["accuracy"]
+    for hops, row in found.items():
+        for loops, value in row.items():
+            assert math.isclose(value, expected[hops][loops], abs_tol=0.005), (hops, loops)
+    for hops, row in expected.items():
+        cells = " | ".join(f"{100 * value:.1f} %" for value in row.values())
+        assert f"| {hops} | {cells} |" in card("zoo:walks")
+
+
+# --- how they are made ----------------------------------------------------------------------------
+
+
+def test_the_plan_is_the_demos_and_says_where_it_ends(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", ["zoo", "--plan"])
+    zoo.main()
+    plan = json.loads(capsys.readouterr().out)
+    _, hops = configs(0, 120.0, 150.0, [])
+    assert plan["walks"] == json.loads(json.dumps(to_dict(hops)))
+    assert plan["text"]["data"]["source"] == "python-docs"
+    assert plan["text"]["train"]["max_steps"] == zoo.TEXT_STEPS
+    for name in NAMES:
+        planned = from_dict(ModelConfig, plan[name.removeprefix("zoo:")]["model"])
+        assert load_config(name) == planned
+
+
+def test_a_run_becomes_a_folder_of_the_zoo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A card that is there stays; the settings of the walks come along."""
+    small = ["model.d_model=16", "model.attention.num_heads=4", "train.max_steps=1"]
+    small += ["train.batch_size=2", "model.feed_forward.d_ff=16"]
+    run = set_up(apply_overrides(zoo.recipes()["walks"], small), tmp_path / "run")
+    run.train()
+    target = tmp_path / "zoo" / "walks"
+    target.mkdir(parents=True)
+    (target / "README.md").write_text("a card")
+    for name, value in (("NUM_WALKS", 4), ("WALK_HOPS", (1, 2)), ("WALK_LOOPS", (1, 2))):
+        monkeypatch.setattr(zoo, name, value)
+    zoo.ship(tmp_path / "run", target)
+    assert checkpoint_damage(target) is None and (target / "README.md").read_text() == "a card"
+    walks = walks_of(target)
+    assert walks is not None and walks.config == run.task.walks.config
+    assert openmythos.load_pretrained(target).embed.weight.dtype == torch.bfloat16
+    assert (target / zoo.SCORES).is_file() and not (target / "training_state.json").exists()
+
+
+def test_the_sample_is_held_out_and_seen_nowhere_else() -> None:
+    texts = [f"Document {i}.\n\n" + f"What number {i} says. " * 20 + "\n\nEnd." for i in range(200)]
+    documents = [Document(str(i), text) for i, text in enumerate(texts)]
+    chosen = zoo.sample(documents, size=3000)
+    assert 2000 < sum(len(d.text) for d in chosen) <= 3000
+    whole = {document.name: document.text for document in held_out(documents)}
+    assert all(whole[d.name].startswith(d.text) for d in chosen)
+    assert zoo.sample(reversed(documents), size=3000) == chosen
+    trained = "\n".join(d.text for d in documents if d.name not in whole)
+    assert zoo.shared_paragraphs(chosen, trained) == []
+    assert zoo.shared_paragraphs(chosen, trained + chosen[0].text.replace(" ", "\n"))

@@ -23,6 +23,7 @@ from openmythos.engine.page_pool import SCRATCH
 from openmythos.engine.paged_cache import PagedCache, PagedContext
 from openmythos.model.context import select_rows
 from openmythos.model.exit import Fixed, Rule, join_states
+from openmythos.model.int8 import Int8Weight
 from openmythos.model.loop import (
     ExitState,
     Halted,
@@ -32,7 +33,6 @@ from openmythos.model.loop import (
     start_loops,
     unroll,
 )
-from openmythos.model.int8 import Int8Weight
 from openmythos.model.recurrent import RecurrentDepthLM
 from openmythos.ops.separate_experts import separate_experts
 

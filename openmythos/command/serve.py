@@ -11,7 +11,7 @@ from openmythos.command.decoding import load
 from openmythos.command.option import Device
 
 KEY_VARIABLE = "OPENMYTHOS_API_KEY"
-SHIPPED = ("zoo:walks",)  # the page begins with the first
+SHIPPED = ("zoo:walks", "zoo:text")  # the page begins with the first
 
 Paths = Annotated[
     list[Path] | None,

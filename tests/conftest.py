@@ -13,11 +13,12 @@ import hypothesis
 import numpy as np
 import pytest
 import torch
-from jaxtyping import install_import_hook
+
+from tests.checked import check
 
 # Must come before the first import of the package: every annotation in it, shapes included, is then
 # checked at every call, arguments and results. Keep this module free of `import openmythos`.
-install_import_hook("openmythos", "beartype.beartype")
+check("openmythos")
 
 torch.set_num_threads(1)
 

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -162,16 +163,32 @@ def test_help_is_quick() -> None:
     ],
 )
 def test_errors_are_one_line_with_status_2(
-    tmp_path: Path, arguments: tuple[str, ...], said: str
+    tmp_path: Path,
+    arguments: tuple[str, ...],
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     (tmp_path / "empty.txt").touch()
     (tmp_path / "broken.json").write_text("{", encoding="utf-8")
-    ran = openmythos(*arguments, cwd=tmp_path)
-    assert ran.returncode == 2
-    *notes, line = ran.stderr.splitlines()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["openmythos", *arguments])
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # main sets its own
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 2
+    printed = capsys.readouterr()
+    *notes, line = printed.err.splitlines()
     assert line.startswith("error: ") and said in line
     assert all(text.endswith(" ...") for text in notes)
-    assert ran.stdout == ""
+    assert printed.out == ""
+
+
+def test_a_process_ends_with_one_line_and_status_2(tmp_path: Path) -> None:
+    ran = openmythos("train", "tiney", cwd=tmp_path)
+    assert (ran.returncode, ran.stdout) == (2, "")
+    assert ran.stderr.splitlines()[-1].startswith("error: no preset 'tiney'")
+    assert "Traceback" not in ran.stderr
 
 
 def test_main_joins_lines_and_keeps_real_faults(

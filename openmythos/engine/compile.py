@@ -41,18 +41,25 @@ def compiled_calls(model: RecurrentDepthLM) -> Calls:
 def compile_call(call: Callable[..., Any]) -> Callable[..., Any]:
     """Compile ``call`` for one model, whose modules and settings must not change afterwards.
 
-    Guards on modules are skipped, because checking them takes longer than some of the products.
-    The compiled function must therefore be used with this model only.
+    Guards on modules and on global names are skipped, because checking them takes longer than some
+    of the products. The compiled function must therefore be used with this model only.
     """
     torch.compiler.allow_in_graph(gathered_experts)  # keep it one node, to be replaced below
     settings: dict[str, Any] = {  # torch's type stubs lack some of them
         "backend": _backend,
         "recompile_limit": RECOMPILE_LIMIT,
         "isolate_recompiles": True,
-        "options": {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe},
+        "options": {"guard_filter_fn": _kept_guards},
     }
     compiled: Callable[..., Any] = torch.compile(call, **settings)
     return compiled
+
+
+def _kept_guards(entries: Sequence[Any]) -> list[bool]:
+    """Which guards to keep: those on what differs from call to call."""
+    modules = torch.compiler.skip_guard_on_all_nn_modules_unsafe(entries)
+    names = torch.compiler.skip_guard_on_globals_unsafe(entries)
+    return [all(keep) for keep in zip(modules, names, strict=True)]
 
 
 def _backend(graph: fx.GraphModule, inputs: Sequence[Any]) -> Any:

@@ -386,15 +386,12 @@ class Engine:
         if not new:
             return
         lives = [self._live[jobs[place].id] for place in new]
-        drawn = [live.generator.clone_state() for live in lives]
-        num_new = [len(live.job.new) for live in lives]
-        settings = [
-            live.request.sampling_after(count) for live, count in zip(lives, num_new, strict=True)
-        ]
-        weighed = adjusted(logits[new], settings, [live.job.text for live in lives], num_new)
-        tokens = sample(weighed, settings, drawn).tolist()
-        for place, live, token, generator in zip(new, lives, tokens, drawn, strict=True):
-            live.generator = generator
+        for place, live, drawn in zip(new, lives, _draw(logits[new], lives), strict=True):
+            if isinstance(drawn, ValueError):
+                self._scheduler.remove(live.job)
+                self._end(live.job.id, "error", str(drawn))
+                continue
+            token, live.generator = drawn
             self._scheduler.has_decoded(live.job, loops[place], token, now)
             self._tell(live, token, loops[place], logits[place])
 
@@ -487,3 +484,26 @@ def _free_bytes(device: torch.device) -> int | None:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return free_bytes() if device.type == "cpu" else None
+
+
+def _draw(
+    logits: Float[Tensor, "N V"], lives: list[_Live]
+) -> list[tuple[int, torch.Generator] | ValueError]:
+    """Each row's next token and its generator afterwards; or why there is none.
+
+    Settings that leave a row nothing to choose from are that request's own failure.
+    """
+    num_new = [len(live.job.new) for live in lives]
+    settings = [
+        live.request.sampling_after(count) for live, count in zip(lives, num_new, strict=True)
+    ]
+    drawn = [live.generator.clone_state() for live in lives]
+    try:
+        weighed = adjusted(logits, settings, [live.job.text for live in lives], num_new)
+        tokens = sample(weighed, settings, drawn).tolist()
+    except ValueError as error:
+        if len(lives) == 1:
+            return [error]
+        rows = zip(logits.split(1), lives, strict=True)
+        return [drawn for row, live in rows for drawn in _draw(row, [live])]
+    return list(zip(tokens, drawn, strict=True))

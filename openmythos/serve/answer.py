@@ -2,7 +2,7 @@
 
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from openmythos.engine.engine import Event
 from openmythos.engine.sampling import Logprobs
@@ -68,38 +68,30 @@ class Answer:
             APIError: The engine ended the request with an error.
         """
         while self.finish_reason is None:
-            event = await self.ticket.events.get()
-            text = self._take(event)
-            if text or self.finish_reason is not None:
+            text, reason = self._take(await self.ticket.events.get())
+            if reason is not None:  # a stop text ends it before the engine does
+                self.finish_reason = reason
+                self.worker.close(self.ticket, reason)
+            if text or reason is not None:
                 tokens = tuple(self.tokens[self._num_told :])
                 self._num_told = len(self.tokens)
-                yield Delta(text, tokens, self.finish_reason)
+                yield Delta(text, tokens, reason)
 
-    async def whole(self) -> "Answer":
-        """The answer after its end.
-
-        Raises:
-            APIError: The engine ended the request with an error.
-        """
-        async for _ in self.deltas():
-            pass
-        return self
-
-    def _take(self, event: Event) -> str:
+    def _take(self, event: Event) -> tuple[str, Literal["stop", "length"] | None]:
+        """The text that has become certain, and why the answer ends, if it does."""
         if event.finish_reason == "error":
             raise APIError(500, event.error or "the engine failed", code="engine_error")
         pieces = []
         if event.token is not None:
             self.tokens.append(Token(event.token, event.num_loops, event.logprobs))
             pieces += self._stream.push(event.token)
-        if self._stream.stopped:
-            self.finish_reason = "stop"
-        elif event.finish_reason is not None:
+        if not self._stream.stopped and event.finish_reason is not None:
             pieces += self._stream.finish()
-            # A deadline or an abort from outside cut it short, as a limit of tokens does.
-            stopped = event.finish_reason == "stop" or self._stream.stopped
-            self.finish_reason = "stop" if stopped else "length"
-        return "".join(piece.text for piece in pieces)
+        text = "".join(piece.text for piece in pieces)
+        if self._stream.stopped or event.finish_reason == "stop":
+            return text, "stop"
+        # A deadline or an abort from outside cut it short, as a limit of tokens does.
+        return text, None if event.finish_reason is None else "length"
 
 
 def usage_of(

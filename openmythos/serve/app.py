@@ -1,5 +1,6 @@
 """The routes of the server."""
 
+import asyncio
 from collections.abc import Sequence
 from typing import Any
 
@@ -76,9 +77,9 @@ def make_app(models: Sequence[ServedModel], metrics: Metrics) -> FastAPI:
         if (body.prompt is None) == (body.messages is None):
             raise APIError(400, "give a prompt or messages, one of them", param="prompt")
         if body.prompt is not None:
-            ids = model.encode(body.prompt)
+            ids = await asyncio.to_thread(model.encode, body.prompt)
         else:
-            ids, _ = model.encode_chat(body.messages or [])
+            ids, _ = await asyncio.to_thread(model.encode_chat, body.messages or [])
         return {"tokens": ids, "count": len(ids), "max_model_len": model.max_len}
 
     @app.post("/detokenize")

@@ -1,5 +1,6 @@
 """``POST /v1/chat/completions``: conversations are answered."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -7,7 +8,7 @@ from fastapi import Request, Response
 from fastapi.responses import JSONResponse
 
 from openmythos.serve.answer import chat_logprobs
-from openmythos.serve.reply import head_of, merged, usage_of_body, warnings
+from openmythos.serve.reply import all_ended, head_of, merged, usage_of_body, warnings
 from openmythos.serve.schema import ChatBody
 from openmythos.serve.served import ServedModel
 from openmythos.serve.stream import EventStream, unless_gone
@@ -22,7 +23,7 @@ async def chat(served: ServedModel, body: ChatBody, request: Request) -> Respons
         APIError: It cannot be answered.
     """
     body.check()
-    prompt, own_stops = served.encode_chat(body.messages)
+    prompt, own_stops = await asyncio.to_thread(served.encode_chat, body.messages)
     stops, with_usage = [*body.stops(), *own_stops], body.usage_in_stream()
     count = (body.top_logprobs or 0) if body.logprobs else None
     requests = served.requests(body, prompt, body.max_new_tokens(), count)
@@ -57,9 +58,9 @@ async def chat(served: ServedModel, body: ChatBody, request: Request) -> Respons
 
     async def whole() -> dict[str, Any]:
         async with served.answers(requests, stops) as answers:
+            await all_ended(answers)
             choices = []
             for index, answer in enumerate(answers):
-                await answer.whole()
                 choice: dict[str, Any] = {
                     "index": index,
                     "message": {"role": "assistant", "content": answer.text, "refusal": None},

@@ -1,5 +1,6 @@
 """``POST /v1/completions``: prompts are continued."""
 
+import asyncio
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ from openmythos.engine import request as engine
 from openmythos.engine.sampling import Logprobs
 from openmythos.serve.answer import Answer, Delta, completion_logprobs
 from openmythos.serve.error import APIError
-from openmythos.serve.reply import head_of, merged, usage_of_body, warnings
+from openmythos.serve.reply import all_ended, head_of, merged, usage_of_body, warnings
 from openmythos.serve.schema import CompletionBody
 from openmythos.serve.served import ServedModel
 from openmythos.serve.stream import EventStream, unless_gone
@@ -23,7 +24,7 @@ async def complete(served: ServedModel, body: CompletionBody, request: Request) 
         APIError: It cannot be answered.
     """
     body.check()
-    prompts = [served.encode(prompt) for prompt in _prompts(body.prompt)]
+    prompts = await asyncio.to_thread(lambda: [*map(served.encode, _prompts(body.prompt))])
     stops, with_usage = body.stops(), body.usage_in_stream()
     requests = [
         made
@@ -53,9 +54,9 @@ async def complete(served: ServedModel, body: CompletionBody, request: Request) 
 
     async def whole() -> dict[str, Any]:
         async with served.answers(requests, stops) as answers:
+            await all_ended(answers)
             choices = []
             for index, answer in enumerate(answers):
-                await answer.whole()
                 choices.append(await _whole(served, body, index, answer, requests[index]))
             usage = usage_of_body(body, num_prompt, answers, requests[0].num_loops or 0)
             return {**head, "choices": choices, "usage": usage}

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+MAX_CHARACTERS = 1000  # of a message, which may quote what was given
+
 
 class APIError(Exception):
     """A request that is answered with an error.
@@ -32,7 +34,7 @@ class APIError(Exception):
         """The JSON of the answer."""
         return {
             "error": {
-                "message": self.message,
+                "message": self.message[:MAX_CHARACTERS],
                 "type": error_type(self.status),
                 "param": self.param,
                 "code": self.code,

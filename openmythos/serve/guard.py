@@ -3,6 +3,7 @@
 Starlette's own base class for this breaks streams and cancellation.
 """
 
+import asyncio
 import hmac
 import json
 import logging
@@ -34,6 +35,7 @@ class Guard:
         app: The application.
         keys: Keys of which a request to ``/v1`` must have one; none: no key is needed.
         max_body_bytes: The most bytes of a body.
+        body_seconds: The longest that a body may take to come.
 
     Attributes:
         ending: Whether new work is refused because the server ends.
@@ -41,9 +43,14 @@ class Guard:
     """
 
     def __init__(
-        self, app: App, *, keys: Sequence[str] = (), max_body_bytes: int = 4 << 20
+        self,
+        app: App,
+        *,
+        keys: Sequence[str] = (),
+        max_body_bytes: int = MAX_BODY_BYTES,
+        body_seconds: float = 60.0,
     ) -> None:
-        self.app, self.max_body_bytes = app, max_body_bytes
+        self.app, self.max_body_bytes, self.body_seconds = app, max_body_bytes, body_seconds
         self._keys = [key.encode() for key in keys]
         self.ending = False
         self.num_open = 0
@@ -72,7 +79,8 @@ class Guard:
             if refused is not None:
                 await send_error(refused, answer)
             else:
-                await self.app(scope, _Limited(receive, self.max_body_bytes), answer)
+                limited = _Limited(receive, self.max_body_bytes, self.body_seconds)
+                await self.app(scope, limited, answer)
         finally:
             self.num_open -= 1
             seconds = round(time.monotonic() - started, 4)
@@ -96,14 +104,22 @@ class Guard:
 
 
 class _Limited:
-    """``receive``, up to a number of bytes."""
+    """``receive``, up to a number of bytes and seconds."""
 
-    def __init__(self, receive: Receive, most: int) -> None:
+    def __init__(self, receive: Receive, most: int, seconds: float) -> None:
         self._receive, self._left, self._most = receive, most, most
+        self._seconds, self._whole = seconds, False
+        self._end = asyncio.get_running_loop().time() + seconds
 
     async def __call__(self) -> Message:
-        message = await self._receive()
+        try:
+            async with asyncio.timeout_at(None if self._whole else self._end):
+                message = await self._receive()
+        except TimeoutError:
+            said = f"the body took longer than {self._seconds} seconds"
+            raise HTTPException(408, said, {"connection": "close"}) from None
         if message["type"] == "http.request":
+            self._whole = not message.get("more_body", False)
             self._left -= len(message.get("body", b""))
             if self._left < 0:
                 raise HTTPException(413, TOO_LONG.format(self._most))

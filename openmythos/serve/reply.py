@@ -61,3 +61,13 @@ async def merged(answers: Sequence[Answer]) -> AsyncIterator[tuple[int, Any]]:
         for reader in readers:
             reader.cancel()
         await asyncio.gather(*readers, return_exceptions=True)
+
+
+async def all_ended(answers: Sequence[Answer]) -> None:
+    """Read several answers to their ends.
+
+    Raises:
+        APIError: The engine ended one with an error.
+    """
+    async for _ in merged(answers):
+        pass

@@ -1,5 +1,6 @@
 """``POST /v1/responses``: conversations are answered in OpenAI's newer form; nothing is stored."""
 
+import asyncio
 import time
 import uuid
 from collections.abc import AsyncIterator
@@ -12,7 +13,7 @@ from pydantic import Field
 from openmythos.serve.answer import Answer, chat_logprobs, loop_counts
 from openmythos.serve.chat import BASE_MODEL
 from openmythos.serve.error import APIError
-from openmythos.serve.reply import warnings
+from openmythos.serve.reply import all_ended, warnings
 from openmythos.serve.schema import (
     MAX_TOP,
     ROLES,
@@ -21,6 +22,7 @@ from openmythos.serve.schema import (
     ContentPart,
     Count,
     Generation,
+    ListOf,
     Message,
     refuse,
 )
@@ -35,7 +37,7 @@ class InputItem(Body):
 
     type: str = "message"
     role: str = "user"
-    content: str | list[ContentPart] | None = None
+    content: str | ListOf[ContentPart] | None = None
 
 
 class Reasoning(Body):
@@ -48,14 +50,14 @@ class Reasoning(Body):
 class ResponsesBody(Generation):
     """``POST /v1/responses``."""
 
-    input: str | list[InputItem]
+    input: str | ListOf[InputItem]
     instructions: str | None = None
     max_output_tokens: Count | None = None
     reasoning: Reasoning | None = None
     text: dict[str, Any] | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP)] | None = None
-    include: list[str] | None = None
-    metadata: dict[str, Any] | None = None
+    include: ListOf[str] | None = None
+    metadata: dict[str, str] | None = None
     truncation: str | None = None
     parallel_tool_calls: bool | None = None
     store: bool | None = None
@@ -133,7 +135,7 @@ async def respond(served: ServedModel, body: ResponsesBody, request: Request) ->
         APIError: It cannot be answered.
     """
     body.check()
-    prompt, stops = served.encode_chat(body.messages())
+    prompt, stops = await asyncio.to_thread(served.encode_chat, body.messages())
     requests = served.requests(body.choices(), prompt, body.max_output_tokens, body.num_logprobs)
     headers = warnings(body, *([] if served.has_template else [BASE_MODEL]))
     reply = _Reply(served, body, len(prompt), requests[0].num_loops or 0)
@@ -150,7 +152,8 @@ async def respond(served: ServedModel, body: ResponsesBody, request: Request) ->
 
     async def whole() -> dict[str, Any]:
         async with served.answers(requests, stops) as answers:
-            return reply.ended(await answers[0].whole())
+            await all_ended(answers)
+            return reply.ended(answers[0])
 
     return JSONResponse(await unless_gone(whole(), request.receive), headers=headers)
 

@@ -3,17 +3,27 @@
 Unknown fields are kept apart, to be named in a warning; what is known and not offered is refused.
 """
 
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from openmythos.serve.error import APIError
 
+T = TypeVar("T")
+# Told is what is wrong first: a list of a million mistakes would take seconds and a gigabyte.
+ListOf = Annotated[list[T], Field(fail_fast=True)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
+Biases = dict[str, Annotated[Number, Field(ge=-100, le=100)]]
 Role = Literal["system", "developer", "user", "assistant", "tool", "function"]
 ROLES = get_args(Role)
-MAX_CHOICES, MAX_TOP, MAX_STOPS, MAX_STOP_CHARACTERS = 128, 20, 16, 1000
+MAX_CHOICES, MAX_TOP, MAX_BIASES, MAX_STOPS, MAX_STOP_CHARACTERS = 128, 20, 1024, 16, 1000
+
+
+def _few(biases: Any) -> Any:
+    if isinstance(biases, dict) and len(biases) > MAX_BIASES:
+        raise ValueError(f"it has {len(biases)} entries; give up to {MAX_BIASES}")
+    return biases
 
 
 class Body(BaseModel):
@@ -42,8 +52,8 @@ class Generation(Body):
     top_k: Annotated[int, Field(ge=-1)] | None = None
     frequency_penalty: Annotated[Number, Field(ge=-2, le=2)] = 0.0
     presence_penalty: Annotated[Number, Field(ge=-2, le=2)] = 0.0
-    repetition_penalty: Annotated[Number, Field(gt=0, le=100)] = 1.0
-    logit_bias: dict[str, Annotated[Number, Field(ge=-100, le=100)]] | None = None
+    repetition_penalty: Annotated[Number, Field(ge=0.01, le=100)] = 1.0
+    logit_bias: Annotated[Biases, BeforeValidator(_few)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stream: bool = False
     user: str | None = None
@@ -63,7 +73,7 @@ class Choices(Generation):
     """Fields of completions and chat completions."""
 
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] = 1
-    stop: str | list[str] | None = None
+    stop: str | ListOf[str] | None = None
     stream_options: StreamOptions | None = None
     ignore_eos: bool = False
     min_tokens: Annotated[int, Field(ge=0)] = 0
@@ -99,7 +109,7 @@ class Choices(Generation):
 class CompletionBody(Choices):
     """``POST /v1/completions``."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: str | ListOf[str] | ListOf[int] | ListOf[ListOf[int]]
     max_tokens: Count | None = 16
     logprobs: Annotated[int, Field(ge=0, le=MAX_TOP)] | None = None
     echo: bool = False
@@ -130,7 +140,7 @@ class Message(Body):
     """A message of a conversation."""
 
     role: Role
-    content: str | list[ContentPart] | None = None
+    content: str | ListOf[ContentPart] | None = None
 
     def plain(self) -> dict[str, str]:
         """Role and text.
@@ -147,7 +157,7 @@ class Message(Body):
 class ChatBody(Choices):
     """``POST /v1/chat/completions``."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[ListOf[Message], Field(min_length=1)]
     max_completion_tokens: Count | None = None
     max_tokens: Count | None = None
     logprobs: bool | None = False
@@ -156,7 +166,7 @@ class ChatBody(Choices):
     tool_choice: Any = None
     functions: list[Any] | None = None
     response_format: dict[str, Any] | None = None
-    modalities: list[str] | None = None
+    modalities: ListOf[str] | None = None
     audio: Any = None
 
     def check(self) -> None:
@@ -194,14 +204,14 @@ class TokenizeBody(Body):
 
     model: str | None = None
     prompt: str | None = None
-    messages: list[Message] | None = None
+    messages: ListOf[Message] | None = None
 
 
 class DetokenizeBody(Body):
     """``POST /detokenize``."""
 
     model: str | None = None
-    tokens: list[int]
+    tokens: ListOf[int]
 
 
 def text_of(content: str | list[ContentPart] | None) -> str:

@@ -260,15 +260,12 @@ class ServedModel:
         Raises:
             APIError: The engine refuses a request.
         """
-        given: list[Answer] = []
+        tickets = await self.worker.open(requests, timeout=self.timeout, salt="")
         try:
-            for request in requests:
-                ticket = await self.worker.open(request, timeout=self.timeout, salt="")
-                given.append(Answer(self.worker, ticket, self.codec, stops))
-            yield given
+            yield [Answer(self.worker, ticket, self.codec, stops) for ticket in tickets]
         finally:
-            for answer in given:
-                self.worker.close(answer.ticket)
+            for ticket in tickets:
+                self.worker.close(ticket, "abort")
 
     async def prompt_logprobs(self, request: Request, count: int) -> list[Logprobs | None]:
         """Log-probabilities of a prompt's own tokens, at its full depth; the first has none."""

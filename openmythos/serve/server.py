@@ -4,16 +4,20 @@ import asyncio
 import contextlib
 import logging
 import signal
+import socket
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import uvicorn
 
 from openmythos.serve.app import make_app
+from openmythos.serve.connection import Connection
 from openmythos.serve.guard import MAX_BODY_BYTES, Guard
 from openmythos.serve.metrics import Metrics
 from openmythos.serve.served import ServedModel
 
-GRACE = 30  # seconds that running requests have to finish, once the server is told to end
+GRACE = 30.0  # seconds until what still runs is cut short, once the server is told to end
+FAREWELL = 10  # seconds more until connections are closed
 
 
 class Server(uvicorn.Server):
@@ -22,9 +26,11 @@ class Server(uvicorn.Server):
     Uvicorn's own would end the process by the signal, and its exit status would not be 0.
     """
 
-    def __init__(self, config: uvicorn.Config, guard: Guard) -> None:
+    def __init__(
+        self, config: uvicorn.Config, guard: Guard, models: Sequence[ServedModel], grace: float
+    ) -> None:
         super().__init__(config)
-        self.guard = guard
+        self.guard, self.models, self.grace = guard, models, grace
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -38,10 +44,36 @@ class Server(uvicorn.Server):
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.remove_signal_handler(number)
 
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Finish what runs; what takes too long ends with what it has, as at a deadline."""
+
+        def cut_short() -> None:
+            for model in self.models:
+                model.worker.cut_short()
+
+        timer = asyncio.get_running_loop().call_later(self.grace, cut_short)
+        try:
+            await super().shutdown(sockets)
+        finally:
+            timer.cancel()
+
     def end(self) -> None:
         """Begin to end; a second time: at once."""
         self.force_exit = self.should_exit
         self.should_exit = self.guard.ending = True
+
+
+def web_config(guard: Guard, **settings: Any) -> uvicorn.Config:
+    """How the web server runs; ``settings`` are its own."""
+    ours: dict[str, Any] = {
+        "http": Connection,
+        "log_config": None,
+        "access_log": False,
+        "server_header": False,
+        "lifespan": "off",
+        "timeout_graceful_shutdown": int(GRACE) + FAREWELL,
+    }
+    return uvicorn.Config(guard, **ours | settings)
 
 
 def serve(
@@ -57,19 +89,11 @@ def serve(
     logging.basicConfig(format="%(message)s")
     logging.getLogger("openmythos.serve").setLevel(logging.INFO)
     guard = Guard(make_app(models, metrics), keys=keys, max_body_bytes=max_body_bytes)
-    config = uvicorn.Config(
-        guard,
-        host=host,
-        port=port,
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        timeout_graceful_shutdown=GRACE,
-    )
+    config = web_config(guard, host=host, port=port)
     for model in models:
         model.worker.start()
     try:
-        Server(config, guard).run()
+        Server(config, guard, models, GRACE).run()
     finally:
         for model in models:
             model.worker.stop()

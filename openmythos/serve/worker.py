@@ -9,11 +9,11 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any, NamedTuple, TypeVar
 
-from openmythos.engine.engine import Engine, Event
+from openmythos.engine.engine import EndReason, Engine, Event
 from openmythos.engine.request import Request
 from openmythos.serve.error import APIError
 from openmythos.serve.metrics import ModelMetrics
@@ -35,6 +35,7 @@ class Ticket:
         self.events: asyncio.Queue[Event] = asyncio.Queue()
         self.begun = self.last = time.monotonic()
         self.num_new, self.num_cached = 0, 0
+        self.closed = False
 
 
 class _Call(NamedTuple):
@@ -83,36 +84,52 @@ class EngineThread:
         if self._thread.is_alive():
             self._thread.join()
 
-    async def open(self, request: Request, *, timeout: float | None, salt: str) -> Ticket:
-        """Give a request to the engine.
+    async def open(
+        self, requests: Sequence[Request], *, timeout: float | None, salt: str
+    ) -> list[Ticket]:
+        """Give requests to the engine, all of them or none.
 
         Raises:
-            APIError: The queue is full, the request cannot be served, or the engine is dead.
+            APIError: The queue is full, a request cannot be served, or the engine is dead.
         """
-        if self._num_tickets >= self.capacity:
-            said = f"{self._num_tickets} requests are running or waiting, which is the limit"
+        count = len(requests)
+        if count > self.capacity:  # it would not help to come again
+            raise APIError(400, f"{count} answers are asked for; give up to {self.capacity}")
+        if self._num_tickets + count > self.capacity:
+            said = f"{self._num_tickets} requests run or wait; there may be {self.capacity}"
             raise APIError(429, said, code="queue_full", retry_after=RETRY_AFTER)
         loop = asyncio.get_running_loop()
+        taken: list[Ticket] = []
 
-        def add() -> Ticket:
-            number = self.engine.add(request, timeout=timeout, salt=salt)
-            ticket = self._tickets[number] = Ticket(number, loop, len(request.tokens))
-            return ticket
+        def add() -> list[Ticket]:
+            for request in requests:
+                number = self.engine.add(request, timeout=timeout, salt=salt)
+                taken.append(Ticket(number, loop, len(request.tokens)))
+                self._tickets[number] = taken[-1]
+            return taken
 
-        self._num_tickets += 1
+        self._num_tickets += count
         try:
             return await self.call(add)
-        except ValueError as error:
-            self._num_tickets -= 1
-            raise APIError(400, str(error)) from None
-        except BaseException:
-            self._num_tickets -= 1
+        except BaseException as error:
+            self._num_tickets -= count
+            # Some may have been taken before one was refused; and if the client has hung up, the
+            # engine may still take all of them.
+            self._ask(lambda: self._forget(taken, "abort"))
+            if isinstance(error, ValueError):
+                raise APIError(400, str(error)) from None
             raise
 
-    def close(self, ticket: Ticket) -> None:
-        """Return a ticket; a request that has not ended is aborted. To be called once."""
-        self._num_tickets -= 1
-        self._calls.put(_Call(lambda: self._forget(ticket), Future()))
+    def close(self, ticket: Ticket, reason: EndReason) -> None:
+        """Return a ticket; a request that has not ended does so, for this reason."""
+        if not ticket.closed:
+            ticket.closed = True
+            self._num_tickets -= 1
+            self._ask(lambda: self._forget([ticket], reason))
+
+    def cut_short(self) -> None:
+        """End all requests with what they have."""
+        self._ask(lambda: [self.engine.abort(number) for number in self._tickets])
 
     async def call(self, run: Callable[[], T]) -> T:
         """Run something between two steps of the engine, and return what it returns.
@@ -120,12 +137,16 @@ class EngineThread:
         Raises:
             APIError: The engine is dead.
         """
+        result: T = await asyncio.shield(asyncio.wrap_future(self._ask(run)))
+        return result
+
+    def _ask(self, run: Callable[[], Any]) -> "Future[Any]":
+        """Let the thread run something, after all that it was asked for before."""
         call = _Call(run, Future())
         self._calls.put(call)
         if not self.is_alive:  # nobody takes it, or it ended before it saw the call
             self._refuse_calls()
-        result: T = await asyncio.shield(asyncio.wrap_future(call.result))
-        return result
+        return call.result
 
     # --- in the thread ----------------------------------------------------------------------------
 
@@ -183,9 +204,11 @@ class EngineThread:
             if call is not None and call.result.set_running_or_notify_cancel():
                 call.result.set_exception(dead(self.failure))
 
-    def _forget(self, ticket: Ticket) -> None:
-        if self._tickets.pop(ticket.number, None) is not None:
-            self.engine.abort(ticket.number)
+    def _forget(self, tickets: Sequence[Ticket], reason: EndReason) -> None:
+        for ticket in tickets:
+            if self._tickets.pop(ticket.number, None) is not None:
+                self.engine.abort(ticket.number)
+                self._measure_end(ticket, reason, time.monotonic())
 
     def _deliver(self, events: list[Event]) -> None:
         """Hand events to their tickets: one wake-up of each event loop."""
@@ -216,8 +239,11 @@ class EngineThread:
                 ticket.num_cached = event.num_cached
                 metrics.prompt_tokens.inc(ticket.num_tokens)
         if event.finish_reason is not None:
-            metrics.finished[event.finish_reason].inc()
-            metrics.whole.observe(now - ticket.begun)
+            self._measure_end(ticket, event.finish_reason, now)
+
+    def _measure_end(self, ticket: Ticket, reason: EndReason, now: float) -> None:
+        self.metrics.finished[reason].inc()
+        self.metrics.whole.observe(now - ticket.begun)
 
 
 def dead(failure: BaseException | None) -> APIError:

@@ -33,7 +33,7 @@ def test_demo_from_end_to_end(
     small_hops = of("hops", "model.d_model=16", "train.batch_size=16")
     out = tmp_path / "demo"
     command = [
-        *("demo", "--out", out, "--text-seconds", 3, "--hops-seconds", 3, "--seed", 1, "--json"),
+        *("demo", "--out", out, "--text-seconds", 2, "--hops-seconds", 2, "--seed", 1, "--json"),
         *sets(*small_text, *small_hops),
     ]
     result = CliRunner().invoke(app, [str(word) for word in command])
@@ -49,7 +49,7 @@ def test_demo_from_end_to_end(
     for act in ("text", "hops", "hops_original_halting"):
         rows = [row for row in read_metrics(out / act / "metrics.jsonl") if row["kind"] == "train"]
         runs[act] = rows
-        assert rows[-1]["seconds"] >= 3 > rows[-2]["seconds"]
+        assert rows[-1]["seconds"] >= 2 > rows[-2]["seconds"]
         assert list((out / act / "checkpoints").iterdir())
     stored = json.loads((out / "hops_original_halting" / "config.json").read_text(encoding="utf-8"))
     assert stored["model"]["halting"]["kind"] == "act"

@@ -65,6 +65,23 @@ def test_models_do_not_share_graphs() -> None:
             assert compile_call(Layer.forward)(Layer(factor), x)[0, 0] == 4 * factor
 
 
+def test_what_cannot_change_is_not_guarded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model's settings and the package's names: checking them took longer than a product."""
+    layer, x, graphs = Layer(2.0), torch.ones(1, 4), list[int]()
+
+    def call(layer: Layer, x: Tensor) -> Tensor:
+        return functional.linear(x, layer.weight) * layer.factor
+
+    monkeypatch.setattr(compiling, "_backend", lambda graph, inputs: graphs.append(1) or graph)
+    compiled = compile_call(call)
+    with unchecked(), torch.no_grad():
+        first = compiled(layer, x)
+        layer.factor = 3.0
+        monkeypatch.setattr(functional, "linear", None)
+        assert torch.equal(compiled(layer, x), first)
+    assert len(graphs) == 1
+
+
 def test_sessions_share_graphs_and_a_model_is_forgotten() -> None:
     model = RecurrentDepthLM(small_config()).eval()
     settings: dict[str, Any] = {"max_new_tokens": 2, "num_loops": 2, "compiled": True}

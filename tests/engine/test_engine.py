@@ -366,6 +366,23 @@ def test_a_request_that_diverges_fails_alone(monkeypatch: pytest.MonkeyPatch) ->
     assert engine.stats.num_free_pages == engine.stats.num_pages
 
 
+def test_settings_that_leave_no_choice_fail_alone() -> None:
+    engine = make_engine()
+    nothing = [(token, -float("inf")) for token in range(engine.model.config.vocab_size)]
+    bad = [
+        engine.add(make_request(sampling=SamplingConfig(**changes)))
+        for changes in ({"logit_bias": nothing}, {"repetition_penalty": 1e-300})
+    ]
+    other = make_request(sampling=SamplingConfig(temperature=1.0), seed=2)
+    good = engine.add(other)
+    events = run(engine)
+    for number in bad:
+        assert [event.finish_reason for event in events[number]] == ["error"]
+    assert "forbids every token" in events[bad[0]][0].error
+    assert same(engine, other, events[good])
+    assert engine.stats.num_free_pages == engine.stats.num_pages
+
+
 @pytest.mark.parametrize("call", ["read", "enter", "advance", "leave"])
 def test_a_failed_step_loses_nothing(call: str, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = make_engine(hold_rows=2)

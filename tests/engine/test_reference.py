@@ -695,15 +695,11 @@ def fresh_compiler() -> Iterator[None]:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("compiler")
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_a_compiled_session_gives_the_eager_tokens(
-    backend: str, monkeypatch: pytest.MonkeyPatch, fresh_compiler: None
-) -> None:
-    model = make_model(core_feed_forward=MOE, halting=ACTConfig())
+def test_a_compiled_session_gives_the_eager_tokens(fresh_compiler: None) -> None:
+    model = make_model(num_core_layers=1, core_feed_forward=MOE, halting=ACTConfig())
     prompts = [[3, 14, 15], [9, 2, 6]]
     settings: dict[str, Any] = {"max_new_tokens": 5, "return_logits": True}
     eager = generate(model, prompts, **settings)
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     assert_same_logits(generate(model, prompts, compiled=True, **settings), eager)
     longer = settings | {"max_new_tokens": 8, "num_loops": 5}
     expected = generate(model, prompts, **longer)

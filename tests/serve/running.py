@@ -17,9 +17,11 @@ from openmythos.config import GQAConfig, ModelConfig, SwiGLUConfig
 from openmythos.engine.engine import Engine, EngineConfig
 from openmythos.model.recurrent import RecurrentDepthLM
 from openmythos.serve.app import make_app
+from openmythos.serve.connection import Connection
 from openmythos.serve.guard import Guard
 from openmythos.serve.metrics import Metrics
 from openmythos.serve.served import Codec, ServedModel
+from openmythos.serve.server import web_config
 from openmythos.serve.worker import EngineThread
 from openmythos.tokenizer import byte_tokenizer
 
@@ -62,6 +64,11 @@ class Running:
     def post(self, path: str, **body: Any) -> httpx.Response:
         return self.client.post(path, json=body)
 
+    def connect(self) -> socket.socket:
+        """A connection of bytes, for clients that behave badly."""
+        host, port = self.url.removeprefix("http://").split(":")
+        return socket.create_connection((host, int(port)), timeout=30)
+
     @property
     def engine(self) -> Engine:
         return self.served[0].worker.engine
@@ -84,6 +91,8 @@ def running(
     keys: Sequence[str] = (),
     max_waiting: int = 256,
     max_body_bytes: int = 1 << 20,
+    body_seconds: float = 60.0,
+    connection: type[Connection] = Connection,
     timeout: float | None = None,
     **engine: Any,
 ) -> Iterator[Running]:
@@ -97,11 +106,11 @@ def running(
         worker = EngineThread(made, measured, max_waiting=max_waiting)
         served.append(ServedModel(name, model, codec, worker, timeout=timeout))
         worker.start()
-    guard = Guard(make_app(served, metrics), keys=keys, max_body_bytes=max_body_bytes)
+    limits: dict[str, Any] = {"max_body_bytes": max_body_bytes, "body_seconds": body_seconds}
+    guard = Guard(make_app(served, metrics), keys=keys, **limits)
     with socket.create_server(("127.0.0.1", 0)) as listening:
         port = listening.getsockname()[1]
-        config = uvicorn.Config(guard, log_config=None, access_log=False, lifespan="off")
-        server = uvicorn.Server(config)
+        server = uvicorn.Server(web_config(guard, http=connection))
         thread = threading.Thread(target=server.run, args=([listening],), daemon=True)
         thread.start()
         end = time.monotonic() + 30

@@ -64,6 +64,42 @@ BAD: dict[str, tuple[str, dict[str, Any], int, str]] = {
         "stop text",
     ),
     "empty stop": ("/v1/completions", {"model": "small", "prompt": "a", "stop": ""}, 400, "stop"),
+    "effort": (
+        "/v1/completions",
+        {"model": "small", "prompt": "a", "reasoning_effort": "huge"},
+        400,
+        "it must be one of none, minimal",
+    ),
+    "penalty": (
+        "/v1/completions",
+        {"model": "small", "prompt": "a", "repetition_penalty": 1e-300},
+        400,
+        "repetition_penalty",
+    ),
+    "more answers than there can be": (
+        "/v1/completions",
+        {"model": "small", "prompt": ["a", "b", "c"], "n": 128},
+        400,
+        "384 answers are asked for; give up to 264",
+    ),
+    "too many biases": (
+        "/v1/completions",
+        {"model": "small", "prompt": "a", "logit_bias": {str(i): "x" for i in range(2000)}},
+        400,
+        "give up to 1024",
+    ),
+    "bias of 5000 digits": (
+        "/v1/completions",
+        {"model": "small", "prompt": "a", "logit_bias": {"9" * 5000: 1}},
+        400,
+        "",
+    ),
+    "metadata that is nested": (
+        "/v1/responses",
+        {"model": "small", "input": "a", "metadata": {"a": [[[]]]}},
+        400,
+        "metadata",
+    ),
     "bias": (
         "/v1/completions",
         {"model": "small", "prompt": "a", "logit_bias": {"9999": 1}},
@@ -149,6 +185,14 @@ def test_bodies_that_are_no_objects(server: Running, content: bytes) -> None:
     answer = server.client.post("/v1/completions", content=content, headers=head)
     assert answer.status_code == 400, answer.text
     assert answer.json()["error"]["type"] == "invalid_request_error"
+
+
+def test_a_million_mistakes_are_told_as_the_first(server: Running) -> None:
+    answer = server.post("/v1/completions", model="small", prompt=[1.5] * 200_000)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"].startswith("prompt")
+    wrong = server.post("/v1/completions", model="x" * 100_000, prompt="a")
+    assert wrong.status_code == 404 and len(wrong.content) < 2000
 
 
 def test_numbers_that_are_none(server: Running) -> None:

@@ -34,6 +34,26 @@ def test_bodies_have_a_limit() -> None:
         assert server.client.get("/health").status_code == 200
 
 
+def test_a_body_of_100_mb_is_refused_before_it_comes() -> None:
+    with running() as server, server.connect() as connection:
+        connection.sendall(post(100_000_000))
+        assert b" 413 " in connection.recv(1000)
+
+
+def test_a_body_that_does_not_come_is_not_waited_for() -> None:
+    with running(body_seconds=0.2) as server, server.connect() as connection:
+        connection.sendall(post(100) + b'{"model"')
+        answer = b"".join(iter(lambda: connection.recv(1000), b""))  # and the connection is closed
+        assert b" 408 " in answer and b"the body took longer than 0.2 seconds" in answer
+        assert server.client.get("/health").status_code == 200
+
+
+def post(length: int) -> bytes:
+    """The head of a request whose body has this length."""
+    head = "POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\n"
+    return f"{head}content-length: {length}\r\n\r\n".encode()
+
+
 def test_a_request_has_a_number_and_a_line_without_its_text(
     caplog: pytest.LogCaptureFixture,
 ) -> None:

@@ -28,6 +28,19 @@ def test_a_conversation_in_its_template(tmp_path: Path) -> None:
         assert served.card()["chat_template"] is True
 
 
+def test_a_template_that_fails_is_the_clients_to_know(tmp_path: Path) -> None:
+    tokenizer = Tokenizer.load(write_chat_folder(tmp_path / "chat"))
+    model = small_model(vocab_size=tokenizer.vocab_size)
+    with running({"chat": (model, tokenizer)}) as server:
+        for template in ("{{ raise_exception('roles must alternate') }}", "{{ 1 / 0 }}"):
+            tokenizer.chat_template = template
+            messages = [{"role": "user", "content": "hi"}]
+            answer = server.post("/v1/chat/completions", model="chat", messages=messages)
+            said = answer.json()["error"]["message"]
+            assert answer.status_code == 400 and "chat template fails" in said
+            assert "alternate" in said or "zero" in said
+
+
 def test_a_model_of_walks_reads_words_and_answers_one() -> None:
     codec = WalkCodec(Walks(HopsConfig()))
     model = small_model(vocab_size=codec.vocab_size)

@@ -12,7 +12,7 @@ async def nothing(*_: object) -> None:
 
 def test_the_second_signal_ends_at_once() -> None:
     guard = Guard(nothing)
-    server = Server(uvicorn.Config(guard), guard)
+    server = Server(uvicorn.Config(guard), guard, [], 1.0)
     server.end()
     assert server.should_exit and guard.ending and not server.force_exit
     server.end()

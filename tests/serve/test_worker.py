@@ -1,5 +1,6 @@
 """The engine's thread: clients that hang up, a full queue, an engine that fails or dies."""
 
+import asyncio
 import socket
 import threading
 import time
@@ -9,10 +10,13 @@ import httpx
 import pytest
 import torch
 
+from openmythos.engine.request import Request
+from openmythos.serve.error import APIError
 from openmythos.tokenizer import byte_tokenizer
 from tests.serve.running import Running, running, small_model
 
 LONG: dict[str, Any] = {"model": "small", "max_tokens": 100, "ignore_eos": True, "num_loops": 8}
+SHORT = {**LONG, "max_tokens": 25}
 
 
 def hang_up(server: Running, body: bytes) -> None:
@@ -44,9 +48,9 @@ def test_a_full_queue_says_when_to_come_again() -> None:
         answers: list[httpx.Response] = []
 
         def ask(stream: bool) -> None:
-            answers.append(server.post("/v1/completions", **LONG, prompt="a", stream=stream))
+            answers.append(server.post("/v1/completions", **SHORT, prompt="a", stream=stream))
 
-        threads = [threading.Thread(target=ask, args=[i % 2 == 0]) for i in range(8)]
+        threads = [threading.Thread(target=ask, args=[i % 2 == 0]) for i in range(5)]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -58,7 +62,7 @@ def test_a_full_queue_says_when_to_come_again() -> None:
                 assert answer.headers["retry-after"] == "1"
                 assert answer.json()["error"]["type"] == "rate_limit_error"
         server.wait_until_idle()
-        assert server.post("/v1/completions", **LONG, prompt="a").status_code == 200
+        assert server.post("/v1/completions", **SHORT, prompt="a").status_code == 200
 
 
 def test_numbers_that_are_none_end_their_request_alone() -> None:
@@ -105,10 +109,67 @@ def test_a_step_that_fails_once_costs_nothing() -> None:
                 raise RuntimeError("for a moment")
             return step()
 
-        before = server.post("/v1/completions", **LONG, prompt="a", temperature=0).json()
+        before = server.post("/v1/completions", **SHORT, prompt="a", temperature=0).json()
         engine.step = fails_at_times  # type: ignore[method-assign]
-        after = server.post("/v1/completions", **LONG, prompt="a", temperature=0).json()
+        after = server.post("/v1/completions", **SHORT, prompt="a", temperature=0).json()
         assert after["choices"] == before["choices"] and failures[0] > 5
+
+
+def test_who_hangs_up_before_the_engine_has_the_request_leaves_nothing() -> None:
+    with running() as server:
+        worker, held = server.served[0].worker, threading.Event()
+        request = Request(tokens=[7], max_new_tokens=100)
+
+        async def hang_up_early() -> None:
+            busy = asyncio.ensure_future(worker.call(held.wait))
+            opening = asyncio.ensure_future(worker.open([request] * 3, timeout=None, salt=""))
+            await asyncio.sleep(0.02)
+            opening.cancel()
+            await asyncio.wait([opening])
+            held.set()
+            await busy
+            await worker.call(lambda: None)
+
+        asyncio.run(hang_up_early())
+        server.wait_until_idle()
+        assert server.engine.stats.finished == {"abort": 3}
+
+
+def test_requests_are_taken_all_or_none() -> None:
+    with running(max_rows=1, max_waiting=3) as server:
+        worker = server.served[0].worker
+        good, bad = Request(tokens=[7], max_new_tokens=4), Request(tokens=[7], max_new_tokens=999)
+        with pytest.raises(APIError, match="asks for 999") as caught:
+            asyncio.run(worker.open([good, bad], timeout=None, salt=""))
+        assert caught.value.status == 400
+        with pytest.raises(APIError, match="give up to 4") as caught:
+            asyncio.run(worker.open([good] * 5, timeout=None, salt=""))
+        assert caught.value.status == 400
+        server.wait_until_idle()
+
+
+def test_a_stop_text_ends_its_request_at_once_and_is_counted_as_stop() -> None:
+    with running() as server:
+        body = {**LONG, "prompt": "ab", "temperature": 0, "max_tokens": 30, "num_loops": 1}
+        text = server.post("/v1/completions", **body).json()["choices"][0]["text"]
+        done = server.engine.stats.num_new_tokens
+        server.post("/v1/completions", **body, stop=text[2:5])
+        server.wait_until_idle()
+        assert server.engine.stats.num_new_tokens - done < 20
+        said = 'openmythos_requests_total{finish_reason="stop",model="small"} 1.0'
+        assert said in server.client.get("/metrics").text
+
+
+def test_what_is_cut_short_ends_with_what_it_has() -> None:
+    with running() as server:
+        body = {**LONG, "prompt": "a", "stream": True}
+        with server.client.stream("POST", "/v1/completions", json=body) as answer:
+            lines = answer.iter_lines()
+            first = next(lines)
+            server.served[0].worker.cut_short()
+            rest = [line for line in lines if line]
+        assert "data: {" in first and rest[-1] == "data: [DONE]"
+        assert '"finish_reason": "length"' in rest[-2] and len(rest) < 100
 
 
 def test_a_deadline_cuts_an_answer_short() -> None:

@@ -146,7 +146,7 @@ def test_death_at_every_instant_of_a_save(tmp_path: Path, monkeypatch: pytest.Mo
     at, died, write = 1, True, RunFolder.save
     while died:
         out, calls, saving, died = tmp_path / f"killed-{at}", 0, False, False
-        with monkeypatch.context() as patch:
+        with unchecked(), monkeypatch.context() as patch:
             patch.setattr(RunFolder, "save", save_or_die)
             for owner, name in writes:
                 patch.setattr(owner, name, dying(getattr(owner, name), at))
@@ -154,7 +154,8 @@ def test_death_at_every_instant_of_a_save(tmp_path: Path, monkeypatch: pytest.Mo
                 examples.run(config, out)
             except Killed:
                 died = True
-        examples.run(config, out)
+        with unchecked():
+            examples.run(config, out)
         assert_equal_runs(tmp_path / "whole", out)
         assert not list((out / "checkpoints").glob(".*"))
         at += 3 if at > 12 else 1
@@ -518,8 +519,9 @@ def trained_violation(tmp_path: Path, rate: float) -> list[float]:
 
 
 def test_experts_stay_balanced_at_every_loop(tmp_path: Path) -> None:
-    balanced = trained_violation(tmp_path, 0.01)
-    left_alone = trained_violation(tmp_path, 0.0)
+    with unchecked():
+        balanced = trained_violation(tmp_path, 0.01)
+        left_alone = trained_violation(tmp_path, 0.0)
     assert max(balanced) < 0.5
     assert all(b < u for b, u in zip(balanced, left_alone, strict=True))
     assert min(left_alone) > 0.6

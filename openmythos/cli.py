@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from openmythos.command import (
+    calibrate_exit,
     chat,
     config,
     convert,
@@ -72,6 +73,7 @@ app.command()(report.report)
 app.command()(config.config)
 app.command()(export.export)
 app.command()(convert.convert)
+app.command("calibrate-exit")(calibrate_exit.calibrate_exit)
 app.command()(serve.serve)
 
 

@@ -25,8 +25,10 @@ from openmythos.tokenizer_folder import GENERATION_FILE, SETTINGS_FILE, TOKENIZE
 
 # A checkpoint of version 2 has a manifest.json; without it, it is damaged.
 FORMAT, FORMAT_VERSION = "openmythos", 2
+EXIT_FILE, EXIT_PICTURE = "exit.json", "exit.png"  # what calibrate-exit writes
 OWN_FILES = {
     *(CONFIG_FILE, WEIGHTS_FILE, MANIFEST_FILE),
+    *(EXIT_FILE, EXIT_PICTURE),  # they are of the weights that were there before
     *(TOKENIZER_FILE, SETTINGS_FILE, GENERATION_FILE),
 }
 

@@ -3,12 +3,16 @@
 import os
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from openmythos.command.decoding import load
 from openmythos.command.option import Device
+
+if TYPE_CHECKING:
+    from openmythos.eval.exit_choice import ExitChoice
+    from openmythos.model.recurrent import RecurrentDepthLM
 
 KEY_VARIABLE = "OPENMYTHOS_API_KEY"
 SHIPPED = ("zoo:walks", "zoo:text")  # the page begins with the first
@@ -86,13 +90,52 @@ def serve(
         measured = metrics.of(name, lambda engine=engine: engine.stats)  # type: ignore[misc]
         worker = EngineThread(engine, measured, max_waiting=max_waiting)
         created = int(time.time())
-        served = ServedModel(name, model, codec, worker, created=created, timeout=timeout)
+        choice = choice_for(path, model)
+        served = ServedModel(
+            name,
+            model,
+            codec,
+            worker,
+            default_rule=None if choice is None else choice.exit_rule,
+            default_loops=None if choice is None else choice.num_loops,
+            created=created,
+            timeout=timeout,
+        )
         models.append(served)
         typer.echo(f"{name}: {served.max_len} tokens, up to {deepest} loops", err=True)
     if not keys and host not in ("127.0.0.1", "localhost", "::1"):
         typer.echo(f"warning: anyone who reaches {host} can use it; give keys", err=True)
     typer.echo(f"listening on http://{host}:{port}", err=True)
     run(models, metrics, host=host, port=port, keys=keys)
+
+
+def choice_for(path: Path, model: "RecurrentDepthLM") -> "ExitChoice | None":
+    """The depth and exit rule that ``calibrate-exit`` chose for a checkpoint, if it did.
+
+    Raises:
+        ValueError: Its file is damaged, or of another model.
+    """
+    from openmythos.checkpoint.save import EXIT_FILE
+    from openmythos.engine.request import Request
+    from openmythos.eval.exit_choice import processor_name, read_choice
+    from openmythos.interop.hub import local_folder
+
+    folder = local_folder(path)
+    choice = read_choice(folder)
+    if choice is None:
+        return None
+    try:
+        Request(tokens=[0], max_new_tokens=1, exit_rule=choice.exit_rule).check(model.config)
+    except ValueError as error:
+        raise ValueError(f"{folder / EXIT_FILE} is of another model: {error}") from None
+    typer.echo(f"{path}: {choice}, as measured by calibrate-exit", err=True)
+    here = processor_name(model.embed.weight.device)
+    if choice.processor != here:
+        said = (
+            f"warning: {folder / EXIT_FILE} was measured on {choice.processor}, and this is {here}"
+        )
+        typer.echo(f"{said}; run openmythos calibrate-exit again", err=True)
+    return choice
 
 
 def keys_of(file: Path | None) -> list[str]:

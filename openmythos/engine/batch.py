@@ -105,7 +105,7 @@ class CachedBatch:
             state = advance(model, state, live, calls.run)
             self.core_applications += sum(counts[row] for row in going)
             ended = [loop >= depth for loop, depth in zip(state.loops, state.depths, strict=True)]
-            if not all(ended) and not isinstance(rule, Fixed):
+            if not all(ended) and rule.is_due(state.loops[0]):  # all rows began together
                 stop, state = self._ask(calls, state, live, rule)
                 ended = [end or said for end, said in zip(ended, stop, strict=True)]
             if not any(ended):

@@ -391,7 +391,8 @@ class Engine:
                 self._scheduler.remove(live.job)
                 self._end(live.job.id, "error", str(drawn))
                 continue
-            token, live.generator = drawn
+            sampled, live.generator = drawn
+            token = live.request.new_token(len(live.job.new), sampled)
             self._scheduler.has_decoded(live.job, loops[place], token, now)
             self._tell(live, token, loops[place], logits[place])
 

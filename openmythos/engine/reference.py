@@ -367,8 +367,9 @@ class Session:
                 weighed = adjusted(logits, settings, [texts[row] for row in running], num_new)
                 sampled = sample(weighed, settings, list(drawn.values())).tolist()
             new = []
-            for i, (row, token) in enumerate(zip(running, sampled, strict=True)):
+            for i, (row, likely) in enumerate(zip(running, sampled, strict=True)):
                 request = requests[row]
+                token = request.new_token(num_new[i], likely)
                 texts[row] = (*texts[row], token)
                 left[row] -= 1
                 reason: FinishReason | None = "length" if left[row] == 0 else None

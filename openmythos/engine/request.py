@@ -24,6 +24,8 @@ class Request:
     Attributes:
         tokens: Ids to read first; may be empty if the row of a session already has tokens.
         max_new_tokens: The maximum number of new tokens; None: as many as there is room for.
+        forced_tokens: The first new tokens, which are given and not sampled: a text is then scored
+            as it would be generated, each token with its own loops.
         min_new_tokens: No stop token is sampled before so many new tokens.
         num_loops: The maximum number of loops per token; None: the model's default.
         exit_rule: Stops single tokens earlier; None: every token takes ``num_loops``.
@@ -41,6 +43,7 @@ class Request:
 
     tokens: Sequence[int]
     max_new_tokens: int | None = None
+    forced_tokens: Sequence[int] = ()
     min_new_tokens: int = 0
     num_loops: int | None = None
     exit_rule: Rule | None = None
@@ -52,7 +55,8 @@ class Request:
 
     def __post_init__(self) -> None:
         set_field = object.__setattr__  # the dataclass is frozen
-        set_field(self, "tokens", token_ids("tokens", self.tokens))
+        for name in ("tokens", "forced_tokens"):
+            set_field(self, name, token_ids(name, getattr(self, name)))
         stops = list(self.stop_tokens) if isinstance(self.stop_tokens, Set) else self.stop_tokens
         set_field(self, "stop_tokens", frozenset(token_ids("stop_tokens", stops)))
         for name, least in (("max_new_tokens", 1), ("num_loops", 1), ("logprobs", 0)):
@@ -61,6 +65,9 @@ class Request:
         set_field(self, "min_new_tokens", as_integer("min_new_tokens", self.min_new_tokens, 0))
         set_field(self, "sample_idx", as_integer("sample_idx", self.sample_idx, 0))
         set_field(self, "seed", as_seed("seed", self.seed))
+        fits = self.max_new_tokens is None or len(self.forced_tokens) <= self.max_new_tokens
+        most = f"at most max_new_tokens={self.max_new_tokens}"
+        require(fits, "the number of forced_tokens", len(self.forced_tokens), most)
         rule, made = self.exit_rule, "None or a rule of openmythos.model.exit, for example KLExit()"
         require(rule is None or isinstance(rule, Rule), "exit_rule", rule, made)
         made = "a SamplingConfig of openmythos.engine.sampling"
@@ -76,6 +83,10 @@ class Request:
             return self.sampling
         forbidden = [(stop, -math.inf) for stop in self.stop_tokens]
         return replace(self.sampling, logit_bias=[*self.sampling.logit_bias, *forbidden])
+
+    def new_token(self, num_new: int, sampled: int) -> int:
+        """The token after ``num_new`` new ones: the forced one if there is one."""
+        return self.forced_tokens[num_new] if num_new < len(self.forced_tokens) else sampled
 
     def budget(self, room: int) -> int:
         """The maximum number of new tokens; by default ``room``, as many as fit."""
@@ -106,6 +117,8 @@ class Request:
         ids = f"0..{config.vocab_size - 1}"
         known = all(0 <= token < config.vocab_size for token in self.tokens)
         require(known, prompt, list(self.tokens), f"of token ids in {ids}")
+        known = all(0 <= token < config.vocab_size for token in self.forced_tokens)
+        require(known, "forced_tokens", list(self.forced_tokens), f"of token ids in {ids}")
         length = num_before + len(self.tokens)
         require(length > 0, prompt, list(self.tokens), "at least one token long")
         for stop in self.stop_tokens:

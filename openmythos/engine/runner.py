@@ -185,7 +185,7 @@ class Runner:
         for seat in seats:
             self._loops[seat] += 1
         stopped = {seat for seat in seats if self._loops[seat] >= self._limits[seat]}
-        ruled = [s for s in seats if s not in stopped and not isinstance(self._rules[s], Fixed)]
+        ruled = [s for s in seats if s not in stopped and self._rules[s].is_due(self._loops[s])]
         if ruled:
             stopped |= self._ask(ruled)
         return [seat for seat in seats if seat in stopped]

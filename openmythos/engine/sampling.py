@@ -149,6 +149,8 @@ class Logprobs:
 def token_logprobs(logits: Float[Tensor, "V"], token: int, count: int) -> Logprobs:
     """Log-probabilities of ``token`` and of the ``count`` most likely tokens, or all if fewer."""
     logprobs = _in_double(logits).log_softmax(dim=-1)
+    if not count:
+        return Logprobs(float(logprobs[token]), ())
     ranked, tokens = logprobs.sort(descending=True, stable=True)
     top = zip(tokens[:count].tolist(), ranked[:count].tolist(), strict=True)
     return Logprobs(float(logprobs[token]), tuple(top))

@@ -1,4 +1,4 @@
-"""The picture of scores by number of loops: one panel per task, one axis per metric."""
+"""Pictures of scores by number of loops, and of the quality and speed of exit rules."""
 
 import math
 from collections.abc import Sequence
@@ -6,11 +6,20 @@ from pathlib import Path
 from typing import Any
 
 from openmythos.analysis import picture as plots
+from openmythos.eval.calibration import Frontier, Point
 from openmythos.eval.score import ScoreCurve, in_words
 
 PANEL_WIDTH, PANEL_HEIGHT, COLUMNS = 2.9, 2.5, 3  # inches; panels per row
 LEFT, RIGHT, TOP, BOTTOM = 0.50, 0.14, 0.50, 0.46  # inches around a panel
 FOOT = 0.34  # inches below all panels, for what the bars mean
+MARKERS = {
+    "latent_difference": "s",
+    "acceleration": "D",
+    "kl": "^",
+    "entropy_kl": "v",
+    "argmax_stable": "P",
+    "cumulative_threshold": "X",
+}
 OFFSET: dict[str, Any] = {"textcoords": "offset points", "annotation_clip": False}
 
 
@@ -127,3 +136,80 @@ def _draw(axes: Any, curve: ScoreCurve) -> None:
         fontsize=8.5,
         **OFFSET,
     )
+
+
+# --- exit rules -----------------------------------------------------------------------------------
+
+
+def plot_frontier(found: Frontier, path: Path) -> None:
+    """Write the picture of ``frontier_picture``."""
+    plots.save(frontier_picture(found), path)
+
+
+def frontier_picture(found: Frontier) -> Any:
+    """Quality over speed: fixed depths as a line with their loops, rules as marks by kind."""
+    depths = [point for point in found.points if point.setting.exit_rule is None]
+    depths.sort(key=lambda point: point.setting.num_loops)
+    with plots.styled():
+        figure = plots.figure_of(7.0, 4.0)
+        axes = figure.add_axes((0.09, 0.13, 0.61, 0.74))
+        axes.grid(True, axis="both")
+        style: dict[str, Any] = {"color": plots.BLUE, "zorder": 2}
+        axes.plot(*_places(depths), marker="o", markersize=4, label="fixed depth", **style)
+        for point in _apart(depths):
+            place, loops = (point.tokens_per_s, point.score.value), point.setting.num_loops
+            axes.annotate(f"{loops}", place, (3, 4), color=plots.BLUE, fontsize=8, **OFFSET)
+        for kind, marker in MARKERS.items():
+            rules = [
+                p for p in found.points if p.setting.exit_rule and p.setting.exit_rule.kind == kind
+            ]
+            if rules:
+                look: dict[str, Any] = {
+                    "marker": marker,
+                    "linestyle": "",
+                    "markersize": 5,
+                    "zorder": 3,
+                }
+                look |= {"color": plots.ORANGE, "markerfacecolor": plots.PAPER}
+                axes.plot(*_places(rules), label=f"rule: {kind.replace('_', ' ')}", **look)
+        ring: dict[str, Any] = {
+            "marker": "o",
+            "markersize": 12,
+            "markerfacecolor": "none",
+            "linestyle": "",
+        }
+        axes.plot(*_places([found.chosen]), color=plots.INK, label="chosen", zorder=4, **ring)
+        sign = 1 if found.metric == "bits_per_byte" else -1
+        limit = found.best.score.value + sign * found.within
+        line: dict[str, Any] = {"color": plots.MUTED, "linestyle": (0, (1, 2.5)), "linewidth": 1.2}
+        axes.axhline(limit, label=f"best depth's, less {found.within:g}", **line)
+        _frontier_limits(axes, found, sign)
+        axes.set_xlabel("tokens per second")
+        better = ", lower is better" if sign == 1 else ""
+        axes.set_title(f"{in_words(found.metric)}{better}")
+        axes.legend(loc="upper left", bbox_to_anchor=(1.02, 1), frameon=False, fontsize=8.5)
+    return figure
+
+
+def _places(points: Sequence[Point]) -> tuple[list[float], list[float]]:
+    return [point.tokens_per_s for point in points], [point.score.value for point in points]
+
+
+def _apart(depths: Sequence[Point]) -> list[Point]:
+    """Those whose labels do not cover that of a shallower one."""
+    gap = 0.04 * max(point.tokens_per_s for point in depths)
+    found: list[Point] = []
+    for point in depths:
+        if not found or point.tokens_per_s < found[-1].tokens_per_s - gap:
+            found.append(point)
+    return found
+
+
+def _frontier_limits(axes: Any, found: Frontier, sign: int) -> None:
+    """Show what is near the best quality; what is far worse lies outside, at the edge."""
+    losses = sorted(max(0.0, found.loss(point).value) for point in found.points)
+    far = max(4 * found.within, losses[len(losses) // 2] * 1.2, 1e-4)
+    gain = max(0.0, *(-found.loss(point).value for point in found.points))
+    best, room = found.best.score.value, 0.08 * far
+    ends = sorted((best - sign * (gain + room), best + sign * (far + room)))
+    axes.set_ylim(*ends)

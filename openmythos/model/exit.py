@@ -32,14 +32,17 @@ def join_states(states: Sequence[ExitState]) -> ExitState:
 class Rule:
     """Base of all rules: ``_memory`` is what a rule remembers, ``_decide`` says when to stop.
 
-    No token stops before ``min_loops`` loops, but the rule is updated in these loops too. Every
-    integer field is at least 1, and every other number above 0.
+    A rule is asked after every ``check_every``-th loop, and compares with what it saw when it was
+    last asked: where the head is large, asking costs more than a loop. No token stops before
+    ``min_loops`` loops, but the rule is asked in these loops too. Every integer field is at least
+    1, and every other number above 0.
     """
 
     kind: ClassVar[str]
     needs_logits: ClassVar[bool] = False
     needs_halting: ClassVar[bool] = False
     min_loops: int = 1
+    check_every: int = 1
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -56,6 +59,10 @@ class Rule:
         loops = torch.zeros(h.shape[0], dtype=torch.int64, device=h.device)
         return ExitState(loops, self._memory(h))
 
+    def is_due(self, loops: int) -> bool:
+        """Whether the rule is asked after so many loops."""
+        return loops % self.check_every == 0
+
     def check(
         self,
         state: ExitState,
@@ -63,10 +70,10 @@ class Rule:
         logits: Float[Tensor, "B V"] | None = None,
         mass: Float[Tensor, "B"] | None = None,
     ) -> tuple[Bool[Tensor, "B"], ExitState]:
-        """Whether each row stops after the loop that gave ``h``, and the state for the next loop.
+        """Whether each row stops after the loop that gave ``h``, and the state for the next check.
 
         Args:
-            state: The result of ``start`` or of the previous loop.
+            state: The result of ``start`` or of the previous check, ``check_every`` loops ago.
             h: The model's state after the loop.
             logits: The logits if the row stopped here; only if ``needs_logits``.
             mass: The halting head's exit probabilities summed so far; only if ``needs_halting``.
@@ -82,7 +89,7 @@ class Rule:
                 "rule that reads states or logits"
             )
         stop, memory = self._decide(state.memory, _wide(h), logits, mass)
-        loops = state.loops + 1
+        loops = state.loops + self.check_every
         return stop & (loops >= self.min_loops), ExitState(loops, memory)
 
     def _memory(self, h: Tensor) -> Memory:
@@ -99,6 +106,10 @@ class Fixed(Rule):
     """Never stops early: every token takes the number of loops asked for."""
 
     kind: ClassVar[str] = "fixed"
+
+    def is_due(self, loops: int) -> bool:
+        """Never."""
+        return False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,7 +232,7 @@ class AccelerationExit(Rule):
 
 @dataclass(frozen=True, kw_only=True)
 class ArgmaxStableExit(Rule):
-    """Stops when the most likely token has not changed for ``patience`` loops.
+    """Stops when the most likely token has not changed for ``patience`` checks.
 
     Source: Huginn (arXiv 2502.05171), published code, "argmax-stability".
     """

@@ -27,9 +27,13 @@ def effort_table(num_loops: int, max_loops: int) -> dict[str, int]:
 
 
 def loops_of(
-    num_loops: int | None, effort: str | None, efforts: Mapping[str, int], max_loops: int
+    num_loops: int | None,
+    effort: str | None,
+    efforts: Mapping[str, int],
+    max_loops: int,
+    default: int,
 ) -> int:
-    """The loops per token that a request asks for.
+    """The loops per token that a request asks for, or the default.
 
     Raises:
         APIError: Both are given, the effort is unknown, or the number is out of range.
@@ -40,7 +44,8 @@ def loops_of(
         allowed = ", ".join(efforts)
         said = f"reasoning_effort is {effort!r}; it must be one of {allowed}"
         raise APIError(400, said, param="reasoning_effort")
-    loops = efforts[effort or "medium"] if num_loops is None else num_loops
+    loops = default if num_loops is None else num_loops
+    loops = loops if effort is None else efforts[effort]
     if not 1 <= loops <= max_loops:
         said = f"num_loops is {loops}; it must be an integer in 1..{max_loops}"
         raise APIError(400, said, param="num_loops")

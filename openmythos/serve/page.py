@@ -15,6 +15,7 @@ from openmythos.model.exit import EXIT_RULES, Rule
 from openmythos.serve.served import ServedModel
 
 MOST_HOPS, WALKS_EACH = 12, 4
+COMMON = {field.name for field in fields(Rule)}  # what every rule has
 FILES = {
     "/": ("index.html", "text/html; charset=utf-8"),
     "/page/page.css": ("page.css", "text/css; charset=utf-8"),
@@ -80,7 +81,7 @@ def puzzles(served: ServedModel) -> list[dict[str, Any]]:
 
 def _fields(rule: type[Rule]) -> list[dict[str, Any]]:
     """The numbers of a rule, its own first, as the page's form needs them."""
-    found = sorted(fields(rule), key=lambda field: field.name == "min_loops")
+    found = sorted(fields(rule), key=lambda field: field.name in COMMON)
     return [
         {
             "name": field.name,

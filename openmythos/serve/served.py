@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import torch
 
+from openmythos.config.schema import to_dict
 from openmythos.engine.request import Request
 from openmythos.engine.sampling import Logprobs, SamplingConfig, token_logprobs
 from openmythos.eval.walk import WalkCodec
@@ -58,6 +59,7 @@ class ServedModel:
         codec: Its tokenizer.
         worker: Runs the engine.
         default_rule: The exit rule of requests that name none.
+        default_loops: Loops per token of requests that name no depth; None: the model's own.
         created: When the server began, in seconds since 1970.
         timeout: Seconds after which a request ends with what it has; None: never.
     """
@@ -70,11 +72,14 @@ class ServedModel:
         worker: EngineThread,
         *,
         default_rule: Rule | None = None,
+        default_loops: int | None = None,
         created: int = 0,
         timeout: float | None = None,
     ) -> None:
         self.name, self.model, self.codec, self.worker = name, model, codec, worker
         self.default_rule, self.created, self.timeout = default_rule, created, timeout
+        loops = model.config.num_loops if default_loops is None else default_loops
+        self.default_loops = min(loops, self.max_loops)
 
     @property
     def max_loops(self) -> int:
@@ -106,6 +111,8 @@ class ServedModel:
             "max_model_len": self.max_len,
             "num_loops": self.model.config.num_loops,
             "max_loops": self.max_loops,
+            "default_loops": self.default_loops,
+            "default_exit_rule": self.default_rule and to_dict(self.default_rule),
             "reasoning_effort": self.efforts,
             "chat_template": self.has_template,
         }
@@ -171,7 +178,13 @@ class ServedModel:
         Raises:
             APIError: They are not possible.
         """
-        loops = loops_of(body.num_loops, body.reasoning_effort, self.efforts, self.max_loops)
+        loops = loops_of(
+            body.num_loops,
+            body.reasoning_effort,
+            self.efforts,
+            self.max_loops,
+            self.default_loops,
+        )
         rule = rule_of(body.exit_rule, self.default_rule)
         if rule is not None and rule.needs_halting and self.model.config.halting is None:
             said = f"exit rule {rule.kind!r} needs a halting head, and {self.name} has none"

@@ -67,6 +67,8 @@ RULES: list[Rule | None] = [
     LatentDifferenceExit(threshold=0.5),
     AccelerationExit(threshold=0.5, patience=1),
     ArgmaxStableExit(patience=1),
+    KLExit(threshold=0.2, check_every=2),
+    LatentDifferenceExit(threshold=0.9, check_every=3),
 ]
 SAMPLING = [
     SamplingConfig(),
@@ -138,9 +140,12 @@ def draw_schedule(number: int) -> Schedule:
     arrivals: list[Arrival] = []
     for _ in range(draw.randint(2, 4)):
         own = [draw.randrange(VOCAB) for _ in range(draw.randint(1, 6))]
+        num_new = draw.randint(1, 7)
+        num_forced = draw.choice([0, 0, draw.randint(0, num_new)])
         request = Request(
             tokens=common[: draw.choice([0, 0, 5, 11, 16])] + own,
-            max_new_tokens=draw.randint(1, 7),
+            max_new_tokens=num_new,
+            forced_tokens=[draw.randrange(VOCAB) for _ in range(num_forced)],
             num_loops=draw.randint(1, MAX_LOOPS),
             exit_rule=draw.choice(rules),
             sampling=draw.choice(SAMPLING),
@@ -200,7 +205,8 @@ def play(model: RecurrentDepthLM, schedule: Schedule, most_steps: int = 20_000) 
                 answer = [each.token for each in events[event.id]]
                 text = [*request.tokens, *answer, *follow_ups.pop()]
                 if len(text) < schedule.config.max_len:
-                    add(replace(request, tokens=text, max_new_tokens=min(4, 31 - len(text))))
+                    most = min(4, 31 - len(text))
+                    add(replace(request, tokens=text, max_new_tokens=most, forced_tokens=()))
         step += 1
         if step > most_steps:
             raise RuntimeError(f"{len(requests)} requests do not end: {engine.stats}")

@@ -199,9 +199,9 @@ def kl(p: list[float], q: list[float]) -> float:
     return sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
 
 
-def last_two(seen: Seen) -> tuple[list[float], list[float]]:
+def last_two(seen: Seen, apart: int = 1) -> tuple[list[float], list[float]]:
     uniform = [1 / len(seen.probs[0])] * len(seen.probs[0])
-    return ([uniform, *seen.probs])[-2], seen.probs[-1]
+    return ([uniform, *seen.probs])[-1 - apart], seen.probs[-1]
 
 
 def accelerates(seen: Seen, threshold: float) -> bool:
@@ -266,6 +266,16 @@ RULES: list[tuple[Rule, dict[str, Any], Callable[[Seen], bool]]] = [
     (KLExit(threshold=0.02), UNIVERSAL, lambda seen: kl(*last_two(seen)) < 0.02),
     (CumulativeThreshold(threshold=0.8), UNIVERSAL, lambda seen: act_mass(seen.lambdas) >= 0.8),
     (KLExit(threshold=0.2), LOOKS_BACK, lambda seen: kl(*last_two(seen)) < 0.2),
+    (
+        KLExit(threshold=0.4, check_every=2),
+        {},
+        lambda seen: len(seen.probs) % 2 == 0 and kl(*last_two(seen, apart=2)) < 0.4,
+    ),
+    (
+        CumulativeThreshold(threshold=0.8, check_every=3),
+        {"halting": ACTConfig()},
+        lambda seen: len(seen.probs) % 3 == 0 and act_mass(seen.lambdas) >= 0.8,
+    ),
 ]
 
 

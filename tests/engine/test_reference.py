@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -506,6 +507,30 @@ def test_logprobs_are_reported_for_what_was_sampled() -> None:
         values, tokens = expected.topk(3)
         assert [token for token, _ in new.logprobs.top] == tokens.tolist()
         assert [value for _, value in new.logprobs.top] == pytest.approx(values.tolist())
+
+
+def test_forced_tokens_are_scored_as_if_they_had_been_generated() -> None:
+    """Their logits are those of the text; a request that is forced to say what it says anyhow."""
+    model, text = make_model(), [3, 14, 15, 9, 2, 6]
+    rule, sampling = LatentDifferenceExit(threshold=0.9), SamplingConfig(temperature=1.0)
+    common: dict[str, Any] = {"tokens": text[:2], "max_new_tokens": 6, "logprobs": 0}
+    whole = model(torch.tensor([text])).logits[0].detach().log_softmax(dim=-1)
+    request = Request(**common, forced_tokens=text[2:], stop_tokens=[6])
+    given = list(Session.fitting(model, [request]).stream([request]))
+    assert [new.token for new in given] == text[2:] and given[-1].finish_reason == "stop"
+    for new, place in zip(given, range(1, 5), strict=True):
+        assert new.logprobs is not None
+        assert new.logprobs.chosen == pytest.approx(float(whole[place, new.token]), abs=1e-10)
+
+    free = Request(**common, exit_rule=rule, sampling=sampling, num_loops=6)
+    said = [
+        (new.token, new.num_loops, new.logprobs)
+        for new in Session.fitting(model, [free]).stream([free])
+    ]
+    assert len({loops for _, loops, _ in said}) > 1
+    forced = replace(free, forced_tokens=[token for token, *_ in said[:4]])
+    again = Session.fitting(model, [forced]).stream([forced])
+    assert [(new.token, new.num_loops, new.logprobs) for new in again] == said
 
 
 def test_samples_of_one_seed_are_told_apart_by_their_number() -> None:

@@ -29,6 +29,7 @@ def test_the_defaults_ask_for_greedy_text_at_the_models_depth() -> None:
     assert dataclasses.asdict(request) == {
         "tokens": (1, 2),
         "max_new_tokens": None,
+        "forced_tokens": (),
         "min_new_tokens": 0,
         "num_loops": None,
         "exit_rule": None,
@@ -116,6 +117,11 @@ def test_counts_become_plain_integers(kind: Any) -> None:
             r"seed is 18446744073709551616; it must be an integer in 0\.\.",
         ),
         ({"sample_idx": -1}, "sample_idx is -1; it must be an integer of at least 0"),
+        ({"forced_tokens": "a"}, "forced_tokens is text; give token ids"),
+        (
+            {"forced_tokens": [1, 2], "max_new_tokens": 1},
+            "the number of forced_tokens is 2; it must be at most max_new_tokens=1",
+        ),
         ({"logprobs": -1}, "logprobs is -1; it must be an integer of at least 0"),
     ],
 )
@@ -131,6 +137,7 @@ def test_bad_fields_are_refused_in_one_line(fields: dict[str, Any], said: str) -
         ({"tokens": []}, {}, r"tokens is \[\]; it must be at least one token long"),
         ({"tokens": [1, 32]}, {}, r"tokens is \[1, 32\]; it must be of token ids in 0..31"),
         ({"tokens": [-1]}, {}, "token ids in 0..31"),
+        ({"forced_tokens": [32]}, {}, r"forced_tokens is \[32\]; it must be of token ids in 0..31"),
         ({"tokens": [32]}, {"row": 2}, r"prompt 2 is \[32\]"),
         ({"stop_tokens": [40]}, {}, "a stop token is 40; it must be in 0..31"),
         ({"max_new_tokens": 64}, {}, "the request has 1 tokens and asks for 64 new ones"),

@@ -4,8 +4,15 @@ from typing import Any
 import pytest
 
 from openmythos.analysis.picture import to_svg
-from openmythos.eval.picture import plot_score_curves, score_curves
+from openmythos.eval.calibration import Point, Setting, choose
+from openmythos.eval.picture import (
+    frontier_picture,
+    plot_frontier,
+    plot_score_curves,
+    score_curves,
+)
 from openmythos.eval.score import Measured, Score, ScoreCurve, summarise, sweep
+from openmythos.model.exit import ArgmaxStableExit, KLExit, LatentDifferenceExit
 
 
 def curve(task: str, **changes: object) -> ScoreCurve:
@@ -65,3 +72,30 @@ def test_one_point_without_an_error_can_be_drawn() -> None:
     assert "<svg" in to_svg(score_curves([curve("one", scores={3: Score(0.5, None, 1)})]))
     with pytest.raises(ValueError, match="no curve"):
         score_curves([])
+
+
+def test_the_frontier_shows_depths_rules_and_the_choice(tmp_path: Path) -> None:
+    rules = [LatentDifferenceExit(), KLExit(), ArgmaxStableExit()]
+    settings = [Setting(n) for n in (1, 2, 4)] + [Setting(4, rule) for rule in rules]
+    points = [
+        Point(setting, [(2.0 - 0.1 * place, 1.0), (2.1, 1.0)], 100, 200, 0.1 * (place + 1))
+        for place, setting in enumerate(settings)
+    ]
+    found = choose(points, "bits_per_byte", 0.3)
+    figure = frontier_picture(found)
+    drawn = to_svg(figure)
+    shown = ("bits per byte, lower is better", "tokens per second", "fixed depth", "chosen")
+    for said in (
+        *shown,
+        "rule: kl",
+        "rule: latent difference",
+        "rule: argmax stable",
+        "1",
+        "2",
+        "4",
+    ):
+        assert f">{said}<" in drawn
+    low, high = figure.axes[0].get_ylim()
+    assert low < min(point.score.value for point in points) < found.best.score.value + 0.3 < high
+    plot_frontier(found, tmp_path / "exit.png")
+    assert (tmp_path / "exit.png").read_bytes().startswith(b"\x89PNG")

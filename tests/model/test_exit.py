@@ -133,6 +133,21 @@ def test_min_loops_delays_but_the_rule_sees_all_loops(min_loops: int) -> None:
     assert exits(rule, logits=same) == [loop >= max(min_loops, 3) for loop in range(1, 6)]
 
 
+def test_a_rule_is_asked_at_every_kth_loop_and_compares_with_its_last_check() -> None:
+    rule = LatentDifferenceExit(threshold=0.25, check_every=2)
+    assert [rule.is_due(loops) for loops in range(1, 7)] == [False, True] * 3
+    assert not any(Fixed(check_every=2).is_due(loops) for loops in range(1, 7))
+    # Shown are the states after loops 2 and 4: steps of 4 on 4, and of 2 on 6.
+    assert exits(rule, [[0.0, 0.0], [4.0, 0.0], [6.0, 0.0]]) == [False, False]
+    assert exits(LatentDifferenceExit(threshold=0.34, check_every=2), [[0.0], [4.0], [6.0]]) == [
+        False,
+        True,
+    ]
+    still = [[1.0, 0.0]] * 4  # after loops 2, 4 and 6
+    later = LatentDifferenceExit(min_loops=3, check_every=2)
+    assert exits(later, still) == [False, True, True]
+
+
 RULES = [
     Fixed(),
     CumulativeThreshold(threshold=0.6),
@@ -200,6 +215,7 @@ def test_what_a_rule_needs_is_stated_and_missed_clearly() -> None:
     ("kind", "fields", "message"),
     [
         ("kl", {"threshold": 0.0}, "threshold is 0.0; it must be a number above 0"),
+        ("kl", {"check_every": 0}, "check_every is 0; it must be an integer of at least 1"),
         ("kl", {"min_loops": 0}, "min_loops is 0; it must be an integer of at least 1"),
         ("entropy_kl", {"entropy": -1.0}, "entropy is -1.0"),
         ("entropy_kl", {"kl": 0.0}, "kl is 0.0"),

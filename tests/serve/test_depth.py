@@ -17,12 +17,12 @@ def test_medium_is_the_trained_depth_and_nothing_passes_the_limit() -> None:
 
 @pytest.mark.parametrize(
     ("num_loops", "effort", "expected"),
-    [(None, None, 8), (3, None, 3), (None, "low", 4), (None, "max", 16)],
+    [(None, None, 5), (3, None, 3), (None, "low", 4), (None, "max", 16)],
 )
-def test_a_number_a_word_or_the_models_own(
+def test_a_number_a_word_or_the_default(
     num_loops: int | None, effort: str | None, expected: int
 ) -> None:
-    assert loops_of(num_loops, effort, effort_table(8, 16), 16) == expected
+    assert loops_of(num_loops, effort, effort_table(8, 16), 16, 5) == expected
 
 
 @pytest.mark.parametrize(
@@ -32,7 +32,7 @@ def test_a_number_a_word_or_the_models_own(
 )
 def test_other_depths_are_refused(num_loops: int | None, effort: str | None, param: str) -> None:
     with pytest.raises(APIError) as caught:
-        loops_of(num_loops, effort, effort_table(8, 16), 16)
+        loops_of(num_loops, effort, effort_table(8, 16), 16, 8)
     assert caught.value.status == 400 and caught.value.param == param
 
 

@@ -8,8 +8,10 @@ import torch
 
 from openmythos.data.synthetic import HopsConfig, Walks
 from openmythos.eval.walk import WalkCodec
+from openmythos.model.exit import Fixed, KLExit
 from openmythos.serve.error import APIError
 from openmythos.serve.schema import CompletionBody, Message
+from openmythos.serve.served import ServedModel
 from openmythos.tokenizer import Tokenizer, byte_tokenizer
 from tests.foreign import write_chat_folder
 from tests.serve.running import Running, running, small_model
@@ -95,3 +97,20 @@ def test_logprobs_of_a_prompt_are_the_models(server: Running) -> None:
     for place, (report, token) in enumerate(zip(reports[1:], [9, 7], strict=True)):
         assert report is not None
         assert report.chosen == pytest.approx(float(logits[place, token]), abs=1e-5)
+
+
+def test_a_body_without_a_depth_gets_the_default_depth_and_rule(server: Running) -> None:
+    made = server.served[0]
+    rule = KLExit(threshold=0.1)
+    served = ServedModel(
+        "small", made.model, made.codec, made.worker, default_rule=rule, default_loops=3
+    )
+    body = {"model": "small", "prompt": "a"}
+    assert served.depth_of(CompletionBody(**body)) == (3, rule)
+    assert served.depth_of(CompletionBody(**body, num_loops=5)) == (5, rule)
+    assert served.depth_of(CompletionBody(**body, reasoning_effort="medium")) == (4, rule)
+    assert served.depth_of(CompletionBody(**body, exit_rule={"kind": "fixed"})) == (3, Fixed())
+    card = served.card()
+    assert card["default_loops"] == 3 and card["default_exit_rule"]["kind"] == "kl"
+    own = made.card()
+    assert own["default_loops"] == 4 and own["default_exit_rule"] is None

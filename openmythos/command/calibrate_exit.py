@@ -1,0 +1,215 @@
+"""``openmythos calibrate-exit``: which exit rule or depth is worth it, measured on this machine."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+
+from openmythos.command.option import AsJson, Device, check_device
+from openmythos.command.origin import data_of, require_text, walks_of
+from openmythos.folder import require_writable
+from openmythos.terminal import console, note, print_table
+
+if TYPE_CHECKING:
+    from openmythos.engine.engine import Engine
+    from openmythos.eval.calibration import Frontier, Metric, Point, Text
+    from openmythos.model.recurrent import RecurrentDepthLM
+
+MOST_TEXT = 128  # tokens of a text that are read
+
+Within = Annotated[
+    float,
+    typer.Option(help="The most quality to lose: bits per byte; of walks, share of right answers."),
+]
+Data = Annotated[
+    Path | None, typer.Option(help="Prepared folder, or a run whose data to use; default: its own.")
+]
+MaxLoops = Annotated[
+    int | None, typer.Option(help="Most loops to try; default: twice the model's own.", min=1)
+]
+MaxHops = Annotated[
+    int | None, typer.Option(help="Hops of the longest walks; default: as in training.", min=1)
+]
+NumTokens = Annotated[int, typer.Option(help="Tokens to read with each setting.", min=1)]
+MaxRows = Annotated[int, typer.Option(help="Texts that are read at once.", min=1)]
+Compiled = Annotated[
+    bool, typer.Option("--compile", help="Measure compiled calls, as serve --compile.")
+]
+Out = Annotated[
+    Path | None, typer.Option(help="Folder for exit.json and exit.png; default: the checkpoint's.")
+]
+
+
+def calibrate_exit(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint or run folder.")],
+    within: Within = 0.01,
+    data: Data = None,
+    max_loops: MaxLoops = None,
+    max_hops: MaxHops = None,
+    num_tokens: NumTokens = 4096,
+    max_rows: MaxRows = 8,
+    compiled: Compiled = False,
+    out: Out = None,
+    device: Device = "cpu",
+    as_json: AsJson = False,
+) -> None:
+    """Measure exit rules and depths token by token; write the best for serve to use."""
+    note("loading the model ...")
+    if not within >= 0:
+        raise ValueError(f"--within is {within}; give the most quality to lose, for example 0.01")
+    check_device(device)
+    from openmythos.analysis.picture import require_matplotlib
+    from openmythos.interop.gguf import SUFFIX
+    from openmythos.interop.hub import local_folder
+
+    require_matplotlib()  # fail before the measurement rather than after it
+    if checkpoint.suffix == SUFFIX and checkpoint.is_file() and out is None:
+        raise ValueError(f"{checkpoint} is a file; give a folder for exit.json as --out")
+    from openmythos import load_pretrained
+    from openmythos.checkpoint.save import EXIT_FILE, EXIT_PICTURE
+    from openmythos.engine.engine import Engine, EngineConfig
+    from openmythos.eval.calibration import depths_up_to
+    from openmythos.eval.exit_choice import processor_name, write_choice
+    from openmythos.eval.picture import plot_frontier
+
+    folder = local_folder(checkpoint)
+    target = folder if out is None else out
+    require_writable(target / EXIT_FILE)
+    model = load_pretrained(folder, device=device)
+    texts, metric = texts_for(model, folder, data, max_hops, num_tokens)
+    most = 2 * model.config.num_loops if max_loops is None else max_loops
+    longest = max(len(text.tokens) for text in texts)
+    config = EngineConfig(max_rows=max_rows, max_loops=most, max_len=longest, compiled=compiled)
+    engine = Engine(model, config)
+    found = measured(engine, texts, depths_up_to(most), metric, within)
+    settings = {
+        "max_rows": max_rows,
+        "compiled": compiled,
+        "num_texts": len(texts),
+        "num_tokens": found.chosen.num_tokens,
+        "max_hops": max_hops,
+    }
+    processor = processor_name(model.embed.weight.device)
+    write_choice(found, target / EXIT_FILE, processor, settings)
+    plot_frontier(found, target / EXIT_PICTURE)
+    if as_json:
+        typer.echo(json.dumps(json.loads((target / EXIT_FILE).read_text(encoding="utf-8"))))
+        return
+    show(found)
+    console().print(f"{target / EXIT_FILE}\n{target / EXIT_PICTURE}")
+
+
+def texts_for(
+    model: "RecurrentDepthLM",
+    folder: Path,
+    data: Path | None,
+    max_hops: int | None,
+    num_tokens: int,
+) -> "tuple[list[Text], Metric]":
+    """Held-out texts or walks of about so many tokens, and what their quality is.
+
+    Raises:
+        ValueError: There are none, or the model cannot read them.
+    """
+    from openmythos.data.loader import TokenLoader
+    from openmythos.eval.calibration import texts_of, walks_to_read
+    from openmythos.tokenizer import Tokenizer
+
+    walks = walks_of(folder if data is None else data)
+    room = model.config.max_seq_len - 1
+    if walks is not None:
+        hops = walks.config.max_train_hops if max_hops is None else max_hops
+        if hops + 1 > room:
+            raise ValueError(f"--max-hops is {hops}; the model reads walks of at most {room - 1}")
+        count = max(1, num_tokens // (1 + (hops + 1) // 2))
+        return walks_to_read(walks, hops, count), "accuracy"
+    if max_hops is not None:
+        raise ValueError("--max-hops is for models of walks; leave it out")
+    require_text(folder)
+    length = min(MOST_TEXT, room)
+    rows = -(-num_tokens // length)
+    loader = TokenLoader(
+        data_of(folder if data is None else data),
+        "val",
+        seq_len=length,
+        batch_size=rows,
+        tokenizer_fingerprint=Tokenizer.load(folder).fingerprint,
+    )
+    texts = texts_of(loader, min(rows, loader.num_windows))
+    if not texts:
+        raise ValueError("the held-out text is empty; prepare more text and give it as --data")
+    return texts, "bits_per_byte"
+
+
+def measured(
+    engine: "Engine", texts: "list[Text]", depths: list[int], metric: "Metric", within: float
+) -> "Frontier":
+    """Measure every depth, and the rules that stop tokens before the shallowest good one."""
+    from openmythos.eval.calibration import (
+        PARTS,
+        Setting,
+        added_up,
+        choose,
+        measure,
+        read,
+        rules_to_try,
+        shallowest,
+    )
+
+    note(f"{len(texts)} texts at {len(depths)} depths ...")
+    enough = shallowest(engine.model, texts, depths, metric, within)
+    note(f"{enough} loops are enough; looking for thresholds of rules ...")
+    rules = rules_to_try(engine.model, texts, enough)
+    settings = [Setting(depth) for depth in depths] + [Setting(enough, rule) for rule in rules]
+    note(f"measuring {len(settings)} settings ...")
+    engine.warm_up()
+    read(engine, settings[-1], texts[:1])  # the first call of a kernel takes longer
+    parts: list[Point] = []
+    for point in measure(engine, settings, texts):
+        turn, place = divmod(len(parts), len(settings))
+        parts.append(point)
+        said = f"{point.setting}: {point.tokens_per_s:,.0f} tokens/s"
+        note(f"turn {turn + 1} of {PARTS}, {place + 1}/{len(settings)}: {said}")
+    return choose(added_up(parts), metric, within)
+
+
+def show(found: "Frontier") -> None:
+    """Print the frontier, and the choice."""
+    from openmythos.eval.score import in_words
+
+    screen = console()
+    table = Table(title="the fastest at each quality: depths, and rules below them")
+    columns = ("setting", in_words(found.metric), "lost", "loops\nper token", "tokens/s")
+    for column in columns:
+        table.add_column(column, justify="left" if column == "setting" else "right")
+    shown = {id(point) for point in found.undominated}
+    shown |= {id(found.best), id(found.fixed), id(found.chosen)}
+    fastest_first = sorted(found.points, key=lambda point: -point.tokens_per_s)
+    for point in fastest_first:
+        if id(point) in shown:
+            mark = " <- chosen" if point is found.chosen else ""
+            table.add_row(f"{point.setting}{mark}", *cells(point, found))
+    print_table(screen, table)
+    chosen, fixed = found.chosen, found.fixed
+    gain = chosen.tokens_per_s / fixed.tokens_per_s
+    if chosen is fixed:
+        screen.print(f"{fixed.setting.num_loops} loops for every token: no rule is worth its cost")
+    else:
+        screen.print(
+            f"{chosen.setting}: {gain:.2f} times the tokens/s of {fixed.setting.num_loops} loops "
+            "for every token"
+        )
+
+
+def cells(point: "Point", found: "Frontier") -> list[str]:
+    """A point's numbers in words."""
+    from openmythos.eval.score import with_error
+
+    return [
+        with_error(point.score, 4),
+        with_error(found.loss(point), 4),
+        f"{point.mean_loops:.2f}",
+        f"{point.tokens_per_s:,.0f}",
+    ]

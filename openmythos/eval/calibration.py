@@ -1,0 +1,422 @@
+"""What exit rules are worth: quality and speed of rules and fixed depths, as texts are generated.
+
+Every token is read alone and leaves the loop by itself, and what later tokens read of it is what it
+left in the cache. So an early exit also costs what it spoils further on. Settings take turns on
+parts of the texts, so that whatever else the machine does slows all of them down alike.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from openmythos.config.schema import require
+from openmythos.data.loader import TokenLoader
+from openmythos.data.packing import IGNORED_TARGET
+from openmythos.data.synthetic import Walks
+from openmythos.engine.engine import Engine
+from openmythos.engine.request import Request
+from openmythos.eval.score import Outcomes, Score, differences, summarise
+from openmythos.model.exit import (
+    AccelerationExit,
+    ArgmaxStableExit,
+    CumulativeThreshold,
+    EntropyKLExit,
+    KLExit,
+    LatentDifferenceExit,
+    Rule,
+)
+from openmythos.model.inference import inference
+from openmythos.model.loop import readout, start_loops, unroll
+from openmythos.model.recurrent import RecurrentDepthLM
+
+Metric = Literal["accuracy", "bits_per_byte"]
+WORTH = 1.05  # times as fast as the shallowest sufficient depth a rule must be
+SHARES = (0.25, 0.5, 0.75)  # of the loops that may be saved: where thresholds are tried
+MOST_LOGITS = 2**19  # numbers that thresholds are looked for in, per loop
+PARTS = 4  # of the texts, in which settings take turns
+LEAST, MOST = -7.0, 2.0  # powers of ten between which thresholds are looked for
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text to be read token by token.
+
+    Attributes:
+        tokens: At least two, or one and an answer.
+        num_bytes: Of all tokens but the first, which are scored; 0 if there is an answer.
+        answer: The token that should follow.
+    """
+
+    tokens: tuple[int, ...]
+    num_bytes: int = 0
+    answer: int | None = None
+
+    def request(self, setting: "Setting") -> Request:
+        """Reads it with this setting."""
+        asked = self.answer is not None
+        return Request(
+            tokens=self.tokens[:1],
+            forced_tokens=self.tokens[1:],
+            max_new_tokens=len(self.tokens) - 1 + asked,
+            num_loops=setting.num_loops,
+            exit_rule=setting.exit_rule,
+            logprobs=None if asked else 0,
+        )
+
+
+def texts_of(loader: TokenLoader, num_rows: int) -> list[Text]:
+    """Documents, or parts of them, from rows that are drawn from a split."""
+    found = []
+    sizes = loader.tokenizer.token_num_bytes
+    batch = loader.batch(0).rows(0, num_rows)
+    for tokens, targets, documents in zip(
+        batch.tokens.tolist(), batch.targets.tolist(), batch.documents.tolist(), strict=True
+    ):
+        for number in sorted(set(documents) - {-1}):
+            places = [place for place, own in enumerate(documents) if own == number]
+            text = [tokens[place] for place in places]
+            if targets[places[-1]] != IGNORED_TARGET:
+                text.append(targets[places[-1]])
+            if (num_bytes := int(sizes[text[1:]].sum())) > 0:
+                found.append(Text(tuple(text), num_bytes))
+    return found
+
+
+def walks_to_read(walks: Walks, most_hops: int, num_walks: int, seed: int = 1) -> list[Text]:
+    """Held-out walks, as many of each number of hops."""
+    each = -(-num_walks // most_hops)
+    found = []
+    for hops in range(1, most_hops + 1):
+        batch = walks.held_out_batch(hops, each, seed)
+        answers = batch.targets[:, -1].tolist()
+        found += [
+            Text(tuple(walk), answer=answer)
+            for walk, answer in zip(batch.tokens.tolist(), answers, strict=True)
+        ]
+    return found
+
+
+# --- settings -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Setting:
+    """The most loops of a token, and what stops it earlier."""
+
+    num_loops: int
+    exit_rule: Rule | None = None
+
+    def __str__(self) -> str:
+        if self.exit_rule is None:
+            return f"fixed {self.num_loops}"
+        rule, own = self.exit_rule, []
+        for name, value in vars(rule).items():
+            if value != getattr(type(rule), name, None) or name in ("threshold", "patience"):
+                own.append(f"{name} {value:g}")
+        return f"{rule.kind.replace('_', ' ')}, {', '.join(own)}"
+
+
+def depths_up_to(most: int) -> list[int]:
+    """Numbers of loops to measure: all up to 8, then four in each doubling, and the most."""
+    found, depth = [], 1
+    while depth < most:
+        found.append(depth)
+        depth += max(1, (1 << depth.bit_length() - 1) // 4) if depth >= 8 else 1
+    return [*found, most]
+
+
+class Observed(NamedTuple):
+    """What a rule sees of some tokens: before the first loop, and after each."""
+
+    start: Float[Tensor, "N D"]
+    h: list[Float[Tensor, "N D"]]
+    logits: list[Float[Tensor, "N V"]]
+    mass: list[Float[Tensor, "N"]] | None
+
+    def mean_loops(self, rule: Rule) -> float:
+        """The loops that tokens would take on average if none of them had exited before."""
+        most, state = len(self.h), rule.start(self.start)
+        loops = torch.full((len(self.start),), most)
+        for loop in range(1, most):
+            if rule.is_due(loop):
+                mass = None if self.mass is None else self.mass[loop - 1]
+                stop, state = rule.check(state, self.h[loop - 1], self.logits[loop - 1], mass)
+                loops = torch.where(stop.cpu() & (loops == most), loop, loops)
+        return float(loops.double().mean())
+
+
+def observe(model: RecurrentDepthLM, texts: Sequence[Text], num_loops: int) -> Observed:
+    """Run some tokens of the texts through all loops, whole texts at once."""
+    room = max(64, MOST_LOGITS // model.config.vocab_size)
+    parts: list[Observed] = []
+    with inference(model):
+        for text in texts:
+            tokens = torch.tensor([text.tokens], device=model.embed.weight.device)
+            ctx = model.context(tokens)
+            begun = start_loops(model, model.encode(tokens, ctx), ctx, [num_loops])
+            h, logits, mass = [], [], []
+            for state in unroll(model, begun, ctx):
+                h.append(state.h[0])
+                logits.append(model.decode(readout(model, state), ctx)[0])
+                if state.halted is not None:
+                    mass.append(state.halted.tracker.mass[0])
+            parts.append(Observed(begun.h[0], h, logits, mass or None))
+            room -= len(text.tokens)
+            if room <= 0:
+                break
+    masses = [part.mass for part in parts if part.mass is not None]
+    return Observed(
+        torch.cat([part.start for part in parts]),
+        _by_loop([part.h for part in parts]),
+        _by_loop([part.logits for part in parts]),
+        _by_loop(masses) if masses else None,
+    )
+
+
+def _by_loop(parts: Sequence[list[Tensor]]) -> list[Tensor]:
+    return [torch.cat(each) for each in zip(*parts, strict=True)]
+
+
+def rules_to_try(model: RecurrentDepthLM, texts: Sequence[Text], num_loops: int) -> list[Rule]:
+    """Rules of every kind that the model can follow, at thresholds that stop some of the tokens.
+
+    The thresholds are those at which tokens would save a quarter, half and three quarters of the
+    loops that can be saved.
+    """
+    if num_loops == 1:
+        return []
+    seen = observe(model, texts, num_loops)
+    intervals = (1, 2) if num_loops >= 4 else (1,)
+    kinds: list[tuple[Callable[[float, int], Rule], tuple[int, ...]]] = [
+        (lambda x, k: LatentDifferenceExit(threshold=x, check_every=k), (1,)),
+        (lambda x, k: AccelerationExit(threshold=x, patience=1, check_every=k), (1,)),
+        (lambda x, k: KLExit(threshold=x, check_every=k), intervals),
+        (lambda x, k: EntropyKLExit(kl=_rounded(x / 100), entropy=x, check_every=k), intervals),
+    ]
+    found: list[Rule] = []
+    for make, every in kinds:
+        for share in SHARES:
+            threshold = _threshold(lambda x, make=make: make(x, 1), seen, share)  # type: ignore[misc]
+            found += [make(threshold, k) for k in every]
+    found += [
+        ArgmaxStableExit(patience=patience, check_every=k)
+        for k in intervals
+        for patience in (1, 2, 3)
+        if (patience + 1) * k < num_loops
+    ]
+    if model.config.halting is not None:
+        found += [CumulativeThreshold(threshold=x) for x in (0.25, 0.5, 0.75, 0.9)]
+    return list(dict.fromkeys(found))
+
+
+def _threshold(make: Callable[[float], Rule], seen: Observed, share: float) -> float:
+    """The smallest threshold, to two digits, at which this share of the loops is saved."""
+    most = len(seen.h)
+    wanted = most - share * (most - 1)
+    low, high = LEAST, MOST
+    for _ in range(10):
+        middle = (low + high) / 2
+        low, high = (low, middle) if seen.mean_loops(make(10**middle)) <= wanted else (middle, high)
+    return _rounded(10**high)
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.2g}")
+
+
+# --- measuring ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Point:
+    """What a setting gave.
+
+    Attributes:
+        outcomes: Per text: bits and bytes, or whether the answer was right and 1.
+        num_tokens: Tokens that were read.
+        num_loops: The loops that they took.
+        seconds: That it took.
+    """
+
+    setting: Setting
+    outcomes: Outcomes
+    num_tokens: int
+    num_loops: int
+    seconds: float
+
+    @property
+    def score(self) -> Score:
+        """The quality."""
+        return summarise(self.outcomes)
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Tokens per second."""
+        return self.num_tokens / self.seconds
+
+    @property
+    def mean_loops(self) -> float:
+        """Loops per token."""
+        return self.num_loops / self.num_tokens
+
+    def __add__(self, other: "Point") -> "Point":
+        """Both, as one measurement of the same setting on other texts."""
+        return Point(
+            self.setting,
+            self.outcomes + other.outcomes,
+            self.num_tokens + other.num_tokens,
+            self.num_loops + other.num_loops,
+            self.seconds + other.seconds,
+        )
+
+
+def measure(
+    engine: Engine,
+    settings: Sequence[Setting],
+    texts: Sequence[Text],
+    clock: Callable[[], float] = time.perf_counter,
+) -> Iterator[Point]:
+    """Read all texts with each setting; the points come in ``PARTS``, to be added up."""
+    for part in range(PARTS):
+        for setting in settings if len(texts[part::PARTS]) else ():
+            yield read(engine, setting, texts[part::PARTS], clock)
+
+
+def added_up(parts: Iterable[Point]) -> list[Point]:
+    """One point for each setting."""
+    found: dict[Setting, Point] = {}
+    for part in parts:
+        known = found.get(part.setting)
+        found[part.setting] = part if known is None else known + part
+    return list(found.values())
+
+
+def read(
+    engine: Engine,
+    setting: Setting,
+    texts: Sequence[Text],
+    clock: Callable[[], float] = time.perf_counter,
+) -> Point:
+    """Read texts with a setting, as many at once as the engine has rows.
+
+    Raises:
+        ValueError: The model gives no finite numbers.
+    """
+    numbers = [engine.add(text.request(setting)) for text in texts]
+    place = {number: index for index, number in enumerate(numbers)}
+    sums, num_tokens, num_loops, start = [0.0] * len(texts), 0, 0, clock()
+    while not engine.is_idle:
+        for event in engine.step():
+            if event.token is None:
+                raise ValueError(f"{setting} cannot be measured: {event.error}")
+            text = texts[place[event.id]]
+            num_tokens, num_loops = num_tokens + 1, num_loops + event.num_loops
+            if event.logprobs is not None:
+                sums[place[event.id]] -= event.logprobs.chosen / math.log(2)
+            elif event.finish_reason is not None:
+                sums[place[event.id]] = float(event.token == text.answer)
+    seconds = clock() - start
+    weights = [1.0 if text.answer is not None else float(text.num_bytes) for text in texts]
+    outcomes = list(zip(sums, weights, strict=True))
+    return Point(setting, outcomes, num_tokens, num_loops, seconds)
+
+
+# --- choosing -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Frontier:
+    """All points, and which is to be used.
+
+    Attributes:
+        metric: What their quality is.
+        within: How much of the quality may be lost.
+        best: The fixed depth of the best quality.
+        fixed: The shallowest fixed depth that loses little enough.
+        chosen: The rule that is faster than that one by enough and loses little enough; else that
+            one.
+    """
+
+    metric: Metric
+    within: float
+    points: list[Point]
+    best: Point
+    fixed: Point
+    chosen: Point
+
+    def loss(self, point: Point) -> Score:
+        """How much quality a point loses against the best, text by text."""
+        return lost(point, self.best, self.metric)
+
+    @property
+    def undominated(self) -> list[Point]:
+        """The points than which none is faster and better, the fastest first."""
+        found: list[Point] = []
+        for point in sorted(self.points, key=lambda point: -point.tokens_per_s):
+            if all(self.loss(point).value < self.loss(other).value for other in found):
+                found.append(point)
+        return found
+
+
+def lost(point: Point, best: Point, metric: Metric) -> Score:
+    """How much quality a point loses against another; negative: it gains."""
+    better, worse = best.outcomes, point.outcomes
+    pair = (worse, better) if metric == "bits_per_byte" else (better, worse)
+    return summarise(differences(*pair))
+
+
+def choose(points: Sequence[Point], metric: Metric, within: float) -> Frontier:
+    """Choose the fastest point that loses at most ``within``; a rule only if it pays.
+
+    What a point loses counts with one standard error of the paired difference, so that a lucky
+    sample does not decide.
+    """
+    require(within >= 0, "--within", within, "a number of at least 0")
+    sign = 1 if metric == "bits_per_byte" else -1
+    depths = [point for point in points if point.setting.exit_rule is None]
+    best = min(depths, key=lambda point: (sign * point.score.value, point.setting.num_loops))
+
+    def suffices(point: Point) -> bool:
+        found = lost(point, best, metric)
+        return found.value + (found.stderr or 0.0) <= within
+
+    fixed = min(filter(suffices, depths), key=lambda point: point.setting.num_loops)
+    rules = [point for point in points if point.setting.exit_rule is not None and suffices(point)]
+    fast = [point for point in rules if point.tokens_per_s >= WORTH * fixed.tokens_per_s]
+    chosen = max(fast, key=lambda point: point.tokens_per_s, default=fixed)
+    return Frontier(metric, within, list(points), best, fixed, chosen)
+
+
+def shallowest(
+    model: RecurrentDepthLM, texts: Sequence[Text], depths: Sequence[int], metric: Metric,
+    within: float,
+) -> int:  # fmt: skip
+    """The shallowest depth that loses at most ``within``, measured on whole texts at once.
+
+    At a fixed depth that is the quality through the cache.
+    """
+    found: dict[int, Outcomes] = {depth: [] for depth in depths}
+    with inference(model):
+        for text in texts:
+            tokens = torch.tensor([text.tokens], device=model.embed.weight.device)
+            ctx = model.context(tokens)
+            begun = start_loops(model, model.encode(tokens, ctx), ctx, [max(depths)])
+            for loop, state in enumerate(unroll(model, begun, ctx), start=1):
+                if loop in found:
+                    found[loop].append(_outcome(text, model.decode(readout(model, state), ctx)[0]))
+    points = [Point(Setting(depth), found[depth], 1, depth, 1.0) for depth in depths]
+    return choose(points, metric, within).fixed.setting.num_loops
+
+
+def _outcome(text: Text, logits: Float[Tensor, "T V"]) -> tuple[float, float]:
+    if text.answer is not None:
+        return float(int(logits[-1].argmax()) == text.answer), 1.0
+    targets = torch.tensor(text.tokens[1:])
+    logprobs = logits[:-1].cpu().double().log_softmax(dim=-1).gather(1, targets[:, None])
+    return -float(logprobs.sum()) / math.log(2), float(text.num_bytes)

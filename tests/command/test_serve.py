@@ -79,6 +79,18 @@ def test_without_a_path_the_models_that_ship_are_served(
     assert walks.worker is not text.worker and walks.worker.engine is not text.worker.engine
 
 
+def test_options_reach_the_engine(
+    invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, given = save_pretrained(small_model(), tmp_path / "small", byte_tokenizer()), []
+    monkeypatch.setattr(
+        "openmythos.serve.server.serve", lambda models, *_, **__: given.extend(models)
+    )
+    invoke("serve", folder, "--batch-invariant", "--max-rows", 3)
+    config = given[0].worker.engine.config
+    assert config.batch_invariant and config.max_rows == 3
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from openmythos.model.recurrent import RecurrentDepthLM
 
 KEY_VARIABLE = "OPENMYTHOS_API_KEY"
-SHIPPED = ("zoo:walks",)  # the page begins with the first
+SHIPPED = ("zoo:walks", "zoo:text")  # the page begins with the first
 
 Paths = Annotated[
     list[Path] | None,

@@ -16,12 +16,14 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils._pytree import tree_map
 
+from openmythos.config.schema import require
 from openmythos.engine.call_cost import CallCosts
 from openmythos.engine.compile import EAGER, compiled_calls
 from openmythos.engine.page_pool import SCRATCH
 from openmythos.engine.paged_cache import PagedCache, PagedContext
 from openmythos.model.context import select_rows
 from openmythos.model.exit import Fixed, Rule, join_states
+from openmythos.model.int8 import Int8Weight
 from openmythos.model.loop import (
     ExitState,
     Halted,
@@ -348,8 +350,11 @@ def require_separate_products(model: RecurrentDepthLM, num_rows: int) -> None:
     """Check that a product of ``num_rows`` rows and a weight gives a row the same at every place.
 
     Raises:
-        ValueError: On this machine it does not, for the shape of one of the model's weights.
+        ValueError: On this machine it does not, for the shape of one of the model's weights, or
+            they are in 8 bits.
     """
+    stored = not any(isinstance(module, Int8Weight) for module in model.modules())
+    require(stored, "batch_invariant", True, "False with weights in 8 bits")
     weights = {each.shape: each.detach() for each in model.parameters() if each.ndim == 2}
     generator = torch.Generator().manual_seed(0)
     for shape, weight in weights.items():

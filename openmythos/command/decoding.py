@@ -12,6 +12,7 @@ from openmythos.command.option import check_device, set_option
 from openmythos.command.origin import require_text, walks_of
 
 if TYPE_CHECKING:
+    from openmythos.engine.engine import Event
     from openmythos.engine.sampling import SamplingConfig
     from openmythos.eval.walk import WalkCodec
     from openmythos.model.cache import CacheLayout
@@ -151,6 +152,16 @@ def load(checkpoint: Path, device: str) -> tuple["RecurrentDepthLM", "Tokenizer 
     if tokenizer.change is not None:
         typer.echo(f"note: the tokenizer changes text: {tokenizer.change}", err=True)
     return load_pretrained(folder, device=device), tokenizer
+
+
+def require_well(event: "Event") -> None:
+    """Check that a request goes on or has ended as it should.
+
+    Raises:
+        ValueError: It has failed; says why.
+    """
+    if event.error is not None:
+        raise ValueError(event.error)
 
 
 def most_tokens(given: int | None, tokenizer: "Tokenizer | WalkCodec", usual: int) -> int:

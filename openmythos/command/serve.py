@@ -46,6 +46,15 @@ Compiled = Annotated[
     bool, typer.Option("--compile", help="Wait for the compiler, then decode faster.")
 ]
 
+BatchInvariant = Annotated[
+    bool,
+    typer.Option(
+        "--batch-invariant",
+        help="Logits equal to the last bit whatever else is computed; a few requests cost as "
+        "much as 16.",
+    ),
+]
+
 
 def serve(
     paths: Paths = None,
@@ -59,6 +68,7 @@ def serve(
     num_pages: Pages = None,
     timeout: Timeout = 600.0,
     compiled: Compiled = False,
+    batch_invariant: BatchInvariant = False,
     device: Device = "cpu",
 ) -> None:
     """Serve models over HTTP as OpenAI's API does, with depth per request."""
@@ -85,6 +95,7 @@ def serve(
             max_loops=deepest,
             num_pages=num_pages,
             compiled=compiled,
+            batch_invariant=batch_invariant,
         )
         engine = Engine(model, config)
         measured = metrics.of(name, lambda engine=engine: engine.stats)  # type: ignore[misc]

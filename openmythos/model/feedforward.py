@@ -175,8 +175,9 @@ class MoE(FeedForward):
 
     def _experts(self, ctx: ForwardContext | None) -> Callable[..., Tensor]:
         """The routed experts as a function; eager on a CPU, all loops of a forward share it."""
-        if self.gate_up.device.type != "cpu" or not native.eager():
-            return partial(moe_experts, gate_up=self.gate_up, down=self.down)
+        given = None if ctx is None else ctx.experts
+        if given is not None or self.gate_up.device.type != "cpu" or not native.eager():
+            return partial(given or moe_experts, gate_up=self.gate_up, down=self.down)
         if ctx is None:
             return LoopedExperts(self.gate_up, self.down)
         return ctx.once(LoopedExperts, self.gate_up, self.down)

@@ -12,6 +12,7 @@ from starlette.exceptions import HTTPException
 from openmythos import __version__
 from openmythos.serve.chat import chat
 from openmythos.serve.completions import complete
+from openmythos.serve.describe import described
 from openmythos.serve.error import APIError
 from openmythos.serve.metrics import Metrics
 from openmythos.serve.page import offer, page_files
@@ -27,6 +28,7 @@ def make_app(models: Sequence[ServedModel], metrics: Metrics) -> FastAPI:
     """The application that serves these models; the first answers where no model is named."""
     app = FastAPI(title="OpenMythos", version=__version__, docs_url=None, redoc_url=None)
     by_name = {model.name: model for model in models}
+    app.openapi = lambda: described(app, list(by_name))  # type: ignore[method-assign]
 
     def model_named(name: str | None) -> ServedModel:
         if name is None:

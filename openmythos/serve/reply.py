@@ -23,7 +23,9 @@ def warnings(body: Body, *warnings: str) -> dict[str, str]:
     unknown = body.unknown()
     said = [*warnings, *([f"ignored: {', '.join(unknown)}"] if unknown else [])]
     text = "; ".join(said).encode("ascii", "replace").decode()
-    return {"x-warning": "".join(c for c in text if c.isprintable())[:1000]} if said else {}
+    # A space at either end, as after a field without a name, is no valid header.
+    line = "".join(c for c in text if c.isprintable())[:1000].strip()
+    return {"x-warning": line} if said else {}
 
 
 def usage_of_body(

@@ -10,6 +10,7 @@ from fastapi import Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import Field
 
+from openmythos.engine import request as engine
 from openmythos.serve.answer import Answer, chat_logprobs, loop_counts
 from openmythos.serve.chat import BASE_MODEL
 from openmythos.serve.error import APIError
@@ -67,6 +68,8 @@ class ResponsesBody(Generation):
     tools: list[Any] | None = None
     tool_choice: Any = None
     prompt: Any = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
 
     def check(self) -> None:
         """Refuse what is not offered.
@@ -138,11 +141,11 @@ async def respond(served: ServedModel, body: ResponsesBody, request: Request) ->
     prompt, stops = await asyncio.to_thread(served.encode_chat, body.messages())
     requests = served.requests(body.choices(), prompt, body.max_output_tokens, body.num_logprobs)
     headers = warnings(body, *([] if served.has_template else [BASE_MODEL]))
-    reply = _Reply(served, body, len(prompt), requests[0].num_loops or 0)
+    reply = _Reply(served, body, requests[0])
 
     async def events() -> AsyncIterator[tuple[str, dict[str, Any]]]:
         number = 0
-        async with served.answers(requests, stops) as answers:
+        async with served.answers(requests, stops, body) as answers:
             async for kind, fields in reply.events(answers[0]):
                 yield kind, {"type": kind, "sequence_number": number, **fields}
                 number += 1
@@ -151,7 +154,7 @@ async def respond(served: ServedModel, body: ResponsesBody, request: Request) ->
         return EventStream(events(), headers, done=False)
 
     async def whole() -> dict[str, Any]:
-        async with served.answers(requests, stops) as answers:
+        async with served.answers(requests, stops, body) as answers:
             await all_ended(answers)
             return reply.ended(answers[0])
 
@@ -161,11 +164,9 @@ async def respond(served: ServedModel, body: ResponsesBody, request: Request) ->
 class _Reply:
     """The response object, and the events in which it comes."""
 
-    def __init__(
-        self, served: ServedModel, body: ResponsesBody, num_prompt: int, num_loops: int
-    ) -> None:
-        self.served, self.body = served, body
-        self.num_prompt, self.num_loops = num_prompt, num_loops
+    def __init__(self, served: ServedModel, body: ResponsesBody, asked: engine.Request) -> None:
+        self.served, self.body, self.sampling = served, body, asked.sampling
+        self.num_prompt, self.num_loops = len(asked.tokens), asked.num_loops or 0
         self.id, self.item_id = f"resp_{uuid.uuid4().hex}", f"msg_{uuid.uuid4().hex}"
         self.created = int(time.time())
 
@@ -242,11 +243,14 @@ class _Reply:
         body = self.body
         effort = None if body.reasoning is None else body.reasoning.effort
         cut = {"reason": "max_output_tokens"} if status == "incomplete" else None
+        top_p = 1.0 if self.sampling.top_p is None else self.sampling.top_p
         return {
             "id": self.id,
             "object": "response",
             "created_at": self.created,
+            "completed_at": int(time.time()) if status == "completed" else None,
             "status": status,
+            "background": False,
             "error": None,
             "incomplete_details": cut,
             "instructions": body.instructions,
@@ -257,11 +261,18 @@ class _Reply:
             "previous_response_id": None,
             "reasoning": {"effort": effort or body.reasoning_effort, "summary": None},
             "store": False,
-            "temperature": body.temperature,
+            "temperature": self.sampling.temperature,
+            "presence_penalty": self.sampling.presence_penalty,
+            "frequency_penalty": self.sampling.frequency_penalty,
+            "top_logprobs": body.num_logprobs or 0,
+            "max_tool_calls": None,
+            "service_tier": "default",
+            "safety_identifier": body.safety_identifier,
+            "prompt_cache_key": body.prompt_cache_key,
             "text": {"format": {"type": "text"}},
             "tool_choice": "auto",
             "tools": [],
-            "top_p": body.top_p,
+            "top_p": top_p,
             "truncation": "disabled",
             "usage": usage,
             "user": body.user,

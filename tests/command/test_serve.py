@@ -64,6 +64,18 @@ def test_a_server_that_is_told_to_end_finishes_what_runs(tmp_path: Path) -> None
     assert "listening on http://127.0.0.1" in errors and "Traceback" not in errors
 
 
+def test_options_reach_the_engine(
+    invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, given = save_pretrained(small_model(), tmp_path / "small", byte_tokenizer()), []
+    monkeypatch.setattr(
+        "openmythos.serve.server.serve", lambda models, *_, **__: given.extend(models)
+    )
+    invoke("serve", folder, "--batch-invariant", "--max-rows", 3)
+    config = given[0].worker.engine.config
+    assert config.batch_invariant and config.max_rows == 3
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

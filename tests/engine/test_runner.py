@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from torch.nn import functional
 
 from openmythos.engine.batch import CachedBatch
 from openmythos.engine.paged_cache import PagedCache
-from openmythos.engine.runner import Entry, Runner
+from openmythos.engine.runner import SEPARATE_ROWS, Entry, Runner
 from openmythos.model.cache import KVCache
 from openmythos.model.exit import Fixed, KLExit, LatentDifferenceExit, Rule
 from openmythos.model.recurrent import RecurrentDepthLM
@@ -112,3 +113,32 @@ def test_seats_of_nobody_fill_up_a_call_and_change_nothing(monkeypatch) -> None:
     for one, other in zip(plain.leave([2, 0, 1])[0], padded.leave([2, 0, 1])[0], strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-10)
     assert [len(padded._padded(range(n))) for n in range(1, 6)] == [1, 2, 4, 4, 5]
+
+
+@torch.no_grad()
+def test_calls_of_a_batch_invariant_runner_have_one_size(monkeypatch) -> None:
+    model, seen = make_model("moe", torch.float32), []
+    runner = make_runner(model, batch_invariant=True)
+    context = runner._context
+    monkeypatch.setattr(runner, "_context", lambda rows: seen.append(len(rows)) or context(rows))
+    for row in range(4):
+        read(runner, row)
+        runner.enter([entry(row, row)])
+        runner.advance(list(range(row + 1)))
+    runner.leave([0, 1])
+    assert {size for size in seen if size > 2} == {SEPARATE_ROWS}  # two are copied, not computed
+    single = Runner(model, runner.cache, num_seats=1, max_len=12, batch_invariant=True)
+    assert list(single._padded([0])) == [0]
+
+
+def test_a_machine_whose_products_depend_on_the_place_is_refused(monkeypatch) -> None:
+    linear = functional.linear
+
+    def depends(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        y = linear(x, weight)
+        y[-1] += 1e-6 * (len(weight) == 19)
+        return y
+
+    monkeypatch.setattr(functional, "linear", depends)
+    with pytest.raises(ValueError, match=r"not possible here: products with .* shape \[19, 12\]"):
+        make_runner(make_model("gqa"), batch_invariant=True)

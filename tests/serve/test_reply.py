@@ -11,3 +11,5 @@ def test_what_was_ignored_is_said_in_one_line_of_ascii() -> None:
     assert said == "first; ignored: ab, zeal, ?"
     long = TokenizeBody.model_validate({"x" * 5000: 1})
     assert len(warnings(long)["x-warning"]) == 1000
+    nameless = TokenizeBody.model_validate({"": 1})
+    assert warnings(nameless)["x-warning"] == "ignored:"

@@ -28,7 +28,7 @@ from openmythos.command.decoding import (
     require_well,
     sampling_of,
 )
-from openmythos.command.option import Device, Seed
+from openmythos.command.option import Device, Seed, Weights
 from openmythos.terminal import console, note
 
 if TYPE_CHECKING:
@@ -56,11 +56,12 @@ def chat(
     special: Special = False,
     seed: Seed = 0,
     device: Device = "cpu",
+    weights: Weights = "stored",
 ) -> None:
     """Talk to a model, in its chat template; without one, each line continues the text."""
     note("loading the model ...")
     rule, layout = decoding_of(exit_rule, cache_layout, overrides or [])
-    model, tokenizer = load(checkpoint, device)
+    model, tokenizer = load(checkpoint, device, weights)
     from openmythos.engine.engine import Engine, EngineConfig
     from openmythos.engine.request import Request
     from openmythos.engine.sampling import SamplingConfig

@@ -130,7 +130,9 @@ def sampling_of(
     return SamplingConfig(**fields, num_ids=tokenizer.vocab_size)
 
 
-def load(checkpoint: Path, device: str) -> tuple["RecurrentDepthLM", "Tokenizer | WalkCodec"]:
+def load(
+    checkpoint: Path, device: str, weights: str = "stored"
+) -> tuple["RecurrentDepthLM", "Tokenizer | WalkCodec"]:
     """A checkpoint's model and tokenizer; of a model of walks, the words of its walks.
 
     Raises:
@@ -146,12 +148,12 @@ def load(checkpoint: Path, device: str) -> tuple["RecurrentDepthLM", "Tokenizer 
     folder = local_folder(checkpoint)
     walks = None if has_tokenizer(folder) else walks_of(folder)
     if walks is not None:
-        return load_pretrained(folder, device=device), WalkCodec(walks)
+        return load_pretrained(folder, device=device, weights=weights), WalkCodec(walks)
     require_text(folder)
     tokenizer = Tokenizer.load(folder)
     if tokenizer.change is not None:
         typer.echo(f"note: the tokenizer changes text: {tokenizer.change}", err=True)
-    return load_pretrained(folder, device=device), tokenizer
+    return load_pretrained(folder, device=device, weights=weights), tokenizer
 
 
 def require_well(event: "Event") -> None:

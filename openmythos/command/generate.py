@@ -27,7 +27,7 @@ from openmythos.command.decoding import (
     require_well,
     sampling_of,
 )
-from openmythos.command.option import AsJson, Device, Seed
+from openmythos.command.option import AsJson, Device, Seed, Weights
 from openmythos.folder import require_writable, write_whole
 from openmythos.terminal import console, note
 from openmythos.text_stream import TextPiece, TextStream
@@ -54,6 +54,7 @@ def generate(
     ] = False,
     seed: Seed = 0,
     device: Device = "cpu",
+    weights: Weights = "stored",
     out: Annotated[Path | None, typer.Option(help="Write the JSON to this file too.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -64,7 +65,7 @@ def generate(
         require_writable(out)
     note("loading the model ...")
     rule, layout = decoding_of(exit_rule, cache_layout, overrides or [])
-    model, tokenizer = load(checkpoint, device)
+    model, tokenizer = load(checkpoint, device, weights)
     from openmythos.engine.engine import Engine
     from openmythos.engine.request import Request
     from openmythos.engine.sampling import SamplingConfig

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from openmythos.command.decoding import load
-from openmythos.command.option import Device
+from openmythos.command.option import Device, Weights
 
 if TYPE_CHECKING:
     from openmythos.eval.exit_choice import ExitChoice
     from openmythos.model.recurrent import RecurrentDepthLM
 
 KEY_VARIABLE = "OPENMYTHOS_API_KEY"
-SHIPPED = ("zoo:walks",)  # the page begins with the first
+SHIPPED = ("zoo:walks", "zoo:text")  # the page begins with the first
 
 Paths = Annotated[
     list[Path] | None,
@@ -70,6 +70,7 @@ def serve(
     compiled: Compiled = False,
     batch_invariant: BatchInvariant = False,
     device: Device = "cpu",
+    weights: Weights = "stored",
 ) -> None:
     """Serve models over HTTP as OpenAI's API does, with depth per request."""
     paths = paths or [Path(name) for name in SHIPPED]
@@ -87,7 +88,7 @@ def serve(
 
     metrics, models = Metrics(), []
     for name, path in zip(names, paths, strict=True):
-        model, codec = load(path, device)
+        model, codec = load(path, device, weights)
         deepest = 2 * model.config.num_loops if max_loops is None else max_loops
         config = EngineConfig(
             max_rows=max_rows,

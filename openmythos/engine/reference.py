@@ -420,7 +420,7 @@ def _require_room(
         return  # an accelerator's allocator refuses by itself, with the sizes
     kept = (PerLoop() if layout is None else layout).num_slots(loops)
     per_token = kv_bytes_per_token(
-        model.config, num_loops=loops, kept_loops=kept, dtype_bytes=weight.element_size()
+        model.config, num_loops=loops, kept_loops=kept, dtype_bytes=weight.dtype.itemsize
     )
     what = f"a cache of {batch_size} rows, {max_len} tokens and {loops} loops"
     advice = "lower num_loops, take fewer tokens or rows, or another cache layout"

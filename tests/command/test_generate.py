@@ -36,6 +36,13 @@ def test_generate_as_json(invoke: Invoke, text_run: Path) -> None:
     assert json.loads(invoke(*command)) == rows
 
 
+def test_weights_in_8_bits(invoke: Invoke, text_run: Path) -> None:
+    command = ("generate", text_run, *PROMPTS, "--max-new-tokens", 5, "--weights", "int8", "--json")
+    assert all(1 <= len(row["tokens"]) <= 5 for row in json.loads(invoke(*command)))
+    message = refused(invoke, "generate", text_run, *PROMPTS, "--weights", "8")
+    assert "weights is '8'; it must be stored or int8" in message
+
+
 def test_generate_as_text(invoke: Invoke, text_run: Path) -> None:
     command = ["generate", str(text_run), *PROMPTS, "--prompt", "[/x]", "--max-new-tokens", "4"]
     ran = CliRunner().invoke(app, command)

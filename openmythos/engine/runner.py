@@ -22,7 +22,7 @@ from openmythos.engine.compile import record
 from openmythos.engine.page_pool import SCRATCH
 from openmythos.engine.paged_cache import PagedCache, PagedContext
 from openmythos.model.context import select_rows
-from openmythos.model.exit import Fixed, Rule, join_states
+from openmythos.model.exit import Fixed, Rule, join_states, split_states
 from openmythos.model.int8 import Int8Weight
 from openmythos.model.loop import (
     ExitState,
@@ -270,9 +270,8 @@ class Runner:
                 torch.stack([logits[seat] for seat in group]) if rule.needs_logits else None,
                 None if state.halted is None else state.halted.tracker.mass[:, -1],
             )
-            for place, (seat, ends) in enumerate(zip(group, stop.tolist(), strict=True)):
-                index = self._integers([place])
-                self._exits[seat] = select_rows(exits, index)
+            self._exits |= zip(group, split_states(exits), strict=True)
+            for seat, ends in zip(group, stop.tolist(), strict=True):
                 if ends:
                     stopped.add(seat)
                     if rule.needs_logits:

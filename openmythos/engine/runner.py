@@ -21,6 +21,7 @@ from openmythos.engine.call_cost import CallCosts
 from openmythos.engine.compile import record
 from openmythos.engine.page_pool import SCRATCH
 from openmythos.engine.paged_cache import PagedCache, PagedContext
+from openmythos.engine.sampling import SamplingConfig, sample
 from openmythos.model.context import select_rows
 from openmythos.model.exit import Fixed, Rule, join_states, split_states
 from openmythos.model.int8 import Int8Weight
@@ -164,7 +165,10 @@ class Runner:
     def _cross_nobody(self, entries: Sequence[Entry]) -> None:
         self._loops[self.num_seats] = 1
         logits, _ = self.leave([entry.seat for entry in entries])
-        logits.argmax(dim=-1).tolist()
+        logits.amax(dim=-1).isfinite().tolist()  # as the engine does, greedily
+        sample(
+            logits, [SamplingConfig()] * len(entries), [torch.Generator()] * len(entries)
+        ).tolist()
         self.enter(entries)
 
     # --- prompts ----------------------------------------------------------------------------------

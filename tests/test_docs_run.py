@@ -89,7 +89,8 @@ def shortened(words: list[str]) -> list[str]:
     if words[0] == "train" and "--from" in words:  # the model is the given one
         extra = sets(*(word for word in extra if not word.startswith(("model.", "--"))))
     if words[0] == "eval":
-        extra = ["--limit", "2"] if "--tasks" in words else ["--max-batches", "1"]
+        on_tasks = "--tasks" in words or "zoo:text" in words
+        extra = ["--limit", "2"] if on_tasks else ["--max-batches", "1"]
         extra += ["--num-loops", "1,2"]
     return [*words, *extra]
 

@@ -15,13 +15,16 @@ from openmythos.command.origin import walks_of
 from openmythos.config import ModelConfig
 from openmythos.config.schema import apply_overrides, from_dict, to_dict
 from openmythos.data.file import Document
+from openmythos.data.source import load_documents
+from openmythos.demo.text import marks
 from openmythos.eval.python_docs import held_out
+from openmythos.eval.task import HELD_OUT_FILE
 from openmythos.interop.hub import ZOO_FOLDER, local_folder, zoo_names
 from openmythos.interop.loading import load_config
 from openmythos.tokenizer_folder import has_tokenizer
 from openmythos.train.run import set_up
 
-NAMES = ("zoo:walks",)
+NAMES = ("zoo:walks", "zoo:text")
 MOST_BYTES = 8_000_000
 
 
@@ -64,6 +67,31 @@ def test_walks_are_followed_as_the_card_says() -> None:
     for hops, row in expected.items():
         cells = " | ".join(f"{100 * value:.1f} %" for value in row.values())
         assert f"| {hops} | {cells} |" in card("zoo:walks")
+
+
+def test_text_is_predicted_as_the_card_says() -> None:
+    folder = local_folder("zoo:text")
+    stored = stored_scores("zoo:text")
+    expected = stored["bits_per_byte"]
+    found = zoo.scores(openmythos.load_pretrained("zoo:text"), folder, loops=(4,))
+    for loops, value in found["bits_per_byte"].items():
+        assert math.isclose(value, expected[loops], abs_tol=0.002), loops
+    text = "".join(document.text for document in load_documents(str(folder / HELD_OUT_FILE)))
+    assert 60_000 < len(text.encode()) <= zoo.SAMPLE_BYTES
+    assert stored["xz -9"] == pytest.approx(marks(b"", text.encode())["xz -9"], abs=0.001)
+    rows = {f"{name}": value for name, value in stored.items() if name != "bits_per_byte"}
+    rows |= {f"zoo:text, {n} loop{'s' * (n != '1')}": value for n, value in expected.items()}
+    for name, value in rows.items():
+        assert f"| {name} | {value:.3f} |" in card("zoo:text")
+
+
+def test_the_text_comes_with_its_licence_and_was_not_trained_on() -> None:
+    folder = local_folder("zoo:text")
+    licence = (folder / "LICENSE-PYTHON.txt").read_text(encoding="utf-8")
+    assert "PYTHON SOFTWARE FOUNDATION LICENSE VERSION 2" in licence
+    sample = list(load_documents(str(folder / HELD_OUT_FILE)))
+    whole = [document for document in sample[:-1] if len(document.text) > 0]
+    assert held_out(whole) == whole  # the last one may have been cut
 
 
 # --- how they are made ----------------------------------------------------------------------------

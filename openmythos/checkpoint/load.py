@@ -7,7 +7,7 @@ model is returned.
 import contextlib
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +27,14 @@ from openmythos.checkpoint.weights import (
     tensor_shapes,
 )
 from openmythos.config import ModelConfig
-from openmythos.config.schema import from_dict
+from openmythos.config.schema import from_dict, require
 from openmythos.folder import MANIFEST_FILE, PathLike, damage, old_name
+from openmythos.model.int8 import Int8Weight, int8_names
 from openmythos.model.recurrent import RecurrentDepthLM
 from openmythos.plan.memory import require_memory
 
 NEEDED = (CONFIG_FILE, WEIGHTS_FILE)
+WEIGHTS = ("stored", "int8")
 
 
 def checkpoint_folder(path: PathLike, *, verify: bool = True) -> Path:
@@ -118,7 +120,29 @@ def verify_checkpoint(folder: Path) -> None:
         )
 
 
-def require_room(folder: Path, dtype: torch.dtype | None, device: torch.device | str) -> None:
+def dtype_for(
+    weights: str, dtype: torch.dtype | None, device: torch.device | str
+) -> torch.dtype | None:
+    """The dtype of the parameters that are not in 8 bits: beside int8 it is fp32.
+
+    Raises:
+        ValueError: int8 beside another dtype or on another device, or neither int8 nor stored.
+    """
+    require(weights in WEIGHTS, "weights", weights, " or ".join(WEIGHTS))
+    if weights == "stored":
+        return dtype
+    require(torch.device(device).type == "cpu", "device", str(device), "cpu with weights in int8")
+    allowed = "None or torch.float32 with weights in int8"
+    require(dtype in (None, torch.float32), "dtype", dtype, allowed)
+    return torch.float32
+
+
+def require_room(
+    folder: Path,
+    dtype: torch.dtype | None,
+    device: torch.device | str,
+    weights: str = "stored",
+) -> None:
     """Check that a folder's weights fit into memory, before they are read.
 
     Raises:
@@ -127,7 +151,7 @@ def require_room(folder: Path, dtype: torch.dtype | None, device: torch.device |
     if torch.device(device).type == "cpu":
         needed = 0
         with contextlib.suppress(ValueError):  # weights that are no weights are another error
-            needed = stored_bytes(folder, dtype)
+            needed = stored_bytes(folder, torch.int8 if weights == "int8" else dtype)
         advice = "take a smaller model, or a machine with more memory"
         require_memory(needed, f"loading {folder}", advice)
 
@@ -169,6 +193,7 @@ def fill_model(
     where: Path,
     dtype: torch.dtype | None,
     device: torch.device | str,
+    in_int8: Collection[str] = (),
 ) -> RecurrentDepthLM:
     """Give a model from ``empty_model`` its weights, one at a time: memory holds only one copy.
 
@@ -179,20 +204,23 @@ def fill_model(
         where: The source, for error messages.
         dtype: Dtype of the parameters; None: as stored. Buffers always keep their stored dtype.
         device: Device of parameters and buffers.
+        in_int8: Names of parameters that are stored in 8 bits; the others then need no gradient.
 
     Raises:
-        ValueError: A dtype that is not floating, or float16 for weights that are too large for it.
+        ValueError: A dtype that is not floating, or weights that are too large for it.
     """
     if dtype is not None and not dtype.is_floating_point:
         raise ValueError(f"dtype is {dtype}; it must be a floating dtype")
     for name, tensor in tensors:
         owner, _, leaf = name.rpartition(".")
         module = model.get_submodule(owner)
-        if leaf in module._parameters:
+        if name in in_int8:
+            Int8Weight.put(module, leaf, tensor)
+        elif leaf in module._parameters:
             cast = tensor.to(device, dtype).contiguous()
             if dtype == torch.float16 and not bool(cast.isfinite().all()):
                 raise ValueError(f"{where}: {name} has weights that are too large for {dtype}")
-            setattr(module, leaf, nn.Parameter(cast))
+            setattr(module, leaf, nn.Parameter(cast, requires_grad=not in_int8))
         else:
             setattr(module, leaf, tensor.to(device))
     for module in model.modules():
@@ -226,6 +254,7 @@ def load_checkpoint(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     verify: bool = True,
+    weights: str = "stored",
 ) -> RecurrentDepthLM:
     """Load a folder written by ``save_pretrained``; ``interop`` loads other model families as well.
 
@@ -234,19 +263,25 @@ def load_checkpoint(
         dtype: Dtype of the parameters; None keeps the stored one.
         device: Device of the model.
         verify: Compare the SHA-256 of every file with ``manifest.json`` (about 1 GB/s).
+        weights: "int8": matrices in 8 bits, for computing on a CPU; the rest is in fp32.
 
     Raises:
         ValueError: Not such a folder, or its files are damaged, incomplete or do not match.
     """
-    require_room(checkpoint_folder(path, verify=False), dtype, device)
+    dtype = dtype_for(weights, dtype, device)
+    require_room(checkpoint_folder(path, verify=False), dtype, device, weights)
     folder = checkpoint_folder(path, verify=verify)
     if verify:
         verify_checkpoint(folder)
-    model, weights = open_checkpoint(folder)
+    model, files = open_checkpoint(folder)
+    in_int8 = int8_names(model) if weights == "int8" else set()
     cast = dict.fromkeys((name for name, _ in model.named_parameters()), dtype)
-    names = sorted(weights.shapes, key=lambda name: weights.size([name]), reverse=True)
-    stored = ((n, weights.read(n).to(dtype=cast.get(n), copy=True)) for n in names)
-    return fill_model(model, stored, weights.folder, dtype, device)
+    names = sorted(files.shapes, key=lambda name: files.size([name]), reverse=True)
+    stored = (
+        (n, files.read(n) if n in in_int8 else files.read(n).to(dtype=cast.get(n), copy=True))
+        for n in names
+    )
+    return fill_model(model, stored, files.folder, dtype, device, in_int8)
 
 
 def open_checkpoint(path: PathLike) -> tuple[RecurrentDepthLM, StoredWeights]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from openmythos.checkpoint.weights import COMPILED, CONFIG_FILE, WEIGHTS_FILE
 from openmythos.config.schema import to_dict
@@ -19,6 +19,7 @@ from openmythos.folder import (
     write_json,
     write_manifest,
 )
+from openmythos.model.int8 import Int8Weight
 from openmythos.model.recurrent import RecurrentDepthLM
 from openmythos.tokenizer import Tokenizer
 from openmythos.tokenizer_folder import GENERATION_FILE, SETTINGS_FILE, TOKENIZER_FILE
@@ -42,7 +43,8 @@ def save_pretrained(
     the complete old one or the complete new one.
 
     Raises:
-        ValueError: The folder holds other files than a checkpoint's, or the model has no weights.
+        ValueError: The folder holds other files than a checkpoint's, or the model has no weights,
+            or has them in 8 bits.
     """
     with replaced_folder(folder, OWN_FILES) as fresh:
         write_checkpoint(model, fresh, tokenizer)
@@ -54,15 +56,29 @@ def write_checkpoint(model: RecurrentDepthLM, fresh: Path, tokenizer: Tokenizer 
     """Write a checkpoint's files into ``fresh``, a temporary folder that the caller renames.
 
     Raises:
-        ValueError: The model has no weights.
+        ValueError: The model has no weights, or they are in 8 bits.
     """
-    if any(tensor.is_meta for tensor in model.state_dict().values()):
-        raise ValueError("the model is on the meta device: it has shapes but no weights to save")
+    require_stored(model)
     save_weights(model.state_dict(), fresh)
     config = {"format": FORMAT, "format_version": FORMAT_VERSION, **to_dict(model.config)}
     write_json(fresh / CONFIG_FILE, config)
     if tokenizer is not None:
         tokenizer.save(fresh)
+
+
+def require_stored(model: nn.Module) -> None:
+    """Refuse a model whose weights cannot be written.
+
+    Raises:
+        ValueError: It has none, or has them in 8 bits.
+    """
+    if any(tensor.is_meta for tensor in model.state_dict().values()):
+        raise ValueError("the model is on the meta device: it has shapes but no weights to write")
+    if any(isinstance(module, Int8Weight) for module in model.modules()):
+        raise ValueError(
+            "the model's weights are in 8 bits, which are for computing only: load the checkpoint "
+            'with weights="stored" to write it'
+        )
 
 
 def save_weights(tensors: Mapping[str, Tensor], folder: Path) -> None:

@@ -1,7 +1,8 @@
 """``openmythos chat``: talk to a model, each token coloured by the loops it took."""
 
 import contextlib
-from collections.abc import Iterator
+import signal
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -24,13 +25,15 @@ from openmythos.command.decoding import (
     decoding_of,
     load,
     most_tokens,
+    require_well,
     sampling_of,
 )
-from openmythos.command.option import Device, Seed
+from openmythos.command.option import Device, Seed, Weights
 from openmythos.terminal import console, note
 
 if TYPE_CHECKING:
-    from openmythos.engine.reference import NewToken, Session
+    from openmythos.engine.engine import Engine
+    from openmythos.engine.request import Request
     from openmythos.eval.walk import WalkCodec
     from openmythos.report.page import LoopScale
     from openmythos.text_stream import TextStream
@@ -53,12 +56,13 @@ def chat(
     special: Special = False,
     seed: Seed = 0,
     device: Device = "cpu",
+    weights: Weights = "stored",
 ) -> None:
     """Talk to a model, in its chat template; without one, each line continues the text."""
     note("loading the model ...")
     rule, layout = decoding_of(exit_rule, cache_layout, overrides or [])
-    model, tokenizer = load(checkpoint, device)
-    from openmythos.engine.reference import Session
+    model, tokenizer = load(checkpoint, device, weights)
+    from openmythos.engine.engine import Engine, EngineConfig
     from openmythos.engine.request import Request
     from openmythos.engine.sampling import SamplingConfig
     from openmythos.report.page import LoopScale
@@ -70,10 +74,6 @@ def chat(
     screen, notes = console(), console(notes=True)
     depth = model.config.num_loops if num_loops is None else num_loops
     deepest = max(4 * model.config.num_loops, depth)
-
-    def fresh() -> "Session":
-        return Session(model, max_loops=deepest, cache_layout=layout)
-
     # What every line asks for; made and checked now, so that no answer is needed to learn of an
     # option that cannot be.
     asked = Request(
@@ -87,36 +87,34 @@ def chat(
     )
     replace(asked, max_new_tokens=1).check(model.config, max_loops=deepest)
     TextStream(tokenizer, stop or ())
-    session, talk = fresh(), Talk(tokenizer, special)
+    engine = Engine(model, EngineConfig(max_rows=1, max_loops=deepest, cache_layout=layout))
+    talk, max_len = Talk(tokenizer, special), engine.capacity.max_len
     notes.print(Text(f"/loops N, /reset, /quit; {talk.how}.", "dim"))
     while (line := ask(notes)) is not None and line != "/quit":
         if line == "/reset":
-            session, talk = fresh(), Talk(tokenizer, special)
+            talk = Talk(tokenizer, special)
             continue
         if line.startswith("/"):
             depth = read_depth(notes, line, depth, deepest)
             continue
-        said = why_not(line, Talk(tokenizer, special), session.max_len)
+        said = why_not(line, Talk(tokenizer, special), max_len)
         if said is not None:
             notes.print(Text(said, "red"))
             continue
-        whole = talk.prompt(line)
-        if len(whole) + MIN_ANSWER > session.max_len:
+        if len(talk.prompt(line)) + MIN_ANSWER > max_len:
             notes.print(Text("the context is full; starting again", "dim"))
-            session, talk = fresh(), Talk(tokenizer, special)
-            whole = talk.prompt(line)
-        if whole[: len(talk.seen)] != talk.seen:  # the template writes earlier turns otherwise
-            session, talk.seen = fresh(), []
+            talk = Talk(tokenizer, special)
+        tokens = talk.prompt(line)
         request = replace(
             asked,
-            tokens=whole[len(talk.seen) :],
-            max_new_tokens=min(longest, session.max_len - len(whole)),
+            tokens=tokens,
+            max_new_tokens=min(longest, max_len - len(tokens)),
             num_loops=depth,
+            sample_idx=talk.num_answers,
         )
         answer = TextStream(tokenizer, stop or ())
-        say(screen, session.stream([request]), answer, LoopScale(1, depth))
-        (talk.seen,) = session.tokens
-        talk.answered(line, answer.text)
+        new = say(screen, engine, request, answer, LoopScale(1, depth))
+        talk.answered(line, answer.text, [*tokens, *new])
 
 
 def why_not(line: str, talk: "Talk", max_len: int) -> str | None:
@@ -130,26 +128,64 @@ def why_not(line: str, talk: "Talk", max_len: int) -> str | None:
 
 
 def say(
-    screen: Console, stream: Iterator["NewToken"], answer: "TextStream", scale: "LoopScale"
-) -> None:
-    """Print an answer while it comes, up to its end, a stop text or Ctrl-C."""
+    screen: Console, engine: "Engine", request: "Request", answer: "TextStream", scale: "LoopScale"
+) -> list[int]:
+    """Print an answer while it comes, up to its end, a stop text or Ctrl-C; return its tokens.
+
+    Raises:
+        ValueError: The model has diverged.
+    """
+    tokens: list[int] = []
     loops: list[int] = []
-    with contextlib.suppress(KeyboardInterrupt):
-        for new in stream:
-            loops.append(new.num_loops)
-            screen.print(coloured(answer.push(new.token), loops, scale), end="")
-            if answer.stopped:
-                break
+    number = engine.add(request)
+    with interrupts() as interrupted:
+        while not (engine.is_idle or answer.stopped or interrupted()):
+            for event in engine.step():
+                require_well(event)
+                if event.id == number and event.token is not None:  # not the end of one before
+                    tokens.append(event.token)
+                    loops.append(event.num_loops)
+                    screen.print(coloured(answer.push(event.token), loops, scale), end="")
+        engine.abort(number)
     screen.print(coloured(answer.finish(), loops, scale))
+    return tokens
+
+
+@contextlib.contextmanager
+def interrupts() -> Iterator[Callable[[], bool]]:
+    """Tells whether Ctrl-C was pressed; a second time it interrupts as everywhere.
+
+    The exception could come between any two lines of the engine, which would be lost with it.
+    """
+    before, pressed = signal.getsignal(signal.SIGINT), []
+
+    def press(*_: object) -> None:
+        pressed.append(True)
+        signal.signal(signal.SIGINT, before)
+
+    signal.signal(signal.SIGINT, press)
+    try:
+        yield lambda: bool(pressed)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 class Talk:
-    """What has been said, and the tokens of it that the session has."""
+    """What has been said; without a template, as tokens.
+
+    The engine finds the turns that it has read already. An answer is read again, as a part of the
+    next prompt, with all loops.
+    """
 
     def __init__(self, tokenizer: "Tokenizer | WalkCodec", special: bool) -> None:
         self.tokenizer, self.special = tokenizer, special
         self.messages: list[dict[str, str]] = []
         self.seen: list[int] = []
+
+    @property
+    def num_answers(self) -> int:
+        """Number of answers so far."""
+        return len(self.messages) // 2
 
     @property
     def how(self) -> str:
@@ -179,10 +215,11 @@ class Talk:
         # In training, an end is always followed by the beginning of another document.
         return [*self.seen, *self.tokenizer.encode_prompt(f"{line}\n", special=self.special)]
 
-    def answered(self, line: str, answer: str) -> None:
-        """Keep a line and its answer."""
+    def answered(self, line: str, answer: str, seen: list[int]) -> None:
+        """Keep a line and its answer, which ends the tokens ``seen`` so far."""
         self.messages.append({"role": "user", "content": line})
         self.messages.append({"role": "assistant", "content": answer})
+        self.seen = seen
 
 
 def ask(notes: Console) -> str | None:

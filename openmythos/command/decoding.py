@@ -12,6 +12,7 @@ from openmythos.command.option import check_device, set_option
 from openmythos.command.origin import require_text, walks_of
 
 if TYPE_CHECKING:
+    from openmythos.engine.engine import Event
     from openmythos.engine.sampling import SamplingConfig
     from openmythos.eval.walk import WalkCodec
     from openmythos.model.cache import CacheLayout
@@ -129,7 +130,9 @@ def sampling_of(
     return SamplingConfig(**fields, num_ids=tokenizer.vocab_size)
 
 
-def load(checkpoint: Path, device: str) -> tuple["RecurrentDepthLM", "Tokenizer | WalkCodec"]:
+def load(
+    checkpoint: Path, device: str, weights: str = "stored"
+) -> tuple["RecurrentDepthLM", "Tokenizer | WalkCodec"]:
     """A checkpoint's model and tokenizer; of a model of walks, the words of its walks.
 
     Raises:
@@ -145,12 +148,22 @@ def load(checkpoint: Path, device: str) -> tuple["RecurrentDepthLM", "Tokenizer 
     folder = local_folder(checkpoint)
     walks = None if has_tokenizer(folder) else walks_of(folder)
     if walks is not None:
-        return load_pretrained(folder, device=device), WalkCodec(walks)
+        return load_pretrained(folder, device=device, weights=weights), WalkCodec(walks)
     require_text(folder)
     tokenizer = Tokenizer.load(folder)
     if tokenizer.change is not None:
         typer.echo(f"note: the tokenizer changes text: {tokenizer.change}", err=True)
-    return load_pretrained(folder, device=device), tokenizer
+    return load_pretrained(folder, device=device, weights=weights), tokenizer
+
+
+def require_well(event: "Event") -> None:
+    """Check that a request goes on or has ended as it should.
+
+    Raises:
+        ValueError: It has failed; says why.
+    """
+    if event.error is not None:
+        raise ValueError(event.error)
 
 
 def most_tokens(given: int | None, tokenizer: "Tokenizer | WalkCodec", usual: int) -> int:

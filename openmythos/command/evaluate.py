@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from openmythos.command.option import AsJson, Device, Loops, Seed, check_device, parse_loops
+from openmythos.command.option import (
+    AsJson,
+    Device,
+    Loops,
+    Seed,
+    Weights,
+    check_device,
+    parse_loops,
+)
 from openmythos.command.origin import data_of, require_text, walks_of
 from openmythos.folder import require_writable, write_json
 from openmythos.terminal import console, note, print_table
@@ -66,6 +74,7 @@ def evaluate(
     out: ResultsOut = None,
     seed: Seed = 0,
     device: Device = "cpu",
+    weights: Weights = "stored",
     as_json: AsJson = False,
 ) -> None:
     """Scores by number of loops: held-out bits per byte, or --tasks."""
@@ -97,15 +106,18 @@ def evaluate(
             where = "needs --tasks" if names is None else "is of held-out text, not of tasks"
             raise ValueError(f"{option} {where}; leave it out")
     if names is None:
-        curves, config = held_out(folder, loops, data, batch_size, seq_len, max_batches, device)
+        curves, config = held_out(
+            folder, loops, data, batch_size, seq_len, max_batches, device, weights
+        )
     else:
         curves, config = on_tasks(
-            folder, names, walks, loops, limit, num_fewshot, batch_size, seed, device
+            folder, names, walks, loops, limit, num_fewshot, batch_size, seed, device, weights
         )
     flops = {n: count(config, num_loops=n).inference_flops_per_token for n in curves[0].scores}
+    settings = {"limit": limit, "num_fewshot": num_fewshot, "seed": seed, "weights": weights}
     report = {
         "checkpoint": str(checkpoint),
-        "settings": {"limit": limit, "num_fewshot": num_fewshot, "seed": seed},
+        "settings": settings,
         "flops_per_token": [{"num_loops": n, "flops": flops[n]} for n in flops],
         "curves": [curve.to_dict() for curve in curves],
         "versions": versions(),
@@ -171,6 +183,7 @@ def held_out(
     seq_len: int | None,
     max_batches: int | None,
     device: str,
+    weights: str = "stored",
 ) -> "tuple[list[ScoreCurve], ModelConfig]":
     """Bits per byte of the validation split by number of loops, and the model's config."""
     from openmythos import load_pretrained
@@ -182,7 +195,7 @@ def held_out(
     require_text(folder)
     expected = Tokenizer.load(folder).fingerprint
     source = data_of(folder if data is None else data)
-    model = load_pretrained(folder, device=device)
+    model = load_pretrained(folder, device=device, weights=weights)
     loader = TokenLoader(
         source,
         "val",
@@ -209,6 +222,7 @@ def on_tasks(
     batch_size: int,
     seed: int,
     device: str,
+    weights: str = "stored",
 ) -> "tuple[list[ScoreCurve], ModelConfig]":
     """Every task at every depth, and the model's config; all tasks are loaded before any runs."""
     from openmythos import load_pretrained
@@ -233,7 +247,7 @@ def on_tasks(
         others = load_tasks(elsewhere, num_fewshot=num_fewshot, seed=seed)
     elif num_fewshot is not None:
         raise ValueError("--num-fewshot is for tasks of the harness; those that ship have none")
-    model = load_pretrained(folder, device=device)
+    model = load_pretrained(folder, device=device, weights=weights)
     scorer = Scorer(model=model, codec=codec, num_loops=1, batch_size=batch_size, seed=seed)
     shipped = [task for task in found.values() if task is not None]
 

@@ -24,15 +24,16 @@ from openmythos.command.decoding import (
     decoding_of,
     load,
     most_tokens,
+    require_well,
     sampling_of,
 )
-from openmythos.command.option import AsJson, Device, Seed
+from openmythos.command.option import AsJson, Device, Seed, Weights
 from openmythos.folder import require_writable, write_whole
 from openmythos.terminal import console, note
 from openmythos.text_stream import TextPiece, TextStream
 
 if TYPE_CHECKING:
-    from openmythos.engine.reference import NewToken
+    from openmythos.engine.engine import Event
 
 
 def generate(
@@ -53,6 +54,7 @@ def generate(
     ] = False,
     seed: Seed = 0,
     device: Device = "cpu",
+    weights: Weights = "stored",
     out: Annotated[Path | None, typer.Option(help="Write the JSON to this file too.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -63,8 +65,8 @@ def generate(
         require_writable(out)
     note("loading the model ...")
     rule, layout = decoding_of(exit_rule, cache_layout, overrides or [])
-    model, tokenizer = load(checkpoint, device)
-    from openmythos.engine.reference import Session
+    model, tokenizer = load(checkpoint, device, weights)
+    from openmythos.engine.engine import Engine
     from openmythos.engine.request import Request
     from openmythos.engine.sampling import SamplingConfig
     from openmythos.report.page import LoopScale
@@ -83,12 +85,14 @@ def generate(
         )
         for row, text in enumerate(prompt)
     ]
-    session = Session.fitting(model, requests, cache_layout=layout, compiled=compiled)
+    engine = Engine.fitting(model, requests, cache_layout=layout, compiled=compiled)
     answers = [Answer(TextStream(tokenizer, stop or ())) for _ in prompt]
-    for new in session.stream(requests):
-        answers[new.row].add(new)
-        if all(answer.ended for answer in answers):
-            break
+    asked = {engine.add(request): answer for request, answer in zip(requests, answers, strict=True)}
+    while not engine.is_idle:
+        for event in engine.step():
+            asked[event.id].add(event)
+            if asked[event.id].ended:
+                engine.abort(event.id)
     rows = [
         {"prompt": text, "text": a.stream.text, "tokens": a.tokens, "loops": a.loops}
         for text, a in zip(prompt, answers, strict=True)
@@ -119,13 +123,18 @@ class Answer:
     pieces: list[TextPiece] = field(default_factory=list)
     ended: bool = False
 
-    def add(self, new: "NewToken") -> None:
-        """Take a new token, unless the answer has ended."""
-        if self.ended:
+    def add(self, event: "Event") -> None:
+        """Take a new token, unless the answer has ended.
+
+        Raises:
+            ValueError: The model has diverged.
+        """
+        require_well(event)
+        if self.ended or event.token is None:
             return
-        self.tokens.append(new.token)
-        self.loops.append(new.num_loops)
-        self.pieces += self.stream.push(new.token)
-        self.ended = self.stream.stopped or new.finish_reason is not None
+        self.tokens.append(event.token)
+        self.loops.append(event.num_loops)
+        self.pieces += self.stream.push(event.token)
+        self.ended = self.stream.stopped or event.finish_reason is not None
         if self.ended:
             self.pieces += self.stream.finish()

@@ -32,6 +32,12 @@ Source = Annotated[
 Dtype = Annotated[
     str | None, typer.Option(help="float32, float16 or bfloat16; default: as stored.")
 ]
+Weights = Annotated[
+    str,
+    typer.Option(
+        "--weights", help="stored, or int8: in 8 bits, for a CPU, in a quarter of the memory."
+    ),
+]
 Seed = Annotated[
     int, typer.Option(help="Seed of everything that is random.", callback=_seed_in_range)
 ]

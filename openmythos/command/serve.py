@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from openmythos.command.decoding import load
-from openmythos.command.option import Device
+from openmythos.command.option import Device, Weights
 
 if TYPE_CHECKING:
     from openmythos.eval.exit_choice import ExitChoice
     from openmythos.model.recurrent import RecurrentDepthLM
 
 KEY_VARIABLE = "OPENMYTHOS_API_KEY"
-SHIPPED = ("zoo:walks",)  # the page begins with the first
+SHIPPED = ("zoo:walks", "zoo:text")  # the page begins with the first
 
 Paths = Annotated[
     list[Path] | None,
@@ -46,6 +46,15 @@ Compiled = Annotated[
     bool, typer.Option("--compile", help="Wait for the compiler, then decode faster.")
 ]
 
+BatchInvariant = Annotated[
+    bool,
+    typer.Option(
+        "--batch-invariant",
+        help="Logits equal to the last bit whatever else is computed; a few requests cost as "
+        "much as 16.",
+    ),
+]
+
 
 def serve(
     paths: Paths = None,
@@ -59,7 +68,9 @@ def serve(
     num_pages: Pages = None,
     timeout: Timeout = 600.0,
     compiled: Compiled = False,
+    batch_invariant: BatchInvariant = False,
     device: Device = "cpu",
+    weights: Weights = "stored",
 ) -> None:
     """Serve models over HTTP as OpenAI's API does, with depth per request."""
     paths = paths or [Path(name) for name in SHIPPED]
@@ -77,7 +88,7 @@ def serve(
 
     metrics, models = Metrics(), []
     for name, path in zip(names, paths, strict=True):
-        model, codec = load(path, device)
+        model, codec = load(path, device, weights)
         deepest = 2 * model.config.num_loops if max_loops is None else max_loops
         config = EngineConfig(
             max_rows=max_rows,
@@ -85,6 +96,7 @@ def serve(
             max_loops=deepest,
             num_pages=num_pages,
             compiled=compiled,
+            batch_invariant=batch_invariant,
         )
         engine = Engine(model, config)
         measured = metrics.of(name, lambda engine=engine: engine.stats)  # type: ignore[misc]

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from openmythos.model.loop import run_loop
 from openmythos.model.recurrent import RecurrentDepthLM
-from openmythos.ops.cpu import narrow
+from openmythos.ops.cpu import int8, narrow
 from openmythos.ops.moe import gathered_experts
 
 RECOMPILE_LIMIT = 64  # compiled graphs per function; past this number it runs eagerly
@@ -44,7 +44,8 @@ def compile_call(call: Callable[..., Any]) -> Callable[..., Any]:
     Guards on modules and on global names are skipped, because checking them takes longer than some
     of the products. The compiled function must therefore be used with this model only.
     """
-    torch.compiler.allow_in_graph(gathered_experts)  # keep it one node, to be replaced below
+    for product in (gathered_experts, *int8.KERNELS):
+        torch.compiler.allow_in_graph(product)  # keep it one node, to be replaced below
     settings: dict[str, Any] = {  # torch's type stubs lack some of them
         "backend": _backend,
         "recompile_limit": RECOMPILE_LIMIT,
@@ -68,6 +69,10 @@ def _backend(graph: fx.GraphModule, inputs: Sequence[Any]) -> Any:
 
     kernels = {functional.linear: narrow.linear, gathered_experts: narrow.experts}
     for node in graph.graph.nodes:
+        if node.target in int8.KERNELS:
+            case = (getattr(arg, "meta", {}).get("example_value", arg) for arg in node.args)
+            if int8.beats_torch(node.target, *case):
+                node.target = int8.KERNELS[node.target]
         if node.target in kernels and _is_narrow(node) and narrow.load() and _wins(node):
             operands = tuple(node.all_input_nodes)  # drops bias=None
             node.target, node.args = kernels[node.target], operands

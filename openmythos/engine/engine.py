@@ -9,7 +9,7 @@ was preempted.
 import itertools
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -19,8 +19,8 @@ from torch import Tensor
 
 from openmythos.config.schema import as_flag, as_integer, as_number, require
 from openmythos.engine.paged_cache import PagedCache
-from openmythos.engine.request import Request
-from openmythos.engine.runner import Entry, Runner
+from openmythos.engine.request import Request, room_for
+from openmythos.engine.runner import Entry, Part, Runner
 from openmythos.engine.sampling import (
     Logprobs,
     adjusted,
@@ -28,7 +28,7 @@ from openmythos.engine.sampling import (
     sample,
     token_logprobs,
 )
-from openmythos.engine.scheduler import Job, Scheduler
+from openmythos.engine.scheduler import Chunk, Job, Scheduler
 from openmythos.model.cache import CacheLayout, PerLoop
 from openmythos.model.exit import Fixed, Rule
 from openmythos.model.inference import inference
@@ -37,6 +37,7 @@ from openmythos.ops.cpu import build as native
 from openmythos.plan.memory import free_bytes, require_memory
 
 EndReason = Literal["stop", "length", "abort", "deadline", "error"]
+ONE_DAY_MS = 86_400_000.0
 PAGES_SHARE = 0.5  # of the free memory that an engine takes for pages at most, if it is not told
 
 
@@ -61,6 +62,9 @@ class EngineConfig:
         max_hold_ms: The longest that a token waits there, in milliseconds.
         priority_s: Seconds of waiting that make up for a priority that is one worse.
         compiled: Whether to compile what runs for every token.
+        batch_invariant: Whether a request's logits are the same to the last bit, whatever else is
+            computed. Calls then have one size, so few requests cost as much as 16, and only whole
+            chunks of prompts are shared.
     """
 
     max_rows: int = 32
@@ -75,6 +79,7 @@ class EngineConfig:
     max_hold_ms: float = 50.0
     priority_s: float = 10.0
     compiled: bool = False
+    batch_invariant: bool = False
 
     def __post_init__(self) -> None:
         for name in ("max_rows", "page_size", "prefill_chunk"):
@@ -87,7 +92,7 @@ class EngineConfig:
             value = as_number(name, getattr(self, name), allowed)
             require(value >= 0, name, value, allowed)
             object.__setattr__(self, name, value)
-        for name in ("reuse_prefixes", "compiled"):
+        for name in ("reuse_prefixes", "compiled", "batch_invariant"):
             object.__setattr__(self, name, as_flag(name, getattr(self, name)))
         layout, made = self.cache_layout, "None or a layout, for example LastLoop()"
         require(layout is None or isinstance(layout, CacheLayout), "cache_layout", layout, made)
@@ -198,24 +203,64 @@ class Engine:
             layout=config.cache_layout,
             dtype=weight.dtype,
             device=weight.device,
+            batch_invariant=config.batch_invariant,
         )
         self._scheduler = Scheduler(
             self._cache.pages,
             num_seats=config.max_rows,
             prefill_chunk=config.prefill_chunk,
-            exact=self._cache.layout.exact,
+            exact=self._cache.layout.exact and not config.batch_invariant,
             hold=config.hold_rows,
             max_hold=config.max_hold_ms / 1000,
             reuse=config.reuse_prefixes,
         )
         self._runner = Runner(
-            model, self._cache, config.max_rows, capacity.max_len, compiled=config.compiled
+            model,
+            self._cache,
+            config.max_rows,
+            capacity.max_len,
+            compiled=config.compiled,
+            batch_invariant=config.batch_invariant,
         )
         self._modules = list(model.modules())
         self._live: dict[int, _Live] = {}
         self._ids = itertools.count()
         self._events: list[Event] = []
         self._counts = _Counts()
+
+    @classmethod
+    def fitting(
+        cls,
+        model: RecurrentDepthLM,
+        requests: Sequence[Request],
+        *,
+        cache_layout: CacheLayout | None = None,
+        compiled: bool = False,
+    ) -> "Engine":
+        """An engine with just enough room for these requests, which are still to be added.
+
+        It gives what ``generate`` gives for them, prompts being read at once where that matters.
+        Tokens wait for each other as in its batches: nothing depends on how long calls take.
+
+        Raises:
+            ValueError: A request that the model cannot serve, or a cache that does not fit.
+        """
+        room, size = room_for(model.config, requests), EngineConfig.page_size
+        exact = cache_layout is None or cache_layout.exact
+        # Room to spare, a page each: jobs are admitted as long as the running ones can go on.
+        per_row = -(-room.max_len // size) + 1
+        config = EngineConfig(
+            max_rows=len(requests),
+            max_len=room.max_len,
+            max_loops=room.max_loops,
+            num_pages=1 + len(requests) * per_row,
+            cache_layout=cache_layout,
+            prefill_chunk=EngineConfig.prefill_chunk if exact else size * per_row,
+            hold_rows=len(requests),
+            max_hold_ms=ONE_DAY_MS,
+            compiled=compiled,
+        )
+        return cls(model, config)
 
     def warm_up(self) -> None:
         """Compile what is to be compiled, and measure what calls cost; takes seconds to minutes.
@@ -344,11 +389,10 @@ class Engine:
         for job in scheduler.admit(now):
             if not job.new:
                 self._counts.prompt_found += job.num_cached
-        for chunk in scheduler.chunks():
-            job, seed = chunk.job, self._live[chunk.job.id].request.seed
-            tokens = job.text[chunk.start : chunk.stop]
-            runner.read(tokens, chunk.start, job.pages, job.depth, seed)
-            self._counts.prompt_read += len(tokens)
+        chunks = scheduler.chunks()
+        runner.read([self._part(chunk) for chunk in chunks])
+        for chunk in chunks:
+            self._counts.prompt_read += chunk.stop - chunk.start
             scheduler.has_read(chunk, now)
         if scheduler.boundary_is_due(now):
             if leaving := scheduler.at("exited"):
@@ -364,6 +408,11 @@ class Engine:
             self._counts.core_rows += len(looping)
             ended = runner.advance(list(looping))
             scheduler.has_looped(looping.values(), [looping[seat] for seat in ended], now)
+
+    def _part(self, chunk: Chunk) -> Part:
+        job, start, stop = chunk
+        seed = self._live[job.id].request.seed
+        return Part(job.text[start:stop], start, tuple(job.pages), job.depth, seed)
 
     def _entry(self, job: Job) -> Entry:
         live = self._live[job.id]
@@ -386,7 +435,8 @@ class Engine:
         if not new:
             return
         lives = [self._live[jobs[place].id] for place in new]
-        for place, live, drawn in zip(new, lives, _draw(logits[new], lives), strict=True):
+        draw = _draw_each if self.config.batch_invariant else _draw
+        for place, live, drawn in zip(new, lives, draw(logits[new], lives), strict=True):
             if isinstance(drawn, ValueError):
                 self._scheduler.remove(live.job)
                 self._end(live.job.id, "error", str(drawn))
@@ -477,7 +527,7 @@ def _capacity(model: RecurrentDepthLM, config: EngineConfig) -> Capacity:
             pages = max(2, min(pages, int(PAGES_SHARE * free / size)))
     if weight.device.type == "cpu":
         what = f"a cache of {pages} pages of {config.page_size} tokens and {loops} loops"
-        require_memory(pages * size, what, "lower num_pages, max_loops or max_len")
+        require_memory(pages * size, what, "lower num_loops or max_loops, max_len or num_pages")
     return Capacity(longest, loops, pages)
 
 
@@ -503,8 +553,13 @@ def _draw(
         weighed = adjusted(logits, settings, [live.job.text for live in lives], num_new)
         tokens = sample(weighed, settings, drawn).tolist()
     except ValueError as error:
-        if len(lives) == 1:
-            return [error]
-        rows = zip(logits.split(1), lives, strict=True)
-        return [drawn for row, live in rows for drawn in _draw(row, [live])]
+        return [error] if len(lives) == 1 else _draw_each(logits, lives)
     return list(zip(tokens, drawn, strict=True))
+
+
+def _draw_each(
+    logits: Float[Tensor, "N V"], lives: list[_Live]
+) -> list[tuple[int, torch.Generator] | ValueError]:
+    """As ``_draw``, each row by itself."""
+    rows = zip(logits.split(1), lives, strict=True)
+    return [drawn for row, live in rows for drawn in _draw(row, [live])]

@@ -20,7 +20,7 @@ from openmythos.engine.page_pool import SCRATCH, PagePool
 from openmythos.model.cache import CacheLayout, CacheView, PerLoop, Place
 from openmythos.model.context import ForwardContext, KeysValues, Own, Recent
 from openmythos.model.rope import rope_angles
-from openmythos.ops.cpu.paged import beats_gather
+from openmythos.ops.cpu.paged import beats_gather, takes
 from openmythos.ops.paged import gather_pages, paged_attention
 
 
@@ -41,6 +41,7 @@ class PagedCache:
         layout: CacheLayout | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        batch_invariant: bool = False,
     ) -> None:
         self.layout = PerLoop() if layout is None else layout
         if config.depth_attention is not None and not self.layout.exact:
@@ -60,7 +61,9 @@ class PagedCache:
             torch.zeros(*shape, heads, dim, dtype=dtype, device=device)
             for heads, dim in config.attention.cache_shapes
         )
-        self.native = beats_gather(self.pools, config.attention.num_heads)
+        heads = config.attention.num_heads
+        # Gathering would pad every row to the longest that there can be.
+        self.native = takes(self.pools) if batch_invariant else beats_gather(self.pools, heads)
         self._dtype, self._rope = dtype, None
         if config.rope is not None:
             positions = torch.arange(config.max_seq_len, device=device)[None]

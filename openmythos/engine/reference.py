@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from openmythos.config.counts import kv_bytes_per_token
 from openmythos.config.schema import as_flag, as_integer, plain, require
 from openmythos.engine.batch import CachedBatch, UncachedBatch
-from openmythos.engine.request import TEXT, Request, token_ids
+from openmythos.engine.request import TEXT, Request, room_for, token_ids
 from openmythos.engine.sampling import (
     Logprobs,
     SamplingConfig,
@@ -227,19 +227,12 @@ class Session:
             ValueError: A request that the model cannot serve, or a bad argument.
         """
         _checked(model, requests)
-        config = model.config
-        for row, request in enumerate(requests):
-            request.check(config, row=row)
-        budgets = [request.budget(config.max_seq_len - len(request.tokens)) for request in requests]
-        deepest = max(request.depth(config) for request in requests)
+        room = room_for(model.config, requests)
         return cls(
             model,
             batch_size=len(requests),
-            max_loops=deepest if max_loops is None else max_loops,
-            max_len=max(
-                len(request.tokens) - 1 + budget
-                for request, budget in zip(requests, budgets, strict=True)
-            ),
+            max_loops=room.max_loops if max_loops is None else max_loops,
+            max_len=room.max_len,
             cache_layout=cache_layout,
             use_cache=use_cache,
             compiled=compiled,
@@ -427,7 +420,7 @@ def _require_room(
         return  # an accelerator's allocator refuses by itself, with the sizes
     kept = (PerLoop() if layout is None else layout).num_slots(loops)
     per_token = kv_bytes_per_token(
-        model.config, num_loops=loops, kept_loops=kept, dtype_bytes=weight.element_size()
+        model.config, num_loops=loops, kept_loops=kept, dtype_bytes=weight.dtype.itemsize
     )
     what = f"a cache of {batch_size} rows, {max_len} tokens and {loops} loops"
     advice = "lower num_loops, take fewer tokens or rows, or another cache layout"

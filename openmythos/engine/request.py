@@ -3,7 +3,7 @@
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from openmythos.config import ModelConfig
 from openmythos.config.schema import as_integer, as_seed, plain, require
@@ -146,6 +146,30 @@ class Request:
                 f"exit rule {self.exit_rule.kind!r} needs a halting head and the model has none; "
                 "use a rule that reads states or logits, or a model that was trained with one"
             )
+
+
+class Room(NamedTuple):
+    """What the longest and the deepest of some requests need: tokens that are read, and loops."""
+
+    max_len: int
+    max_loops: int
+
+
+def room_for(config: ModelConfig, requests: Sequence[Request]) -> Room:
+    """The room that a cache needs for each of some requests, which are checked.
+
+    Raises:
+        ValueError: A request that the model cannot serve; says which.
+    """
+    for row, request in enumerate(requests):
+        request.check(config, row=row)
+    lengths = [len(request.tokens) for request in requests]
+    budgets = [
+        request.budget(config.max_seq_len - length)
+        for request, length in zip(requests, lengths, strict=True)
+    ]
+    longest = max(length - 1 + new for length, new in zip(lengths, budgets, strict=True))
+    return Room(longest, max(request.depth(config) for request in requests))
 
 
 def token_ids(name: str, value: Any, allowed: str = "a list of token ids") -> tuple[int, ...]:

@@ -6,21 +6,24 @@ computes, and puts it back.
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn import functional
 from torch.utils._pytree import tree_map
 
+from openmythos.config.schema import require
 from openmythos.engine.call_cost import CallCosts
 from openmythos.engine.compile import EAGER, compiled_calls
 from openmythos.engine.page_pool import SCRATCH
 from openmythos.engine.paged_cache import PagedCache, PagedContext
 from openmythos.model.context import select_rows
 from openmythos.model.exit import Fixed, Rule, join_states
+from openmythos.model.int8 import Int8Weight
 from openmythos.model.loop import (
     ExitState,
     Halted,
@@ -31,6 +34,9 @@ from openmythos.model.loop import (
     unroll,
 )
 from openmythos.model.recurrent import RecurrentDepthLM
+from openmythos.ops.separate_experts import separate_experts
+
+SEPARATE_ROWS = 16  # of every call whose rows must not depend on each other; see ``Runner``
 
 
 @dataclass(frozen=True)
@@ -58,11 +64,33 @@ class Entry:
     loops: int | None = None
 
 
+@dataclass(frozen=True)
+class Part:
+    """Tokens of a text that are read at once, of which the first is at position ``start``.
+
+    Attributes:
+        tokens: The tokens.
+        start: The first one's place in the text.
+        pages: Those of the text, at least up to the last token.
+        depth: The loops; the keys and values are for tokens that loop no deeper.
+        seed: Of the initial states.
+    """
+
+    tokens: Sequence[int]
+    start: int
+    pages: Sequence[int]
+    depth: int
+    seed: int
+
+
 class Runner:
     """The state of ``num_seats`` rows with room for ``max_len`` tokens each.
 
     Compiled calls get row counts that are powers of two, or all rows, so that few graphs serve
     them: a seat of nobody, in the page of nobody, fills up the others.
+
+    With ``batch_invariant`` no bit of a row depends on the other rows, nor on how many there are:
+    every call has the same shape. Single rows do not need that.
 
     ``core_applications`` counts the loops of all tokens.
     """
@@ -75,8 +103,12 @@ class Runner:
         max_len: int,
         *,
         compiled: bool = False,
+        batch_invariant: bool = False,
     ) -> None:
         self.model, self.cache, self.num_seats = model, cache, num_seats
+        self.separate = batch_invariant and num_seats > 1
+        if self.separate:
+            require_separate_products(model, SEPARATE_ROWS)
         self.calls = compiled_calls(model) if compiled else EAGER
         self.compiled, self.core_applications = compiled, 0
         weight, width = model.embed.weight, -(-max_len // cache.page_size)
@@ -114,7 +146,7 @@ class Runner:
             boundary[size] = _least_seconds(partial(self._cross_nobody, rows), repeats)
             count *= 2
         self.core_applications = before
-        return CallCosts(core, boundary, padded=self.compiled)
+        return CallCosts(core, boundary, padded=self.compiled or self.separate)
 
     def _loop_nobody(self, rows: Sequence[int]) -> None:
         self._loops[self.num_seats] = 0
@@ -128,23 +160,35 @@ class Runner:
 
     # --- prompts ----------------------------------------------------------------------------------
 
-    def read(
-        self, tokens: Sequence[int], start: int, pages: Sequence[int], depth: int, seed: int
-    ) -> None:
-        """Read a chunk of one text, whose first token is at position ``start``, with all loops.
+    def read(self, parts: Sequence[Part]) -> None:
+        """Read parts of several texts with all their loops, those of similar length in one call."""
+        alike: dict[int, list[Part]] = {}
+        for place, part in enumerate(parts):
+            key = -1 - place if self.separate else len(part.tokens).bit_length()
+            alike.setdefault(key, []).append(part)
+        for group in alike.values():
+            self._read(group)
 
-        Its keys and values are for tokens that loop no deeper.
-        """
-        model, end = self.model, start + len(tokens)
+    def _read(self, parts: Sequence[Part]) -> None:
+        model, lengths = self.model, [len(part.tokens) for part in parts]
+        ends = [part.start + length for part, length in zip(parts, lengths, strict=True)]
+        most, width = max(lengths), -(-max(ends) // self.cache.page_size)
+        seeds = [[_signed(part.seed)] for part in parts]
+        valid = None
+        if min(lengths) < most:
+            valid = torch.arange(most, device=self.device) < self._integers(lengths)[:, None]
         ctx = self.cache.context(
-            self._integers([tokens]),
-            self._integers([range(start, end)]),
-            self._integers([pages[: -(-end // self.cache.page_size)]]),
-            self._integers([[_signed(seed)]]),
+            self._integers([_filled(part.tokens, most) for part in parts]),
+            self._integers(
+                [_filled(range(p.start, end), most) for p, end in zip(parts, ends, strict=True)]
+            ),
+            self._integers([_filled(part.pages[:width], width) for part in parts]),
+            self._integers(seeds),
+            valid,
         )
-        begun = start_loops(model, model.encode(ctx.tokens, ctx), ctx, [depth])
-        *_, state = unroll(model, begun, ctx)
-        self.core_applications += depth * len(tokens)
+        e, depths = model.encode(ctx.tokens, ctx), [part.depth for part in parts]
+        *_, state = unroll(model, start_loops(model, e, ctx, depths, wait=True), ctx)
+        self.core_applications += sum(p.depth * n for p, n in zip(parts, lengths, strict=True))
         if model.config.num_coda_layers:
             model.decode(readout(model, state), ctx)  # for the coda's keys and values
 
@@ -162,25 +206,26 @@ class Runner:
             if pages != self._pages[seat]:
                 self._pages[seat] = pages
                 self._tables[seat, : len(pages)] = self._integers(pages)
-        seats = [entry.seat for entry in entries]
-        index = self._integers(seats)
+        index = self._integers([entry.seat for entry in entries])
         self._tokens[index, 0] = self._integers([entry.token for entry in entries])
         self._positions[index, 0] = self._integers([entry.position for entry in entries])
         self._seeds[index, 0] = self._integers([_signed(entry.seed) for entry in entries])
-        rows = self._padded(seats)
-        ctx = self._context(rows)
-        e = self.calls.encode(self.model, ctx.tokens, ctx)
-        state = start_loops(self.model, e, ctx, [self._limits[row] for row in rows])
-        self._e[index] = e[: len(seats)]
-        self._put(index, state)
-        for place, entry in enumerate(entries):
-            self._exits[entry.seat] = self._rules[entry.seat].start(state.h[place : place + 1, -1])
+        for seats in self._calls_of([entry.seat for entry in entries]):
+            rows, index = self._padded(seats), self._integers(seats)
+            ctx = self._context(rows)
+            e = self.calls.encode(self.model, ctx.tokens, ctx)
+            state = start_loops(self.model, e, ctx, [self._limits[row] for row in rows])
+            self._e[index] = e[: len(seats)]
+            self._put(index, state)
+            for place, seat in enumerate(seats):
+                self._exits[seat] = self._rules[seat].start(state.h[place : place + 1, -1])
 
     def advance(self, seats: Sequence[int]) -> list[int]:
         """Run one loop in each of some seats; return the seats whose token stops there."""
-        rows = self._padded(seats)
-        state = advance(self.model, self._state(rows), self._context(rows), self.calls.run)
-        self._put(self._integers(seats), state)
+        for part in self._calls_of(seats):
+            rows = self._padded(part)
+            state = advance(self.model, self._state(rows), self._context(rows), self.calls.run)
+            self._put(self._integers(part), state)
         self.core_applications += len(seats)
         for seat in seats:
             self._loops[seat] += 1
@@ -204,11 +249,12 @@ class Runner:
         """The seats whose exit rule stops the token after the loop that they have run."""
         wanted = [seat for seat in seats if self._rules[seat].needs_logits]
         logits = dict(zip(wanted, self._decode(wanted), strict=True)) if wanted else {}
-        by_rule: dict[Rule, list[int]] = {}
+        together: dict[tuple[Rule, int], list[int]] = {}
         for seat in seats:
-            by_rule.setdefault(self._rules[seat], []).append(seat)
+            key = self._rules[seat], seat if self.separate else -1
+            together.setdefault(key, []).append(seat)
         stopped = set()
-        for rule, group in by_rule.items():
+        for (rule, _), group in together.items():
             state = self._state(group)
             stop, exits = rule.check(
                 join_states([self._exits[seat] for seat in group]),
@@ -227,17 +273,27 @@ class Runner:
 
     def _decode(self, seats: Sequence[int]) -> Float[Tensor, "N V"]:
         """The logits if the tokens of some seats stopped now."""
-        rows = self._padded(seats)
-        h = readout(self.model, self._state(rows))
-        return self.calls.decode(self.model, h, self._context(rows))[: len(seats), -1]
+        found = []
+        for part in self._calls_of(seats):
+            rows = self._padded(part)
+            h = readout(self.model, self._state(rows))
+            logits = self.calls.decode(self.model, h, self._context(rows))
+            found.append(logits[: len(part), -1])
+        return torch.cat(found)
 
     # --- rows -------------------------------------------------------------------------------------
 
+    def _calls_of(self, seats: Sequence[int]) -> list[Sequence[int]]:
+        """The seats of each call."""
+        size = SEPARATE_ROWS if self.separate else len(seats)
+        return [seats[start : start + size] for start in range(0, len(seats), size)]
+
     def _padded(self, seats: Sequence[int]) -> Sequence[int]:
-        """The seats, filled up with the seat of nobody for compiled calls."""
-        if not self.compiled:
+        """The seats, filled up with the seat of nobody for compiled calls and those of one size."""
+        if not (self.compiled or self.separate):
             return seats
         bucket = min(1 << (len(seats) - 1).bit_length(), self.num_seats)
+        bucket = SEPARATE_ROWS if self.separate else bucket
         return [*seats, *[self.num_seats] * (bucket - len(seats))]
 
     def _context(self, rows: Sequence[int]) -> PagedContext:
@@ -250,10 +306,11 @@ class Runner:
     def _make_context(self, rows: Sequence[int]) -> PagedContext:
         index = self._integers(rows)
         tables = self._tables
-        if not self.compiled:  # whose graphs would depend on the width
+        if not (self.compiled or self.separate):  # else the width must not change
             tables = tables[:, : max(1, *(len(self._pages[row]) for row in rows))]
         parts = self._tokens, self._positions, tables, self._seeds
-        return self.cache.context(*(part.index_select(0, index) for part in parts))
+        ctx = self.cache.context(*(part.index_select(0, index) for part in parts))
+        return replace(ctx, experts=separate_experts) if self.separate else ctx
 
     def _state(self, rows: Sequence[int]) -> LoopState:
         """The state of the rows."""
@@ -289,6 +346,28 @@ class Runner:
         return torch.tensor(numbers, dtype=torch.int64, device=self.device)
 
 
+def require_separate_products(model: RecurrentDepthLM, num_rows: int) -> None:
+    """Check that a product of ``num_rows`` rows and a weight gives a row the same at every place.
+
+    Raises:
+        ValueError: On this machine it does not, for the shape of one of the model's weights, or
+            they are in 8 bits.
+    """
+    stored = not any(isinstance(module, Int8Weight) for module in model.modules())
+    require(stored, "batch_invariant", True, "False with weights in 8 bits")
+    weights = {each.shape: each.detach() for each in model.parameters() if each.ndim == 2}
+    generator = torch.Generator().manual_seed(0)
+    for shape, weight in weights.items():
+        x = torch.randn(num_rows, 1, shape[1], generator=generator).to(weight)
+        wanted = functional.linear(x, weight)
+        for shift in range(1, num_rows):
+            if not torch.equal(functional.linear(x.roll(shift, 0), weight).roll(-shift, 0), wanted):
+                raise ValueError(
+                    f"batch_invariant is not possible here: products with weights of the shape "
+                    f"{list(shape)} depend on a row's place among the others on this machine"
+                )
+
+
 def _least_seconds(call: Callable[[], object], repeats: int) -> float:
     """The shortest of some calls, after one that is not counted."""
     call()
@@ -300,6 +379,11 @@ def _least_seconds(call: Callable[[], object], repeats: int) -> float:
             torch.cuda.synchronize()
         found.append(time.perf_counter() - start)
     return min(found)
+
+
+def _filled(numbers: Sequence[int], length: int) -> list[int]:
+    """The numbers, and zeros up to a length; page 0 is nobody's."""
+    return [*numbers, *[0] * (length - len(numbers))]
 
 
 def _signed(seed: int) -> int:

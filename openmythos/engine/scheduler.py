@@ -113,8 +113,9 @@ class Scheduler:
         num_seats: Number of rows.
         prefill_chunk: Number of tokens of a prompt that are read at once; chunks end at multiples
             of it, whatever the load, and one step reads about as many tokens in all.
-        exact: Whether the cache layout keeps every loop. If not, what a token reads depends on
-            where its chunk begins, and only whole chunks are found in kept pages.
+        exact: Whether what a token gives does not depend on where its chunk begins and ends: the
+            cache layout keeps every loop, and last bits do not matter. If not, only whole chunks
+            are found in kept pages, and what was decoded is decoded again after a preemption.
         hold: The number of rows that tokens wait for at the boundary between two tokens, where coda
             and prelude run, as long as other rows loop. None: decided by ``costs``, once the engine
             has measured them; until then they do not wait.
@@ -255,7 +256,8 @@ class Scheduler:
         job = chunk.job
         job.num_read = chunk.stop
         if self.reuse:
-            self.pages.keep(job.settings, job.text[: chunk.stop], job.pages)
+            end = chunk.stop if self.exact else chunk.stop - chunk.stop % self.prefill_chunk
+            self.pages.keep(job.settings, job.text[:end], job.pages)
         if chunk.stop == self._target(job):
             self._move(job, "ready", now)
 

@@ -236,7 +236,7 @@ class Scorer:
         device, width = self.model.embed.weight.device, max(map(len, rows))
         if device.type == "cpu":  # where the system would end the process instead of saying so
             numbers = len(rows) * width * self.model.config.vocab_size
-            size = numbers * self.model.embed.weight.itemsize
+            size = numbers * self.model.embed.weight.dtype.itemsize
             require_memory(size, f"the logits of {len(rows)} rows", "lower batch_size")
         lengths = torch.tensor([len(row) for row in rows], device=device)
         tokens = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=device)

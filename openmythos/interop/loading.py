@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from openmythos.checkpoint.load import (
+    dtype_for,
     empty_model,
     fill_model,
     load_checkpoint,
@@ -33,6 +34,7 @@ from openmythos.interop.families.not_loaded import why_not
 from openmythos.interop.gguf import PARTS_FIELD, GgufWeights
 from openmythos.interop.hub import ZOO_FOLDER, local_folder
 from openmythos.interop.mapping import read_tensors
+from openmythos.model.int8 import int8_names
 from openmythos.model.recurrent import RecurrentDepthLM
 from openmythos.tokenizer import Tokenizer
 from openmythos.tokenizer_folder import TOKENIZER_FILE, has_tokenizer
@@ -58,6 +60,7 @@ def load_pretrained(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     verify: bool = True,
+    weights: str = "stored",
 ) -> RecurrentDepthLM:
     """Load a checkpoint folder: ours, or one of a family in ``FAMILIES``.
 
@@ -69,6 +72,8 @@ def load_pretrained(
         device: Device of the model.
         verify: Compare the files of one of our checkpoints with the SHA-256 in its manifest.json
             (about 1 GB/s); of a run, a damaged newest checkpoint falls back to the one before it.
+        weights: "int8": matrices in 8 bits with one scale per output channel, for computing on a
+            CPU in a quarter of the memory; the rest is in fp32. They are rounded as they are read.
 
     Returns:
         The model in evaluation mode.
@@ -77,16 +82,18 @@ def load_pretrained(
         ValueError: There is no such folder, the family is unknown, files are damaged, weights do
             not fit the config (all names are listed), or weights are not finite.
     """
-    require_room(local_folder(path, verify=False), dtype, device)
+    dtype = dtype_for(weights, dtype, device)
+    require_room(local_folder(path, verify=False), dtype, device, weights)
     folder = local_folder(path, verify=verify)
     if dtype is None and folder.parent == ZOO_FOLDER:
         dtype = torch.float32
     if verify:
         verify_checkpoint(folder)
     if "format" in read_config(folder):
-        return load_checkpoint(folder, dtype=dtype, device=device, verify=verify)
+        return load_checkpoint(folder, dtype=dtype, device=device, verify=verify, weights=weights)
     model, tensors = _open_foreign(folder, dtype)
-    return fill_model(model, tensors, folder, dtype, device)
+    in_int8 = int8_names(model) if weights == "int8" else ()
+    return fill_model(model, tensors, folder, dtype, device, in_int8)
 
 
 def load_config(path: PathLike) -> ModelConfig:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from openmythos.checkpoint.load import empty_model
-from openmythos.checkpoint.save import OWN_FILES
+from openmythos.checkpoint.save import OWN_FILES, require_stored
 from openmythos.checkpoint.weights import CONFIG_FILE, INDEX_FILES, WEIGHTS_FILE
 from openmythos.folder import PathLike, replaced_folder, whole_file, write_json
 from openmythos.interop.mapping import (
@@ -77,10 +77,9 @@ def check_writable(model: RecurrentDepthLM, dtype: torch.dtype | None) -> None:
     """Check that ``write_weights`` can write the model.
 
     Raises:
-        ValueError: The model is on the meta device, or the dtype is not supported.
+        ValueError: The model has no weights or has them in 8 bits, or the dtype is not supported.
     """
-    if any(tensor.is_meta for tensor in model.state_dict().values()):
-        raise ValueError("the model is on the meta device: it has shapes but no weights to write")
+    require_stored(model)
     for found in {dtype or model.embed.weight.dtype, model.embed.weight.dtype}:
         if found not in DTYPE_NAMES:
             allowed = ", ".join(str(known) for known in DTYPE_NAMES)

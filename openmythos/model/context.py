@@ -48,6 +48,7 @@ class ForwardContext:
         lengths: Each row's document lengths in order, for packed rows without padding on a GPU,
             whose kernel takes lengths instead of a mask.
         recent: Keys and values of the last loops, for depth attention without a cache.
+        experts: Computes the routed experts in place of ``ops.moe``'s functions.
         counts: 1 if experts count their tokens, 0 where a loop is run again for its gradient. A
             tensor, because a compiled graph must serve both; None: they count.
         made: Keys and values of the running loop, by core layer; ``advance`` adds them to
@@ -66,6 +67,7 @@ class ForwardContext:
     lengths: tuple[tuple[int, ...], ...] | None = None
     cache: CacheView | None = None
     recent: Recent | None = None
+    experts: Callable[..., Tensor] | None = None
     counts: Int[Tensor, ""] | None = None
     made: dict[int, tuple[Tensor, ...]] = field(default_factory=dict, compare=False, repr=False)
     shared: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)

@@ -1,8 +1,8 @@
 """Feed-forward layers: dense, and a mixture of experts."""
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -24,20 +24,22 @@ from openmythos.ops.moe import LoopedExperts, moe_experts
 from openmythos.ops.swiglu import swiglu
 
 
-class FeedForward(nn.Module, ABC):
+class FeedForward(nn.Module):
     """Base of all feed-forward layers, called as ``(x, loop_idx, ctx)``.
 
     ``lora`` is the LoRA per loop of its linear layers, in the core.
     """
+
+    down: Any  # the output projection
 
     def __init__(
         self, config: ModelConfig, part: FeedForwardConfig, lora: WeightLoRAConfig | None = None
     ) -> None:
         super().__init__()
 
-    @abstractmethod
     def zero_output(self) -> None:
         """Set the output projection to zero, so that the branch starts by adding nothing."""
+        self.down.weight.zero_()
 
 
 class SwiGLU(FeedForward):
@@ -52,10 +54,6 @@ class SwiGLU(FeedForward):
         super().__init__(config, part, lora)
         self.gate_up = LoopLinear(config.d_model, 2 * part.d_ff, lora)
         self.down = LoopLinear(part.d_ff, config.d_model, lora)
-
-    def zero_output(self) -> None:
-        """See ``FeedForward.zero_output``."""
-        self.down.weight.zero_()
 
     def forward(
         self,
@@ -80,10 +78,6 @@ class ReLUSquared(FeedForward):
         self.scale = part.scale
         self.up = LoopLinear(config.d_model, part.d_ff, lora)
         self.down = LoopLinear(part.d_ff, config.d_model, lora)
-
-    def zero_output(self) -> None:
-        """See ``FeedForward.zero_output``."""
-        self.down.weight.zero_()
 
     def forward(
         self,
@@ -175,8 +169,12 @@ class MoE(FeedForward):
 
     def _experts(self, ctx: ForwardContext | None) -> Callable[..., Tensor]:
         """The routed experts as a function; eager on a CPU, all loops of a forward share it."""
-        if self.gate_up.device.type != "cpu" or not native.eager():
-            return partial(moe_experts, gate_up=self.gate_up, down=self.down)
+        own = getattr(self.gate_up, "experts", None)  # that of weights in 8 bits
+        if own is not None:
+            return partial(own, self.down)
+        given = None if ctx is None else ctx.experts
+        if given is not None or self.gate_up.device.type != "cpu" or not native.eager():
+            return partial(given or moe_experts, gate_up=self.gate_up, down=self.down)
         if ctx is None:
             return LoopedExperts(self.gate_up, self.down)
         return ctx.once(LoopedExperts, self.gate_up, self.down)

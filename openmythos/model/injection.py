@@ -98,7 +98,7 @@ class LTIInjection(Injection):
     def drive(self, e: State) -> State:
         """Delta B e."""
         delta = self.log_delta().exp().to(e.dtype)
-        return delta * functional.linear(e, self.weight.to(e.dtype))
+        return delta * functional.linear(e, self.weight).to(e.dtype)
 
     def mix(self, h: State, e: State) -> State:
         """A h + Delta B e, from ``drive``; with ``orthogonal``, A h without its part along it."""

@@ -239,10 +239,11 @@ class Embedding(nn.Embedding):
         if tokens is not None:
             return super().forward(tokens)
         assert states is not None
-        if not native.eager() or torch.is_autocast_enabled(states.device.type):
-            return functional.linear(states, self.weight)
-        logits: Tensor = _TiedHead.apply(states, self.weight)
-        return logits
+        plain = native.eager() and not torch.is_autocast_enabled(states.device.type)
+        if plain and self.weight.requires_grad:
+            logits: Tensor = _TiedHead.apply(states, self.weight)
+            return logits
+        return functional.linear(states, self.weight)
 
 
 class _TiedHead(torch.autograd.Function):

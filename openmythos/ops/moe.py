@@ -256,7 +256,7 @@ def _multiply(
     transposed: bool,
 ) -> Float[Tensor, "M _"]:
     """Row ``source[m]`` of x times the weights W of pair m's expert; ``transposed``: times W^T."""
-    if _has_native(weights, x):
+    if has_native(weights, x):
         kernel = torch.ops.openmythos_experts.multiply
         product: Tensor = kernel(x.contiguous(), source, weights, pairs.ends, transposed)
         return product
@@ -277,7 +277,7 @@ def _multiply_add(
     transposed: bool,
 ) -> Float[Tensor, "N _"]:
     """As ``_multiply`` with row m for pair m, summed over the pairs of each token."""
-    if _has_native(weights, x):
+    if has_native(weights, x):
         kernel = torch.ops.openmythos_experts.multiply_add
         packed = x.contiguous()
         total: Tensor = kernel(packed, pairs.token, weights, pairs.ends, transposed, num_tokens)
@@ -302,7 +302,7 @@ def _outer_products(
     ``left_rows`` and ``right_rows`` give the row of each pair, by loop.
     """
     result = _lazy_zeros_like(weights)
-    if _has_native(weights, *left, *right):
+    if has_native(weights, *left, *right):
         ends = [each.ends for each in pairs]
         lefts, rights = ([each.contiguous() for each in side] for side in (left, right))
         torch.ops.openmythos_experts.gradient(result, lefts, left_rows, rights, right_rows, ends)
@@ -318,7 +318,7 @@ def _outer_products(
     return result
 
 
-def _has_native(weights: Tensor, *tensors: Tensor) -> bool:
+def has_native(weights: Tensor, *tensors: Tensor) -> bool:
     """Whether our kernel takes these tensors; it needs widths that are multiples of 32."""
     whole = weights.shape[1] % 32 == 0 and weights.shape[2] % 32 == 0 and weights.is_contiguous()
     return whole and native.takes("experts", weights, *tensors)
@@ -377,11 +377,6 @@ def gathered_experts(
     return (down[expert] * hidden[:, :, None, :]).sum(dim=-1).sum(dim=1)
 
 
-def _few(expert: Tensor, weights: Tensor) -> bool:
-    compiling = torch.compiler.is_compiling() and not torch.is_grad_enabled()
-    return compiling and expert.numel() <= len(weights)
-
-
 def moe_experts(
     x: Float[Tensor, "N D"],
     expert: Int[Tensor, "N K"],
@@ -405,7 +400,8 @@ def moe_experts(
     if torch.is_autocast_enabled(x.device.type):  # autocast does not cast for the grouped kernel
         low = torch.get_autocast_dtype(x.device.type)
         x, weight, gate_up, down = (each.to(low) for each in (x, weight, gate_up, down))
-    if native.vmapped() or _few(expert, gate_up):
+    compiling = torch.compiler.is_compiling() and not torch.is_grad_enabled()
+    if native.vmapped() or (compiling and expert.numel() <= len(gate_up)):
         return gathered_experts(x, expert, weight, gate_up, down)
     order, token, ends = _sorted_pairs(expert, counts)
     places = torch.empty_like(order)

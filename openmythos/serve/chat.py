@@ -36,7 +36,7 @@ async def chat(served: ServedModel, body: ChatBody, request: Request) -> Respons
             choice = {"index": index, "delta": delta, "finish_reason": reason, "logprobs": None}
             return {**head, "choices": [choice]}
 
-        async with served.answers(requests, stops) as answers:
+        async with served.answers(requests, stops, body) as answers:
             for index in range(len(answers)):
                 yield chunk(index, {"role": "assistant", "content": ""})
             async for index, delta in merged(answers):
@@ -57,7 +57,7 @@ async def chat(served: ServedModel, body: ChatBody, request: Request) -> Respons
         return EventStream(chunks(), headers, done=True)
 
     async def whole() -> dict[str, Any]:
-        async with served.answers(requests, stops) as answers:
+        async with served.answers(requests, stops, body) as answers:
             await all_ended(answers)
             choices = []
             for index, answer in enumerate(answers):

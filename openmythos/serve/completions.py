@@ -38,7 +38,7 @@ async def complete(served: ServedModel, body: CompletionBody, request: Request) 
     num_prompt = sum(map(len, prompts))
 
     async def chunks() -> AsyncIterator[dict[str, Any]]:
-        async with served.answers(requests, stops) as answers:
+        async with served.answers(requests, stops, body) as answers:
             offsets = [0] * len(answers)
             async for index, delta in merged(answers):
                 pairs = [(token.id, token.logprobs) for token in delta.tokens]
@@ -53,7 +53,7 @@ async def complete(served: ServedModel, body: CompletionBody, request: Request) 
         return EventStream(chunks(), headers, done=True)
 
     async def whole() -> dict[str, Any]:
-        async with served.answers(requests, stops) as answers:
+        async with served.answers(requests, stops, body) as answers:
             await all_ended(answers)
             choices = []
             for index, answer in enumerate(answers):

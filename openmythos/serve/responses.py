@@ -145,7 +145,7 @@ async def respond(served: ServedModel, body: ResponsesBody, request: Request) ->
 
     async def events() -> AsyncIterator[tuple[str, dict[str, Any]]]:
         number = 0
-        async with served.answers(requests, stops) as answers:
+        async with served.answers(requests, stops, body) as answers:
             async for kind, fields in reply.events(answers[0]):
                 yield kind, {"type": kind, "sequence_number": number, **fields}
                 number += 1
@@ -154,7 +154,7 @@ async def respond(served: ServedModel, body: ResponsesBody, request: Request) ->
         return EventStream(events(), headers, done=False)
 
     async def whole() -> dict[str, Any]:
-        async with served.answers(requests, stops) as answers:
+        async with served.answers(requests, stops, body) as answers:
             await all_ended(answers)
             return reply.ended(answers[0])
 

@@ -18,6 +18,7 @@ Biases = dict[str, Annotated[Number, Field(ge=-100, le=100)]]
 Role = Literal["system", "developer", "user", "assistant", "tool", "function"]
 ROLES = get_args(Role)
 MAX_CHOICES, MAX_TOP, MAX_BIASES, MAX_STOPS, MAX_STOP_CHARACTERS = 128, 20, 1024, 16, 1000
+MAX_PRIORITY, MAX_SALT = 1000, 1000  # characters of a salt
 
 
 def _few(biases: Any) -> Any:
@@ -44,6 +45,8 @@ class Generation(Body):
         reasoning_effort: The same as a word; the table stands in ``/v1/models``.
         exit_rule: Stops single tokens earlier: a ``kind`` and its fields.
         include_loops: Report the loops of each token and of the request.
+        priority: Requests with a lower one go first; waiting makes up for a higher one.
+        cache_salt: Requests with different ones share nothing that was read.
     """
 
     model: str
@@ -61,6 +64,8 @@ class Generation(Body):
     reasoning_effort: str | None = None
     exit_rule: dict[str, Any] | None = None
     include_loops: bool = False
+    priority: Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] = 0
+    cache_salt: Annotated[str, Field(min_length=1, max_length=MAX_SALT)] | None = None
 
 
 class StreamOptions(Body):

@@ -266,14 +266,19 @@ class ServedModel:
 
     @asynccontextmanager
     async def answers(
-        self, requests: Sequence[Request], stops: Sequence[str]
+        self, requests: Sequence[Request], stops: Sequence[str], body: Generation
     ) -> AsyncIterator[list[Answer]]:
-        """The answers to requests; whatever leaves the context aborts what has not ended.
+        """The answers to a body's requests; whatever leaves the context aborts what has not ended.
 
         Raises:
             APIError: The engine refuses a request.
         """
-        tickets = await self.worker.open(requests, timeout=self.timeout, salt="")
+        tickets = await self.worker.open(
+            requests,
+            priority=body.priority,
+            timeout=self.timeout,
+            salt=body.cache_salt or "",
+        )
         try:
             yield [Answer(self.worker, ticket, self.codec, stops) for ticket in tickets]
         finally:

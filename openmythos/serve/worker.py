@@ -85,7 +85,7 @@ class EngineThread:
             self._thread.join()
 
     async def open(
-        self, requests: Sequence[Request], *, timeout: float | None, salt: str
+        self, requests: Sequence[Request], *, priority: int, timeout: float | None, salt: str
     ) -> list[Ticket]:
         """Give requests to the engine, all of them or none.
 
@@ -103,7 +103,7 @@ class EngineThread:
 
         def add() -> list[Ticket]:
             for request in requests:
-                number = self.engine.add(request, timeout=timeout, salt=salt)
+                number = self.engine.add(request, priority=priority, timeout=timeout, salt=salt)
                 taken.append(Ticket(number, loop, len(request.tokens)))
                 self._tickets[number] = taken[-1]
             return taken

@@ -67,29 +67,32 @@ def test_dtype_and_device(folder: Path) -> None:
         load_checkpoint(folder, dtype=torch.float16)
 
 
-def test_peak_memory_is_about_one_copy(tmp_path: Path) -> None:
+def test_peak_memory_is_about_one_copy_or_a_quarter(tmp_path: Path) -> None:
     if not Path("/proc/self/status").exists():
         pytest.skip("the peak of one process is read from /proc")
     big = apply_overrides(
         CONFIG, ["d_model=512", "num_prelude_layers=40", "feed_forward.d_ff=1024"]
     )
     folder = save_pretrained(RecurrentDepthLM(big), tmp_path / "saved")  # 260 MB
+    size = (folder / "model.safetensors").stat().st_size
     program = (
         "import sys, torch\n"
         "from openmythos.checkpoint.load import load_checkpoint\n"
         "def peak():\n"
         "    lines = open('/proc/self/status').read().splitlines()\n"
         "    return [int(line.split()[1]) for line in lines if line.startswith('VmHWM')][0]\n"
-        "load_checkpoint(sys.argv[2])\n"  # so that what it imports is not counted
+        "load = lambda path: load_checkpoint(path, weights=sys.argv[3])\n"
+        "load(sys.argv[2])\n"  # so that what it imports is not counted
         "before = peak()\n"
-        "model = load_checkpoint(sys.argv[1])\n"
-        "print(peak() - before, sum(p.numel() * 4 for p in model.parameters()) // 1024)\n"
+        "model = load(sys.argv[1])\n"
+        "print(peak() - before)\n"
     )
     small = save_pretrained(make_model(0), tmp_path / "small")
-    command = [sys.executable, "-c", program, str(folder), str(small)]
-    ran = subprocess.run(command, capture_output=True, text=True, check=True)
-    grown, weights = map(int, ran.stdout.split())
-    assert grown < 1.3 * weights, (grown, weights)
+    for weights, most in (("stored", 1.3), ("int8", 0.4)):
+        command = [sys.executable, "-c", program, str(folder), str(small), weights]
+        ran = subprocess.run(command, capture_output=True, text=True, check=True)
+        grown = 1024 * int(ran.stdout)
+        assert grown < most * size, (weights, grown, size)
 
 
 def test_load_weights_fills_a_model_in_place(model: RecurrentDepthLM, folder: Path) -> None:
@@ -104,6 +107,17 @@ def test_load_weights_fills_a_model_in_place(model: RecurrentDepthLM, folder: Pa
     with pytest.raises(ValueError, match=r"final_norm\.weight holds NaN"):
         load_weights(third, folder)
     assert torch.equal(third(TOKENS).logits, before)
+
+
+def test_weights_are_stored_or_in_int8(folder: Path) -> None:
+    with pytest.raises(ValueError, match="weights is 'int4'; it must be stored or int8"):
+        load_pretrained(folder, weights="int4")
+    with pytest.raises(ValueError, match=r"dtype is torch\.bfloat16; it must be None or"):
+        load_pretrained(folder, weights="int8", dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="device is 'meta'; it must be cpu with weights in int8"):
+        load_pretrained(folder, weights="int8", device="meta")
+    half = load_checkpoint(save_pretrained(make_model(0).bfloat16(), folder), weights="int8")
+    assert {p.dtype for p in half.parameters()} == {torch.float32}
 
 
 # --- refusals -------------------------------------------------------------------------------------

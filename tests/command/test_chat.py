@@ -12,8 +12,9 @@ from typer.testing import CliRunner
 from openmythos import Tokenizer, save_pretrained
 from openmythos.cli import app
 from openmythos.command import chat
-from openmythos.engine import reference
-from openmythos.engine.reference import Session
+from openmythos.engine import engine as engine_module
+from openmythos.engine.engine import Engine
+from openmythos.engine.request import Request
 from openmythos.tokenizer import byte_tokenizer
 from tests.command.conftest import Invoke, refused, sets
 from tests.foreign import write_chat_folder
@@ -97,7 +98,7 @@ def test_an_interrupt_ends_the_answer_and_another_the_talk(
     text_run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    lines, drawn, draw = iter(["the list", "a value"]), [], reference.sample
+    lines, drawn, draw = iter(["the list", "a value"]), [], engine_module.sample
 
     def interrupted(*arguments: Any) -> Any:
         drawn.append(draw(*arguments))
@@ -111,45 +112,63 @@ def test_an_interrupt_ends_the_answer_and_another_the_talk(
         signal.raise_signal(signal.SIGINT)
         raise AssertionError
 
-    monkeypatch.setattr(reference, "sample", interrupted)
+    monkeypatch.setattr(engine_module, "sample", interrupted)
     monkeypatch.setattr(Console, "input", ask)
     recorder = Recorder(monkeypatch)
     command = ["chat", str(text_run), "--max-new-tokens", "5", "--temperature", "0"]
     ran = CliRunner().invoke(app, command)
     assert ran.exit_code == 0 and ran.exception is None
-    ((first, second),) = recorder.sessions  # one session went on
+    first, second = recorder.prompts
     assert len(drawn) == 3 + 5
     tokenizer = Tokenizer.load(text_run)
     assert first == tokenizer.encode_prompt("the list\n")
-    assert second == tokenizer.encode("a value\n")  # what was answered stands before it
+    answered = [int(row) for draw in drawn[:3] for row in draw]
+    assert second == [*first, *answered, *tokenizer.encode("a value\n")]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_second_interrupt_ends_the_program(
+    text_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def interrupted(*_: Any) -> Any:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        raise AssertionError
+
+    monkeypatch.setattr(engine_module, "sample", interrupted)
+    ran = CliRunner().invoke(app, ["chat", str(text_run)], input="the list\n")
+    assert ran.exit_code == 130 and "Traceback" not in ran.output
 
 
 # --- chat templates -------------------------------------------------------------------------------
 
 
 class Recorder:
-    """Sessions that note what they are asked."""
+    """Notes what engines are asked, and keeps the latest."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.sessions: list[list[list[int]]] = []
-        begin, stream = Session.__init__, Session.stream
+        self.requests: list[Request] = []
+        self.engine: Engine | None = None
+        add = Engine.add
 
-        def begins(session: Session, *arguments: Any, **options: Any) -> None:
-            self.sessions.append([])
-            begin(session, *arguments, **options)
+        def adds(engine: Engine, request: Request, **options: Any) -> int:
+            self.engine = engine
+            self.requests.append(request)
+            return add(engine, request, **options)
 
-        def streams(session: Session, requests: list[Any], **options: Any) -> Any:
-            self.sessions[-1].append(list(requests[0].tokens))
-            return stream(session, requests, **options)
+        monkeypatch.setattr(Engine, "add", adds)
 
-        monkeypatch.setattr(Session, "__init__", begins)
-        monkeypatch.setattr(Session, "stream", streams)
+    @property
+    def prompts(self) -> list[list[int]]:
+        return [list(request.tokens) for request in self.requests]
 
 
 def test_a_conversation_is_written_in_the_template(
     invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The model sees what transformers' template gives, and turns that it has read only once."""
+    """The model sees what transformers' template gives, and what it has read it reads only once."""
     tokenizer = Tokenizer.load(write_chat_folder(tmp_path / "tokenizer"))
     (newline,), (o,), (k,) = (tokenizer.encode(letter) for letter in "\nok")
     model = scripted_model(300, {newline: o, o: k, k: tokenizer.eos_id})
@@ -162,12 +181,14 @@ def test_a_conversation_is_written_in_the_template(
     first = tokenizer.encode_chat(talk)
     talk += [{"role": "assistant", "content": "ok"}, {"role": "user", "content": "again"}]
     whole = tokenizer.encode_chat(talk)
-    assert recorder.sessions == [[first, whole[len(first) + 3 :]]]
+    assert recorder.prompts == [first, whole]
+    assert [request.sample_idx for request in recorder.requests] == [0, 1]
+    stats, page = recorder.engine.stats, 16
+    assert stats.num_prompt_tokens_found == (len(first) - 1) // page * page > 0
     assert first.count(tokenizer.eos_id) == 1  # what the user typed is text
-    recorder.sessions.clear()
+    recorder.requests.clear()
     invoke("chat", folder, "--temperature", 0, "--stop", "k", "--special", stdin=lines)
-    assert [len(session) for session in recorder.sessions] == [1, 1]  # "o" is not what it read
-    assert recorder.sessions[0][0].count(tokenizer.eos_id) == 2
+    assert recorder.prompts[0].count(tokenizer.eos_id) == 2
 
 
 def test_without_a_template_lines_continue_the_text(
@@ -180,4 +201,5 @@ def test_without_a_template_lines_continue_the_text(
     recorder = Recorder(monkeypatch)
     invoke("chat", folder, "--temperature", 0, stdin="a\nb\n")
     a, b = ([tokenizer.bos_id, *tokenizer.encode(f"{letter}\n")] for letter in "ab")
-    assert recorder.sessions == [[a, b]]
+    answer = [o, tokenizer.eos_id]
+    assert recorder.prompts == [a, [*a, *answer, *b]]

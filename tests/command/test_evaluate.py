@@ -22,6 +22,10 @@ def test_eval(invoke: Invoke, text_run: Path) -> None:
     newest = text_run / "checkpoints" / "step-00000004"
     given = invoke("eval", newest, *command[2:], "--data", text_run / "data", "--json")
     assert json.loads(given) == rows
+    rounded = json.loads(invoke(*command, "--weights", "int8", "--json"))
+    for a, b in zip(rows, rounded, strict=True):
+        assert a["bits_per_byte"] != b["bits_per_byte"]
+        assert a["bits_per_byte"] == pytest.approx(b["bits_per_byte"], abs=0.02)
     table = invoke(*command, "--max-batches", 1)
     assert "bits per byte" in table and "held-out text" in table
 

@@ -3,16 +3,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tokenizers import normalizers
 from typer.testing import CliRunner
 
+import openmythos as om
 from openmythos import Tokenizer, save_pretrained
 from openmythos.cli import app
 from openmythos.command.decoding import sampling_of
 from openmythos.command.origin import walks_of
+from openmythos.engine.runner import Runner
 from openmythos.engine.sampling import SamplingConfig
 from openmythos.eval.walk import hops_documents
 from openmythos.interop.hub import local_folder
+from openmythos.model.cache import LastLoop
+from openmythos.model.exit import KLExit
 from openmythos.tokenizer import byte_tokenizer
 from tests.command.conftest import Invoke, refused, sets
 from tests.foreign import END, backend, write_chat_folder, write_folder
@@ -29,6 +34,13 @@ def test_generate_as_json(invoke: Invoke, text_run: Path) -> None:
         assert 1 <= len(row["tokens"]) <= 5
         assert row["loops"] == [3] * len(row["tokens"])
     assert json.loads(invoke(*command)) == rows
+
+
+def test_weights_in_8_bits(invoke: Invoke, text_run: Path) -> None:
+    command = ("generate", text_run, *PROMPTS, "--max-new-tokens", 5, "--weights", "int8", "--json")
+    assert all(1 <= len(row["tokens"]) <= 5 for row in json.loads(invoke(*command)))
+    message = refused(invoke, "generate", text_run, *PROMPTS, "--weights", "8")
+    assert "weights is '8'; it must be stored or int8" in message
 
 
 def test_generate_as_text(invoke: Invoke, text_run: Path) -> None:
@@ -64,6 +76,53 @@ def test_generate_with_another_cache_layout_into_a_file(
     assert json.loads(exact) == json.loads(invoke(*options)) == json.loads(out.read_text())
     for layout in ("last_loop", "first_loop"):
         assert len(json.loads(invoke(*options, "--cache-layout", layout))) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "fields"),
+    [
+        ((), {}),
+        (
+            ("--exit-rule", "kl", "--set", "exit_rule.threshold=0.01", "--temperature", 0.9),
+            {"exit_rule": KLExit(threshold=0.01), "temperature": 0.9},
+        ),
+        (("--cache-layout", "last_loop", "--num-loops", 3), {"cache_layout": LastLoop()}),
+    ],
+)
+def test_generate_gives_what_the_reference_gives(
+    invoke: Invoke, text_run: Path, options: Any, fields: Any
+) -> None:
+    prompts = ["the list", "a", "def of_a_longer_text(and more):"]
+    given = [word for prompt in prompts for word in ("--prompt", prompt)]
+    rows = json.loads(
+        invoke("generate", text_run, *given, "--max-new-tokens", 12, "--json", *options)
+    )
+    tokenizer = Tokenizer.load(text_run)
+    depth = 3 if "--num-loops" in options else None
+    wanted = om.generate(
+        om.load_pretrained(text_run),
+        [tokenizer.encode_prompt(prompt) for prompt in prompts],
+        max_new_tokens=12,
+        num_loops=depth,
+        num_ids=tokenizer.vocab_size,
+        stop_tokens=tokenizer.end_ids,
+        **fields,
+    )
+    assert [row["tokens"] for row in rows] == wanted.tokens
+    assert [row["loops"] for row in rows] == wanted.loops
+
+
+def test_generate_says_that_a_model_has_diverged(
+    invoke: Invoke, text_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leave = Runner.leave
+
+    def diverge(runner: Runner, seats: list[int]) -> Any:
+        logits, loops = leave(runner, seats)
+        return logits * torch.nan, loops
+
+    monkeypatch.setattr(Runner, "leave", diverge)
+    assert "diverged" in refused(invoke, "generate", text_run, *PROMPTS, "--max-new-tokens", 4)
 
 
 def test_a_walk_is_answered_by_one_word(invoke: Invoke, hops_run: Path) -> None:

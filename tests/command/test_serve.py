@@ -14,7 +14,10 @@ import httpx
 import pytest
 
 from openmythos.checkpoint.save import save_pretrained
-from openmythos.tokenizer import byte_tokenizer
+from openmythos.eval.walk import WalkCodec
+from openmythos.serve import server
+from openmythos.serve.served import ServedModel
+from openmythos.tokenizer import Tokenizer, byte_tokenizer
 from tests.command.conftest import Invoke, refused
 from tests.serve.running import small_model
 
@@ -62,6 +65,30 @@ def test_a_server_that_is_told_to_end_finishes_what_runs(tmp_path: Path) -> None
     counts = [answer["usage"]["completion_tokens"] for answer in answers]
     assert counts == [90] * 5
     assert "listening on http://127.0.0.1" in errors and "Traceback" not in errors
+
+
+def test_without_a_path_the_models_that_ship_are_served(
+    invoke: Invoke, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served: list[ServedModel] = []
+    monkeypatch.setattr(server, "serve", lambda models, *_, **__: served.extend(models))
+    invoke("serve", "--max-rows", 2)
+    walks, text = served
+    assert (walks.name, text.name) == ("walks", "text")
+    assert isinstance(walks.codec, WalkCodec) and isinstance(text.codec, Tokenizer)
+    assert walks.worker is not text.worker and walks.worker.engine is not text.worker.engine
+
+
+def test_options_reach_the_engine(
+    invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, given = save_pretrained(small_model(), tmp_path / "small", byte_tokenizer()), []
+    monkeypatch.setattr(
+        "openmythos.serve.server.serve", lambda models, *_, **__: given.extend(models)
+    )
+    invoke("serve", folder, "--batch-invariant", "--max-rows", 3)
+    config = given[0].worker.engine.config
+    assert config.batch_invariant and config.max_rows == 3
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,10 @@
 """Random schedules of requests, and whether each request gives what it gives alone.
 
 ``make stress-engine`` runs a thousand of them, and 500 aborts; ``--first`` is the number of the
-first. The tests run some. Everything is in fp64, and every weight is random: with zero output
-projections, as in a new model, the cache would not matter.
+first. The tests run some. Every weight is random: with zero output projections, as in a new model,
+the cache would not matter. Each runs in fp64, and in fp32: with ``batch_invariant``, where no bit
+may differ from the request alone in such an engine, and without, where a token may differ from the
+reference's if two are as likely.
 """
 
 import argparse
@@ -46,6 +48,7 @@ from openmythos.model.recurrent import RecurrentDepthLM
 from tests.strategies import GQA, MLA, MOE, random_model
 
 MAX_LOOPS, VOCAB, TOLERANCE = 5, 19, 1e-9
+MARGIN = 1e-4  # of the two most likely tokens' log-probabilities, in fp32
 KINDS: dict[str, dict[str, Any]] = {
     "gqa": {"loop_embedding": SinusoidalLoopConfig(num_channels=4), "num_core_layers": 2},
     "mla": {"attention": MLA, "loop_adapter": WeightLoRAConfig(rank=2, num_loops=3)},
@@ -77,7 +80,7 @@ SAMPLING = [
 ]
 
 
-def make_model(kind: str) -> RecurrentDepthLM:
+def make_model(kind: str, dtype: torch.dtype = torch.float64) -> RecurrentDepthLM:
     """A model of some thousand parameters, all random."""
     fields: dict[str, Any] = {
         "vocab_size": VOCAB,
@@ -91,7 +94,7 @@ def make_model(kind: str) -> RecurrentDepthLM:
         "feed_forward": SwiGLUConfig(d_ff=16),
         "state_init": NormalInitConfig(),
     }
-    return random_model(ModelConfig(**fields | KINDS[kind]), dtype=torch.float64)
+    return random_model(ModelConfig(**fields | KINDS[kind]), dtype=dtype)
 
 
 @dataclass(frozen=True)
@@ -166,18 +169,30 @@ def draw_schedule(number: int) -> Schedule:
     return Schedule(kind, config, arrivals, follow_ups)
 
 
+class Recorder(Engine):
+    """An engine that keeps the logits of every token, by request."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.logits: dict[int, list[torch.Tensor]] = {}
+
+    def _tell(self, live: Any, token: int, loops: int, logits: torch.Tensor) -> None:
+        self.logits.setdefault(live.job.id, []).append(logits.clone())
+        super()._tell(live, token, loops, logits)
+
+
 @dataclass
 class Played:
     """What an engine gave: requests and events by number, and its state at the end."""
 
     requests: dict[int, Request]
     events: dict[int, list[Event]]
-    engine: Engine
+    engine: Recorder
 
 
 def play(model: RecurrentDepthLM, schedule: Schedule, most_steps: int = 20_000) -> Played:
     """Run a schedule until all its requests have ended."""
-    engine = Engine(model, schedule.config)
+    engine = Recorder(model, schedule.config)
     requests: dict[int, Request] = {}
     events: dict[int, list[Event]] = {}
     hang_ups: dict[int, int] = {}
@@ -262,6 +277,59 @@ def check(schedule: Schedule) -> tuple[list[str], Played]:
     return found, played
 
 
+def check_bits(schedule: Schedule, batch_invariant: bool = True) -> tuple[list[str], Played]:
+    """Whether in fp32 no bit of a request's logits depends on what else is in the engine."""
+    config = replace(schedule.config, batch_invariant=batch_invariant)
+    model = make_model(schedule.kind, torch.float32)
+    played, found = play(model, replace(schedule, config=config)), []
+    for number, request in played.requests.items():
+        lonely = play(model, Schedule(schedule.kind, config, [Arrival(0, request)]))
+        here, there = played.engine.logits.get(number, []), lonely.engine.logits[0]
+        if len(here) > len(there) or (
+            len(here) < len(there) and played.events[number][-1].finish_reason != "abort"
+        ):
+            found.append(f"request {number}: {len(here)} tokens, alone {len(there)}")
+        pairs = zip(here, there, played.events[number], lonely.events[0], strict=False)
+        for place, (logits, others, event, other) in enumerate(pairs):
+            if not torch.equal(logits, others) or event.num_loops != other.num_loops:
+                gap = (logits - others).abs().max()
+                loops = f"{event.num_loops} loops, alone {other.num_loops}"
+                found.append(f"request {number}: logits {place} differ by {gap:.1e}, {loops}")
+                break
+    return found, played
+
+
+def check_ties(schedule: Schedule) -> tuple[list[str], Counter[str]]:
+    """Whether in fp32 a greedy token differs from the reference's only between two as likely.
+
+    Where sums of another order decide that a rule stops a token elsewhere, what follows differs
+    too; that is counted, as such differences of tokens are.
+    """
+    arrivals = [
+        replace(each, request=replace(each.request, sampling=SamplingConfig()))
+        for each in schedule.arrivals
+    ]
+    model = make_model(schedule.kind, torch.float32)
+    played = play(model, replace(schedule, arrivals=arrivals))
+    found, counts = [], Counter[str]()
+    for number, request in played.requests.items():
+        tokens = alone(model, schedule.config, request)
+        counts["requests"] += 1
+        for event, new in zip(played.events[number], tokens, strict=False):
+            if event.token is None:
+                break
+            if event.num_loops != new.num_loops:
+                counts["other loops"] += 1
+                break
+            if event.token != new.token:
+                (_, best), (_, second), *_ = new.logprobs.top
+                counts["other tokens"] += 1
+                if not best - second < MARGIN:
+                    found.append(f"request {number}: another token at a margin of {best - second}")
+                break
+    return found, counts
+
+
 def abort_at_random(engine: Engine, num_aborts: int, seed: int = 0) -> None:
     """Let requests come and hang up at random instants, and at last all of them."""
     draw = random.Random(seed)
@@ -293,7 +361,11 @@ def main() -> int:
     print(f"{stats.num_free_pages} of 23 pages are free after {stats.finished['abort']} aborts")
     bad += stats.num_free_pages != 23
     for number in range(options.first, options.first + options.schedules):
-        found, played = check(draw_schedule(number))
+        schedule = draw_schedule(number)
+        found, played = check(schedule)
+        bits, _ = check_bits(schedule)
+        ties, in_fp32 = check_ties(schedule)
+        found += [f"batch-invariant: {each}" for each in bits] + [f"fp32: {each}" for each in ties]
         bad += bool(found)
         for each in found[:5]:
             print(f"schedule {number}: {each}", flush=True)
@@ -307,6 +379,7 @@ def main() -> int:
             for events in played.events.values()
             for event in events
         )
+        counts.update({f"in fp32: {name}": number for name, number in in_fp32.items()})
     print(f"{options.schedules} schedules, {bad} with differences, {dict(counts)}, "
           f"{time.monotonic() - begun:.0f} s")  # fmt: skip
     return 1 if bad else 0

@@ -12,6 +12,7 @@ import openmythos as om
 from openmythos.engine.call_cost import CallCosts
 from openmythos.engine.engine import Engine, EngineConfig, Event
 from openmythos.engine.paged_cache import PagedView
+from openmythos.engine.reference import Session
 from openmythos.engine.request import Request
 from openmythos.engine.runner import Runner
 from openmythos.engine.sampling import SamplingConfig
@@ -25,6 +26,8 @@ from tests.engine.coherence import (
     abort_at_random,
     alone,
     check,
+    check_bits,
+    check_ties,
     differences,
     draw_schedule,
     make_model,
@@ -92,6 +95,30 @@ def test_the_schedules_cover_what_they_should() -> None:
     assert any(arrival.patience is not None for s in drawn for arrival in s.arrivals)
 
 
+@pytest.mark.parametrize("kind", ["gqa", "universal act, moe, mla"])
+@pytest.mark.parametrize("layout", [None, LastLoop()])
+def test_an_engine_that_fits_gives_what_a_session_gives(kind: str, layout: Any) -> None:
+    """In its batch, prompts read at once: also one that is longer than a chunk would be."""
+    model = make_model(kind)
+    requests = [
+        make_request(tokens=(PROMPT * 5)[:length], seed=7, sample_idx=row, **changes)
+        for row, (length, changes) in enumerate(
+            [(3, {}), (41, {"exit_rule": RULE}), (41, {"sampling": SamplingConfig(temperature=1)})]
+        )
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(EngineConfig, "prefill_chunk", 16)
+        engine = Engine.fitting(model, requests, cache_layout=layout)
+    numbers = [engine.add(request) for request in requests]
+    events = run(engine)
+    for number, request in zip(numbers, requests, strict=True):
+        session = Session.fitting(model, [request], cache_layout=layout)
+        assert not list(differences(events[number], list(session.stream([request]))))
+    assert engine.stats.num_free_pages == engine.stats.num_pages
+    with refused(r"prompt 1 is \[99\]"):
+        Engine.fitting(model, [requests[0], make_request(tokens=[99])])
+
+
 MUTANT = Schedule(
     "gqa",
     replace(CONFIG, cache_layout=PerLoop(), hold_rows=2, max_hold_ms=1e6),
@@ -137,6 +164,56 @@ def test_one_forward_fill_left_out_is_noticed(monkeypatch, left_out: int) -> Non
     monkeypatch.setattr(PagedView, "fill_forward", fill_most)
     found, _ = check(MUTANT)
     assert len(calls) > left_out and any("log-probabilities" in each for each in found)
+
+
+@pytest.mark.parametrize("number", [7, 9, 17])
+def test_batch_invariant_logits_are_those_alone_to_the_last_bit(number: int) -> None:
+    found, played = check_bits(draw_schedule(number))
+    assert found == [] and played.engine.stats.num_new_tokens > 0
+
+
+CROWD = Schedule(
+    "gqa",
+    replace(CONFIG, max_rows=19, num_pages=200),
+    [
+        Arrival(
+            row % 5,
+            make_request(
+                tokens=PROMPT[row % 7 :], seed=row, exit_rule=rule, num_loops=3, max_new_tokens=2
+            ),
+        )
+        for row, rule in enumerate([None, RULE, KLExit(threshold=0.05)] * 6)
+    ],
+)
+
+
+def test_more_rows_than_a_batch_invariant_call_takes_are_several_calls() -> None:
+    found, _ = check_bits(CROWD)
+    assert found == []
+
+
+def test_bits_differ_without_batch_invariance() -> None:
+    """So that the tests before mean something."""
+    found, _ = check_bits(replace(CROWD, arrivals=CROWD.arrivals[:4]), batch_invariant=False)
+    assert any("differ by" in each for each in found)
+
+
+@pytest.mark.parametrize("number", [1, 4])
+def test_in_fp32_tokens_differ_from_the_references_only_where_two_are_as_likely(number) -> None:
+    found, counts = check_ties(draw_schedule(number))
+    assert found == [] and counts["requests"] > 0
+
+
+def test_a_batch_invariant_engine_computes_the_same() -> None:
+    """Up to the last bits; it shares whole chunks and decodes again after a preemption."""
+    engine = make_engine(batch_invariant=True, num_pages=14, prefill_chunk=8)
+    requests = [make_request(exit_rule=rule, max_new_tokens=12) for rule in (RULE, None, RULE)]
+    numbers = [engine.add(request) for request in requests]
+    events = run(engine)
+    for number, request in zip(numbers, requests, strict=True):
+        assert same(engine, request, events[number])
+    assert engine.stats.num_preempted > 0
+    assert engine.stats.num_prompt_tokens_found == len(PROMPT) - 1
 
 
 @pytest.mark.parametrize("kind", ["gqa", "mla"])
@@ -483,9 +560,10 @@ def test_requests_are_refused_in_one_line() -> None:
         ({"num_pages": 1}, "num_pages is 1; it must be an integer of at least 2"),
         ({"max_hold_ms": -1}, "max_hold_ms is -1"),
         ({"cache_layout": "last"}, "cache_layout is 'last'"),
+        ({"batch_invariant": 1}, "batch_invariant is 1; it must be True or False"),
         ({"compiled": "no"}, "compiled is 'no'; it must be True or False"),
         ({"max_len": 65}, "max_len is 65; it must be at most 64, the max_seq_len of the model"),
-        ({"num_pages": 10**12}, "a cache of 1000000000000 pages .* lower num_pages"),
+        ({"num_pages": 10**12}, "a cache of 1000000000000 pages .* or num_pages"),
     ],
 )
 def test_configs_are_refused_in_one_line(changes: Any, message: str) -> None:

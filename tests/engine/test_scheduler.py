@@ -123,6 +123,15 @@ def test_layouts_that_lose_loops_find_whole_chunks_only() -> None:
         assert (chunk.start, chunk.stop) == (found, 7)
 
 
+def test_pages_of_a_chunk_that_is_not_whole_are_found_by_none_but_exact_layouts() -> None:
+    """They would stay, and stand among the pages of a whole chunk that was read otherwise."""
+    text = tuple(range(9))
+    for exact, kept in ((True, 3), (False, 2)):
+        scheduler = make_scheduler(exact=exact)
+        start(scheduler, make_job(0, prompt=text[:8]))
+        assert scheduler.pages.num_kept == kept
+
+
 def test_the_same_prompt_waits_for_its_reading_and_copies_the_last_page_when_it_writes() -> None:
     scheduler = make_scheduler(prefill_chunk=2)
     jobs = [make_job(number, prompt=tuple(range(6))) for number in range(3)]

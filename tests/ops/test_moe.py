@@ -7,10 +7,10 @@ from torch.nn import functional
 
 from openmythos.ops.moe import (
     LoopedExperts,
-    _has_native,
     gathered_experts,
     grouped_mm,
     grouped_mm_reference,
+    has_native,
     moe_experts,
 )
 from tests.strategies import seeded, unchecked
@@ -113,7 +113,7 @@ WAYS = {  # width of the model, of an expert, dtype: by torch's products, by our
 def test_the_kernel_takes_the_ways_named_after_it(compiler):
     for name, way in WAYS.items():
         weights = experts_case(*way)
-        taken = {_has_native(each, loop_case(5, *way[::2], 1)[0]) for each in weights}
+        taken = {has_native(each, loop_case(5, *way[::2], 1)[0]) for each in weights}
         assert taken == {name.startswith("kernel")}
 
 

@@ -4,7 +4,7 @@
 
 ``make test-page`` installs playwright-core and axe-core into ``.page``; Chromium and Node.js are
 the system's. ``check.mjs`` has the checks. Models are random, but for pictures:
-``--demo FOLDER --pictures docs`` draws them from the models of ``openmythos demo --out FOLDER``.
+``--pictures docs`` draws them from the models that ship.
 """
 
 import argparse
@@ -18,13 +18,11 @@ from typing import Any
 
 from PIL import Image
 
-from openmythos import load_pretrained
-from openmythos.command.origin import walks_of
+from openmythos.command.decoding import load
 from openmythos.data.synthetic import HopsConfig, Walks
-from openmythos.interop.hub import local_folder
-from openmythos.tokenizer import Tokenizer, byte_tokenizer
+from openmythos.eval.walk import WalkCodec
+from openmythos.tokenizer import byte_tokenizer
 from tests.serve.running import running, small_model
-from tests.serve.test_page import Codec
 
 CHECKS = Path(__file__).parent / "check.mjs"
 KEY = "the right key"
@@ -37,19 +35,13 @@ def random_models() -> dict[str, Any]:
     sizes = {"d_model": 64, "num_loops": 8, "max_seq_len": 4096}
     return {
         "text": (small_model(**sizes), bytes_),
-        "walks": (small_model(vocab_size=walks.vocab_size), Codec(walks)),
+        "walks": (small_model(vocab_size=walks.vocab_size), WalkCodec(walks)),
     }
 
 
-def trained_models(demo: Path) -> dict[str, Any]:
-    """The models of a demo."""
-    hops, text = (local_folder(demo / act) for act in ("hops", "text"))
-    walks = walks_of(hops)
-    assert walks is not None, f"{demo / 'hops'} was not trained on walks"
-    return {
-        "walks": (load_pretrained(hops), Codec(walks)),
-        "text": (load_pretrained(text), Tokenizer.load(text)),
-    }
+def trained_models() -> dict[str, Any]:
+    """The models that ship."""
+    return {name: load(Path(f"zoo:{name}"), "cpu") for name in ("walks", "text")}
 
 
 def shrink(pictures: Path) -> None:
@@ -74,16 +66,13 @@ def main() -> int:
     parser.add_argument("--chromium", default="chromium")
     parser.add_argument("--packages", type=Path, default=Path(".page"))
     parser.add_argument("--only", help="checks whose name has this in it")
-    parser.add_argument("--demo", type=Path, help="folder of the demo's models, for pictures")
-    parser.add_argument("--pictures", type=Path, help="folder for pictures; needs --demo")
+    parser.add_argument("--pictures", type=Path, help="draw into this folder instead of checking")
     options = parser.parse_args()
-    if (options.demo is None) != (options.pictures is None):
-        parser.error("give --demo and --pictures together")
     if reason := missing(options.chromium, options.packages):
         print(f"not run: {reason}", file=sys.stderr)
         return 1
     with ExitStack() as stack:
-        models = trained_models(options.demo) if options.demo else random_models()
+        models = trained_models() if options.pictures else random_models()
         given = {
             "url": stack.enter_context(running(models)).url,
             "guarded": stack.enter_context(running(keys=[KEY])).url,

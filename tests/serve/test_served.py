@@ -2,11 +2,13 @@
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from openmythos.data.synthetic import HopsConfig, Walks
+from openmythos.engine.request import Request
 from openmythos.eval.walk import WalkCodec
 from openmythos.model.exit import Fixed, KLExit
 from openmythos.serve.error import APIError
@@ -97,6 +99,50 @@ def test_logprobs_of_a_prompt_are_the_models(server: Running) -> None:
     for place, (report, token) in enumerate(zip(reports[1:], [9, 7], strict=True)):
         assert report is not None
         assert report.chosen == pytest.approx(float(logits[place, token]), abs=1e-5)
+
+
+PATHS = {
+    "/v1/completions": {"prompt": "the same long beginning of a prompt"},
+    "/v1/chat/completions": {"messages": [{"role": "user", "content": "a long conversation"}]},
+    "/v1/responses": {"input": "what has been said before"},
+}
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_salt_and_priority_reach_the_engine(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with running() as server:
+        given, add = [], server.engine.add
+
+        def adds(request: Request, *, priority: int, timeout: float | None, salt: str) -> int:
+            given.append((priority, salt))
+            return add(request, priority=priority, timeout=timeout, salt=salt)
+
+        monkeypatch.setattr(server.engine, "add", adds)
+
+        def num_found(**fields: Any) -> int:
+            before = server.engine.stats.num_prompt_tokens_found
+            answer = server.post(path, model="small", seed=1, **PATHS[path], **fields)
+            assert answer.status_code == 200
+            warning = answer.headers.get("x-warning", "")
+            assert "priority" not in warning and "cache_salt" not in warning
+            server.wait_until_idle()
+            return server.engine.stats.num_prompt_tokens_found - before
+
+        found = [num_found(), num_found(priority=-3), num_found(cache_salt="mine")]
+        found += [num_found(cache_salt="mine", priority=2), num_found(cache_salt="yours")]
+        assert [number > 0 for number in found] == [False, True, False, True, False]
+        assert given == [(0, ""), (-3, ""), (0, "mine"), (2, "mine"), (0, "yours")]
+
+
+@pytest.mark.parametrize(
+    "fields", [{"priority": 1001}, {"priority": 0.5}, {"cache_salt": ""}, {"cache_salt": 5}]
+)
+def test_salts_and_priorities_that_are_none_are_refused(
+    server: Running, fields: dict[str, Any]
+) -> None:
+    answer = server.post("/v1/completions", model="small", prompt="a", **fields)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == next(iter(fields))
 
 
 def test_a_body_without_a_depth_gets_the_default_depth_and_rule(server: Running) -> None:

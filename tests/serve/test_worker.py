@@ -142,7 +142,9 @@ def test_who_hangs_up_before_the_engine_has_the_request_leaves_nothing() -> None
 
         async def hang_up_early() -> None:
             busy = asyncio.ensure_future(worker.call(held.wait))
-            opening = asyncio.ensure_future(worker.open([request] * 3, timeout=None, salt=""))
+            opening = asyncio.ensure_future(
+                worker.open([request] * 3, priority=0, timeout=None, salt="")
+            )
             await asyncio.sleep(0.02)
             opening.cancel()
             await asyncio.wait([opening])
@@ -160,10 +162,10 @@ def test_requests_are_taken_all_or_none() -> None:
         worker = server.served[0].worker
         good, bad = Request(tokens=[7], max_new_tokens=4), Request(tokens=[7], max_new_tokens=999)
         with pytest.raises(APIError, match="asks for 999") as caught:
-            asyncio.run(worker.open([good, bad], timeout=None, salt=""))
+            asyncio.run(worker.open([good, bad], priority=0, timeout=None, salt=""))
         assert caught.value.status == 400
         with pytest.raises(APIError, match="give up to 4") as caught:
-            asyncio.run(worker.open([good] * 5, timeout=None, salt=""))
+            asyncio.run(worker.open([good] * 5, priority=0, timeout=None, salt=""))
         assert caught.value.status == 400
         server.wait_until_idle()
 

@@ -18,6 +18,7 @@ using Shape = std::vector<int64_t>;
 
 constexpr auto floats = torch::headeronly::ScalarType::Float;
 constexpr auto integers = torch::headeronly::ScalarType::Long;
+constexpr auto bytes = torch::headeronly::ScalarType::Char;
 constexpr int64_t any = -1;  // size of a dimension that may have any
 
 inline std::string in_words(const Shape& shape) {
@@ -36,7 +37,7 @@ inline bool has_shape(const Tensor& x, const Shape& shape) {
 inline void strided(const char* name, const Tensor& x, torch::headeronly::ScalarType type, const Shape& shape) {
   Shape given;
   for (int64_t d = 0; d < x.dim(); ++d) given.push_back(x.size(d));
-  STD_TORCH_CHECK(x.is_cpu() && x.scalar_type() == type, name, " must be ", type == floats ? "float32" : "int64", " on a CPU");
+  STD_TORCH_CHECK(x.is_cpu() && x.scalar_type() == type, name, " must be ", type == floats ? "float32" : type == bytes ? "int8" : "int64", " on a CPU");
   STD_TORCH_CHECK(has_shape(x, shape), name, " has the shape ", in_words(given), "; it must be ", in_words(shape));
   STD_TORCH_CHECK(x.numel() == 0 || x.stride(x.dim() - 1) == 1 || x.size(x.dim() - 1) == 1, name, " must have a last stride of 1");
 }

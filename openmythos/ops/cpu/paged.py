@@ -37,10 +37,15 @@ def _fake(
     return q.new_empty(q.shape[0], q.shape[1], width)
 
 
+def takes(pools: Pools) -> bool:
+    """Whether the kernel can be used for these pools."""
+    plain = all(pool.dtype == torch.float32 and pool.device.type == "cpu" for pool in pools)
+    return plain and load()
+
+
 def beats_gather(pools: Pools, num_heads: int) -> bool:
     """Whether the kernel is to be used for these pools and so many query heads per row."""
-    plain = all(pool.dtype == torch.float32 and pool.device.type == "cpu" for pool in pools)
-    if not plain or not load():
+    if not takes(pools):
         return False
     (_, page, groups, width), v_width = pools[0].shape, pools[-1].shape[-1]
     shape = f"{num_heads} heads on {groups} of {width} and {v_width}"

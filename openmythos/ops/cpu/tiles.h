@@ -6,6 +6,10 @@
 
 #pragma once
 
+#ifdef __x86_64__
+#include <immintrin.h>
+#endif
+
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
@@ -26,6 +30,17 @@ typedef int32_t Integers __attribute__((vector_size(lanes * sizeof(int32_t))));
 typedef float Eight __attribute__((vector_size(8 * sizeof(float)), aligned(sizeof(float))));
 
 inline Vector load(const float* from) { return *reinterpret_cast<const Vector*>(from); }
+inline Vector load(const int8_t* from) {
+#if defined(__AVX512F__)  // in words of the processor: GCC would convert one number after the other
+  return Vector(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)))));
+#elif defined(__AVX2__)
+  return Vector(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)))));
+#else
+  Vector value;
+  for (int lane = 0; lane < lanes; ++lane) value[lane] = from[lane];
+  return value;
+#endif
+}
 inline void store(float* to, Vector value) { *reinterpret_cast<Vector*>(to) = value; }
 
 inline float total(Vector value) {
@@ -74,8 +89,8 @@ inline Vector exponential(Vector x) {
   return x > 88.0f ? Vector{} + __builtin_inff() : sum;
 }
 
-template <int Rows>
-void tile(const float* const* in, int64_t k, const float* panel, int64_t stride, float* const* out,
+template <int Rows, typename Weight>
+void tile(const float* const* in, int64_t k, const Weight* panel, int64_t stride, float* const* out,
           int64_t n, int64_t inner, bool add) {
   const float* x[Rows];
   for (int r = 0; r < Rows; ++r) x[r] = in[r] + k;

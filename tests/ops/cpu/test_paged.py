@@ -117,6 +117,7 @@ def test_it_is_chosen_by_a_race_once(kernel, tmp_path, monkeypatch) -> None:
 
 def test_other_numbers_and_devices_are_gathered(kernel, monkeypatch) -> None:
     pools = case([4], 4, 2, (16, 8), 4)[1]
+    assert paged.takes(pools) and not paged.takes(tuple(pool.double() for pool in pools))
     assert not paged.beats_gather(tuple(pool.double() for pool in pools), 4)
     assert not paged.beats_gather(tuple(pool.to("meta") for pool in pools), 4)
     monkeypatch.setenv(build.OFF, "paged")

@@ -23,6 +23,8 @@ from typing import Any
 
 import httpx
 
+from openmythos.folder import write_json
+
 WORDS = ("the", "loop", "returns", "a", "list", "of", "names", "given", "to", "function", "value")
 NEAR = 1e-3  # two tokens that are nearly as likely: sums in another order may decide between them
 GROWTH = 0.02  # of memory over the second half of the requests
@@ -252,7 +254,7 @@ def main() -> int:
         found[part.__name__] = asyncio.run(part(options.path, count))
         print(part.__name__, json.dumps(found[part.__name__]), flush=True)
     if options.out is not None:
-        options.out.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        write_json(options.out, found)
     for said in faults(found):
         print(f"fault: {said}", file=sys.stderr)
     return 1 if faults(found) else 0

@@ -45,7 +45,7 @@ test: $(STAMP)
 stress: $(STAMP)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.stress.run $(ARGS)
 
-# The engine's schedules, of which `make test` runs twenty: a thousand take a quarter of an hour.
+# The engine's schedules, of which `make test` runs twenty: a thousand take twenty minutes of one core.
 stress-engine: $(STAMP)
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m tests.engine.coherence --schedules 1000 $(ARGS)
 

@@ -1,6 +1,7 @@
 """``openmythos calibrate-exit``: which exit rule or depth is worth it, measured on this machine."""
 
 import json
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -43,7 +44,7 @@ Out = Annotated[
 
 
 def calibrate_exit(
-    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint or run folder.")],
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint or run folder, or zoo:NAME.")],
     within: Within = 0.01,
     data: Data = None,
     max_loops: MaxLoops = None,
@@ -114,7 +115,9 @@ def texts_for(
         ValueError: There are none, or the model cannot read them.
     """
     from openmythos.data.loader import TokenLoader
-    from openmythos.eval.calibration import texts_of, walks_to_read
+    from openmythos.eval.calibration import texts_of, walks_to_read, windows_of
+    from openmythos.eval.task import brings_text, shipped_task
+    from openmythos.eval.task_name import HELD_OUT
     from openmythos.tokenizer import Tokenizer
 
     walks = walks_of(folder if data is None else data)
@@ -130,6 +133,11 @@ def texts_for(
     require_text(folder)
     length = min(MOST_TEXT, room)
     rows = -(-num_tokens // length)
+    if data is None and brings_text(folder):
+        task = shipped_task(HELD_OUT, None, folder)
+        assert task is not None
+        own = (row["text"] for row in task.documents)
+        return list(islice(windows_of(own, Tokenizer.load(folder), length), rows)), "bits_per_byte"
     loader = TokenLoader(
         data_of(folder if data is None else data),
         "val",

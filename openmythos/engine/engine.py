@@ -20,7 +20,7 @@ from torch import Tensor
 from openmythos.config.schema import as_flag, as_integer, as_number, require
 from openmythos.engine.paged_cache import PagedCache
 from openmythos.engine.request import Request, room_for
-from openmythos.engine.runner import Entry, Runner
+from openmythos.engine.runner import Entry, Part, Runner
 from openmythos.engine.sampling import (
     Logprobs,
     adjusted,
@@ -28,7 +28,7 @@ from openmythos.engine.sampling import (
     sample,
     token_logprobs,
 )
-from openmythos.engine.scheduler import Job, Scheduler
+from openmythos.engine.scheduler import Chunk, Job, Scheduler
 from openmythos.model.cache import CacheLayout, PerLoop
 from openmythos.model.exit import Fixed, Rule
 from openmythos.model.inference import inference
@@ -389,11 +389,10 @@ class Engine:
         for job in scheduler.admit(now):
             if not job.new:
                 self._counts.prompt_found += job.num_cached
-        for chunk in scheduler.chunks():
-            job, seed = chunk.job, self._live[chunk.job.id].request.seed
-            tokens = job.text[chunk.start : chunk.stop]
-            runner.read(tokens, chunk.start, job.pages, job.depth, seed)
-            self._counts.prompt_read += len(tokens)
+        chunks = scheduler.chunks()
+        runner.read([self._part(chunk) for chunk in chunks])
+        for chunk in chunks:
+            self._counts.prompt_read += chunk.stop - chunk.start
             scheduler.has_read(chunk, now)
         if scheduler.boundary_is_due(now):
             if leaving := scheduler.at("exited"):
@@ -409,6 +408,11 @@ class Engine:
             self._counts.core_rows += len(looping)
             ended = runner.advance(list(looping))
             scheduler.has_looped(looping.values(), [looping[seat] for seat in ended], now)
+
+    def _part(self, chunk: Chunk) -> Part:
+        job, start, stop = chunk
+        seed = self._live[job.id].request.seed
+        return Part(job.text[start:stop], start, tuple(job.pages), job.depth, seed)
 
     def _entry(self, job: Job) -> Entry:
         live = self._live[job.id]

@@ -64,6 +64,25 @@ class Entry:
     loops: int | None = None
 
 
+@dataclass(frozen=True)
+class Part:
+    """Tokens of a text that are read at once, of which the first is at position ``start``.
+
+    Attributes:
+        tokens: The tokens.
+        start: The first one's place in the text.
+        pages: Those of the text, at least up to the last token.
+        depth: The loops; the keys and values are for tokens that loop no deeper.
+        seed: Of the initial states.
+    """
+
+    tokens: Sequence[int]
+    start: int
+    pages: Sequence[int]
+    depth: int
+    seed: int
+
+
 class Runner:
     """The state of ``num_seats`` rows with room for ``max_len`` tokens each.
 
@@ -141,23 +160,35 @@ class Runner:
 
     # --- prompts ----------------------------------------------------------------------------------
 
-    def read(
-        self, tokens: Sequence[int], start: int, pages: Sequence[int], depth: int, seed: int
-    ) -> None:
-        """Read a chunk of one text, whose first token is at position ``start``, with all loops.
+    def read(self, parts: Sequence[Part]) -> None:
+        """Read parts of several texts with all their loops, those of similar length in one call."""
+        alike: dict[int, list[Part]] = {}
+        for place, part in enumerate(parts):
+            key = -1 - place if self.separate else len(part.tokens).bit_length()
+            alike.setdefault(key, []).append(part)
+        for group in alike.values():
+            self._read(group)
 
-        Its keys and values are for tokens that loop no deeper.
-        """
-        model, end = self.model, start + len(tokens)
+    def _read(self, parts: Sequence[Part]) -> None:
+        model, lengths = self.model, [len(part.tokens) for part in parts]
+        ends = [part.start + length for part, length in zip(parts, lengths, strict=True)]
+        most, width = max(lengths), -(-max(ends) // self.cache.page_size)
+        seeds = [[_signed(part.seed)] for part in parts]
+        valid = None
+        if min(lengths) < most:
+            valid = torch.arange(most, device=self.device) < self._integers(lengths)[:, None]
         ctx = self.cache.context(
-            self._integers([tokens]),
-            self._integers([range(start, end)]),
-            self._integers([pages[: -(-end // self.cache.page_size)]]),
-            self._integers([[_signed(seed)]]),
+            self._integers([_filled(part.tokens, most) for part in parts]),
+            self._integers(
+                [_filled(range(p.start, end), most) for p, end in zip(parts, ends, strict=True)]
+            ),
+            self._integers([_filled(part.pages[:width], width) for part in parts]),
+            self._integers(seeds),
+            valid,
         )
-        begun = start_loops(model, model.encode(ctx.tokens, ctx), ctx, [depth])
-        *_, state = unroll(model, begun, ctx)
-        self.core_applications += depth * len(tokens)
+        e, depths = model.encode(ctx.tokens, ctx), [part.depth for part in parts]
+        *_, state = unroll(model, start_loops(model, e, ctx, depths, wait=True), ctx)
+        self.core_applications += sum(p.depth * n for p, n in zip(parts, lengths, strict=True))
         if model.config.num_coda_layers:
             model.decode(readout(model, state), ctx)  # for the coda's keys and values
 
@@ -348,6 +379,11 @@ def _least_seconds(call: Callable[[], object], repeats: int) -> float:
             torch.cuda.synchronize()
         found.append(time.perf_counter() - start)
     return min(found)
+
+
+def _filled(numbers: Sequence[int], length: int) -> list[int]:
+    """The numbers, and zeros up to a length; page 0 is nobody's."""
+    return [*numbers, *[0] * (length - len(numbers))]
 
 
 def _signed(seed: int) -> int:

@@ -34,6 +34,7 @@ from openmythos.model.exit import (
 from openmythos.model.inference import inference
 from openmythos.model.loop import readout, start_loops, unroll
 from openmythos.model.recurrent import RecurrentDepthLM
+from openmythos.tokenizer import Tokenizer
 
 Metric = Literal["accuracy", "bits_per_byte"]
 WORTH = 1.05  # times as fast as the shallowest sufficient depth a rule must be
@@ -86,6 +87,17 @@ def texts_of(loader: TokenLoader, num_rows: int) -> list[Text]:
             if (num_bytes := int(sizes[text[1:]].sum())) > 0:
                 found.append(Text(tuple(text), num_bytes))
     return found
+
+
+def windows_of(texts: Iterable[str], tokenizer: Tokenizer, length: int) -> Iterator[Text]:
+    """Texts in windows of at most ``length`` tokens; the first of a text has its begin mark."""
+    sizes = tokenizer.token_num_bytes
+    for text in texts:
+        ids = [*tokenizer.begin_ids, *tokenizer.encode(text)]
+        for start in range(0, len(ids) - 1, length):
+            window = ids[start : start + length]
+            if (num_bytes := int(sizes[window[1:]].sum())) > 0:
+                yield Text(tuple(window), num_bytes)
 
 
 def walks_to_read(walks: Walks, most_hops: int, num_walks: int, seed: int = 1) -> list[Text]:

@@ -6,7 +6,7 @@ from torch.nn import functional
 
 from openmythos.engine.batch import CachedBatch
 from openmythos.engine.paged_cache import PagedCache
-from openmythos.engine.runner import SEPARATE_ROWS, Entry, Runner
+from openmythos.engine.runner import SEPARATE_ROWS, Entry, Part, Runner
 from openmythos.model.cache import KVCache
 from openmythos.model.exit import Fixed, KLExit, LatentDifferenceExit, Rule
 from openmythos.model.recurrent import RecurrentDepthLM
@@ -36,7 +36,7 @@ def read(runner: Runner, row: int, chunk: int = 4) -> None:
     text = TEXTS[row][:-1]
     for start in range(0, len(text), chunk):
         part = text[start : start + chunk]
-        runner.read(part, start, PAGES[row], DEPTHS[row], SEEDS[row])
+        runner.read([Part(part, start, PAGES[row], DEPTHS[row], SEEDS[row])])
 
 
 def reference(model: RecurrentDepthLM, row: int) -> tuple[torch.Tensor, int, int]:
@@ -142,3 +142,27 @@ def test_a_machine_whose_products_depend_on_the_place_is_refused(monkeypatch) ->
     monkeypatch.setattr(functional, "linear", depends)
     with pytest.raises(ValueError, match=r"not possible here: products with .* shape \[19, 12\]"):
         make_runner(make_model("gqa"), batch_invariant=True)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["gqa", "universal act, moe, mla", "depth attention"])
+def test_parts_of_similar_length_are_read_in_one_call(kind: str, monkeypatch) -> None:
+    """Padding is stored nowhere, and every text has its own depth."""
+    model, calls = make_model(kind), []
+    encode = model.encode
+    monkeypatch.setattr(model, "encode", lambda *args: calls.append(args[0].shape) or encode(*args))
+    parts = [Part(TEXTS[row][:-1], 0, PAGES[row], DEPTHS[row], SEEDS[row]) for row in range(4)]
+    alone, together = make_runner(model), make_runner(model)
+    for part in parts:
+        alone.read([part])
+    calls.clear()
+    together.read(parts)
+    assert calls == [(2, 6), (1, 1), (1, 3)]
+    assert together.core_applications == alone.core_applications
+    for one, other in zip(alone.cache.pools, together.cache.pools, strict=True):
+        shape = alone.cache.num_slots, alone.cache.num_pages
+        one, other = (pool.unflatten(0, shape)[:, 1:] for pool in (one, other))
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-10)
+    calls.clear()
+    make_runner(model, batch_invariant=True).read(parts)
+    assert len(calls) == 4

@@ -26,6 +26,7 @@ from openmythos.eval.calibration import (
     shallowest,
     texts_of,
     walks_to_read,
+    windows_of,
 )
 from openmythos.model.exit import (
     CumulativeThreshold,
@@ -35,6 +36,7 @@ from openmythos.model.exit import (
     Rule,
 )
 from openmythos.model.recurrent import RecurrentDepthLM
+from openmythos.tokenizer import byte_tokenizer
 from tests.engine.coherence import make_model
 from tests.eval.planted import (
     ENOUGH,
@@ -221,3 +223,13 @@ def test_settings_in_words() -> None:
     assert str(Setting(3, KLExit(threshold=0.25, check_every=2))) == (
         "kl, check_every 2, threshold 0.25"
     )
+
+
+def test_windows_are_the_whole_text_and_nothing_twice() -> None:
+    tokenizer = byte_tokenizer().marking_begin()
+    given = ["a text of some bytes", "", "another"]
+    windows = list(windows_of(given, tokenizer, 8))
+    assert [len(window.tokens) for window in windows] == [8, 8, 5, 8]
+    ids = [token for window in windows for token in window.tokens]
+    assert tokenizer.decode(ids) == "".join(given)
+    assert [window.num_bytes for window in windows] == [7, 7, 4, 7]

@@ -15,6 +15,7 @@ from openmythos import __version__, cli
 
 COMMANDS = (
     *("demo", "train", "generate", "chat", "prepare", "eval", "presets", "inspect", "export"),
+    "calibrate-exit",
     "config",
     "convert",
     "report",
@@ -85,6 +86,7 @@ TRIED = {
     "convert": ("FOLDER", "--out", "OUT"),
     "retrofit": ("FOLDER", "--out", "OUT"),
     "serve": ("FOLDER",),
+    "calibrate-exit": ("FOLDER",),
 }
 FIRST_WORDS = """
 import json, sys

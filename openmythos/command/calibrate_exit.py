@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from openmythos.eval.calibration import Frontier, Metric, Point, Text
     from openmythos.model.recurrent import RecurrentDepthLM
 
-MOST_TEXT = 128  # tokens of a text that are read
+LEAST_TEXT, MOST_TEXT = 16, 128  # tokens of a text that are read
 
 Within = Annotated[
     float,
@@ -49,7 +49,7 @@ def calibrate_exit(
     data: Data = None,
     max_loops: MaxLoops = None,
     max_hops: MaxHops = None,
-    num_tokens: NumTokens = 4096,
+    num_tokens: NumTokens = 8192,
     max_rows: MaxRows = 8,
     compiled: Compiled = False,
     out: Out = None,
@@ -79,7 +79,7 @@ def calibrate_exit(
     target = folder if out is None else out
     require_writable(target / EXIT_FILE)
     model = load_pretrained(folder, device=device)
-    texts, metric = texts_for(model, folder, data, max_hops, num_tokens)
+    texts, metric = texts_for(model, folder, data, max_hops, num_tokens, max_rows)
     most = 2 * model.config.num_loops if max_loops is None else max_loops
     longest = max(len(text.tokens) for text in texts)
     config = EngineConfig(max_rows=max_rows, max_loops=most, max_len=longest, compiled=compiled)
@@ -108,6 +108,7 @@ def texts_for(
     data: Path | None,
     max_hops: int | None,
     num_tokens: int,
+    max_rows: int,
 ) -> "tuple[list[Text], Metric]":
     """Held-out texts or walks of about so many tokens, and what their quality is.
 
@@ -115,7 +116,7 @@ def texts_for(
         ValueError: There are none, or the model cannot read them.
     """
     from openmythos.data.loader import TokenLoader
-    from openmythos.eval.calibration import texts_of, walks_to_read, windows_of
+    from openmythos.eval.calibration import PARTS, texts_of, walks_to_read, windows_of
     from openmythos.eval.task import brings_text, shipped_task
     from openmythos.eval.task_name import HELD_OUT
     from openmythos.tokenizer import Tokenizer
@@ -131,7 +132,8 @@ def texts_for(
     if max_hops is not None:
         raise ValueError("--max-hops is for models of walks; leave it out")
     require_text(folder)
-    length = min(MOST_TEXT, room)
+    # So many texts that each part of them fills the rows twice.
+    length = min(MOST_TEXT, room, max(LEAST_TEXT, num_tokens // (2 * PARTS * max_rows)))
     rows = -(-num_tokens // length)
     if data is None and brings_text(folder):
         task = shipped_task(HELD_OUT, None, folder)
@@ -178,7 +180,7 @@ def measured(
     for point in measure(engine, settings, texts):
         turn, place = divmod(len(parts), len(settings))
         parts.append(point)
-        said = f"{point.setting}: {point.tokens_per_s:,.0f} tokens/s"
+        said = f"{point.setting}: {point.speeds[0]:,.0f} tokens/s"
         note(f"turn {turn + 1} of {PARTS}, {place + 1}/{len(settings)}: {said}")
     return choose(added_up(parts), metric, within)
 
@@ -194,20 +196,19 @@ def show(found: "Frontier") -> None:
         table.add_column(column, justify="left" if column == "setting" else "right")
     shown = {id(point) for point in found.undominated}
     shown |= {id(found.best), id(found.fixed), id(found.chosen)}
-    fastest_first = sorted(found.points, key=lambda point: -point.tokens_per_s)
+    fastest_first = sorted(found.points, key=found.gain, reverse=True)
     for point in fastest_first:
         if id(point) in shown:
             mark = " <- chosen" if point is found.chosen else ""
             table.add_row(f"{point.setting}{mark}", *cells(point, found))
     print_table(screen, table)
     chosen, fixed = found.chosen, found.fixed
-    gain = chosen.tokens_per_s / fixed.tokens_per_s
     if chosen is fixed:
         screen.print(f"{fixed.setting.num_loops} loops for every token: no rule is worth its cost")
     else:
         screen.print(
-            f"{chosen.setting}: {gain:.2f} times the tokens/s of {fixed.setting.num_loops} loops "
-            "for every token"
+            f"{chosen.setting}: {found.gain(chosen):.2f} times the tokens/s of "
+            f"{fixed.setting.num_loops} loops for every token"
         )
 
 
@@ -219,5 +220,5 @@ def cells(point: "Point", found: "Frontier") -> list[str]:
         with_error(point.score, 4),
         with_error(found.loss(point), 4),
         f"{point.mean_loops:.2f}",
-        f"{point.tokens_per_s:,.0f}",
+        f"{found.tokens_per_s(point):,.0f}",
     ]

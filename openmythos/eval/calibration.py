@@ -2,13 +2,15 @@
 
 Every token is read alone and leaves the loop by itself, and what later tokens read of it is what it
 left in the cache. So an early exit also costs what it spoils further on. Settings take turns on
-parts of the texts, so that whatever else the machine does slows all of them down alike.
+parts of the texts, and speeds are compared part by part: whatever else the machine does slows all
+settings of a part down alike.
 """
 
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import Literal, NamedTuple
 
 import torch
@@ -40,7 +42,7 @@ Metric = Literal["accuracy", "bits_per_byte"]
 WORTH = 1.05  # times as fast as the shallowest sufficient depth a rule must be
 SHARES = (0.25, 0.5, 0.75)  # of the loops that may be saved: where thresholds are tried
 MOST_LOGITS = 2**19  # numbers that thresholds are looked for in, per loop
-PARTS = 4  # of the texts, in which settings take turns
+PARTS = 5  # of the texts, in which settings take turns
 LEAST, MOST = -7.0, 2.0  # powers of ten between which thresholds are looked for
 
 
@@ -253,24 +255,19 @@ class Point:
         outcomes: Per text: bits and bytes, or whether the answer was right and 1.
         num_tokens: Tokens that were read.
         num_loops: The loops that they took.
-        seconds: That it took.
+        speeds: Tokens per second, of each part of the texts.
     """
 
     setting: Setting
     outcomes: Outcomes
     num_tokens: int
     num_loops: int
-    seconds: float
+    speeds: tuple[float, ...]
 
     @property
     def score(self) -> Score:
         """The quality."""
         return summarise(self.outcomes)
-
-    @property
-    def tokens_per_s(self) -> float:
-        """Tokens per second."""
-        return self.num_tokens / self.seconds
 
     @property
     def mean_loops(self) -> float:
@@ -284,7 +281,7 @@ class Point:
             self.outcomes + other.outcomes,
             self.num_tokens + other.num_tokens,
             self.num_loops + other.num_loops,
-            self.seconds + other.seconds,
+            self.speeds + other.speeds,
         )
 
 
@@ -336,7 +333,7 @@ def read(
     seconds = clock() - start
     weights = [1.0 if text.answer is not None else float(text.num_bytes) for text in texts]
     outcomes = list(zip(sums, weights, strict=True))
-    return Point(setting, outcomes, num_tokens, num_loops, seconds)
+    return Point(setting, outcomes, num_tokens, num_loops, (num_tokens / seconds,))
 
 
 # --- choosing -------------------------------------------------------------------------------------
@@ -362,6 +359,14 @@ class Frontier:
     fixed: Point
     chosen: Point
 
+    def tokens_per_s(self, point: Point) -> float:
+        """Tokens per second, as its gain says."""
+        return self.gain(point) * median(self.fixed.speeds)
+
+    def gain(self, point: Point) -> float:
+        """How many times as fast as ``fixed`` a point is."""
+        return faster(point, self.fixed)
+
     def loss(self, point: Point) -> Score:
         """How much quality a point loses against the best, text by text."""
         return lost(point, self.best, self.metric)
@@ -370,10 +375,18 @@ class Frontier:
     def undominated(self) -> list[Point]:
         """The points than which none is faster and better, the fastest first."""
         found: list[Point] = []
-        for point in sorted(self.points, key=lambda point: -point.tokens_per_s):
+        for point in sorted(self.points, key=self.gain, reverse=True):
             if all(self.loss(point).value < self.loss(other).value for other in found):
                 found.append(point)
         return found
+
+
+def faster(point: Point, other: Point) -> float:
+    """How many times as fast a point is: the median over the parts of the texts.
+
+    If a machine gets slower or faster while it measures, that changes the ratio of one part only.
+    """
+    return median(mine / its for mine, its in zip(point.speeds, other.speeds, strict=True))
 
 
 def lost(point: Point, best: Point, metric: Metric) -> Score:
@@ -387,7 +400,7 @@ def choose(points: Sequence[Point], metric: Metric, within: float) -> Frontier:
     """Choose the fastest point that loses at most ``within``; a rule only if it pays.
 
     What a point loses counts with one standard error of the paired difference, so that a lucky
-    sample does not decide.
+    sample does not decide. A rule is believed to gain no more than by the loops that it saves.
     """
     require(within >= 0, "--within", within, "a number of at least 0")
     sign = 1 if metric == "bits_per_byte" else -1
@@ -400,8 +413,12 @@ def choose(points: Sequence[Point], metric: Metric, within: float) -> Frontier:
 
     fixed = min(filter(suffices, depths), key=lambda point: point.setting.num_loops)
     rules = [point for point in points if point.setting.exit_rule is not None and suffices(point)]
-    fast = [point for point in rules if point.tokens_per_s >= WORTH * fixed.tokens_per_s]
-    chosen = max(fast, key=lambda point: point.tokens_per_s, default=fixed)
+
+    def gain(point: Point) -> float:
+        return min(faster(point, fixed), fixed.mean_loops / point.mean_loops)
+
+    fast = [point for point in rules if gain(point) >= WORTH]
+    chosen = max(fast, key=gain, default=fixed)
     return Frontier(metric, within, list(points), best, fixed, chosen)
 
 
@@ -422,7 +439,7 @@ def shallowest(
             for loop, state in enumerate(unroll(model, begun, ctx), start=1):
                 if loop in found:
                     found[loop].append(_outcome(text, model.decode(readout(model, state), ctx)[0]))
-    points = [Point(Setting(depth), found[depth], 1, depth, 1.0) for depth in depths]
+    points = [Point(Setting(depth), found[depth], 1, depth, (1.0,)) for depth in depths]
     return choose(points, metric, within).fixed.setting.num_loops
 
 

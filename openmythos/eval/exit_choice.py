@@ -90,7 +90,7 @@ def _point(point: Point, found: Frontier) -> dict[str, Any]:
         "exit_rule": _rule(point),
         "quality": asdict(point.score),
         "loss": asdict(found.loss(point)),
-        "tokens_per_s": point.tokens_per_s,
+        "tokens_per_s": found.tokens_per_s(point),
         "mean_loops": point.mean_loops,
     }
 

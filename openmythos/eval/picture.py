@@ -155,9 +155,10 @@ def frontier_picture(found: Frontier) -> Any:
         axes = figure.add_axes((0.09, 0.13, 0.61, 0.74))
         axes.grid(True, axis="both")
         style: dict[str, Any] = {"color": plots.BLUE, "zorder": 2}
-        axes.plot(*_places(depths), marker="o", markersize=4, label="fixed depth", **style)
-        for point in _apart(depths):
-            place, loops = (point.tokens_per_s, point.score.value), point.setting.num_loops
+        axes.plot(*_places(found, depths), marker="o", markersize=4, label="fixed depth", **style)
+        for point in _apart(found, depths):
+            place = (found.tokens_per_s(point), point.score.value)
+            loops = point.setting.num_loops
             axes.annotate(f"{loops}", place, (3, 4), color=plots.BLUE, fontsize=8, **OFFSET)
         for kind, marker in MARKERS.items():
             rules = [
@@ -171,14 +172,16 @@ def frontier_picture(found: Frontier) -> Any:
                     "zorder": 3,
                 }
                 look |= {"color": plots.ORANGE, "markerfacecolor": plots.PAPER}
-                axes.plot(*_places(rules), label=f"rule: {kind.replace('_', ' ')}", **look)
+                axes.plot(*_places(found, rules), label=f"rule: {kind.replace('_', ' ')}", **look)
         ring: dict[str, Any] = {
             "marker": "o",
             "markersize": 12,
             "markerfacecolor": "none",
             "linestyle": "",
         }
-        axes.plot(*_places([found.chosen]), color=plots.INK, label="chosen", zorder=4, **ring)
+        axes.plot(
+            *_places(found, [found.chosen]), color=plots.INK, label="chosen", zorder=4, **ring
+        )
         sign = 1 if found.metric == "bits_per_byte" else -1
         limit = found.best.score.value + sign * found.within
         line: dict[str, Any] = {"color": plots.MUTED, "linestyle": (0, (1, 2.5)), "linewidth": 1.2}
@@ -191,25 +194,29 @@ def frontier_picture(found: Frontier) -> Any:
     return figure
 
 
-def _places(points: Sequence[Point]) -> tuple[list[float], list[float]]:
-    return [point.tokens_per_s for point in points], [point.score.value for point in points]
+def _places(found: Frontier, points: Sequence[Point]) -> tuple[list[float], list[float]]:
+    return [found.tokens_per_s(point) for point in points], [point.score.value for point in points]
 
 
-def _apart(depths: Sequence[Point]) -> list[Point]:
+def _apart(found: Frontier, depths: Sequence[Point]) -> list[Point]:
     """Those whose labels do not cover that of a shallower one."""
-    gap = 0.04 * max(point.tokens_per_s for point in depths)
-    found: list[Point] = []
+    gap = 0.04 * max(found.tokens_per_s(point) for point in depths)
+    labelled: list[Point] = []
     for point in depths:
-        if not found or point.tokens_per_s < found[-1].tokens_per_s - gap:
-            found.append(point)
-    return found
+        if not labelled or found.tokens_per_s(point) < found.tokens_per_s(labelled[-1]) - gap:
+            labelled.append(point)
+    return labelled
 
 
 def _frontier_limits(axes: Any, found: Frontier, sign: int) -> None:
-    """Show what is near the best quality; what is far worse lies outside, at the edge."""
+    """Show what is near the best quality; what is far worse lies outside."""
     losses = sorted(max(0.0, found.loss(point).value) for point in found.points)
     far = max(4 * found.within, losses[len(losses) // 2] * 1.2, 1e-4)
     gain = max(0.0, *(-found.loss(point).value for point in found.points))
     best, room = found.best.score.value, 0.08 * far
     ends = sorted((best - sign * (gain + room), best + sign * (far + room)))
     axes.set_ylim(*ends)
+    near = [p for p in found.points if ends[0] <= p.score.value <= ends[1]]
+    speeds = [found.tokens_per_s(point) for point in near]
+    beside = 0.06 * (max(speeds) - min(speeds)) or 1.0
+    axes.set_xlim(min(speeds) - beside, max(speeds) + 2 * beside)

@@ -28,6 +28,12 @@ def join_states(states: Sequence[ExitState]) -> ExitState:
     return ExitState(torch.cat([state.loops for state in states]), tuple(columns))
 
 
+def split_states(state: ExitState) -> list[ExitState]:
+    """The state of each row, without a copy."""
+    columns = [tensor.split(1) for tensor in (state.loops, *state.memory)]
+    return [ExitState(loops, tuple(memory)) for loops, *memory in zip(*columns, strict=True)]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Rule:
     """Base of all rules: ``_memory`` is what a rule remembers, ``_decide`` says when to stop.

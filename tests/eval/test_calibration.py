@@ -19,6 +19,7 @@ from openmythos.eval.calibration import (
     added_up,
     choose,
     depths_up_to,
+    faster,
     measure,
     observe,
     read,
@@ -71,7 +72,7 @@ def test_a_model_in_which_half_of_the_tokens_need_one_loop_gets_a_rule() -> None
     assert found.best.setting.num_loops >= ENOUGH and found.fixed.setting == Setting(ENOUGH)
     chosen = found.chosen
     assert chosen.setting.exit_rule is not None and chosen.setting.num_loops == ENOUGH
-    assert chosen.mean_loops < 5 and chosen.tokens_per_s > 1.3 * found.fixed.tokens_per_s
+    assert chosen.mean_loops < 5 and found.gain(chosen) > 1.3
     assert found.loss(chosen).value <= 0.01 and chosen in found.undominated
 
 
@@ -88,7 +89,7 @@ def test_a_rule_that_reads_logits_pays_only_where_the_head_is_cheap() -> None:
             ruled, fixed = (
                 read(engine, Setting(ENOUGH, each), texts(1), clock) for each in (rule, None)
             )
-        gain[head] = ruled.tokens_per_s / fixed.tokens_per_s
+        gain[head] = faster(ruled, fixed)
     assert gain[20.0] < 1 < gain[0.1]
 
 
@@ -176,9 +177,10 @@ def test_a_model_of_one_loop_has_no_rules_and_halting_heads_have_one_more() -> N
     assert more - kinds == {"cumulative_threshold"}
 
 
-def point(setting: Setting, right: list[int], tokens_per_s: float) -> Point:
+def point(setting: Setting, right: list[int], *speeds: float, loops: float = 0) -> Point:
     outcomes = [(float(each), 1.0) for each in right]
-    return Point(setting, outcomes, 100, 100 * setting.num_loops, 100 / tokens_per_s)
+    num_loops = int(100 * (loops or setting.num_loops))
+    return Point(setting, outcomes, 100, num_loops, tuple(map(float, speeds)))
 
 
 def test_the_choice_is_the_fastest_that_loses_little() -> None:
@@ -187,10 +189,10 @@ def test_the_choice_is_the_fastest_that_loses_little() -> None:
         point(Setting(n), right, speed)
         for n, right, speed in ((1, [0] * 100, 400), (2, [1] * 100, 200), (4, [1] * 100, 100))
     )
-    barely = point(rule, [1] * 100, 205)
-    clearly = point(rule, [1] * 100, 240)
-    worse = point(rule, [0] * 5 + [1] * 95, 390)
-    lucky = point(rule, [0] + [1] * 99, 390)  # 0.01 lost, and as much again as its error
+    barely = point(rule, [1] * 100, 205, loops=1.5)
+    clearly = point(rule, [1] * 100, 240, loops=1.5)
+    worse = point(rule, [0] * 5 + [1] * 95, 390, loops=1.1)
+    lucky = point(rule, [0] + [1] * 99, 390, loops=1.1)  # 0.01 lost, and as much again as its error
     assert choose([one, two, four, barely, worse, lucky], "accuracy", 0.01).chosen is two
     found = choose([one, two, four, clearly, worse], "accuracy", 0.01)
     assert found.chosen is clearly and found.best is two and found.fixed is two
@@ -200,6 +202,18 @@ def test_the_choice_is_the_fastest_that_loses_little() -> None:
     assert choose([one, two, four], "bits_per_byte", 0.0).chosen is one  # fewer bits are better
     with pytest.raises(ValueError, match="--within is -1"):
         choose([one], "accuracy", -1.0)
+
+
+def test_a_machine_that_changes_its_speed_meanwhile_decides_nothing() -> None:
+    fixed = point(Setting(4), [1] * 10, 100, 100, 100, 900, 900)
+    same = point(Setting(4, KLExit()), [1] * 10, 95, 95, 855, 855, 855, loops=3)
+    found = choose([fixed, same], "accuracy", 0.0)
+    assert found.gain(same) == 0.95 and found.chosen is fixed
+    saves_none = point(Setting(4, KLExit()), [1] * 10, *[2000] * 5)
+    assert choose([fixed, saves_none], "accuracy", 0.0).chosen is fixed
+    saves = point(Setting(4, KLExit()), [1] * 10, 120, 120, 120, 120, 1080, loops=3)
+    found = choose([fixed, saves], "accuracy", 0.0)
+    assert found.chosen is saves and found.tokens_per_s(saves) == pytest.approx(120)
 
 
 def test_all_texts_are_read_once_by_each_setting() -> None:

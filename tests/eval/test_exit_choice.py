@@ -14,8 +14,8 @@ from openmythos.model.exit import KLExit, Rule
 
 def write(folder: Path, rule: Rule | None) -> None:
     points = [
-        Point(Setting(4), [(1.0, 1.0), (0.5, 1.0)], 10, 40, 1.0),
-        Point(Setting(4, rule), [(1.0, 1.0), (0.5, 1.0)], 10, 20, 0.5),
+        Point(Setting(4), [(1.0, 1.0), (0.5, 1.0)], 10, 40, (10.0, 10.0, 10.0)),
+        Point(Setting(4, rule), [(1.0, 1.0), (0.5, 1.0)], 10, 20, (20.0, 20.0, 2.0)),
     ]
     found = choose(points, "accuracy", 0.1)
     write_choice(found, folder / EXIT_FILE, "a processor", {"max_rows": 2})

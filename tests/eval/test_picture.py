@@ -78,7 +78,7 @@ def test_the_frontier_shows_depths_rules_and_the_choice(tmp_path: Path) -> None:
     rules = [LatentDifferenceExit(), KLExit(), ArgmaxStableExit()]
     settings = [Setting(n) for n in (1, 2, 4)] + [Setting(4, rule) for rule in rules]
     points = [
-        Point(setting, [(2.0 - 0.1 * place, 1.0), (2.1, 1.0)], 100, 200, 0.1 * (place + 1))
+        Point(setting, [(2.0 - 0.1 * place, 1.0), (2.1, 1.0)], 100, 200, (900.0 / (place + 1),))
         for place, setting in enumerate(settings)
     ]
     found = choose(points, "bits_per_byte", 0.3)

@@ -21,6 +21,7 @@ from openmythos.model.exit import (
     Rule,
     join_states,
     make_exit_rule,
+    split_states,
 )
 
 
@@ -184,6 +185,9 @@ def test_rows_are_independent_when_selected_and_joined(rule: Rule) -> None:
     assert joined.loops.tolist() == [2, 0, 0]
     stop, joined = advance(joined, [3, 1, 1], [0, 1, 2])
     assert stop == [alone[0, 3], alone[1, 1], alone[2, 1]]
+    parts = split_states(joined)
+    assert [part.loops.tolist() for part in parts] == [[3], [1], [1]]
+    assert advance(parts[1], [2], [1])[0] == [alone[1, 2]]
     stop, joined = advance(select_rows(joined, torch.tensor([2, 0])), [2, 4], [2, 0])
     assert stop == [alone[2, 2], alone[0, 4]]
 

@@ -14,6 +14,7 @@ from torch.nn import functional
 from benchmarks import llama
 from benchmarks.matmul import matmul_bound
 from benchmarks.original import ALL_LOOPS, make_pair
+from openmythos.engine.engine import Engine, EngineConfig
 from openmythos.engine.reference import Session
 from openmythos.engine.request import Request
 from openmythos.model.cache import KVCache
@@ -167,14 +168,33 @@ def decode_session(
     return time.perf_counter() - start
 
 
+def decode_engine(engine: Engine, tokens: Tensor, num_loops: int) -> float:
+    """Seconds that the engine takes after the first new token of each row."""
+    for row in tokens.tolist():
+        engine.add(Request(tokens=row, max_new_tokens=STEPS + 1, num_loops=num_loops))
+    left, start = len(tokens), 0.0
+    while not engine.is_idle:
+        left -= len(engine.step())
+        if left <= 0 and not start:
+            start = time.perf_counter()
+    assert left == -len(tokens) * STEPS
+    return time.perf_counter() - start
+
+
 def decode_ours(model: RecurrentDepthLM, tokens: Tensor, num_loops: int) -> dict[str, Any]:
-    """Greedy decoding with the engine's session, after the first new token: compiled and eager."""
-    decode_session(model, tokens, num_loops, compiled=True)  # warm-up: compiles
-    spent = decode_session(model, tokens, num_loops, compiled=True)
+    """Greedy decoding after the first new token: by the compiled engine, and by sessions."""
+    rows, length = len(tokens), PROMPT + STEPS
+    sizes = {"max_rows": rows, "max_len": length, "max_loops": num_loops, "hold_rows": rows}
+    engine = Engine(model, EngineConfig(**sizes, compiled=True, reuse_prefixes=False))
+    decode_engine(engine, tokens, num_loops)  # warm-up: compiles
+    spent = decode_engine(engine, tokens, num_loops)
+    decode_session(model, tokens, num_loops, compiled=True)  # the same
+    session = decode_session(model, tokens, num_loops, compiled=True)
     eager = decode_session(model, tokens, num_loops, compiled=False)
     model_only, num_bytes = decode_step_by_step(model, tokens, num_loops)
     return {
         "seconds": spent,
+        "session_seconds": session,
         "eager_seconds": eager,
         "tokens": len(tokens) * STEPS,
         "model_seconds": model_only,

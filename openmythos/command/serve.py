@@ -46,6 +46,13 @@ Compiled = Annotated[
     bool, typer.Option("--compile", help="Wait for the compiler, then decode faster.")
 ]
 
+Fair = Annotated[
+    str,
+    typer.Option(
+        help="'sum': most tokens per second in all; 'deep': requests with few loops hold up those "
+        "with more only a little."
+    ),
+]
 BatchInvariant = Annotated[
     bool,
     typer.Option(
@@ -68,6 +75,7 @@ def serve(
     num_pages: Pages = None,
     timeout: Timeout = 600.0,
     compiled: Compiled = False,
+    fair: Fair = "sum",
     batch_invariant: BatchInvariant = False,
     device: Device = "cpu",
     weights: Weights = "stored",
@@ -96,9 +104,11 @@ def serve(
             max_loops=deepest,
             num_pages=num_pages,
             compiled=compiled,
+            fair=fair,  # type: ignore[arg-type]  # checked there
             batch_invariant=batch_invariant,
         )
         engine = Engine(model, config)
+        engine.warm_up()
         measured = metrics.of(name, lambda engine=engine: engine.stats)  # type: ignore[misc]
         worker = EngineThread(engine, measured, max_waiting=max_waiting)
         created = int(time.time())

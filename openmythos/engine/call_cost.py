@@ -5,16 +5,24 @@ as they can, every step pays a call of few rows; if they wait for each other, fe
 meanwhile. What is better depends on the model, the machine, and how soon others will come.
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from operator import mul
 
 HORIZON = 8  # loops that are looked ahead
 Ends = tuple[float, ...]  # the probabilities to have ended after 1, 2 ... HORIZON more loops
 
 
-def ends_after(loops: Sequence[int]) -> Ends:
-    """The probabilities if each of these numbers of further loops is as likely."""
+@functools.lru_cache(maxsize=4096)  # asked at every step, for what changes slowly
+def ends_after(seen: tuple[int, ...], done: int, depth: int) -> Ends:
+    """The probabilities for a token that has run ``done`` loops of at most ``depth``.
+
+    It ends as one of those ``seen``, each as likely, that took more; without any such, all numbers
+    of loops up to ``depth`` are as likely.
+    """
+    loops = [taken - done for taken in seen if taken > done] or range(1, depth - done + 1)
     counts = [0] * HORIZON
     for number in loops:
         if number <= HORIZON:
@@ -37,21 +45,38 @@ class CallCosts:
     boundary: Mapping[int, float]
     padded: bool = False
 
-    def worth_waiting(self, num_held: int, looping: Sequence[Ends]) -> bool:
+    def loop(self, num_rows: int) -> float:
+        """Seconds of one loop of so many rows."""
+        return self._at(self.core, num_rows) if num_rows else 0.0
+
+    def crossing(self, num_rows: int) -> float:
+        """Seconds of one crossing of so many rows."""
+        return self._at(self.boundary, num_rows)
+
+    def worth_waiting(
+        self, held: Sequence[float], looping: Sequence[Ends], loops: Sequence[float]
+    ) -> bool:
         """Whether tokens at the boundary should let the others run loops until more have come.
 
         If they wait for some loops and cross together with those that have ended by then, one call
-        does the work of two. Until then the loops are run by fewer rows than there are, each at a
-        higher cost. They wait if, for some number of loops, more is saved than lost.
+        does the work of two. Until then fewer rows loop than there are, and the time that it takes
+        is worth more than what they get done. They wait if, for some number of loops, more is saved
+        than lost.
+
+        Args:
+            held: Of each row at the boundary, the loops that its tokens take on average: one loop
+                is that share of a token.
+            looping: When the others will have ended.
+            loops: The same of these as of those held.
         """
-        num_rows = num_held + len(looping)
-        per_row = self._at(self.core, num_rows) / num_rows
-        lost, joined = 0.0, 0.0
+        worth = [1 / each for each in loops]
+        num_rows, total = len(held) + len(looping), sum(worth) + sum(1 / each for each in held)
+        whole = self._at(self.core, num_rows) / total  # seconds of a token, when all rows loop
+        lost, joined, done = 0.0, 0.0, 0.0
         for ended in zip(*looping, strict=True):
-            running = len(looping) - joined
-            lost += self._at(self.core, running) - running * per_row
-            joined = sum(ended)
-            if self._saved(num_held, joined) > lost:
+            lost += self._at(self.core, len(looping) - joined) - (sum(worth) - done) * whole
+            joined, done = sum(ended), sum(map(mul, ended, worth))
+            if self._saved(len(held), joined) > lost:
                 return True
         return False
 

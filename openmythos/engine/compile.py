@@ -56,6 +56,33 @@ def compile_call(call: Callable[..., Any]) -> Callable[..., Any]:
     return compiled
 
 
+def record(call: Callable[[], Any]) -> tuple[Any, Callable[[], Any]]:
+    """Compile and run ``call``; return its result, and what runs the compiled code again.
+
+    All that it reads, the tensors that it closes over and the weights of modules, is read where it
+    was, and what it changes in place is changed there: nothing is looked up or checked again, which
+    takes longer than a layer of a small model. It returns one tensor or nothing.
+    """
+    found: list[Callable[[], Any]] = []
+
+    def backend(graph: fx.GraphModule, inputs: Sequence[Any]) -> Any:
+        compiled = _backend(graph, inputs)
+
+        def first(*inputs: Any) -> Any:
+            found.append(lambda: compiled(*inputs))
+            return compiled(*inputs)
+
+        return first
+
+    torch.compiler.allow_in_graph(gathered_experts)  # as in ``compile_call``
+    settings: dict[str, Any] = {"backend": backend, "fullgraph": True, "dynamic": False}
+    settings |= {"recompile_limit": RECOMPILE_LIMIT, "isolate_recompiles": True}
+    settings["options"] = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
+    result = torch.compile(call, **settings)()
+    (again,) = found
+    return result, again if result is None else lambda: again()[0]
+
+
 def _kept_guards(entries: Sequence[Any]) -> list[bool]:
     """Which guards to keep: those on what differs from call to call."""
     modules = torch.compiler.skip_guard_on_all_nn_modules_unsafe(entries)
@@ -77,7 +104,7 @@ def _backend(graph: fx.GraphModule, inputs: Sequence[Any]) -> Any:
             operands = tuple(node.all_input_nodes)  # drops bias=None
             node.target, node.args = kernels[node.target], operands
     graph.recompile()
-    return compile_fx(graph, list(inputs))
+    return compile_fx(graph, list(inputs), config_patches={"size_asserts": False})
 
 
 def _is_narrow(node: fx.Node) -> bool:

@@ -11,7 +11,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from jaxtyping import Float
@@ -28,7 +28,7 @@ from openmythos.engine.sampling import (
     sample,
     token_logprobs,
 )
-from openmythos.engine.scheduler import Chunk, Job, Scheduler
+from openmythos.engine.scheduler import Chunk, Fair, Job, Scheduler
 from openmythos.model.cache import CacheLayout, PerLoop
 from openmythos.model.exit import Fixed, Rule
 from openmythos.model.inference import inference
@@ -60,6 +60,10 @@ class EngineConfig:
             is best for the sum of all by the costs that ``warm_up`` measures; without it they do
             not wait.
         max_hold_ms: The longest that a token waits there, in milliseconds.
+        fair: ``"sum"``: as many tokens per second as possible, most of them of requests with few
+            loops. ``"deep"``: those hold up requests with more loops only so far that these keep at
+            least 0.8 of their speed in lockstep; it needs ``warm_up``, without which all tokens
+            wait for each other, and ``max_hold_ms`` still bounds the wait.
         priority_s: Seconds of waiting that make up for a priority that is one worse.
         compiled: Whether to compile what runs for every token.
         batch_invariant: Whether a request's logits are the same to the last bit, whatever else is
@@ -77,6 +81,7 @@ class EngineConfig:
     reuse_prefixes: bool = True
     hold_rows: int | None = None
     max_hold_ms: float = 50.0
+    fair: Fair = "sum"
     priority_s: float = 10.0
     compiled: bool = False
     batch_invariant: bool = False
@@ -92,6 +97,9 @@ class EngineConfig:
             value = as_number(name, getattr(self, name), allowed)
             require(value >= 0, name, value, allowed)
             object.__setattr__(self, name, value)
+        require(
+            self.fair in get_args(Fair), "fair", self.fair, " or ".join(map(repr, get_args(Fair)))
+        )
         for name in ("reuse_prefixes", "compiled", "batch_invariant"):
             object.__setattr__(self, name, as_flag(name, getattr(self, name)))
         layout, made = self.cache_layout, "None or a layout, for example LastLoop()"
@@ -212,6 +220,7 @@ class Engine:
             exact=self._cache.layout.exact and not config.batch_invariant,
             hold=config.hold_rows,
             max_hold=config.max_hold_ms / 1000,
+            fair=config.fair,
             reuse=config.reuse_prefixes,
         )
         self._runner = Runner(
@@ -548,9 +557,15 @@ def _draw(
     settings = [
         live.request.sampling_after(count) for live, count in zip(lives, num_new, strict=True)
     ]
-    drawn = [live.generator.clone_state() for live in lives]
+    drawn = [
+        live.generator.clone_state() if each.temperature else live.generator
+        for live, each in zip(lives, settings, strict=True)
+    ]
+    texts = [
+        live.job.text if each.adjusts else () for live, each in zip(lives, settings, strict=True)
+    ]
     try:
-        weighed = adjusted(logits, settings, [live.job.text for live in lives], num_new)
+        weighed = adjusted(logits, settings, texts, num_new)
         tokens = sample(weighed, settings, drawn).tolist()
     except ValueError as error:
         return [error] if len(lives) == 1 else _draw_each(logits, lives)

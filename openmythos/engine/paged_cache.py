@@ -21,14 +21,14 @@ from openmythos.model.cache import CacheLayout, CacheView, PerLoop, Place
 from openmythos.model.context import ForwardContext, KeysValues, Own, Recent
 from openmythos.model.rope import rope_angles
 from openmythos.ops.cpu.paged import beats_gather, takes
-from openmythos.ops.paged import gather_pages, paged_attention
+from openmythos.ops.paged import fill_pages, gather_pages, paged_attention
 
 
 class PagedCache:
     """Keys and values of up to ``max_loops`` loops in ``num_pages`` pages; ``pages`` counts them.
 
     As in ``KVCache``, a token that stops early shows the keys and values of its last loop at later
-    loops, which ``PagedView.fill_forward`` copies.
+    loops, which ``fill_forward`` copies.
     """
 
     def __init__(
@@ -87,6 +87,20 @@ class PagedCache:
         for pool in self.pools:
             slots = pool.view(self.num_slots, self.num_pages, *pool.shape[1:])
             slots[:, new] = slots[:, old]
+
+    def fill_forward(self, tokens: Sequence[tuple[int, int, int, int]]) -> None:
+        """Show the last loop of tokens at the later ones: copy what the core's layers stored.
+
+        Args:
+            tokens: Of each its page, its place in the page, the loops that it took, and the loops
+                that later tokens of its text take at most, at which the copy ends.
+        """
+        pages, places, loops, depths = torch.tensor(tokens).unbind(1)
+        slots, last = self.layout.slot(loops - 1), self.layout.slot(depths - 1)
+        given = torch.stack((pages, places, slots, last), dim=1)
+        sizes = self.core_start, self.num_core_layers, self.num_pages
+        for pool in self.pools:
+            fill_pages(pool, given, *sizes, native=self.native)
 
     def context(
         self,
@@ -188,33 +202,6 @@ class PagedView(CacheView):
         slots = self.cache.core_start + loops * self.cache.num_core_layers + place.layer
         entry = slots[..., None] * self.cache.num_pages + self.page
         return tuple(pool[entry, self.offset].transpose(2, 3) for pool in self.cache.pools)
-
-    def fill_forward(
-        self, num_loops: Int[Tensor, "B"], depths: Int[Tensor, "B"] | None = None
-    ) -> None:
-        """See ``CacheView.fill_forward``; one copy per tensor for all layers and loops.
-
-        ``depths``: the loops that later tokens of each row take at most; None: all. The copy ends
-        there.
-        """
-        cache = self.cache
-        source = cache.layout.slot(num_loops - 1)
-        target = torch.arange(cache.layout.num_slots(cache.max_loops), device=source.device)
-        missing = target > source[:, None]
-        if depths is not None:
-            missing &= target <= cache.layout.slot(depths - 1)[:, None]
-        row, new_slot = missing.nonzero(as_tuple=True)
-        old_slot, row, new_slot = (
-            index.to(self.page.device) for index in (source[row], row, new_slot)
-        )
-        layer = torch.arange(cache.num_core_layers, device=self.page.device)[:, None]
-        old, new = (
-            (cache.core_start + slot * cache.num_core_layers + layer) * cache.num_pages
-            for slot in (old_slot, new_slot)
-        )
-        page, offset = self.page[row], self.offset[row]
-        for pool in cache.pools:
-            pool[new[..., None] + page, offset] = pool[old[..., None] + page, offset]
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map
 
 from openmythos.config.schema import require
 from openmythos.engine.call_cost import CallCosts
-from openmythos.engine.compile import EAGER, compiled_calls
+from openmythos.engine.compile import record
 from openmythos.engine.page_pool import SCRATCH
 from openmythos.engine.paged_cache import PagedCache, PagedContext
 from openmythos.model.context import select_rows
@@ -28,8 +28,8 @@ from openmythos.model.loop import (
     ExitState,
     Halted,
     LoopState,
-    advance,
     readout,
+    run_loop,
     start_loops,
     unroll,
 )
@@ -37,6 +37,12 @@ from openmythos.model.recurrent import RecurrentDepthLM
 from openmythos.ops.separate_experts import separate_experts
 
 SEPARATE_ROWS = 16  # of every call whose rows must not depend on each other; see ``Runner``
+
+MEASURED_LENGTH = 128  # tokens that a row attends to when the costs of calls are measured
+MOST_REPEATS, MEASURED_SECONDS = 15, 0.2  # of each of these calls
+Program = Literal[
+    "encode", "begin", "loop", "decode"
+]  # what is run on rows: ``Runner._encode_rows`` ...
 
 
 @dataclass(frozen=True)
@@ -109,7 +115,6 @@ class Runner:
         self.separate = batch_invariant and num_seats > 1
         if self.separate:
             require_separate_products(model, SEPARATE_ROWS)
-        self.calls = compiled_calls(model) if compiled else EAGER
         self.compiled, self.core_applications = compiled, 0
         weight, width = model.embed.weight, -(-max_len // cache.page_size)
         self.device, rows = weight.device, num_seats + 1
@@ -119,44 +124,48 @@ class Runner:
         if model.halting is not None:
             begun = Halted.start(model.halting, self._h)
             self._halted = tree_map(torch.clone, begun)  # some of its tensors are one and the same
-        self._tokens = torch.zeros(rows, 1, dtype=torch.int64, device=self.device)
-        self._positions = torch.zeros_like(self._tokens)
-        self._seeds = torch.zeros_like(self._tokens)
-        self._tables = torch.full_like(self._tokens.expand(-1, width), SCRATCH)
-        # The same and more on the host, by seat.
+        self._seeds = torch.zeros(rows, 1, dtype=torch.int64, device=self.device)
+        self._tables = torch.full((rows, width), SCRATCH, device=self.device)
+        # The rest is on the host, by seat.
         self._pages: list[list[int]] = [[] for _ in range(rows)]
+        self._tokens, self._positions, self._known_seeds = [0] * rows, [0] * rows, [0] * rows
         self._loops, self._limits, self._depths = [0] * rows, [1] * rows, [1] * rows
         self._rules: list[Rule] = [Fixed()] * rows
         self._contexts: dict[tuple[int, ...], PagedContext] = {}  # until a token begins
         self._exits: dict[int, ExitState] = {}
         self._logits: dict[int, Tensor] = {}  # of tokens that stopped by a rule that needs them
+        self._recorded: dict[tuple[Program, int], tuple[Tensor, Callable[[], Any]]] = {}
 
     # --- costs ------------------------------------------------------------------------------------
 
-    def measure(self, repeats: int = 7) -> CallCosts:
+    def measure(self) -> CallCosts:
         """Seconds of the calls for 1, 2, 4 ... rows; compiled calls are compiled for them first.
 
-        All rows are the seat of nobody, whose text is one token long.
+        All rows are the seat of nobody, whose text is ``MEASURED_LENGTH`` tokens long meanwhile.
         """
         core, boundary, count, before = {}, {}, 1, self.core_applications
+        nobody, size = self.num_seats, self.cache.page_size
+        pages = min(-(-MEASURED_LENGTH // size), self._tables.shape[1])
+        place = min(MEASURED_LENGTH, pages * size) - 1, (SCRATCH,) * pages
+        entry = Entry(nobody, 0, *place, self.cache.max_loops, Fixed(), 0)
         while count < 2 * self.num_seats:
             size = min(count, self.num_seats)
-            rows = [self.num_seats] * size
-            core[size] = _least_seconds(partial(self._loop_nobody, rows), repeats)
-            boundary[size] = _least_seconds(partial(self._cross_nobody, rows), repeats)
+            core[size] = _least_seconds(partial(self._loop_nobody, size))
+            boundary[size] = _least_seconds(partial(self._cross_nobody, [entry] * size))
             count *= 2
+        self.enter([replace(entry, position=0, pages=(SCRATCH,))])
         self.core_applications = before
         return CallCosts(core, boundary, padded=self.compiled or self.separate)
 
-    def _loop_nobody(self, rows: Sequence[int]) -> None:
+    def _loop_nobody(self, num_rows: int) -> None:
+        self.advance([self.num_seats] * num_rows)
         self._loops[self.num_seats] = 0
-        self.advance(rows)
 
-    def _cross_nobody(self, rows: Sequence[int]) -> None:
+    def _cross_nobody(self, entries: Sequence[Entry]) -> None:
         self._loops[self.num_seats] = 1
-        logits, _ = self.leave(rows)
+        logits, _ = self.leave([entry.seat for entry in entries])
         logits.argmax(dim=-1).tolist()
-        self.enter([Entry(row, 0, 0, (SCRATCH,), 1, Fixed(), 0) for row in rows])
+        self.enter(entries)
 
     # --- prompts ----------------------------------------------------------------------------------
 
@@ -198,7 +207,8 @@ class Runner:
         """Encode a token in each of some seats."""
         self._contexts.clear()
         for entry in entries:
-            seat, pages = entry.seat, list(entry.pages)
+            seat, pages, seed = entry.seat, list(entry.pages), _signed(entry.seed)
+            self._tokens[seat], self._positions[seat] = entry.token, entry.position
             self._loops[seat], self._depths[seat] = 0, entry.depth
             self._limits[seat] = entry.depth if entry.loops is None else entry.loops
             self._rules[seat] = entry.rule if entry.loops is None else Fixed()
@@ -206,26 +216,22 @@ class Runner:
             if pages != self._pages[seat]:
                 self._pages[seat] = pages
                 self._tables[seat, : len(pages)] = self._integers(pages)
-        index = self._integers([entry.seat for entry in entries])
-        self._tokens[index, 0] = self._integers([entry.token for entry in entries])
-        self._positions[index, 0] = self._integers([entry.position for entry in entries])
-        self._seeds[index, 0] = self._integers([_signed(entry.seed) for entry in entries])
-        for seats in self._calls_of([entry.seat for entry in entries]):
-            rows, index = self._padded(seats), self._integers(seats)
-            ctx = self._context(rows)
-            e = self.calls.encode(self.model, ctx.tokens, ctx)
-            state = start_loops(self.model, e, ctx, [self._limits[row] for row in rows])
-            self._e[index] = e[: len(seats)]
-            self._put(index, state)
-            for place, seat in enumerate(seats):
-                self._exits[seat] = self._rules[seat].start(state.h[place : place + 1, -1])
+            if seed != self._known_seeds[seat]:
+                self._known_seeds[seat] = seed
+                self._seeds[seat] = seed
+        for part in self._calls_of([entry.seat for entry in entries]):
+            self._call("encode", part)
+            if self.model.config.state_init.is_random:
+                self._call("begin", part)
+        for entry in entries:
+            seat, rule = entry.seat, self._rules[entry.seat]
+            if not isinstance(rule, Fixed):
+                self._exits[seat] = rule.start(self._h[seat : seat + 1, -1].clone())
 
     def advance(self, seats: Sequence[int]) -> list[int]:
         """Run one loop in each of some seats; return the seats whose token stops there."""
         for part in self._calls_of(seats):
-            rows = self._padded(part)
-            state = advance(self.model, self._state(rows), self._context(rows), self.calls.run)
-            self._put(self._integers(part), state)
+            self._call("loop", part)
         self.core_applications += len(seats)
         for seat in seats:
             self._loops[seat] += 1
@@ -240,6 +246,8 @@ class Runner:
         loops = [self._loops[seat] for seat in seats]
         self._fill_forward(seats)
         found = {seat: self._logits.pop(seat) for seat in seats if seat in self._logits}
+        if not found:
+            return self._decode(seats), loops
         others = [seat for seat in seats if seat not in found]
         if others:
             found |= dict(zip(others, self._decode(others), strict=True))
@@ -255,7 +263,7 @@ class Runner:
             together.setdefault(key, []).append(seat)
         stopped = set()
         for (rule, _), group in together.items():
-            state = self._state(group)
+            state = self._state(self._integers(group))
             stop, exits = rule.check(
                 join_states([self._exits[seat] for seat in group]),
                 state.h[:, -1],
@@ -272,15 +280,66 @@ class Runner:
 
     def _decode(self, seats: Sequence[int]) -> Float[Tensor, "N V"]:
         """The logits if the tokens of some seats stopped now."""
-        found = []
-        for part in self._calls_of(seats):
-            rows = self._padded(part)
-            h = readout(self.model, self._state(rows))
-            logits = self.calls.decode(self.model, h, self._context(rows))
-            found.append(logits[: len(part), -1])
-        return torch.cat(found)
+        return torch.cat(
+            [self._call("decode", part)[: len(part)] for part in self._calls_of(seats)]
+        )
 
-    # --- rows -------------------------------------------------------------------------------------
+    def _fill_forward(self, seats: Sequence[int]) -> None:
+        """Show the last loop of each token at the later ones that its text may reach."""
+        size = self.cache.page_size
+        early = [
+            (*self._place(seat, size), self._loops[seat], self._depths[seat])
+            for seat in seats
+            if self._loops[seat] < self._depths[seat]
+        ]
+        if early:
+            self.cache.fill_forward(early)
+
+    def _place(self, seat: int, size: int) -> tuple[int, int]:
+        """The page of a seat's token, and where in it."""
+        index, offset = divmod(self._positions[seat], size)
+        return self._pages[seat][index], offset
+
+    # --- the model's calls ------------------------------------------------------------------------
+
+    def _call(self, program: "Program", seats: Sequence[int]) -> Any:
+        """Run a program on some seats; it finds in ``given`` what the host knows of each.
+
+        Compiled, it is recorded for each number of rows, and reads and writes the same memory
+        every time.
+        """
+        rows = self._padded(seats)
+        lists = self._loops, self._tokens, self._positions
+        given = self._integers([rows, *([known[row] for row in rows] for known in lists)])
+        run = getattr(self, f"_{program}_rows")
+        if not self.compiled or program == "begin":  # random states take minutes to compile
+            return run(given, self._context(rows, given))
+        key = program, len(rows)
+        if key not in self._recorded:
+            result, again = record(lambda: run(given, self._make_context(given, None)))
+            self._recorded[key] = given, again
+            return result
+        kept, again = self._recorded[key]
+        kept.copy_(given)
+        return again()
+
+    def _encode_rows(self, given: Int[Tensor, "4 N"], ctx: PagedContext) -> None:
+        self._e.index_copy_(0, given[0], self.model.encode(ctx.tokens, ctx))
+        if not self.model.config.state_init.is_random:
+            self._begin_rows(given, ctx)
+
+    def _begin_rows(self, given: Int[Tensor, "4 N"], ctx: PagedContext) -> None:
+        h = self.model.init_state(self._e.index_select(0, given[0]), ctx)
+        halting = self.model.halting
+        self._put(given[0], h, None if halting is None else Halted.start(halting, h))
+
+    def _loop_rows(self, given: Int[Tensor, "4 N"], ctx: PagedContext) -> None:
+        state = self._state(given[0])
+        parts = state.h, state.e, given[1], ctx, state.halted
+        self._put(given[0], *run_loop(self.model, *parts))
+
+    def _decode_rows(self, given: Int[Tensor, "4 N"], ctx: PagedContext) -> Float[Tensor, "N V"]:
+        return self.model.decode(readout(self.model, self._state(given[0])), ctx)[:, -1]
 
     def _calls_of(self, seats: Sequence[int]) -> list[Sequence[int]]:
         """The seats of each call."""
@@ -295,51 +354,33 @@ class Runner:
         bucket = SEPARATE_ROWS if self.separate else bucket
         return [*seats, *[self.num_seats] * (bucket - len(seats))]
 
-    def _context(self, rows: Sequence[int]) -> PagedContext:
+    def _context(self, rows: Sequence[int], given: Int[Tensor, "4 N"]) -> PagedContext:
         """The context of the rows' tokens."""
         key = tuple(rows)
         if key not in self._contexts:
-            self._contexts[key] = self._make_context(rows)
+            width = max(1, *(len(self._pages[row]) for row in rows))
+            whole = self.compiled or self.separate  # shapes must not change
+            self._contexts[key] = self._make_context(given, None if whole else width)
         return self._contexts[key]
 
-    def _make_context(self, rows: Sequence[int]) -> PagedContext:
-        index = self._integers(rows)
-        tables = self._tables
-        if not (self.compiled or self.separate):  # else the width must not change
-            tables = tables[:, : max(1, *(len(self._pages[row]) for row in rows))]
-        parts = self._tokens, self._positions, tables, self._seeds
-        ctx = self.cache.context(*(part.index_select(0, index) for part in parts))
+    def _make_context(self, given: Int[Tensor, "4 N"], width: int | None) -> PagedContext:
+        """The context, with tables of so many pages; None: all."""
+        rows, _, tokens, positions = given
+        tables, seeds = self._tables[:, :width].index_select(0, rows), self._seeds[rows]
+        ctx = self.cache.context(tokens[:, None], positions[:, None], tables, seeds)
         return replace(ctx, experts=separate_experts) if self.separate else ctx
 
-    def _state(self, rows: Sequence[int]) -> LoopState:
-        """The state of the rows."""
-        index = self._integers(rows)
-        loops = [self._loops[row] for row in rows]
-        return LoopState(
-            h=self._h.index_select(0, index),
-            e=self._e.index_select(0, index),
-            loop_idx=self._integers(loops),
-            loops=tuple(loops),
-            depths=tuple(self._limits[row] for row in rows),
-            halted=select_rows(self._halted, index),
-        )
+    def _state(self, index: Int[Tensor, "N"]) -> LoopState:
+        """The state of some rows, without what the host counts."""
+        h, e = (part.index_select(0, index) for part in (self._h, self._e))
+        return LoopState(h, e, index, (), (), select_rows(self._halted, index))
 
-    def _put(self, index: Int[Tensor, "N"], state: LoopState) -> None:
-        """Write back the first rows of a state: of as many as there are in ``index``."""
-        put = lambda old, new: old.index_copy_(0, index, new[: len(index)])  # noqa: E731
-        put(self._h, state.h)
+    def _put(
+        self, index: Int[Tensor, "N"], h: Float[Tensor, "N 1 D"], halted: Halted | None
+    ) -> None:
+        self._h.index_copy_(0, index, h)
         if self._halted is not None:
-            tree_map(put, self._halted, state.halted)
-
-    def _fill_forward(self, seats: Sequence[int]) -> None:
-        """Show the last loop of each token at the later ones that its text may reach."""
-        early = [seat for seat in seats if self._loops[seat] < self._depths[seat]]
-        if not early:
-            return
-        loops, depths = ([each[seat] for seat in early] for each in (self._loops, self._depths))
-        view = self._context(early).cache
-        assert view is not None
-        view.fill_forward(torch.tensor(loops), torch.tensor(depths))
+            tree_map(lambda old, new: old.index_copy_(0, index, new), self._halted, halted)
 
     def _integers(self, numbers: Sequence[Any]) -> Int[Tensor, "..."]:
         return torch.tensor(numbers, dtype=torch.int64, device=self.device)
@@ -367,11 +408,11 @@ def require_separate_products(model: RecurrentDepthLM, num_rows: int) -> None:
                 )
 
 
-def _least_seconds(call: Callable[[], object], repeats: int) -> float:
+def _least_seconds(call: Callable[[], object]) -> float:
     """The shortest of some calls, after one that is not counted."""
     call()
-    found = []
-    for _ in range(repeats):
+    found: list[float] = []
+    while len(found) < MOST_REPEATS and sum(found) < MEASURED_SECONDS:
         start = time.perf_counter()
         call()
         if torch.cuda.is_initialized():

@@ -258,7 +258,8 @@ def sample(
     Args:
         logits: The next token's.
         configs: One per row.
-        generators: One per row (see ``row_generator``); each gives one number.
+        generators: One per row (see ``row_generator``); each gives one number if its row is not
+            greedy.
 
     Raises:
         ValueError: Not one config and one generator per row, or logits that are not finite.
@@ -273,13 +274,16 @@ def sample(
             f"{len(configs)} rows of logits came with {len(generators)} generators; "
             "give one per row"
         )
-    draws = [torch.rand((), dtype=torch.float64, generator=generator) for generator in generators]
     if all(config.temperature == 0 for config in configs):
         logits = _with_tokens(logits, configs)
         _check_finite(logits)
         return logits.argmax(dim=-1)
+    draws = torch.zeros(len(configs), dtype=torch.float64)
+    for row, (config, generator) in enumerate(zip(configs, generators, strict=True)):
+        if config.temperature:
+            draws[row] = torch.rand((), dtype=torch.float64, generator=generator)
     probs = token_probs(logits, configs)
-    uniform = torch.stack(draws).to(probs.device)[:, None]
+    uniform = draws.to(probs.device)[:, None]
     cumulative = probs.cumsum(dim=-1)
     # Even after rounding, the target must be below the total, so that a token of probability 0 is
     # never chosen.

@@ -20,6 +20,9 @@ from openmythos.engine.call_cost import CallCosts, Ends, ends_after
 from openmythos.engine.page_pool import PagePool
 
 MEMORY = 32  # tokens of a job whose loops tell how soon the next one will stop
+DEEP_SHARE = 0.8  # of its speed in lockstep that a deep job keeps with ``fair="deep"``
+FORGET = 8  # tokens after which they are looked up again
+Fair = Literal["sum", "deep"]
 Stage = Literal["waiting", "prefill", "ready", "core", "exited"]
 
 
@@ -44,6 +47,7 @@ class Job:
         since: When it reached its stage, in seconds.
         num_cached: Number of prompt tokens that were found in pages when it began.
         num_looped: The loops that its token has run.
+        charged: Seconds that shallower jobs have cost its token, with ``fair="deep"``.
     """
 
     id: int
@@ -63,6 +67,9 @@ class Job:
     since: float = 0.0
     num_cached: int = 0
     num_looped: int = 0
+    charged: float = 0.0
+    _seen: tuple[int, ...] = ()  # the latest tokens' loops in order, when there were ``_num_seen``
+    _num_seen: int = 0
 
     @property
     def text(self) -> tuple[int, ...]:
@@ -84,13 +91,25 @@ class Job:
     @property
     def ends(self) -> Ends:
         """When its token will end; by an exit rule as the job's latest tokens did."""
-        done, known = self.num_looped, self.recorded_loops
+        known = self.recorded_loops
         if known is None and not self.may_stop:
             known = self.depth
         if known is not None:
-            return ends_after([known - done])
-        latest = [loops - done for loops in self.loops[-MEMORY:] if loops > done]
-        return ends_after(latest or range(1, self.depth - done + 1))
+            return ends_after((known,), self.num_looped, known)
+        return ends_after(self._latest, self.num_looped, self.depth)
+
+    @property
+    def mean_loops(self) -> float:
+        """The loops that its tokens take on average; by an exit rule as the latest did."""
+        latest = self._latest if self.may_stop else ()
+        return sum(latest) / len(latest) if latest else float(self.depth)
+
+    @property
+    def _latest(self) -> tuple[int, ...]:
+        """The loops of the latest tokens in order, looked up now and then."""
+        if not self._num_seen <= len(self.loops) < self._num_seen + FORGET:
+            self._num_seen, self._seen = len(self.loops), tuple(sorted(self.loops[-MEMORY:]))
+        return self._seen
 
 
 class Chunk(NamedTuple):
@@ -120,6 +139,8 @@ class Scheduler:
             and prelude run, as long as other rows loop. None: decided by ``costs``, once the engine
             has measured them; until then they do not wait.
         max_hold: The longest that a token waits there, in seconds.
+        fair: Whether the sum of all tokens counts, or deep jobs are held up little by shallower
+            ones; decided by ``costs`` too, without which all jobs then wait for each other.
         reuse: Whether jobs with the same beginning and settings share pages.
     """
 
@@ -132,10 +153,12 @@ class Scheduler:
         exact: bool = True,
         hold: int | None = None,
         max_hold: float = math.inf,
+        fair: Fair = "sum",
         reuse: bool = True,
     ) -> None:
         self.pages, self.prefill_chunk, self.exact = pages, prefill_chunk, exact
         self.hold, self.max_hold, self.reuse = hold, max_hold, reuse
+        self.fair = fair
         self.waiting: list[Job] = []  # in order
         self.running: list[Job] = []
         self.copies: list[tuple[int, int]] = []  # pages to copy before anything is read or written
@@ -266,14 +289,40 @@ class Scheduler:
     def boundary_is_due(self, now: float) -> bool:
         """Whether the tokens at the boundary go on, or are held back for more to come."""
         held = [job for job in self.running if job.stage in ("exited", "ready")]
-        looping = [job.ends for job in self.running if job.stage == "core"]
+        looping = [job for job in self.running if job.stage == "core"]
         if not held or not looping:
             return bool(held)
         if now - min(job.since for job in held) >= self.max_hold:
             return True
         if self.hold is not None:
             return len(held) >= self.hold
-        return self.costs is None or not self.costs.worth_waiting(len(held), looping)
+        if self.costs is None:
+            return self.fair == "sum"
+        waiting, running = ([job.mean_loops for job in jobs] for jobs in (held, looping))
+        if self.costs.worth_waiting(waiting, [job.ends for job in looping], running):
+            return False
+        return self.fair == "sum" or self._is_affordable(held, looping, self.costs)
+
+    def _is_affordable(self, held: list[Job], looping: list[Job], costs: CallCosts) -> bool:
+        """Whether those held may go on without holding up deeper jobs too much.
+
+        What it costs is charged to the deeper jobs' tokens. A token may take ``1 / DEEP_SHARE`` of
+        the time that it would take if all jobs waited for each other.
+        """
+        depth = max(job.depth for job in held)
+        deeper = [job for job in looping if job.depth > depth]
+        extra = costs.crossing(len(held)) + depth * (
+            costs.loop(len(held) + len(looping)) - costs.loop(len(looping))
+        )
+        depths = [job.depth for job in self.running]
+        together = costs.crossing(len(depths)) + sum(
+            costs.loop(sum(each > loop for each in depths)) for loop in range(max(depths))
+        )
+        if any(job.charged + extra > (1 / DEEP_SHARE - 1) * together for job in deeper):
+            return False
+        for job in deeper:
+            job.charged += extra
+        return True
 
     def enter(self, now: float) -> list[Job]:
         """Move the ready jobs to the core, each with a page of its own for the next token."""
@@ -281,7 +330,7 @@ class Scheduler:
         for job in self.at("ready"):
             if job.stage == "ready" and self._claim_page(job):  # a job before it may have preempted
                 self._move(job, "core", now)
-                job.num_looped = 0
+                job.num_looped, job.charged = 0, 0.0
                 entered.append(job)
         return [job for job in entered if job.stage == "core"]
 

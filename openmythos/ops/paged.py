@@ -83,6 +83,42 @@ def paged_attention(
     return paged_attention_reference(q, pools, table, length, scale, own)[..., :width]
 
 
+def fill_pages(
+    pool: Float[Tensor, "P page G K"],
+    tokens: Int[Tensor, "N 4"],
+    first: int,
+    layers: int,
+    num_pages: int,
+    *,
+    native: bool = False,
+) -> None:
+    """Copy what layers stored of tokens in one slot to the slots after it.
+
+    Slot s of layer l has the pages from ``(first + s * layers + l) * num_pages`` on.
+
+    Args:
+        pool: Changed in place.
+        tokens: Of each its page, its place in the page, its slot, and the last slot to copy to; on
+            the host.
+        first: The slot of the first layer.
+        layers: Number of layers.
+        num_pages: Number of pages of a slot.
+        native: Use our kernel for CPUs.
+    """
+    if native:
+        torch.ops.openmythos_paged.fill(pool, tokens, first, layers, num_pages)
+        return
+    copies = [
+        (*((first + s * layers + layer) * num_pages + page for s in (slot, old)), place)
+        for page, place, old, last in tokens.tolist()
+        for slot in range(old + 1, last + 1)
+        for layer in range(layers)
+    ]
+    if copies:
+        new, source, place = torch.tensor(copies, device=pool.device).unbind(1)
+        pool[new, place] = pool[source, place]
+
+
 def suits_flash(q: Float[Tensor, "N H K"], pools: Pools) -> bool:
     """Whether torch's flash kernel for GPUs takes these: half precision, keys as wide as values."""
     half = q.dtype in (torch.bfloat16, torch.float16) and q.dtype == pools[0].dtype

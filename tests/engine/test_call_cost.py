@@ -12,13 +12,20 @@ def linear(core: tuple[float, float], boundary: tuple[float, float]) -> CallCost
 
 
 def after(*loops: int) -> Ends:
-    return ends_after(loops)
+    return ends_after(loops, 0, 99)
+
+
+def worth_waiting(costs: CallCosts, num_held: int, looping: list[Ends]) -> bool:
+    """If the tokens of all rows take as many loops on average."""
+    return costs.worth_waiting([4.0] * num_held, looping, [4.0] * len(looping))
 
 
 def test_what_has_ended_by_when() -> None:
     assert after(2) == (0, 1, 1, 1, 1, 1, 1, 1)
     assert after(1, 3, 3, 20) == (0.25, 0.25, *[0.75] * 6)
     assert len(after(99)) == HORIZON and sum(after(99)) == 0
+    assert ends_after((1, 3, 5, 5), 3, 8)[:3] == (0, 1, 1)
+    assert ends_after((1, 3), 3, 7)[:5] == ends_after((), 3, 7)[:5] == (0.25, 0.5, 0.75, 1, 1)
 
 
 @pytest.mark.parametrize(
@@ -38,27 +45,35 @@ def test_a_loop_of_waiting_against_a_crossing_saved() -> None:
         costs = linear((1.0, 0.125), (saved, 0.5))
         loss = 1.75 - 6 * 2 / 8
         assert loss == 0.25
-        assert costs.worth_waiting(2, [after(1), *looping]) == (saved > loss)
-        assert costs.worth_waiting(2, [after(3), *looping]) == worth  # three such loops
+        assert worth_waiting(costs, 2, [after(1), *looping]) == (saved > loss)
+        assert worth_waiting(costs, 2, [after(3), *looping]) == worth  # three such loops
 
 
 def test_a_crossing_that_costs_by_the_row_is_not_waited_for() -> None:
-    assert not linear((1.0, 0.1), (0.0, 3.0)).worth_waiting(1, [after(1)] * 7)
+    assert not worth_waiting(linear((1.0, 0.1), (0.0, 3.0)), 1, [after(1)] * 7)
 
 
 def test_a_core_that_costs_by_the_row_loses_nothing() -> None:
-    assert linear((0.0, 1.0), (0.1, 1.0)).worth_waiting(1, [after(8)] * 7)
-    assert not linear((0.0, 1.0), (0.1, 1.0)).worth_waiting(1, [after(9)] * 7)  # not in sight
+    assert worth_waiting(linear((0.0, 1.0), (0.1, 1.0)), 1, [after(8)] * 7)
+    assert not worth_waiting(linear((0.0, 1.0), (0.1, 1.0)), 1, [after(9)] * 7)  # not in sight
 
 
 def test_shallow_rows_do_not_wait_for_deep_ones_but_for_each_other() -> None:
     costs = linear((1.0, 0.1), (1.0, 0.5))
     deep = [after(7)] * 4
-    assert not costs.worth_waiting(4, deep)
-    assert costs.worth_waiting(2, [after(1), after(1), *deep])
+    assert not worth_waiting(costs, 4, deep)
+    assert worth_waiting(costs, 2, [after(1), after(1), *deep])
 
 
 def test_rows_that_may_stop_at_any_time_are_waited_for_if_there_are_many() -> None:
     costs = linear((1.0, 0.1), (0.3, 0.5))
-    assert costs.worth_waiting(1, [after(1, 2, 5, 8)] * 7)
-    assert not costs.worth_waiting(7, [after(1, 2, 5, 8)])
+    assert worth_waiting(costs, 1, [after(1, 2, 5, 8)] * 7)
+    assert not worth_waiting(costs, 7, [after(1, 2, 5, 8)])
+
+
+def test_a_loop_is_worth_its_share_of_a_token() -> None:
+    """Four rows at two loops wait for four at eight: loops are cheap, but theirs are tokens."""
+    costs, deep = linear((0.0, 1.0), (1.0, 0.1)), [after(1)] * 4
+    assert costs.worth_waiting([8.0] * 4, deep, [8.0] * 4)
+    assert not costs.worth_waiting([2.0] * 4, deep, [8.0] * 4)
+    assert costs.worth_waiting([8.0] * 4, [after(1)] * 4, [2.0] * 4)

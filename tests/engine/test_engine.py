@@ -9,9 +9,10 @@ import pytest
 import torch
 
 import openmythos as om
+from benchmarks.engine_device import run as run_on_device
 from openmythos.engine.call_cost import CallCosts
 from openmythos.engine.engine import Engine, EngineConfig, Event
-from openmythos.engine.paged_cache import PagedView
+from openmythos.engine.paged_cache import PagedCache
 from openmythos.engine.reference import Session
 from openmythos.engine.request import Request
 from openmythos.engine.runner import Runner
@@ -154,14 +155,14 @@ def test_two_swapped_pages_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("left_out", [1, 2])
 def test_one_forward_fill_left_out_is_noticed(monkeypatch, left_out: int) -> None:
-    fill, calls = PagedView.fill_forward, []
+    fill, calls = PagedCache.fill_forward, []
 
-    def fill_most(view: PagedView, *loops: torch.Tensor) -> None:
-        calls.append(loops)
+    def fill_most(cache: PagedCache, tokens: list) -> None:
+        calls.append(tokens)
         if len(calls) != left_out:
-            fill(view, *loops)
+            fill(cache, tokens)
 
-    monkeypatch.setattr(PagedView, "fill_forward", fill_most)
+    monkeypatch.setattr(PagedCache, "fill_forward", fill_most)
     found, _ = check(MUTANT)
     assert len(calls) > left_out and any("log-probabilities" in each for each in found)
 
@@ -245,7 +246,8 @@ def fresh_compiler(compiler: None) -> Iterator[None]:
 def test_a_compiled_engine_gives_what_each_request_gives_alone() -> None:
     """One to three rows at different loops; the third is filled up by a seat of nobody."""
     engine = make_engine("universal act, moe, mla", max_rows=4, compiled=True)
-    engine.warm_up()
+    with unchecked():
+        engine.warm_up()
     with torch.compiler.set_stance("fail_on_recompile"):
         requests = [
             make_request(tokens=PROMPT[first:], num_loops=2 + first, exit_rule=rule)
@@ -559,6 +561,7 @@ def test_requests_are_refused_in_one_line() -> None:
         ({"prefill_chunk": 3}, "prefill_chunk is 3; it must be a multiple of page_size=2"),
         ({"num_pages": 1}, "num_pages is 1; it must be an integer of at least 2"),
         ({"max_hold_ms": -1}, "max_hold_ms is -1"),
+        ({"fair": "all"}, "fair is 'all'; it must be 'sum' or 'deep'"),
         ({"cache_layout": "last"}, "cache_layout is 'last'"),
         ({"batch_invariant": 1}, "batch_invariant is 1; it must be True or False"),
         ({"compiled": "no"}, "compiled is 'no'; it must be True or False"),
@@ -589,3 +592,10 @@ def test_public_names() -> None:
     tokens = [event.token for event in engine.stream(number)]
     assert tokens == om.generate(model, [[1, 2, 3]], max_new_tokens=3, num_loops=2).tokens[0]
     assert om.EngineConfig().max_rows == engine.config.max_rows
+
+
+def test_the_benchmark_for_gpus_runs_anywhere() -> None:
+    with unchecked():
+        (same, speed, *_) = run_on_device("cpu", ["walks"], [2], 2, compiled=False)
+    assert same["coherence"]["requests"] > same["coherence"]["differ_beyond_rounding"] == 0
+    assert speed["fixed"] > 0 and speed["dtype"] == "float32"

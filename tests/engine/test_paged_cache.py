@@ -106,7 +106,13 @@ class Rows:
         model, ctx = self.model, self.context(tokens, valid, rows)
         start = start_loops(model, model.encode(tokens, ctx), ctx, depths, wait=True)
         *_, state = unroll(model, start, ctx)
-        ctx.cache.fill_forward(torch.tensor(depths))
+        view, real = ctx.cache, valid.nonzero().tolist()
+        self.cache.fill_forward(
+            [
+                (int(view.page[row, t]), int(view.offset[row, t]), depths[row], MAX_LOOPS)
+                for row, t in real
+            ]
+        )
         return model.decode(readout(model, state), ctx)
 
 
@@ -150,7 +156,7 @@ def test_the_last_loop_is_shown_up_to_the_depth_of_the_text_and_no_further() -> 
         entries = torch.arange(cache.num_slots)[place] * cache.num_pages + rows.tables[0][0]
         for pool in cache.pools:
             pool[entries, 0] = torch.arange(len(entries), dtype=torch.float64)[:, None, None]
-        ctx.cache.fill_forward(torch.tensor([2]), torch.tensor([4]))
+        cache.fill_forward([(int(ctx.cache.page), int(ctx.cache.offset), 2, 4)])
         kept = [layout.slot(min(loop, 1)) if loop < 4 else layout.slot(loop) for loop in range(5)]
         wanted = {layout.slot(loop): slot for loop, slot in enumerate(kept)}
         for pool in cache.pools:

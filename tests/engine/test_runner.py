@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nn import functional
 
+from openmythos.engine import runner as runner_module
 from openmythos.engine.batch import CachedBatch
 from openmythos.engine.paged_cache import PagedCache
 from openmythos.engine.runner import SEPARATE_ROWS, Entry, Part, Runner
@@ -101,8 +102,13 @@ def test_seats_of_nobody_fill_up_a_call_and_change_nothing(monkeypatch) -> None:
     model, seen = make_model("act"), []
     plain, padded = make_runner(model), make_runner(model)
     padded.compiled = True
-    context = padded._context
-    monkeypatch.setattr(padded, "_context", lambda rows: seen.append(len(rows)) or context(rows))
+    monkeypatch.setattr(runner_module, "record", lambda call: (call(), call))
+    context = padded._make_context
+    monkeypatch.setattr(
+        padded,
+        "_make_context",
+        lambda given, width: seen.append(given.shape[1]) or context(given, width),
+    )
     for runner in (plain, padded):
         for row in (0, 2, 3):
             read(runner, row)
@@ -120,7 +126,9 @@ def test_calls_of_a_batch_invariant_runner_have_one_size(monkeypatch) -> None:
     model, seen = make_model("moe", torch.float32), []
     runner = make_runner(model, batch_invariant=True)
     context = runner._context
-    monkeypatch.setattr(runner, "_context", lambda rows: seen.append(len(rows)) or context(rows))
+    monkeypatch.setattr(
+        runner, "_context", lambda rows, given: seen.append(len(rows)) or context(rows, given)
+    )
     for row in range(4):
         read(runner, row)
         runner.enter([entry(row, row)])

@@ -2,12 +2,13 @@
 
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
 from openmythos.engine.call_cost import CallCosts, ends_after
 from openmythos.engine.page_pool import PagePool
-from openmythos.engine.scheduler import Job, Scheduler
+from openmythos.engine.scheduler import FORGET, Job, Scheduler
 
 
 def make_scheduler(num_pages: int = 20, page_size: int = 2, **options) -> Scheduler:
@@ -181,9 +182,9 @@ def test_measured_costs_decide_if_no_number_is_given() -> None:
     jobs = [make_job(number, depth=2 if number < 2 else 9) for number in range(4)]
     start(scheduler, *jobs)
     scheduler.enter(0.0)
-    assert [job.ends for job in jobs] == [ends_after([loops]) for loops in (2, 2, 9, 9)]
+    assert [job.ends for job in jobs] == [ends_after((loops,), 0, loops) for loops in (2, 2, 9, 9)]
     scheduler.has_looped(jobs, jobs[:1], 0.0)
-    assert [job.ends for job in jobs[1:]] == [ends_after([loops]) for loops in (1, 8, 8)]
+    assert [job.ends for job in jobs[1:]] == [ends_after((n,), 0, n) for n in (1, 8, 8)]
     assert scheduler.boundary_is_due(0.0)  # nothing was measured
     rows = dict.fromkeys((1, 2, 4), 1.0)
     scheduler.costs = CallCosts(rows, rows)
@@ -195,16 +196,20 @@ def test_measured_costs_decide_if_no_number_is_given() -> None:
 def test_what_a_token_has_still_to_run_is_told_by_the_jobs_last_tokens() -> None:
     job = make_job(0, depth=8, may_stop=True)
     start(make_scheduler(), job)
-    assert job.ends == ends_after(range(1, 9))  # nothing is known yet
-    job.new, job.loops = [1, 2, 3], [3, 1, 5]
-    job.num_read += 3
-    assert job.ends == ends_after([3, 1, 5])
-    job.num_looped = 3
-    assert job.ends == ends_after([2])
+    assert job.ends == ends_after((), 0, 8)  # nothing is known yet
+    job.new, job.loops = [1] * FORGET, [3, 1, 5] + [4] * (FORGET - 3)
+    job.num_read += FORGET
+    seen = tuple(sorted(job.loops))
+    assert job.ends == ends_after(seen, 0, 8)
+    job.num_looped = 4
+    assert job.ends == ends_after((5,), 4, 8)
     job.num_looped = 6
-    assert job.ends == ends_after([1, 2])  # deeper than ever
-    job.num_read, job.num_looped = job.num_read - 2, 0
-    assert job.ends == ends_after([1])  # recorded
+    assert job.ends == ends_after((1, 2), 0, 8)  # deeper than ever
+    job.new, job.loops, job.num_looped = [*job.new, 1], [*job.loops, 2], 0
+    job.num_read += 1
+    assert job.ends == ends_after(seen, 0, 8)  # looked up anew only after more tokens
+    job.num_read -= 2
+    assert job.ends == ends_after((4,), 0, 4)  # recorded
 
 
 def test_the_last_in_order_is_preempted_and_replays_its_loops() -> None:
@@ -278,3 +283,43 @@ def test_removed_jobs_give_everything_back() -> None:
     assert len(scheduler.admit(0.0)) == 0
     start(scheduler, *(make_job(number) for number in range(10, 14)))
     assert sorted(job.seat for job in scheduler.running) == [0, 1, 2, 3]
+
+
+def rates(**options: Any) -> tuple[float, float]:
+    """Tokens per second of four jobs at 2 loops and of four beside them at 8."""
+    scheduler = make_scheduler(num_pages=4000, num_seats=8, **options)
+    rows, now, tokens = (1, 2, 4, 8), 0.0, {2: 0, 8: 0}
+    scheduler.costs = costs = CallCosts(
+        {n: 5 + 0.6 * n for n in rows}, {n: 1 + 0.2 * n for n in rows}
+    )
+    start(scheduler, *(make_job(n, depth=2 if n < 4 else 8, num_new=10**6) for n in range(8)))
+    while now < 2000:
+        if scheduler.boundary_is_due(now):
+            leaving = scheduler.at("exited")
+            now += costs.crossing(len(leaving) or 8)
+            for job in leaving:
+                scheduler.has_decoded(job, job.depth, 1, now)
+                tokens[job.depth] += 1
+            scheduler.enter(now)
+        jobs = scheduler.at("core")
+        now += costs.loop(len(jobs))
+        ended = [job for job in jobs if job.num_looped + 1 == job.depth]
+        scheduler.has_looped(jobs, ended, now)
+    return tokens[2] / now, tokens[8] / now
+
+
+def test_deep_jobs_are_held_up_as_little_as_was_asked_for() -> None:
+    lockstep, total, deep = rates(hold=8), rates(), rates(fair="deep")
+    assert sum(total) > sum(deep) > sum(lockstep)
+    assert total[1] < 0.8 * lockstep[1] <= deep[1]
+    assert deep[0] > 1.5 * lockstep[0]
+
+
+def test_without_costs_fair_to_the_deep_is_lockstep() -> None:
+    for fair, due in (("sum", True), ("deep", False)):
+        scheduler = make_scheduler(fair=fair)
+        jobs = [make_job(0, depth=1), make_job(1, depth=3)]
+        start(scheduler, *jobs)
+        scheduler.enter(0.0)
+        scheduler.has_looped(jobs, jobs[:1], 0.0)
+        assert scheduler.boundary_is_due(0.0) == due

@@ -9,34 +9,49 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <limits>
 #include <vector>
 
 #include "check.h"
 #include "tiles.h"
 
-using tiles::lanes, tiles::load, tiles::store, tiles::Vector, tiles::wide;
+using tiles::lanes, tiles::load, tiles::store, tiles::Vector;
 using torch::stable::Tensor;
 
 namespace {
 
 constexpr int together = 8;  // keys that meet a query in registers
 
-// found[t] = q . key[t] for ``Count`` keys that are ``stride`` apart.
+// A vector at ``from + i`` or, past the last whole one, at the end of a row of ``width`` floats: it
+// begins earlier, and overlaps with the one before.
+inline int64_t vector_at(int64_t i, int64_t width) { return std::min(i, width - lanes); }
+
+// The query with zeros where its last vector overlaps with the one before, each vector in turn.
+void spread(const float* q, int64_t width, float* to) {
+  for (int64_t i = 0; i < width; i += lanes) {
+    const int64_t at = vector_at(i, width);
+    for (int64_t lane = 0; lane < lanes; ++lane) to[i + lane] = at + lane < i ? 0 : q[at + lane];
+  }
+}
+
+// found[t] = q . key[t] for ``Count`` keys that are ``stride`` apart; ``q`` is spread.
 template <int Count>
 inline void dots(const float* q, const float* key, int64_t stride, int64_t width, float* found) {
   Vector sums[Count] = {};
-  int64_t i = 0;
-  for (; i + lanes <= width; i += lanes) {
+  for (int64_t i = 0; i < width; i += lanes) {
     const Vector part = load(q + i);
-    for (int t = 0; t < Count; ++t) sums[t] += part * load(key + t * stride + i);
+    const float* from = key + vector_at(i, width);
+#pragma GCC unroll 8
+    for (int t = 0; t < Count; ++t) sums[t] += part * load(from + t * stride);
   }
-  float totals[Count];
-  tiles::total_each<Count>(sums, totals);
-  for (int t = 0; t < Count; ++t) {
-    for (int64_t j = i; j < width; ++j) totals[t] += q[j] * key[t * stride + j];
-    found[t] = totals[t];
-  }
+  tiles::total_each<Count>(sums, found);
+}
+
+// The same for rows that are shorter than a vector.
+inline void short_dot(const float* q, const float* key, int64_t width, float* found) {
+  *found = 0;
+  for (int64_t i = 0; i < width; ++i) *found += q[i] * key[i];
 }
 
 // Scores -> weights that sum to 1, in place; the row has room up to a multiple of ``lanes``.
@@ -73,34 +88,76 @@ struct Group {
   }
 
   void score(const float* q, int64_t heads, float* scores, int64_t step) const {
-    const int64_t width = k.size(3), stride = k.size(2) * width;
+    const int64_t width = k.size(3), stride = k.size(2) * width, room = (width + lanes - 1) / lanes * lanes;
+    const bool narrow = width < lanes;
+    std::vector<float> queries(heads * room);
+    for (int64_t h = 0; h < heads && !narrow; ++h) spread(q + h * width, width, queries.data() + h * room);
     each([&](int64_t page, int64_t start, int64_t count) {
       const float* first = key(page);
       for (int64_t h = 0; h < heads; ++h) {
-        const float* query = q + h * width;
+        const float* query = narrow ? q + h * width : queries.data() + h * room;
         float* found = scores + h * step + start;
         int64_t t = 0;
-        for (; t + together <= count; t += together) dots<together>(query, first + t * stride, stride, width, found + t);
-        for (; t < count; ++t) dots<1>(query, first + t * stride, stride, width, found + t);
+        for (; t + together <= count && !narrow; t += together) dots<together>(query, first + t * stride, stride, width, found + t);
+        for (; t < count; ++t)
+          narrow ? short_dot(query, first + t * stride, width, found + t) : dots<1>(query, first + t * stride, stride, width, found + t);
       }
     });
   }
 
-  void mix(const float* weights, int64_t heads, int64_t step, float* out, int64_t width) const {
-    const int64_t stride = v.size(2) * v.size(3), whole = width / wide * wide;
-    std::vector<const float*> rows;
-    std::vector<float*> targets;
-    for (int64_t h = 0; h < heads; ++h) rows.push_back(weights + h * step), targets.push_back(out + h * width);
+  // Sums over all tokens of ``Rows`` heads and ``Columns`` vectors from column c on stay in registers.
+  template <int Rows, int Columns>
+  void mix_tile(const float* weights, int64_t step, float* out, int64_t c, int64_t width) const {
+    const int64_t stride = v.size(2) * v.size(3);
+    constexpr int turns = Rows * Columns < 6 ? 2 : 1;  // sums that take turns, where few would wait for each other
+    int64_t at[Columns];
+    for (int j = 0; j < Columns; ++j) at[j] = vector_at(c + j * lanes, width);
+    Vector sums[turns][Rows][Columns] = {};
+    const auto add = [&](int turn, int64_t token, const float* value) __attribute__((always_inline)) {
+      Vector parts[Columns];
+#pragma GCC unroll 4
+      for (int j = 0; j < Columns; ++j) parts[j] = load(value + at[j]);
+#pragma GCC unroll 4
+      for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 4
+        for (int j = 0; j < Columns; ++j) sums[turn][r][j] += weights[r * step + token] * parts[j];
+    };
     each([&](int64_t page, int64_t start, int64_t count) {
       const float* first = value(page);
-      for (int64_t c = 0; c < whole; c += wide)
-        tiles::multiply(heads, rows.data(), start, first + c, stride, targets.data(), c, count, start > 0);
+      int64_t t = 0;
+      for (; t + turns <= count; t += turns)
+#pragma GCC unroll 2
+        for (int turn = 0; turn < turns; ++turn) add(turn, start + t + turn, first + (t + turn) * stride);
+      for (; t < count; ++t) add(0, start + t, first + t * stride);
+    });
+    for (int r = 0; r < Rows; ++r)
+      for (int j = 0; j < Columns; ++j) store(out + r * width + at[j], turns > 1 ? sums[0][r][j] + sums[turns - 1][r][j] : sums[0][r][j]);
+  }
+
+  template <int Rows, int Columns>
+  void mix_columns(int64_t left, const float* weights, int64_t step, float* out, int64_t c, int64_t width) const {
+    if (left >= Columns) return mix_tile<Rows, Columns>(weights, step, out, c, width);
+    if constexpr (Columns > 1) mix_columns<Rows, Columns - 1>(left, weights, step, out, c, width);
+  }
+
+  template <int Rows>
+  void mix_heads(int64_t heads, const float* weights, int64_t step, float* out, int64_t width) const {
+    constexpr int most = 4;  // vectors beside each other
+    for (; heads >= Rows; heads -= Rows, weights += Rows * step, out += Rows * width)
+      for (int64_t c = 0; c < width; c += most * lanes)
+        mix_columns<Rows, most>((width - c + lanes - 1) / lanes, weights, step, out, c, width);
+    if constexpr (Rows > 1)
+      if (heads) mix_heads<Rows - 1>(heads, weights, step, out, width);
+  }
+
+  void mix(const float* weights, int64_t heads, int64_t step, float* out, int64_t width) const {
+    if (width >= lanes) return mix_heads<4>(heads, weights, step, out, width);
+    const int64_t stride = v.size(2) * v.size(3);
+    std::fill(out, out + heads * width, 0.0f);
+    each([&](int64_t page, int64_t start, int64_t count) {
       for (int64_t h = 0; h < heads; ++h)
-        for (int64_t c = whole; c < width; ++c) {
-          float sum = start > 0 ? targets[h][c] : 0;
-          for (int64_t t = 0; t < count; ++t) sum += rows[h][start + t] * first[t * stride + c];
-          targets[h][c] = sum;
-        }
+        for (int64_t t = 0; t < count; ++t)
+          for (int64_t c = 0; c < width; ++c) out[h * width + c] += weights[h * step + start + t] * value(page)[t * stride + c];
     });
   }
 };
@@ -149,10 +206,36 @@ Tensor attend(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& t
   return result;
 }
 
+// What layers stored of a token in one slot is copied to the slots after it, up to ``last``: entry
+// (layer + slot * layers) * pages + page of the pool, for each row of ``tokens`` [N, 4]: page, place in
+// the page, slot, last.
+Tensor fill(const Tensor& pool, const Tensor& tokens, int64_t first, int64_t layers, int64_t pages) {
+  check::packed("pool", pool, check::floats, {check::any, check::any, check::any, check::any});
+  check::packed("tokens", tokens, check::integers, {check::any, 4});
+  const int64_t size = pool.size(1), width = pool.size(2) * pool.size(3);
+  float* data = pool.mutable_data_ptr<float>();
+  const int64_t* token = tokens.const_data_ptr<int64_t>();
+  for (int64_t n = 0; n < tokens.size(0); ++n, token += 4) {
+    const int64_t page = token[0], place = token[1], slot = token[2], last = token[3];
+    const bool fits = 0 <= page && page < pages && 0 <= place && place < size && 0 <= slot && 0 <= first &&
+                      0 < layers && (first + (std::max(slot, last) + 1) * layers) * pages <= pool.size(0);
+    STD_TORCH_CHECK(fits, "tokens holds a page, place or slot that the pool does not have");
+    for (int64_t layer = 0; layer < layers; ++layer) {
+      const auto at = [&](int64_t s) { return data + (((first + s * layers + layer) * pages + page) * size + place) * width; };
+      for (int64_t s = slot + 1; s <= last; ++s) std::memcpy(at(s), at(slot), width * sizeof(float));
+    }
+  }
+  return pool;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(openmythos_paged, library) {
+  library.def("fill(Tensor(a!) pool, Tensor tokens, int first, int layers, int pages) -> Tensor(a!)");
   library.def("attend(Tensor q, Tensor k, Tensor v, Tensor table, Tensor length, float scale, int width) -> Tensor");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(openmythos_paged, CPU, library) { library.impl("attend", TORCH_BOX(&attend)); }
+STABLE_TORCH_LIBRARY_IMPL(openmythos_paged, CPU, library) {
+  library.impl("attend", TORCH_BOX(&attend));
+  library.impl("fill", TORCH_BOX(&fill));
+}

@@ -3,7 +3,7 @@ import torch
 from torch import Tensor
 
 from openmythos.ops.cpu import build, choice, paged
-from openmythos.ops.paged import paged_attention, paged_attention_reference
+from openmythos.ops.paged import fill_pages, paged_attention, paged_attention_reference
 from tests.strategies import seeded, unchecked
 
 
@@ -123,3 +123,26 @@ def test_other_numbers_and_devices_are_gathered(kernel, monkeypatch) -> None:
     monkeypatch.setenv(build.OFF, "paged")
     assert not paged.beats_gather(pools, 4)
     assert paged_attention_reference(*case([4], 4, 2, (16, 8), 4)).shape == (1, 4, 8)
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_slots_are_filled_as_by_the_reference(kernel, layers: int) -> None:
+    """Tokens that need no copy, one, and several; nothing else changes."""
+    pages, slots, first = 3, 4, 1
+    pool = torch.randn((first + slots * layers + 1) * pages, 2, 2, 5, generator=seeded())
+    tokens = torch.tensor([[1, 0, 0, 3], [2, 1, 2, 3], [2, 0, 3, 3], [0, 1, 1, 2]])
+    filled, wanted = pool.clone(), pool.clone()
+    fill_pages(filled, tokens, first, layers, pages, native=True)
+    fill_pages(wanted, tokens, first, layers, pages)
+    assert torch.equal(filled, wanted)
+    assert int((filled != pool).any(dim=(2, 3)).sum()) == layers * (3 + 1 + 0 + 1)
+    for layer in range(layers):
+        kept = wanted.view(-1, pages, 2, 2, 5)[first + layer :: layers][:slots, 1, 0]
+        assert torch.equal(kept, kept[:1].expand_as(kept))
+
+
+@pytest.mark.parametrize("token", [[3, 0, 0, 1], [0, 2, 0, 1], [0, 0, -1, 1], [0, 0, 0, 4]])
+def test_slots_that_do_not_exist_are_not_filled(kernel, token: list[int]) -> None:
+    pool = torch.zeros(12, 2, 1, 4)
+    with pytest.raises(RuntimeError, match="that the pool does not have"):
+        fill_pages(pool, torch.tensor([token]), 0, 1, 3, native=True)

@@ -10,10 +10,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo zoo test stress stress-engine test-vllm test-transformers test-onnx test-page lint bench docs clean
+.PHONY: help setup demo zoo test stress stress-engine test-vllm test-transformers test-onnx test-page test-clients lint bench docs clean
 
 help:
-	@echo "make setup | demo | zoo | test | stress | stress-engine | test-vllm | test-transformers | test-onnx | test-page | lint | bench | docs | clean   (options: PYTHON=python3.12, ARGS=...)"
+	@echo "make setup | demo | zoo | test | stress | stress-engine | test-vllm | test-transformers | test-onnx | test-page | test-clients | lint | bench | docs | clean   (options: PYTHON=python3.12, ARGS=...)"
 
 setup: $(STAMP)
 
@@ -103,6 +103,21 @@ test-page: $(STAMP) $(PAGE)/.installed
 $(PAGE)/.installed:
 	@rm -rf $(PAGE)
 	@npm install --silent --no-audit --no-fund --prefix $(PAGE) playwright-core@1.65.1 axe-core@4.14.1
+	@touch $@
+
+# Clients of OpenAI's API and suites for it get an environment of their own.
+CLIENTS ?= .clients
+
+test-clients: $(STAMP) $(CLIENTS)/.installed
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m tests.client_suite.run \
+		--python $(CLIENTS)/bin/python $(ARGS)
+
+$(CLIENTS)/.installed:
+	@echo "test-clients: installing clients into $(CLIENTS) (minutes; downloads)"
+	@$(BIN)/python -m venv --clear $(CLIENTS)
+	@$(CLIENTS)/bin/python -m pip install -qq --disable-pip-version-check openai==3.57.0 \
+		litellm==1.110.2 langchain-openai==1.7.4 llm==0.36 openresponses-types==2.4.0 \
+		schemathesis==4.32.5 guidellm==0.8.1 "lm-eval[api]==0.4.13"
 	@touch $@
 
 lint: $(STAMP)

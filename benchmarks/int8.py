@@ -1,13 +1,13 @@
 """Weights in 8 bits against fp32: tokens per second side by side, bytes per token, memory, quality.
 
-    .venv/bin/python -m benchmarks.int8 speed d1024 1       (model B, C or d1024; batch size)
-    .venv/bin/python -m benchmarks.int8 memory d1024
+    .venv/bin/python -m benchmarks.int8 speed d1024 1       (model B, C, d1024 or deep; batch size)
+    .venv/bin/python -m benchmarks.int8 memory deep
     .venv/bin/python -m benchmarks.int8 quality RUN         (of the demo: text, or walks)
 
 Every line is a process of its own. Speed is that of a compiled ``Session`` after the first new
 token, both models in turn. Bytes per token are those of the weights that one new token reads: the
-core once in every loop, of experts those of a token. Memory is the growth of the process' peak over
-what a tiny checkpoint takes, after loading and after 32 new tokens.
+core once in every loop, of experts those of a token. Memory is the peak of a fresh process over
+what it holds after a tiny checkpoint was loaded and used: of loading, and of 32 new tokens too.
 """
 
 import json
@@ -37,7 +37,9 @@ LOOPS = (1, 2, 4, 8, 12, 16)
 
 
 def config_of(name: str) -> ModelConfig:
-    """B and C are those of ``benchmarks.measure``; d1024 is 250 MB in fp32."""
+    """B and C are those of ``benchmarks.measure``; in fp32 d1024 is 0.3 GB, deep 1.1 GB."""
+    if name == "deep":
+        return our_config(16)
     if name == "d1024":
         return replace(our_config(2), vocab_size=4096, max_seq_len=512)
     return read_config({**CONFIGS[name][0], "act_threshold": 0.99, "rope_theta": 10_000.0})
@@ -123,11 +125,12 @@ def memory_of(path: str, tiny: str, weights: str) -> list[float]:
         model = load_pretrained(folder, weights=weights)
         loaded.append(resident("VmHWM"))
         tokens = some_tokens(1, PROMPT) % model.config.vocab_size
-        decode_session(model, tokens, model.config.num_loops, compiled=False)
+        decode_session(model, tokens, 1, compiled=False)
 
     peaks: list[int] = []
     decode(tiny, peaks)
-    before = resident("VmHWM")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is that from here on
+    before = resident("VmRSS")
     decode(path, peaks)
     return [round((peak - before) / 1e6, 1) for peak in (peaks[-1], resident("VmHWM"))]
 

@@ -32,6 +32,7 @@ MODE_SWITCH = f"{PACKAGE}/model/inference.py"
 FOREIGN_CODE = f"{PACKAGE}/interop/hf/"  # what an export carries
 # Writers besides openmythos/folder.py, and why what they write need not appear at once.
 OTHER_WRITERS = {
+    "benchmarks/int8.py:memory_of": "resets the peak that the system counts; no file",
     "openmythos/analysis/picture.py:save": "draws into a whole_file",
     "openmythos/analysis/picture.py:to_svg": "draws into memory",
     "openmythos/data/prepare.py:_Spool.__init__": "a scratch file, never put in place",

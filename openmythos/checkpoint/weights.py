@@ -27,7 +27,7 @@ WRAPPERS = ("module.", COMPILED)  # name prefixes added by data parallelism and 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # What is read from a memory-mapped file stays in memory until the file is closed. Mapped files are
 # therefore reopened each time that so many bytes were read.
-REOPEN_BYTES = 1 << 25
+REOPEN_BYTES = 1 << 23
 
 Shapes = Mapping[str, tuple[int, ...]]
 

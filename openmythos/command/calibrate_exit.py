@@ -204,7 +204,7 @@ def show(found: "Frontier") -> None:
     print_table(screen, table)
     chosen, fixed = found.chosen, found.fixed
     if chosen is fixed:
-        screen.print(f"{fixed.setting.num_loops} loops for every token: no rule is worth its cost")
+        screen.print(f"{fixed.setting} for every token: no rule is worth its cost")
     else:
         screen.print(
             f"{chosen.setting}: {found.gain(chosen):.2f} times the tokens/s of "

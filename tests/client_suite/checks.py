@@ -273,6 +273,75 @@ def open_responses(url: str, model: str) -> None:
     ResponseResource.model_validate(events[-1]["response"])
 
 
+# --- suites ---------------------------------------------------------------------------------------
+
+
+def program(*command: str) -> str:
+    """What a program of the clients' environment prints."""
+    path = Path(sys.executable).with_name(command[0])
+    ended = subprocess.run([path, *command[1:]], capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stdout[-3000:] + ended.stderr[-3000:]
+    return ended.stdout
+
+
+def schemathesis(url: str, model: str) -> None:
+    """No 5xx, no hang, no status, type or shape that the schema does not have."""
+    checks = "not_a_server_error,status_code_conformance,content_type_conformance"
+    checks += ",response_schema_conformance"
+    limits = ("--max-examples", "30", "--request-timeout", "60", "--seed", "1")
+    where = f"{url}/openapi.json"
+    said = program(
+        "schemathesis", "run", where, *limits, "--checks", checks, "--phases", "coverage,fuzzing"
+    )
+    print(next(line for line in said.splitlines() if " generated, " in line).strip())
+
+
+def lm_eval(url: str, model: str) -> None:
+    """``local-completions`` gives the scores that ``openmythos eval`` gives."""
+    task = Path(os.environ["TASK"])
+    settings = {
+        "model": model,
+        "base_url": f"{url}/v1/completions",
+        "tokenizer": os.environ["TOKENIZER"],
+        "add_bos_token": "True",
+        "max_length": "100",
+    }
+    given = ",".join(f"{name}={value}" for name, value in settings.items())
+    out = str(task.parent / "scores")
+    where = ("--include_path", str(task.parent), "--tasks", task.stem, "--output_path", out)
+    program("lm_eval", "--model", "local-completions", "--model_args", given, *where)
+    (found,) = Path(out).rglob("results*.json")
+    score = json.loads(found.read_text())["results"][task.stem]["perplexity,none"]
+    own = float(os.environ["OWN_SCORE"])
+    assert abs(score / own - 1) < 1e-5, f"perplexity {score}; our own {own}"
+    print(f"perplexity {score:.6g}; `openmythos eval` {own:.6g}")
+
+
+def guidellm(url: str, model: str) -> None:
+    """An outside load generator: 8 streams for 20 seconds."""
+    with tempfile.TemporaryDirectory() as made:
+        report = Path(made, "report.json")
+        program(
+            *("guidellm", "run", "--disable-progress"),
+            *("--backend", f"kind=openai_http,target={url},model={model}"),
+            *("--profile", "kind=concurrent,streams=8"),
+            *("--constraint", "kind=max_duration,seconds=20"),
+            *("--tokenizer", f"kind=huggingface_auto,model={os.environ['TOKENIZER']}"),
+            *("--data", "kind=synthetic_text,prompt_tokens=32,output_tokens=16"),
+            *("--output", f"kind=json,path={report}"),
+        )
+        (run,) = json.loads(report.read_text())["benchmarks"]
+    totals, metrics = run["metrics"]["request_totals"], run["metrics"]
+    assert totals["successful"] > 0 and totals["errored"] == 0, totals
+    first, between = metrics["time_to_first_token_ms"], metrics["inter_token_latency_ms"]
+    shown = {
+        "first token": first["successful"]["percentiles"],
+        "inter-token": between["successful"]["percentiles"],
+    }
+    times = ", ".join(f"{n} {p['p50']:.0f} / {p['p99']:.0f} ms" for n, p in shown.items())
+    print(f"{totals['successful']} answers, {totals['errored']} errors; p50 / p99: {times}")
+
+
 CHECKS: dict[str, Callable[[str, str], None]] = {
     check.__name__: check
     for check in (
@@ -283,6 +352,9 @@ CHECKS: dict[str, Callable[[str, str], None]] = {
         langchain,
         llm,
         open_responses,
+        schemathesis,
+        lm_eval,
+        guidellm,
     )
 }
 

@@ -1,9 +1,12 @@
 """The engine's thread: clients that hang up, a full queue, an engine that fails or dies."""
 
 import asyncio
+import json
 import socket
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import httpx
@@ -113,6 +116,23 @@ def test_a_step_that_fails_once_costs_nothing() -> None:
         engine.step = fails_at_times  # type: ignore[method-assign]
         after = server.post("/v1/completions", **SHORT, prompt="a", temperature=0).json()
         assert after["choices"] == before["choices"] and failures[0] > 5
+
+
+def test_streams_at_once_are_each_their_own() -> None:
+    fields = {"model": "small", "max_tokens": 4, "num_loops": 1, "temperature": 0, "stream": True}
+    with running(max_rows=4) as server:
+        bodies = [{**fields, "prompt": f"{number} is one"} for number in range(8)]
+        ask = partial(server.client.post, "/v1/completions")
+
+        def text_of(body: dict[str, Any]) -> str:
+            lines = ask(json=body).text.splitlines()
+            assert lines[-2] == "data: [DONE]"
+            return "".join(json.loads(line[6:])["choices"][0]["text"] for line in lines[:-2:2])
+
+        alone = [text_of(body) for body in bodies]
+        with ThreadPoolExecutor(8) as threads:
+            assert list(threads.map(text_of, bodies)) == alone
+        assert len(set(alone)) > 4
 
 
 def test_who_hangs_up_before_the_engine_has_the_request_leaves_nothing() -> None:

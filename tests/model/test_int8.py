@@ -166,7 +166,7 @@ def test_compiled_calls_read_the_integers(compiler: None, monkeypatch: pytest.Mo
     int8._decided.cache_clear()
     model, tokens, targets = Products().eval(), TOKENS[:2, :1], list[Any]()
 
-    def as_it_is(graph: fx.GraphModule, inputs: object) -> Any:
+    def as_it_is(graph: fx.GraphModule, inputs: object, **options: object) -> Any:
         targets.extend(node.target for node in graph.graph.nodes)
         return graph.forward
 

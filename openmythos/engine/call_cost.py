@@ -6,6 +6,7 @@ meanwhile. What is better depends on the model, the machine, and how soon others
 """
 
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -47,14 +48,18 @@ class CallCosts:
 
     def loop(self, num_rows: int) -> float:
         """Seconds of one loop of so many rows."""
-        return self._at(self.core, num_rows) if num_rows else 0.0
+        return self._at(self._tables[0], num_rows) if num_rows else 0.0
 
     def crossing(self, num_rows: int) -> float:
         """Seconds of one crossing of so many rows."""
-        return self._at(self.boundary, num_rows)
+        return self._at(self._tables[1], num_rows)
 
     def worth_waiting(
-        self, held: Sequence[float], looping: Sequence[Ends], loops: Sequence[float]
+        self,
+        held: Sequence[float],
+        looping: Sequence[Ends],
+        loops: Sequence[float],
+        step: float = 0.0,
     ) -> bool:
         """Whether tokens at the boundary should let the others run loops until more have come.
 
@@ -68,28 +73,46 @@ class CallCosts:
                 is that share of a token.
             looping: When the others will have ended.
             loops: The same of these as of those held.
+            step: Seconds that each loop takes besides its call, whatever its rows.
         """
+        core, boundary = self._tables
         worth = [1 / each for each in loops]
-        num_rows, total = len(held) + len(looping), sum(worth) + sum(1 / each for each in held)
-        whole = self._at(self.core, num_rows) / total  # seconds of a token, when all rows loop
+        num_held, num_looping, left = len(held), len(looping), sum(worth)
+        total = left + sum(1 / each for each in held)
+        # Seconds of a token when all rows loop, and of a crossing of those held alone.
+        whole = (self._at(core, num_held + num_looping) + step) / total
+        alone = self._at(boundary, num_held)
         lost, joined, done = 0.0, 0.0, 0.0
         for ended in zip(*looping, strict=True):
-            lost += self._at(self.core, len(looping) - joined) - (sum(worth) - done) * whole
+            lost += self._at(core, num_looping - joined) + step - (left - done) * whole
             joined, done = sum(ended), sum(map(mul, ended, worth))
-            if self._saved(len(held), joined) > lost:
+            # What one crossing takes less than two; of less than one row its share.
+            others = max(joined, 1.0)
+            both = alone + self._at(boundary, others) - self._at(boundary, num_held + others)
+            if min(joined, 1.0) * both > lost:
                 return True
         return False
 
-    def _saved(self, num_held: int, joined: int | float) -> float:
-        """Seconds that one crossing takes less than two; of less than one row its share."""
-        others = max(joined, 1.0)
-        apart = self._at(self.boundary, num_held) + self._at(self.boundary, others)
-        return min(joined, 1.0) * (apart - self._at(self.boundary, num_held + others))
-
-    def _at(self, costs: Mapping[int, float], rows: int | float) -> float:
+    def _at(self, table: Sequence[float], rows: int | float) -> float:
         """The cost of so many rows on average."""
+        last = len(table) - 1
+        low, high = min(int(rows), last), min(math.ceil(rows), last)
+        if low == high or self.padded:
+            return table[high]
+        return table[low] + (rows - low) * (table[high] - table[low])
+
+    @functools.cached_property
+    def _tables(self) -> tuple[list[float], list[float]]:
+        """The costs of 0, 1, 2 ... rows: of loops, and of crossings."""
+        core, boundary = (
+            [self._between(costs, rows) for rows in range(max(costs, default=-1) + 1)]
+            for costs in (self.core, self.boundary)
+        )
+        return core, boundary
+
+    def _between(self, costs: Mapping[int, float], rows: int) -> float:
         below = max((known for known in costs if known <= rows), default=min(costs))
-        above = min((known for known in costs if known >= rows), default=max(costs))
+        above = min(known for known in costs if known >= rows)
         if below == above or self.padded:
             return costs[above]
         share = (rows - below) / (above - below)

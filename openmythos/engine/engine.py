@@ -392,6 +392,7 @@ class Engine:
 
     def _work(self) -> None:
         scheduler, runner, now = self._scheduler, self._runner, self._clock()
+        begun, only_looped = time.perf_counter(), True
         self._counts.steps += 1
         for job in scheduler.expire(now):
             self._end(job.id, "deadline")
@@ -404,6 +405,7 @@ class Engine:
             self._counts.prompt_read += chunk.stop - chunk.start
             scheduler.has_read(chunk, now)
         if scheduler.boundary_is_due(now):
+            only_looped = False
             if leaving := scheduler.at("exited"):
                 self._decode(leaving, now)
             if entering := scheduler.enter(now):
@@ -415,8 +417,12 @@ class Engine:
         if looping:
             self._counts.core_calls += 1
             self._counts.core_rows += len(looping)
+            called = time.perf_counter()
             ended = runner.advance(list(looping))
+            in_call = time.perf_counter() - called
             scheduler.has_looped(looping.values(), [looping[seat] for seat in ended], now)
+            if only_looped and not chunks:
+                scheduler.has_stepped(time.perf_counter() - begun - in_call)
 
     def _part(self, chunk: Chunk) -> Part:
         job, start, stop = chunk

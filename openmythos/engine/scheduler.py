@@ -19,7 +19,7 @@ from typing import Literal, NamedTuple
 from openmythos.engine.call_cost import CallCosts, Ends, ends_after
 from openmythos.engine.page_pool import PagePool
 
-MEMORY = 32  # tokens of a job whose loops tell how soon the next one will stop
+MEMORY = 32  # tokens of a job whose loops tell how soon the next one will stop; steps, how long
 DEEP_SHARE = 0.8  # of its speed in lockstep that a deep job keeps with ``fair="deep"``
 FORGET = 8  # tokens after which they are looked up again
 Fair = Literal["sum", "deep"]
@@ -70,6 +70,7 @@ class Job:
     charged: float = 0.0
     _seen: tuple[int, ...] = ()  # the latest tokens' loops in order, when there were ``_num_seen``
     _num_seen: int = 0
+    _mean: float = 0.0
 
     @property
     def text(self) -> tuple[int, ...]:
@@ -101,14 +102,14 @@ class Job:
     @property
     def mean_loops(self) -> float:
         """The loops that its tokens take on average; by an exit rule as the latest did."""
-        latest = self._latest if self.may_stop else ()
-        return sum(latest) / len(latest) if latest else float(self.depth)
+        return self._mean if self.may_stop and self._latest else float(self.depth)
 
     @property
     def _latest(self) -> tuple[int, ...]:
         """The loops of the latest tokens in order, looked up now and then."""
         if not self._num_seen <= len(self.loops) < self._num_seen + FORGET:
             self._num_seen, self._seen = len(self.loops), tuple(sorted(self.loops[-MEMORY:]))
+            self._mean = sum(self._seen) / max(1, len(self._seen))
         return self._seen
 
 
@@ -163,6 +164,7 @@ class Scheduler:
         self.running: list[Job] = []
         self.copies: list[tuple[int, int]] = []  # pages to copy before anything is read or written
         self.costs: CallCosts | None = None
+        self.step_seconds = 0.0  # of a step besides the model's calls, as the latest ones were
         self.num_preempted = 0
         self._seats = list(range(num_seats - 1, -1, -1))
 
@@ -299,9 +301,14 @@ class Scheduler:
         if self.costs is None:
             return self.fair == "sum"
         waiting, running = ([job.mean_loops for job in jobs] for jobs in (held, looping))
-        if self.costs.worth_waiting(waiting, [job.ends for job in looping], running):
+        ends = [job.ends for job in looping]
+        if self.costs.worth_waiting(waiting, ends, running, self.step_seconds):
             return False
         return self.fair == "sum" or self._is_affordable(held, looping, self.costs)
+
+    def has_stepped(self, seconds: float) -> None:
+        """A step that only ran a loop took so long besides the model's call."""
+        self.step_seconds += (seconds - self.step_seconds) / MEMORY
 
     def _is_affordable(self, held: list[Job], looping: list[Job], costs: CallCosts) -> bool:
         """Whether those held may go on without holding up deeper jobs too much.

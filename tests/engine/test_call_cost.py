@@ -34,7 +34,7 @@ def test_what_has_ended_by_when() -> None:
 )
 def test_costs_between_measured_rows(padded: bool, wanted: list[float]) -> None:
     costs = CallCosts(core={2: 1.0, 4: 3.0, 8: 4.0}, boundary={}, padded=padded)
-    found = [costs._at(costs.core, rows) for rows in (1, 2, 3, 3.5, 4, 8, 9)]
+    found = [costs._at(costs._tables[0], rows) for rows in (1, 2, 3, 3.5, 4, 8, 9)]
     assert found == wanted
 
 
@@ -47,6 +47,13 @@ def test_a_loop_of_waiting_against_a_crossing_saved() -> None:
         assert loss == 0.25
         assert worth_waiting(costs, 2, [after(1), *looping]) == (saved > loss)
         assert worth_waiting(costs, 2, [after(3), *looping]) == worth  # three such loops
+
+
+def test_what_a_step_takes_besides_is_lost_with_every_row_that_waits() -> None:
+    """Two of eight rows wait for a loop: a quarter of the step is lost on them too."""
+    costs, looping = linear((1.0, 0.125), (0.5, 0.5)), [[4.0] * 2, [after(1), *[after(5)] * 5]]
+    for step, worth in ((0.9, True), (1.1, False)):
+        assert costs.worth_waiting(*looping, [4.0] * 6, step) == worth
 
 
 def test_a_crossing_that_costs_by_the_row_is_not_waited_for() -> None:

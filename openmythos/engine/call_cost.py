@@ -6,13 +6,13 @@ meanwhile. What is better depends on the model, the machine, and how soon others
 """
 
 import functools
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from operator import mul
 
 HORIZON = 8  # loops that are looked ahead
+PARTS = 8  # of a row that the expected number of rows is rounded down to
 Ends = tuple[float, ...]  # the probabilities to have ended after 1, 2 ... HORIZON more loops
 
 
@@ -38,35 +38,37 @@ class CallCosts:
     Attributes:
         core: One loop.
         boundary: Decoding a token, and encoding the next one.
-        padded: Whether calls are filled up to the next measured number of rows; otherwise their
-            cost lies on a line between the measured ones.
+        core_padding: One loop if all rows are filling: calls are filled up to the next measured
+            number of rows, and every row that is none costs its share more. None: they are not
+            filled up, and their cost lies on a line between the measured ones.
+        boundary_padding: The same of the boundary.
     """
 
     core: Mapping[int, float]
     boundary: Mapping[int, float]
-    padded: bool = False
+    core_padding: Mapping[int, float] | None = None
+    boundary_padding: Mapping[int, float] | None = None
 
     def loop(self, num_rows: int) -> float:
         """Seconds of one loop of so many rows."""
-        return self._at(self._tables[0], num_rows) if num_rows else 0.0
+        return self._tables[0][num_rows * PARTS] if num_rows else 0.0
 
     def crossing(self, num_rows: int) -> float:
         """Seconds of one crossing of so many rows."""
-        return self._at(self._tables[1], num_rows)
+        return self._tables[1][num_rows * PARTS]
 
-    def worth_waiting(
+    def loops_to_wait(
         self,
         held: Sequence[float],
         looping: Sequence[Ends],
         loops: Sequence[float],
         step: float = 0.0,
-    ) -> bool:
-        """Whether tokens at the boundary should let the others run loops until more have come.
+    ) -> int:
+        """The loops that tokens at the boundary should let the others run before they cross it.
 
         If they wait for some loops and cross together with those that have ended by then, one call
         does the work of two. Until then fewer rows loop than there are, and the time that it takes
-        is worth more than what they get done. They wait if, for some number of loops, more is saved
-        than lost.
+        is worth more than what they get done. The number is the one that saves most; 0: none does.
 
         Args:
             held: Of each row at the boundary, the loops that its tokens take on average: one loop
@@ -80,40 +82,48 @@ class CallCosts:
         num_held, num_looping, left = len(held), len(looping), sum(worth)
         total = left + sum(1 / each for each in held)
         # Seconds of a token when all rows loop, and of a crossing of those held alone.
-        whole = (self._at(core, num_held + num_looping) + step) / total
-        alone = self._at(boundary, num_held)
-        lost, joined, done = 0.0, 0.0, 0.0
-        for ended in zip(*looping, strict=True):
-            lost += self._at(core, num_looping - joined) + step - (left - done) * whole
+        whole = (core[(num_held + num_looping) * PARTS] + step) / total
+        alone = boundary[num_held * PARTS]
+        lost, joined, done, most, found = 0.0, 0.0, 0.0, 0.0, 0
+        for number, ended in enumerate(zip(*looping, strict=True), start=1):
+            lost += core[int((num_looping - joined) * PARTS)] + step - (left - done) * whole
             joined, done = sum(ended), sum(map(mul, ended, worth))
             # What one crossing takes less than two; of less than one row its share.
-            others = max(joined, 1.0)
-            both = alone + self._at(boundary, others) - self._at(boundary, num_held + others)
-            if min(joined, 1.0) * both > lost:
-                return True
-        return False
-
-    def _at(self, table: Sequence[float], rows: int | float) -> float:
-        """The cost of so many rows on average."""
-        last = len(table) - 1
-        low, high = min(int(rows), last), min(math.ceil(rows), last)
-        if low == high or self.padded:
-            return table[high]
-        return table[low] + (rows - low) * (table[high] - table[low])
+            others = int((joined if joined > 1 else 1) * PARTS)
+            both = alone + boundary[others] - boundary[num_held * PARTS + others]
+            saved = (both if joined > 1 else joined * both) - lost
+            if saved > most:
+                most, found = saved, number
+            if joined == num_looping:
+                break
+        return found
 
     @functools.cached_property
     def _tables(self) -> tuple[list[float], list[float]]:
-        """The costs of 0, 1, 2 ... rows: of loops, and of crossings."""
+        """The costs of loops and of crossings, in steps of ``1 / PARTS`` row."""
         core, boundary = (
-            [self._between(costs, rows) for rows in range(max(costs, default=-1) + 1)]
-            for costs in (self.core, self.boundary)
+            _table([_cost(costs, padding, rows) for rows in range(max(costs, default=-1) + 1)])
+            for costs, padding in (
+                (self.core, self.core_padding),
+                (self.boundary, self.boundary_padding),
+            )
         )
         return core, boundary
 
-    def _between(self, costs: Mapping[int, float], rows: int) -> float:
-        below = max((known for known in costs if known <= rows), default=min(costs))
-        above = min(known for known in costs if known >= rows)
-        if below == above or self.padded:
-            return costs[above]
-        share = (rows - below) / (above - below)
-        return costs[below] + share * (costs[above] - costs[below])
+
+def _table(costs: Sequence[float]) -> list[float]:
+    """Costs of 0, 1, 2 ... rows, and on the line between these."""
+    between = [
+        low + (high - low) * part / PARTS for low, high in pairwise(costs) for part in range(PARTS)
+    ]
+    return [*between, *costs[-1:]]
+
+
+def _cost(costs: Mapping[int, float], padding: Mapping[int, float] | None, rows: int) -> float:
+    """The cost of so many rows by those that were measured."""
+    above = min(known for known in costs if known >= rows)
+    if padding is not None:
+        return padding[above] + (costs[above] - padding[above]) * rows / above
+    below = max((known for known in costs if known <= rows), default=min(costs))
+    share = (rows - below) / (above - below) if above > below else 0.0
+    return costs[below] + share * (costs[above] - costs[below])

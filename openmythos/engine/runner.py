@@ -40,7 +40,7 @@ from openmythos.ops.separate_experts import separate_experts
 SEPARATE_ROWS = 16  # of every call whose rows must not depend on each other; see ``Runner``
 
 MEASURED_LENGTH = 128  # tokens that a row attends to when the costs of calls are measured
-MOST_REPEATS, MEASURED_SECONDS = 15, 0.2  # of each of these calls
+MOST_REPEATS, MEASURED_SECONDS = 15, 0.1  # of each of these calls
 Program = Literal[
     "encode", "begin", "loop", "decode"
 ]  # what is run on rows: ``Runner._encode_rows`` ...
@@ -144,19 +144,25 @@ class Runner:
 
         All rows are the seat of nobody, whose text is ``MEASURED_LENGTH`` tokens long meanwhile.
         """
-        core, boundary, count, before = {}, {}, 1, self.core_applications
-        nobody, size = self.num_seats, self.cache.page_size
+        nobody, size, before = self.num_seats, self.cache.page_size, self.core_applications
         pages = min(-(-MEASURED_LENGTH // size), self._tables.shape[1])
         place = min(MEASURED_LENGTH, pages * size) - 1, (SCRATCH,) * pages
-        entry = Entry(nobody, 0, *place, self.cache.max_loops, Fixed(), 0)
-        while count < 2 * self.num_seats:
-            size = min(count, self.num_seats)
-            core[size] = _least_seconds(partial(self._loop_nobody, size))
-            boundary[size] = _least_seconds(partial(self._cross_nobody, [entry] * size))
-            count *= 2
-        self.enter([replace(entry, position=0, pages=(SCRATCH,))])
+        row = Entry(nobody, 0, *place, self.cache.max_loops, Fixed(), 0)
+        filling = replace(row, position=0, pages=(SCRATCH,))
+        counts = [min(1 << power, self.num_seats) for power in range(self.num_seats.bit_length())]
+        counts = sorted({*counts, self.num_seats})
+        found = []
+        for entry in (row, filling):
+            core, boundary = {}, {}
+            for count in counts:
+                boundary[count] = _least_seconds(partial(self._cross_nobody, [entry] * count))
+                core[count] = _least_seconds(partial(self._loop_nobody, count))
+            found += [core, boundary]
+            if not (self.compiled or self.separate):
+                break  # calls are not filled up
+        self.enter([filling])
         self.core_applications = before
-        return CallCosts(core, boundary, padded=self.compiled or self.separate)
+        return CallCosts(*found)
 
     def _loop_nobody(self, num_rows: int) -> None:
         self.advance([self.num_seats] * num_rows)

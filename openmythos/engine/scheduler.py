@@ -166,6 +166,7 @@ class Scheduler:
         self.costs: CallCosts | None = None
         self.step_seconds = 0.0  # of a step besides the model's calls, as the latest ones were
         self.num_preempted = 0
+        self._num_to_wait = 0  # loops to run before it is asked again whether tokens cross
         self._seats = list(range(num_seats - 1, -1, -1))
 
     def num_pages(self, num_tokens: int) -> int:
@@ -300,9 +301,14 @@ class Scheduler:
             return len(held) >= self.hold
         if self.costs is None:
             return self.fair == "sum"
-        waiting, running = ([job.mean_loops for job in jobs] for jobs in (held, looping))
-        ends = [job.ends for job in looping]
-        if self.costs.worth_waiting(waiting, ends, running, self.step_seconds):
+        if self.fair == "deep" and max(j.depth for j in held) > max(j.depth for j in looping):
+            return True  # it does not wait for shallower ones
+        if not self._num_to_wait:
+            waiting, running = ([job.mean_loops for job in jobs] for jobs in (held, looping))
+            ends = [job.ends for job in looping]
+            found = self.costs.loops_to_wait(waiting, ends, running, self.step_seconds)
+            self._num_to_wait = found
+        if self._num_to_wait:
             return False
         return self.fair == "sum" or self._is_affordable(held, looping, self.costs)
 
@@ -333,6 +339,7 @@ class Scheduler:
 
     def enter(self, now: float) -> list[Job]:
         """Move the ready jobs to the core, each with a page of its own for the next token."""
+        self._num_to_wait = 0
         entered = []
         for job in self.at("ready"):
             if job.stage == "ready" and self._claim_page(job):  # a job before it may have preempted
@@ -343,6 +350,7 @@ class Scheduler:
 
     def has_looped(self, jobs: Iterable[Job], ended: Iterable[Job], now: float) -> None:
         """The jobs' tokens have run a loop, which was the last of those that ``ended``."""
+        self._num_to_wait = max(0, self._num_to_wait - 1)
         for job in jobs:
             job.num_looped += 1
         for job in ended:

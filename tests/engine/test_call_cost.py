@@ -17,7 +17,7 @@ def after(*loops: int) -> Ends:
 
 def worth_waiting(costs: CallCosts, num_held: int, looping: list[Ends]) -> bool:
     """If the tokens of all rows take as many loops on average."""
-    return costs.worth_waiting([4.0] * num_held, looping, [4.0] * len(looping))
+    return costs.loops_to_wait([4.0] * num_held, looping, [4.0] * len(looping)) > 0
 
 
 def test_what_has_ended_by_when() -> None:
@@ -30,12 +30,17 @@ def test_what_has_ended_by_when() -> None:
 
 @pytest.mark.parametrize(
     ("padded", "wanted"),
-    [(False, [1.0, 1.0, 2.0, 2.5, 3.0, 4.0, 4.0]), (True, [1.0, 1.0, 3.0, 3.0, 3.0, 4.0, 4.0])],
+    [(False, [1.0, 1.0, 2.0, 3.0, 4.0]), (True, [1.0, 1.0, 3.0, 3.0, 4.0])],
 )
 def test_costs_between_measured_rows(padded: bool, wanted: list[float]) -> None:
-    costs = CallCosts(core={2: 1.0, 4: 3.0, 8: 4.0}, boundary={}, padded=padded)
-    found = [costs._at(costs._tables[0], rows) for rows in (1, 2, 3, 3.5, 4, 8, 9)]
-    assert found == wanted
+    core = {2: 1.0, 4: 3.0, 8: 4.0}
+    costs = CallCosts(core, {}, core if padded else None, {})
+    assert [costs.loop(rows) for rows in (1, 2, 3, 4, 8)] == wanted
+
+
+def test_rows_of_nobody_cost_less() -> None:
+    costs = CallCosts({1: 2.0, 4: 6.0}, {}, {1: 1.0, 4: 2.0}, {})
+    assert [costs.loop(rows) for rows in (1, 2, 3, 4)] == [2.0, 4.0, 5.0, 6.0]
 
 
 def test_a_loop_of_waiting_against_a_crossing_saved() -> None:
@@ -53,7 +58,7 @@ def test_what_a_step_takes_besides_is_lost_with_every_row_that_waits() -> None:
     """Two of eight rows wait for a loop: a quarter of the step is lost on them too."""
     costs, looping = linear((1.0, 0.125), (0.5, 0.5)), [[4.0] * 2, [after(1), *[after(5)] * 5]]
     for step, worth in ((0.9, True), (1.1, False)):
-        assert costs.worth_waiting(*looping, [4.0] * 6, step) == worth
+        assert (costs.loops_to_wait(*looping, [4.0] * 6, step) > 0) == worth
 
 
 def test_a_crossing_that_costs_by_the_row_is_not_waited_for() -> None:
@@ -81,6 +86,6 @@ def test_rows_that_may_stop_at_any_time_are_waited_for_if_there_are_many() -> No
 def test_a_loop_is_worth_its_share_of_a_token() -> None:
     """Four rows at two loops wait for four at eight: loops are cheap, but theirs are tokens."""
     costs, deep = linear((0.0, 1.0), (1.0, 0.1)), [after(1)] * 4
-    assert costs.worth_waiting([8.0] * 4, deep, [8.0] * 4)
-    assert not costs.worth_waiting([2.0] * 4, deep, [8.0] * 4)
-    assert costs.worth_waiting([8.0] * 4, [after(1)] * 4, [2.0] * 4)
+    assert costs.loops_to_wait([8.0] * 4, deep, [8.0] * 4)
+    assert not costs.loops_to_wait([2.0] * 4, deep, [8.0] * 4)
+    assert costs.loops_to_wait([8.0] * 4, [after(1)] * 4, [2.0] * 4)

@@ -20,7 +20,7 @@ from openmythos.engine.call_cost import CallCosts, Ends, ends_after
 from openmythos.engine.page_pool import PagePool
 
 MEMORY = 32  # tokens of a job whose loops tell how soon the next one will stop; steps, how long
-DEEP_SHARE = 0.85  # of its speed in lockstep that ``fair="deep"`` plans for a deep job; 0.8 is promised
+DEEP_SHARE = 0.85  # of its speed in lockstep that a deep job is planned to keep; 0.8 is promised
 FORGET = 8  # tokens after which they are looked up again
 Fair = Literal["sum", "deep"]
 Stage = Literal["waiting", "prefill", "ready", "core", "exited"]

@@ -122,7 +122,8 @@ const checks = {
     const counts = await page.evaluate(() => [...window.counts]);
     assert(counts.length > 20, `the answer came in ${counts.length} steps`);
     const [body] = page.bodies;
-    assert.deepEqual(body.exit_rule, { kind: "latent_difference", threshold: 0.4, min_loops: 1 });
+    const rule = { kind: "latent_difference", threshold: 0.4, min_loops: 1, check_every: 1 };
+    assert.deepEqual(body.exit_rule, rule);
     assert.deepEqual([body.num_loops, body.stream, body.include_loops], [8, true, true]);
     const looks = await page.locator(TOKEN).evaluateAll((tokens) => tokens.map((token) => {
       const style = getComputedStyle(token);

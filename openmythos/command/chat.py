@@ -34,7 +34,7 @@ from openmythos.terminal import console, note
 if TYPE_CHECKING:
     from openmythos.engine.engine import Engine
     from openmythos.engine.request import Request
-    from openmythos.eval.walk import WalkCodec
+    from openmythos.eval.puzzle import PuzzleCodec
     from openmythos.report.page import LoopScale
     from openmythos.text_stream import TextStream
     from openmythos.tokenizer import Tokenizer
@@ -177,7 +177,7 @@ class Talk:
     next prompt, with all loops.
     """
 
-    def __init__(self, tokenizer: "Tokenizer | WalkCodec", special: bool) -> None:
+    def __init__(self, tokenizer: "Tokenizer | PuzzleCodec", special: bool) -> None:
         self.tokenizer, self.special = tokenizer, special
         self.messages: list[dict[str, str]] = []
         self.seen: list[int] = []
@@ -190,10 +190,10 @@ class Talk:
     @property
     def how(self) -> str:
         """How the lines are read, in words."""
-        from openmythos.eval.walk import WalkCodec
+        from openmythos.eval.puzzle import PuzzleCodec
 
-        if isinstance(self.tokenizer, WalkCodec):
-            return "each line is a walk, such as e3 r1 r0"
+        if isinstance(self.tokenizer, PuzzleCodec):
+            return f"each line is a question: {self.tokenizer.puzzle.form}"
         templated = self.tokenizer.chat_template is not None
         return "in its template" if templated else "each line continues the text"
 
@@ -201,11 +201,11 @@ class Talk:
         """The tokens of everything up to the answer to ``line``.
 
         Raises:
-            ValueError: The line is no walk, and the model knows nothing else.
+            ValueError: The line is no question of the puzzle that the model knows.
         """
-        from openmythos.eval.walk import WalkCodec
+        from openmythos.eval.puzzle import PuzzleCodec
 
-        if isinstance(self.tokenizer, WalkCodec):  # every line is a walk of its own
+        if isinstance(self.tokenizer, PuzzleCodec):  # every line is a question of its own
             return self.tokenizer.encode_prompt(line)
         if self.tokenizer.chat_template is not None:
             messages = [*self.messages, {"role": "user", "content": line}]

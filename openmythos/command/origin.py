@@ -1,4 +1,4 @@
-"""Where a checkpoint comes from: its run, and the data or walks of that run."""
+"""Where a checkpoint comes from: its run, and the data or puzzle of that run."""
 
 import json
 from collections.abc import Mapping
@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from openmythos.data.synthetic import Walks
+    from openmythos.data.puzzle import Puzzle
 
 
 def require_text(checkpoint: Path) -> None:
     """Check that a folder holds a checkpoint with a tokenizer.
 
     Raises:
-        ValueError: It holds no checkpoint, one of a run on walks, or one without a tokenizer.
+        ValueError: It holds no checkpoint, one of a run on a puzzle, or one without a tokenizer.
     """
     from openmythos.checkpoint.load import read_config
     from openmythos.tokenizer_folder import TOKENIZER_FILE, has_tokenizer
@@ -21,10 +21,11 @@ def require_text(checkpoint: Path) -> None:
     if has_tokenizer(checkpoint):
         return
     read_config(checkpoint)  # refuses what is no checkpoint
-    if walks_of(checkpoint) is not None:
+    puzzle = puzzle_of(checkpoint)
+    if puzzle is not None:
         raise ValueError(
-            f"{checkpoint} is of a run on walks: it reads entities and relations, and no text; "
-            f"openmythos eval {run_of(checkpoint)} asks it"
+            f"{checkpoint} is of a run on a puzzle ({puzzle.kind}): it reads {puzzle.words[0]}, "
+            f"{puzzle.words[1]} ... and no text; openmythos eval {run_of(checkpoint)} asks it"
         )
     raise ValueError(
         f"{checkpoint} is a checkpoint without a tokenizer, so it reads no text: put its "
@@ -81,22 +82,22 @@ def data_of(folder: Path) -> Path:
     )
 
 
-def walks_of(folder: Path) -> "Walks | None":
-    """The walks that a checkpoint or a run trains on; None if it is none on walks.
+def puzzle_of(folder: Path) -> "Puzzle | None":
+    """The puzzle that a checkpoint or a run trains on; None if it is of text.
 
     A checkpoint of an older version does not hold them: its run's configuration does.
     """
-    from openmythos.data.synthetic import read_walks
+    from openmythos.data.puzzle_table import read_puzzle
 
-    own, stored = read_walks(folder), run_config(folder)
+    own, stored = read_puzzle(folder), run_config(folder)
     if own is not None:
         return own
-    if stored.get("data", {}).get("kind") != "hops":
+    if stored.get("data", {}).get("kind", "text") == "text":
         return None
     from openmythos.config.schema import from_dict
-    from openmythos.train.recipe import HopsData, RunConfig
-    from openmythos.train.run import hops_task
+    from openmythos.train.recipe import RunConfig, TextData
+    from openmythos.train.run import puzzle_task
 
     config = from_dict(RunConfig, stored)
-    assert isinstance(config.data, HopsData)
-    return hops_task(config.data, config.train.seed).walks
+    assert not isinstance(config.data, TextData)
+    return puzzle_task(config.data, config.train.seed).puzzle

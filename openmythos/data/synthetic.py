@@ -16,27 +16,20 @@ Source: "Loop, Think & Generalize" (2604.07822v2), the depth extrapolation task,
 
 from __future__ import annotations
 
-import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
-import torch
-from jaxtyping import Bool, Int, UInt64
+from jaxtyping import Int, UInt64
 
-from openmythos.config.schema import as_seed, from_dict, require, to_dict
-from openmythos.data.hashing import mix, permutation, threshold
-from openmythos.data.packing import IGNORED_TARGET, Batch
+from openmythos.config.schema import as_seed, to_dict
+from openmythos.data.hashing import permutation
+from openmythos.data.puzzle import CHOICE, GUESS, PUZZLE_FILE, TABLE, Puzzle, below, draw, last_only
 from openmythos.folder import write_json
 
-WALKS_FILE = "walks.json"  # in a checkpoint that was trained on walks: their settings
-
-_MIN_WALKS_TO_HOLD_OUT = 1000
 _MAX_ENUMERATED_WORDS = 4096
-
-# One random stream per purpose, so that two uses of the same seed never share a draw.
-_RELATIONS, _HELD_OUT, _TRAIN, _EVAL, _WORDS, _CHOICE = range(6)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +45,7 @@ class HopsConfig:
         seed: Seed of the relations, the held-out walks and the samples.
     """
 
+    kind: ClassVar[str] = "hops"
     num_entities: int = 16
     num_relations: int = 4
     max_train_hops: int = 8
@@ -76,43 +70,77 @@ class HopsConfig:
             )
 
 
-class Walks:
-    """Batches, held-out walks and leak baselines of one `HopsConfig`.
+class Walks(Puzzle):
+    """Batches, held-out walks and leak baselines of one `HopsConfig`; a size is a number of hops.
 
-    A hash of the whole walk decides whether it is held out, so every process and batch size agree.
-    Nothing is held out for one hop (a relation that was never shown cannot be known) and for hop
-    counts with fewer than 1,000 walks: those are evaluated on training walks.
+    Nothing is held out for one hop: a relation that was never shown cannot be known.
 
     Attributes:
+        config: The settings.
         relations: The entity that each relation leads to from each entity.
     """
 
+    kind, noun, size_word = "hops", "walk", "hops"
+
     def __init__(self, config: HopsConfig) -> None:
+        super().__init__(config.held_out_fraction, config.seed)
         self.config = config
         shape = (config.num_relations, config.num_entities)
         if config.permutations:
             rows = [
-                permutation(config.num_entities, config.seed, _RELATIONS, r)
+                permutation(config.num_entities, config.seed, TABLE, r)
                 for r in range(config.num_relations)
             ]
             self.relations: Int[np.ndarray, "R E"] = np.stack(rows).astype(np.int64)
         else:
-            draws = _draw(np.arange(shape[0] * shape[1]), config.seed, _RELATIONS).reshape(shape)
-            self.relations = (draws % np.uint64(config.num_entities)).astype(np.int64)
+            draws = draw(np.arange(shape[0] * shape[1]), config.seed, TABLE).reshape(shape)
+            self.relations = below(draws, config.num_entities)
 
     @property
-    def vocab_size(self) -> int:
-        """Number of entities plus number of relations."""
-        return self.config.num_entities + self.config.num_relations
+    def words(self) -> Sequence[str]:
+        """See ``Puzzle``."""
+        entities = [f"e{number}" for number in range(self.config.num_entities)]
+        return [*entities, *(f"r{number}" for number in range(self.config.num_relations))]
 
-    def num_walks(self, num_hops: int) -> int:
-        """Number of different walks of `num_hops` hops."""
-        return self.config.num_entities * int(self.config.num_relations) ** num_hops
+    @property
+    def form(self) -> str:
+        """See ``Puzzle``."""
+        entities, relations = self.config.num_entities, self.config.num_relations
+        return (
+            f"a walk is a start, e0 to e{entities - 1}, and relations, r0 to r{relations - 1}, "
+            f"such as e{min(3, entities - 1)} r{min(1, relations - 1)} r0"
+        )
 
-    def holds_out(self, num_hops: int) -> bool:
-        """Whether some walks of `num_hops` hops are held out."""
-        enough = num_hops > 1 and self.num_walks(num_hops) >= _MIN_WALKS_TO_HOLD_OUT
-        return enough and self.config.held_out_fraction > 0
+    @property
+    def max_train_size(self) -> int:
+        """See ``Puzzle``."""
+        return self.config.max_train_hops
+
+    def num_tokens(self, size: int) -> int:
+        """The start and the relations."""
+        return size + 1
+
+    def num_examples(self, size: int) -> int:
+        """Number of different walks of `size` hops."""
+        return self.config.num_entities * int(self.config.num_relations) ** size
+
+    def holds_out(self, size: int) -> bool:
+        """See ``Puzzle``."""
+        return size > 1 and super().holds_out(size)
+
+    def num_draws(self, size: int) -> int:
+        """See ``Puzzle``."""
+        return size + 1
+
+    def write(self, draws: UInt64[np.ndarray, "B N"], size: int) -> Int[np.ndarray, "B T"]:
+        """See ``Puzzle``."""
+        start = below(draws[:, :1], self.config.num_entities)
+        relations = below(draws[:, 1:], self.config.num_relations) + self.config.num_entities
+        return np.concatenate([start, relations], axis=1)
+
+    def targets(self, tokens: Int[np.ndarray, "B T"]) -> Int[np.ndarray, "B T"]:
+        """See ``Puzzle``."""
+        return last_only(tokens, self.entities_along(tokens)[:, -1])
 
     def entities_along(self, walks: Int[np.ndarray, "B T"]) -> Int[np.ndarray, "B T"]:
         """Entity at each token: the start, then the one reached by each hop; the last answers."""
@@ -123,76 +151,22 @@ class Walks:
             reached[:, hop] = self.relations[relation, reached[:, hop - 1]]
         return reached
 
-    def is_held_out(self, walks: Int[np.ndarray, "B T"]) -> Bool[np.ndarray, " B"]:
-        """Which walks are held out from training."""
-        if not self.holds_out(walks.shape[1] - 1):
-            return np.zeros(len(walks), dtype=bool)
-        keys = _draw(walks[:, 0], self.config.seed, _HELD_OUT)
-        for column in walks[:, 1:].T:
-            keys = mix(keys ^ column.astype(np.uint64), _HELD_OUT)
-        return keys < threshold(self.config.held_out_fraction)
+    def leak_baselines(self, size: int) -> dict[str, float]:
+        """See ``Puzzle``; suffix_only sees all relations but not the start.
 
-    def sample_batch(
-        self, step: int, num_hops: int, batch_size: int, rank: int = 0, world_size: int = 1
-    ) -> Batch:
-        """Rows `rank::world_size` of the global training batch of `step`: a pure function of it.
-
-        Walks are drawn uniformly from those that are not held out; any positive `num_hops` will do.
-
-        Raises:
-            ValueError: A number is out of range.
+        With permutations all four are exactly 1 / E. All values are exact, except that suffix_only
+        averages 4,096 sampled sequences of relations where there are more.
         """
-        _check_sizes(num_hops, batch_size)
-        if step < 0 or not 0 <= rank < world_size:
-            raise ValueError(
-                f"step={step}, rank={rank} of world_size={world_size}: give step >= 0 and "
-                f"0 <= rank < world_size"
-            )
-        rows = np.arange(rank, batch_size, world_size, dtype=np.int64)
-        walks = self._draw_walks(rows, num_hops, 0, _TRAIN, step)
-        attempt = 0
-        while (rejected := self.is_held_out(walks)).any():
-            attempt += 1
-            walks[rejected] = self._draw_walks(rows[rejected], num_hops, attempt, _TRAIN, step)
-        return self._to_batch(walks)
-
-    def held_out_batch(self, num_hops: int, size: int, seed: int = 0) -> Batch:
-        """`size` held-out walks, with replacement; training walks if none is held out.
-
-        Raises:
-            ValueError: A number is out of range.
-        """
-        _check_sizes(num_hops, size)
-        rows = np.arange(size, dtype=np.int64)
-        walks = self._draw_walks(rows, num_hops, 0, _EVAL, seed)
-        attempt = 0
-        while self.holds_out(num_hops) and (rejected := ~self.is_held_out(walks)).any():
-            attempt += 1
-            walks[rejected] = self._draw_walks(rows[rejected], num_hops, attempt, _EVAL, seed)
-        return self._to_batch(walks)
-
-    def leak_baselines(self, num_hops: int) -> dict[str, float]:
-        """Accuracy, on walks of `num_hops` hops, of guessers that do not follow the walk.
-
-        chance: a uniform guess. majority: the most frequent answer. last_token: the most frequent
-        answer given the last relation. suffix_only: the most frequent answer given all relations
-        but not the start. With permutations all four are exactly 1 / E; a task where one is higher
-        does not test depth. All values are exact, except that suffix_only averages 4,096 sampled
-        sequences of relations where there are more.
-
-        Raises:
-            ValueError: `num_hops` is below 1.
-        """
-        _check_sizes(num_hops, 1)
+        self.check(size)
         num_entities, num_relations = self.config.num_entities, self.config.num_relations
         reached = np.full(num_entities, 1.0 / num_entities)
-        for _ in range(num_hops):
+        for _ in range(size):
             # by_relation[r, y]: probability of being at entity y after a hop along relation r
             by_relation = np.stack(
                 [np.bincount(f, weights=reached, minlength=num_entities) for f in self.relations]
             )
             reached = by_relation.mean(axis=0)
-        words = self._relation_words(num_hops)
+        words = self._relation_words(size)
         ends = np.tile(np.arange(num_entities), (len(words), 1))
         for column in words.T:
             ends = self.relations[column[:, None], ends]
@@ -211,53 +185,11 @@ class Walks:
         if num_relations**num_hops <= _MAX_ENUMERATED_WORDS:
             return np.indices((num_relations,) * num_hops).reshape(num_hops, -1).T
         cells = np.arange(_MAX_ENUMERATED_WORDS * num_hops).reshape(-1, num_hops)
-        draws = _draw(cells, self.config.seed, _WORDS)
-        return (draws % np.uint64(num_relations)).astype(np.int64)
-
-    def _draw_walks(
-        self, rows: Int[np.ndarray, " B"], num_hops: int, attempt: int, stream: int, step: int
-    ) -> Int[np.ndarray, "B T"]:
-        columns = np.arange(num_hops + 1)
-        cells = rows[:, None] * (num_hops + 1) + columns
-        draws = _draw(cells, self.config.seed, stream, step, num_hops, attempt)
-        start = draws[:, :1] % np.uint64(self.config.num_entities)
-        relations = draws[:, 1:] % np.uint64(self.config.num_relations)
-        relations = relations + np.uint64(self.config.num_entities)
-        return np.concatenate([start, relations], axis=1).astype(np.int64)
-
-    def _to_batch(self, walks: Int[np.ndarray, "B T"]) -> Batch:
-        targets = np.full_like(walks, IGNORED_TARGET)
-        targets[:, -1] = self.entities_along(walks)[:, -1]
-        tokens = torch.from_numpy(walks)
-        positions = torch.arange(walks.shape[1]).expand(walks.shape).clone()
-        return Batch(
-            tokens=tokens,
-            targets=torch.from_numpy(targets),
-            documents=torch.zeros_like(tokens),
-            positions=positions,
-            num_bytes=0,
-        )
+        return below(draw(cells, self.config.seed, GUESS), num_relations)
 
     def save(self, folder: Path) -> None:
-        """Write the settings into a checkpoint's folder; ``read_walks`` reads them."""
-        write_json(folder / WALKS_FILE, to_dict(self.config))
-
-
-def read_walks(folder: Path) -> Walks | None:
-    """The walks that a checkpoint was trained on, as its folder says; None if it does not say.
-
-    Raises:
-        ValueError: The file is damaged.
-    """
-    path = folder / WALKS_FILE
-    if not path.is_file():
-        return None
-    try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-        require(isinstance(stored, dict), "the content", type(stored).__name__, "an object")
-        return Walks(from_dict(HopsConfig, stored))
-    except ValueError as error:  # of JSON, of UTF-8 or of a field
-        raise ValueError(f"{path} does not describe walks: {error}") from None
+        """See ``Puzzle``."""
+        write_json(folder / PUZZLE_FILE, to_dict(self.config))
 
 
 @dataclass
@@ -283,7 +215,7 @@ class Curriculum:
 
     def choose_hops(self, seed: int, step: int) -> int:
         """Hops of the batch of `step`: `stage` in 2/3 of the steps, else an earlier one."""
-        choice, earlier = _draw(np.arange(2), seed, _CHOICE, step).tolist()
+        choice, earlier = draw(np.arange(2), seed, CHOICE, step).tolist()
         num_earlier = self.stage - 1
         if num_earlier == 0 or choice % 3 < 2:
             return self.stage
@@ -311,15 +243,3 @@ class Curriculum:
                 f"stage={stage} is not in this curriculum: stages go from 1 to {self.max_stage}"
             )
         self.stage = stage
-
-
-def _check_sizes(num_hops: int, size: int) -> None:
-    if num_hops < 1 or size < 1:
-        raise ValueError(f"num_hops={num_hops}, size={size}: give at least 1 of each")
-
-
-def _draw(values: Int[np.ndarray, "..."], *seeds: int) -> UInt64[np.ndarray, "..."]:
-    draws = values.astype(np.uint64)
-    for seed in seeds:
-        draws = mix(draws, seed)
-    return draws

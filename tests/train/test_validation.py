@@ -6,7 +6,7 @@ import pytest
 from torch.nn import functional
 
 from openmythos.model.recurrent import RecurrentDepthLM
-from openmythos.train.validation import held_out_bits, held_out_bits_per_byte, hops_accuracy
+from openmythos.train.validation import held_out_bits, held_out_bits_per_byte, puzzle_accuracy
 from tests.strategies import random_model
 from tests.train.examples import loader, oracle, small_walks, tiny_model
 
@@ -70,8 +70,8 @@ def test_an_untrained_model_knows_nothing(prepared: Path) -> None:
 
 def test_hops_accuracy_counts_right_answers() -> None:
     walks = small_walks()
-    assert hops_accuracy(model := oracle(walks, right=True), walks, 6, 1, 128, 0) == 1.0
+    assert puzzle_accuracy(model := oracle(walks, right=True), walks, 6, 1, 128, 0) == 1.0
     assert model.training
-    wrong = hops_accuracy(oracle(walks, right=False), walks, 6, 1, 512, 0)
+    wrong = puzzle_accuracy(oracle(walks, right=False), walks, 6, 1, 512, 0)
     expected = (walks.held_out_batch(6, 512, 0).targets[:, -1] == 0).float().mean()
     assert 0 < wrong < 0.3 and wrong == pytest.approx(float(expected))

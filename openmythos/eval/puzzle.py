@@ -1,22 +1,23 @@
-"""The ``hops`` task as text for evaluators: ``e3 r1 r0`` -> ``e7``.
+"""Puzzles as text for evaluators, such as the walk ``e3 r1 r0`` -> ``e7``.
 
-Each word is one token id of ``data.synthetic``: entities e0, e1 ... first, then relations r0, r1
-... There are no special tokens.
+Each word is one token id of the puzzle; there are no special tokens.
 """
 
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from openmythos.config.schema import from_dict
+from openmythos.data.puzzle import Puzzle
 from openmythos.data.synthetic import HopsConfig, Walks
 
-NUM_WALKS, WALK_SEED = 512, 1  # as in the demo's grid
+NUM_ASKED, ASKED_SEED = 512, 1  # as in the demo's grid
 
 
-class WalkCodec:
-    """Words of walks to token ids and back.
+class PuzzleCodec:
+    """Words of a puzzle to token ids and back.
 
     Attributes:
-        walks: The walks themselves.
+        puzzle: The puzzle itself.
         words: The word of each id.
     """
 
@@ -28,10 +29,8 @@ class WalkCodec:
     generation: Mapping[str, Any] = {}
     sampling: Mapping[str, Any] = {}
 
-    def __init__(self, walks: Walks) -> None:
-        self.walks = walks
-        entities = [f"e{number}" for number in range(walks.config.num_entities)]
-        self.words = [*entities, *(f"r{number}" for number in range(walks.config.num_relations))]
+    def __init__(self, puzzle: Puzzle) -> None:
+        self.puzzle, self.words = puzzle, list(puzzle.words)
         self._ids = {word: index for index, word in enumerate(self.words)}
 
     @property
@@ -43,31 +42,23 @@ class WalkCodec:
         """Token ids of words separated by white space; there are no special tokens.
 
         Raises:
-            ValueError: A word is neither an entity nor a relation.
+            ValueError: A word is none of the puzzle's.
         """
         words = text.split()
         for word in words:
             if word not in self._ids:
-                raise ValueError(f"{word!r} is no word of a walk; {self._form}")
+                raise ValueError(f"{word!r} is no word of a {self.puzzle.noun}; {self.puzzle.form}")
         return [self._ids[word] for word in words]
 
     def encode_prompt(self, text: str, *, special: bool = False) -> list[int]:
-        """Token ids of a walk; nothing is put before it.
+        """Token ids of a question; nothing is put before it.
 
         Raises:
-            ValueError: There is no word, or one that is none of a walk.
+            ValueError: There is no word, or one that is none of the puzzle's.
         """
         if not text.strip():
-            raise ValueError(f"there is no walk; {self._form}")
+            raise ValueError(f"there is no {self.puzzle.noun}; {self.puzzle.form}")
         return self.encode(text)
-
-    @property
-    def _form(self) -> str:
-        last_entity = self.walks.config.num_entities - 1
-        return (
-            f"a walk is a start, e0 to e{last_entity}, and relations, r0 to {self.words[-1]}, "
-            "such as e3 r1 r0"
-        )
 
     def require_lossless(self, purpose: str) -> None:
         """Nothing: words come back as they are, but for the white space between them."""
@@ -81,19 +72,22 @@ class WalkCodec:
         return "".join(f" {self.words[index]}" for index in ids).encode()
 
 
-def hops_documents(
-    walks: Walks, num_hops: int, size: int = NUM_WALKS, seed: int = WALK_SEED
+def puzzle_documents(
+    puzzle: Puzzle, size: int, count: int = NUM_ASKED, seed: int = ASKED_SEED
 ) -> list[dict[str, str]]:
-    """Held-out walks of exactly ``num_hops`` hops: ``context`` and ``target``."""
-    batch, codec = walks.held_out_batch(num_hops, size, seed), WalkCodec(walks)
+    """Held-out examples of exactly this size: ``context`` and ``target``."""
+    batch, codec = puzzle.held_out_batch(size, count, seed), PuzzleCodec(puzzle)
+    asked = batch.tokens.shape[1] - puzzle.answer_len + 1
     return [
-        {"context": codec.decode(walk), "target": " " + codec.decode([answer])}
-        for walk, answer in zip(batch.tokens.tolist(), batch.targets[:, -1].tolist(), strict=True)
+        {"context": codec.decode(tokens[:asked]), "target": " " + codec.decode(answer)}
+        for tokens, answer in zip(
+            batch.tokens.tolist(), batch.targets[:, asked - 1 :].tolist(), strict=True
+        )
     ]
 
 
 def hops_dataset(num_hops: int, walks: dict[str, Any], **_: Any) -> dict[str, Any]:
-    """``hops_documents`` in lm-evaluation-harness' format (``custom_dataset``).
+    """Documents of walks in lm-evaluation-harness' format (``custom_dataset``).
 
     Args:
         num_hops: Hops per walk.
@@ -101,4 +95,5 @@ def hops_dataset(num_hops: int, walks: dict[str, Any], **_: Any) -> dict[str, An
     """
     from datasets import Dataset
 
-    return {"test": Dataset.from_list(hops_documents(Walks(HopsConfig(**walks)), num_hops))}
+    puzzle = Walks(from_dict(HopsConfig, walks))
+    return {"test": Dataset.from_list(puzzle_documents(puzzle, num_hops))}

@@ -54,7 +54,7 @@ class HopsConfig:
         max_train_hops: Most hops in training.
         held_out_fraction: Fraction of the walks of each hop count that training never samples.
         permutations: Whether relations are permutations; False: random functions, which leak.
-        addition: Whether each relation is a number that is added to the entity's, modulo E: walks
+        shifts: Whether each relation adds a number of its own to the entity's, modulo E: walks
             are then sums of several numbers.
         written_out: Whether the entities that a walk passes are written after it.
         seed: Seed of the relations, the held-out walks and the samples.
@@ -65,7 +65,7 @@ class HopsConfig:
     max_train_hops: int = 8
     held_out_fraction: float = 0.1
     permutations: bool = True
-    addition: bool = False
+    shifts: bool = False
     written_out: bool = False
     seed: int = 0
 
@@ -79,9 +79,9 @@ class HopsConfig:
             )
         if self.max_train_hops < 1:
             raise ValueError(f"max_train_hops is {self.max_train_hops}; it must be at least 1")
-        if self.addition and not (self.permutations and self.num_relations < self.num_entities):
+        if self.shifts and not (self.permutations and self.num_relations < self.num_entities):
             raise ValueError(
-                f"addition with permutations={self.permutations}, {self.num_relations} relations "
+                f"shifts with permutations={self.permutations}, {self.num_relations} relations "
                 f"and {self.num_entities} entities: each relation adds another number, which is a "
                 "permutation; give permutations=True and fewer relations than entities"
             )
@@ -106,7 +106,7 @@ class Walks:
     def __init__(self, config: HopsConfig) -> None:
         self.config = config
         shape = (config.num_relations, config.num_entities)
-        if config.addition:
+        if config.shifts:
             entities = np.arange(config.num_entities)
             # 0 is no summand: a hop that stays would make a walk shorter than it looks.
             summands = 1 + permutation(config.num_entities - 1, config.seed, _RELATIONS)

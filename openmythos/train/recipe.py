@@ -141,7 +141,7 @@ class HopsData:
         num_relations: Permutations of the nodes.
         max_train_hops: Longest walks of the training, in hops.
         check_loops: Loops at which the curriculum measures whether a stage is learnt.
-        addition: Whether each relation adds a number, modulo the number of entities.
+        shifts: Whether each relation adds a number to the entity's, modulo the number of entities.
         written_out: Whether the entities that a walk passes are written after it, and all of them
             are targets: a chain of thought.
     """
@@ -151,7 +151,7 @@ class HopsData:
     num_relations: int = 4
     max_train_hops: int = 8
     check_loops: int = 8
-    addition: bool = False
+    shifts: bool = False
     written_out: bool = False
 
     @property
@@ -163,7 +163,7 @@ class HopsData:
     @property
     def in_words(self) -> str:
         """What a run trains on."""
-        relations = "summands" if self.addition else "permutations"
+        relations = "summands" if self.shifts else "permutations"
         written = ", written out" if self.written_out else ""
         return (
             f"walks over {self.num_entities} entities and {self.num_relations} {relations}{written}"

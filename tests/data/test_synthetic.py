@@ -204,7 +204,7 @@ def test_written_out_or_not_the_same_walks_are_held_out():
 def test_walks_of_summands_are_sums(seed, num_entities, num_hops):
     num_relations = min(4, num_entities - 1)
     sums = Walks(
-        HopsConfig(seed=seed, num_entities=num_entities, num_relations=num_relations, addition=True)
+        HopsConfig(seed=seed, num_entities=num_entities, num_relations=num_relations, shifts=True)
     )
     summands = sums.relations[:, 0]
     assert len(set(summands.tolist())) == num_relations and (summands > 0).all()
@@ -218,8 +218,8 @@ def test_walks_of_summands_are_sums(seed, num_entities, num_hops):
 
 def test_arguments_out_of_range():
     for options, message in [
-        ({"addition": True, "permutations": False}, "addition with permutations=False"),
-        ({"addition": True, "num_relations": 16}, "fewer relations than entities"),
+        ({"shifts": True, "permutations": False}, "shifts with permutations=False"),
+        ({"shifts": True, "num_relations": 16}, "fewer relations than entities"),
         ({"num_entities": 1}, "num_entities is 1"),
         ({"max_train_hops": 0}, "max_train_hops is 0"),
         ({"held_out_fraction": 0.9}, "held_out_fraction is 0.9; it must be 0 to 0.5"),

@@ -79,7 +79,7 @@ def test_bad_data_fields() -> None:
 def test_data_in_words() -> None:
     assert TextData(source="python-source").in_words == "python-source"
     assert HopsData(num_entities=5).in_words == "walks over 5 entities and 4 permutations"
-    sums = HopsData(addition=True, written_out=True)
+    sums = HopsData(shifts=True, written_out=True)
     assert sums.in_words == "walks over 16 entities and 4 summands, written out"
 
 

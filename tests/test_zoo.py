@@ -126,7 +126,7 @@ def test_a_run_becomes_a_folder_of_the_zoo(tmp_path: Path, monkeypatch: pytest.M
     zoo.ship(tmp_path / "run", target)
     assert checkpoint_damage(target) is None and (target / "README.md").read_text() == "a card"
     walks = puzzle_of(target)
-    assert walks is not None and walks.config == run.task.walks.config
+    assert walks is not None and walks.config == run.task.puzzle.config
     assert openmythos.load_pretrained(target).embed.weight.dtype == torch.bfloat16
     assert (target / zoo.SCORES).is_file() and not (target / "training_state.json").exists()
 

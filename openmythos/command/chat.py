@@ -69,7 +69,6 @@ def chat(
     from openmythos.text_stream import TextStream
 
     default = SamplingConfig(temperature=0.8, top_k=50)
-    longest = most_tokens(max_new_tokens, tokenizer, 128)
     sampling = sampling_of(tokenizer, default, temperature, top_k, top_p)
     screen, notes = console(), console(notes=True)
     depth = model.config.num_loops if num_loops is None else num_loops
@@ -78,7 +77,7 @@ def chat(
     # option that cannot be.
     asked = Request(
         tokens=[0],
-        max_new_tokens=longest,
+        max_new_tokens=most_tokens(max_new_tokens, tokenizer, 128, 1),
         num_loops=depth,
         exit_rule=rule,
         sampling=sampling,
@@ -105,6 +104,7 @@ def chat(
             notes.print(Text("the context is full; starting again", "dim"))
             talk = Talk(tokenizer, special)
         tokens = talk.prompt(line)
+        longest = most_tokens(max_new_tokens, tokenizer, 128, len(tokens))
         request = replace(
             asked,
             tokens=tokens,

@@ -168,13 +168,17 @@ def require_well(event: "Event") -> None:
         raise ValueError(event.error)
 
 
-def most_tokens(given: int | None, tokenizer: "Tokenizer | PuzzleCodec", usual: int) -> int:
-    """The most tokens of an answer: as given, else the usual number, or an answer's."""
+def most_tokens(
+    given: int | None, tokenizer: "Tokenizer | PuzzleCodec", usual: int, num_asked: int
+) -> int:
+    """The most tokens of an answer to so many: as given, else the usual number, or a puzzle's."""
     from openmythos.eval.puzzle import PuzzleCodec
 
     if given is not None:
         return given
-    return tokenizer.puzzle.answer_len if isinstance(tokenizer, PuzzleCodec) else usual
+    if isinstance(tokenizer, PuzzleCodec):
+        return max(1, tokenizer.puzzle.answer_len(num_asked))
+    return usual
 
 
 def coloured(pieces: "Iterable[TextPiece]", loops: Sequence[int], scale: "LoopScale") -> Text:

@@ -73,7 +73,6 @@ class Addition(SeededPuzzle):
 
     def __init__(self, config: AdditionConfig, seed: int) -> None:
         super().__init__(config, seed)
-        self.answer_len = config.answer_len
 
     @property
     def words(self) -> Sequence[str]:
@@ -100,9 +99,13 @@ class Addition(SeededPuzzle):
         """As many terms as the digits of an answer have room for."""
         return self.config.max_terms
 
-    def num_tokens(self, size: int) -> int:
-        """The question, and all digits of the answer but the last."""
-        return size * (self.config.num_digits + 1) + self.answer_len - 1
+    def question_len(self, size: int) -> int:
+        """The numbers, each with the sign after it."""
+        return size * (self.config.num_digits + 1)
+
+    def answer_len(self, question_len: int) -> int:
+        """As many digits whatever the numbers."""
+        return self.config.answer_len
 
     def num_examples(self, size: int) -> int:
         """See ``Puzzle``."""
@@ -119,16 +122,16 @@ class Addition(SeededPuzzle):
         marks = np.full((*numbers.shape, 1), _PLUS)
         marks[:, -1] = _EQUALS
         question = np.concatenate([terms, marks], axis=2).reshape(len(draws), -1)
-        answer = self._digits(numbers.sum(axis=1), self.answer_len)
+        answer = self._digits(numbers.sum(axis=1), self.config.answer_len)
         return np.concatenate([question, answer[:, :-1]], axis=1)
 
     def targets(self, tokens: Int[np.ndarray, "B T"]) -> Int[np.ndarray, "B T"]:
         """The digits of the sum, from the equals sign on."""
-        digits, start = self.config.num_digits, tokens.shape[1] - self.answer_len
+        digits, start = self.config.num_digits, tokens.shape[1] - self.config.answer_len
         terms = tokens[:, : start + 1].reshape(len(tokens), -1, digits + 1)[:, :, :digits]
         sums = (terms * 10 ** np.arange(digits)).sum(axis=(1, 2))
         targets = np.full_like(tokens, IGNORED_TARGET)
-        targets[:, start:] = self._digits(sums, self.answer_len)
+        targets[:, start:] = self._digits(sums, self.config.answer_len)
         return targets
 
     def leak_baselines(self, size: int) -> dict[str, float]:

@@ -95,7 +95,7 @@ class Induction(SeededPuzzle):
         """The most hops that have a word."""
         return self.config.max_train_hops
 
-    def num_tokens(self, size: int) -> int:
+    def question_len(self, size: int) -> int:
         """See ``Puzzle``."""
         return self.config.seq_len
 

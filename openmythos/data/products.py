@@ -98,7 +98,7 @@ class Products(SeededPuzzle):
         """The one size of training."""
         return range(self.max_train_size, self.max_train_size + 1)
 
-    def num_tokens(self, size: int) -> int:
+    def question_len(self, size: int) -> int:
         """One per factor."""
         return size
 

@@ -51,7 +51,7 @@ class PuzzleConfig:
 class Puzzle(ABC):
     """Batches, held-out examples and leak baselines of one configuration.
 
-    A hash of the whole example decides whether it is held out, so every process and batch size
+    A hash of the whole question decides whether it is held out, so every process and batch size
     agree. Nothing is held out of sizes with fewer than 1,000 examples: those are evaluated on
     training examples.
 
@@ -59,14 +59,12 @@ class Puzzle(ABC):
         kind: The puzzle's name, as in the names of its evaluation tasks.
         noun: What an example is called.
         size_word: What the size counts.
-        answer_len: Tokens of an answer; the last targets of a row are its answer.
     """
 
     kind: ClassVar[str]
     noun: ClassVar[str]
     size_word: ClassVar[str]
     least_size: ClassVar[int] = 1
-    answer_len: int = 1
 
     def __init__(self, held_out_fraction: float, seed: int) -> None:
         self.held_out_fraction, self.seed = held_out_fraction, as_seed("seed", seed)
@@ -94,8 +92,12 @@ class Puzzle(ABC):
         return None
 
     @abstractmethod
-    def num_tokens(self, size: int) -> int:
-        """Input tokens of an example."""
+    def question_len(self, size: int) -> int:
+        """Tokens of a question; its answer begins after them."""
+
+    def answer_len(self, question_len: int) -> int:
+        """Tokens of the answer to a question of so many tokens: the last targets of a row."""
+        return 1
 
     @abstractmethod
     def num_examples(self, size: int) -> int:
@@ -145,16 +147,21 @@ class Puzzle(ABC):
         """The sizes of training."""
         return range(self.least_size, self.max_train_size + 1)
 
+    def num_tokens(self, size: int) -> int:
+        """Input tokens of an example: the question, and the answer but its last token."""
+        asked = self.question_len(size)
+        return asked + self.answer_len(asked) - 1
+
     def holds_out(self, size: int) -> bool:
         """Whether some examples of this size are held out."""
         return self.num_examples(size) >= MIN_TO_HOLD_OUT and self.held_out_fraction > 0
 
-    def is_held_out(self, tokens: Int[np.ndarray, "B T"], size: int) -> Bool[np.ndarray, " B"]:
-        """Which examples of a size are held out from training."""
+    def is_held_out(self, questions: Int[np.ndarray, "B T"], size: int) -> Bool[np.ndarray, " B"]:
+        """Which questions of a size are held out from training."""
         if not self.holds_out(size):
-            return np.zeros(len(tokens), dtype=bool)
-        keys = draw(tokens[:, 0], self.seed, HELD_OUT)
-        for column in tokens[:, 1:].T:
+            return np.zeros(len(questions), dtype=bool)
+        keys = draw(questions[:, 0], self.seed, HELD_OUT)
+        for column in questions[:, 1:].T:
             keys = mix(keys ^ column.astype(np.uint64), HELD_OUT)
         return keys < threshold(self.held_out_fraction)
 
@@ -222,7 +229,8 @@ class Puzzle(ABC):
     def _wrong(
         self, tokens: Int[np.ndarray, "B T"], size: int, held_out: bool
     ) -> Bool[np.ndarray, " B"]:
-        return (self.is_held_out(tokens, size) != held_out) | ~self.possible(tokens)
+        questions = tokens[:, : self.question_len(size)]
+        return (self.is_held_out(questions, size) != held_out) | ~self.possible(tokens)
 
     def _written(
         self, rows: Int[np.ndarray, " B"], size: int, attempt: int, stream: int, step: int

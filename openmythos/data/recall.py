@@ -90,7 +90,7 @@ class Recall(SeededPuzzle):
         """As many pairs as there are keys."""
         return self.config.num_keys
 
-    def num_tokens(self, size: int) -> int:
+    def question_len(self, size: int) -> int:
         """The pairs, and the key that is asked for."""
         return 2 * size + 1
 
@@ -212,7 +212,7 @@ class Facts(SeededPuzzle):
         """One fact."""
         return 1
 
-    def num_tokens(self, size: int) -> int:
+    def question_len(self, size: int) -> int:
         """The subject and the relation."""
         return 2
 

@@ -4,8 +4,13 @@ Entities are joined by relations, each a permutation of the entities. A walk is 
 
     <entity> <relation 1> ... <relation k>   ->   the entity reached
 
-and only the last position has a target. Ids 0 .. E-1 are entities and E .. E+R-1 are relations;
-there are no special tokens. All rows of a batch have the same number of hops.
+and only the last position has a target. Written out, as a chain of thought, the entities that the
+walk passes follow it, and each is a target:
+
+    <entity 0> <relation 1> ... <relation k> <entity 1> ... <entity k-1>   ->   <entity k>
+
+Ids 0 .. E-1 are entities and E .. E+R-1 are relations; there are no special tokens. All rows of a
+batch have the same number of hops.
 
 With permutations the relations alone say nothing about the answer. With random functions they do,
 the more hops the more, so a model can score well without following the walk: `leak_baselines`
@@ -26,6 +31,7 @@ from jaxtyping import Int, UInt64
 
 from openmythos.config.schema import as_seed, to_dict
 from openmythos.data.hashing import permutation
+from openmythos.data.packing import IGNORED_TARGET
 from openmythos.data.puzzle import CHOICE, GUESS, PUZZLE_FILE, TABLE, Puzzle, below, draw, last_only
 from openmythos.folder import write_json
 
@@ -42,6 +48,9 @@ class HopsConfig:
         max_train_hops: Most hops in training.
         held_out_fraction: Fraction of the walks of each hop count that training never samples.
         permutations: Whether relations are permutations; False: random functions, which leak.
+        shifts: Whether each relation adds a number of its own to the entity's, modulo E: walks
+            are then sums of several numbers.
+        written_out: Whether the entities that a walk passes are written after it.
         seed: Seed of the relations, the held-out walks and the samples.
     """
 
@@ -51,6 +60,8 @@ class HopsConfig:
     max_train_hops: int = 8
     held_out_fraction: float = 0.1
     permutations: bool = True
+    shifts: bool = False
+    written_out: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -63,6 +74,12 @@ class HopsConfig:
             )
         if self.max_train_hops < 1:
             raise ValueError(f"max_train_hops is {self.max_train_hops}; it must be at least 1")
+        if self.shifts and not (self.permutations and self.num_relations < self.num_entities):
+            raise ValueError(
+                f"shifts with permutations={self.permutations}, {self.num_relations} relations "
+                f"and {self.num_entities} entities: each relation adds another number, which is a "
+                "permutation; give permutations=True and fewer relations than entities"
+            )
         if not 0.0 <= self.held_out_fraction <= 0.5:
             raise ValueError(
                 f"held_out_fraction is {self.held_out_fraction}; it must be 0 to 0.5, training "
@@ -86,12 +103,20 @@ class Walks(Puzzle):
         super().__init__(config.held_out_fraction, config.seed)
         self.config = config
         shape = (config.num_relations, config.num_entities)
-        if config.permutations:
+        if config.shifts:
+            entities = np.arange(config.num_entities)
+            # 0 is no summand: a hop that stays would make a walk shorter than it looks.
+            summands = 1 + permutation(config.num_entities - 1, config.seed, TABLE)
+            summands = np.sort(summands[: config.num_relations]).astype(np.int64)
+            self.relations: Int[np.ndarray, "R E"] = (
+                entities + summands[:, None]
+            ) % config.num_entities
+        elif config.permutations:
             rows = [
                 permutation(config.num_entities, config.seed, TABLE, r)
                 for r in range(config.num_relations)
             ]
-            self.relations: Int[np.ndarray, "R E"] = np.stack(rows).astype(np.int64)
+            self.relations = np.stack(rows).astype(np.int64)
         else:
             draws = draw(np.arange(shape[0] * shape[1]), config.seed, TABLE).reshape(shape)
             self.relations = below(draws, config.num_entities)
@@ -116,9 +141,13 @@ class Walks(Puzzle):
         """See ``Puzzle``."""
         return self.config.max_train_hops
 
-    def num_tokens(self, size: int) -> int:
+    def question_len(self, size: int) -> int:
         """The start and the relations."""
         return size + 1
+
+    def answer_len(self, question_len: int) -> int:
+        """One, or all entities that are passed if walks are written out."""
+        return question_len - 1 if self.config.written_out else 1
 
     def num_examples(self, size: int) -> int:
         """Number of different walks of `size` hops."""
@@ -136,11 +165,18 @@ class Walks(Puzzle):
         """See ``Puzzle``."""
         start = below(draws[:, :1], self.config.num_entities)
         relations = below(draws[:, 1:], self.config.num_relations) + self.config.num_entities
-        return np.concatenate([start, relations], axis=1)
+        walks = np.concatenate([start, relations], axis=1)
+        said = self.entities_along(walks)[:, 1:-1] if self.config.written_out else walks[:, :0]
+        return np.concatenate([walks, said], axis=1)
 
     def targets(self, tokens: Int[np.ndarray, "B T"]) -> Int[np.ndarray, "B T"]:
         """See ``Puzzle``."""
-        return last_only(tokens, self.entities_along(tokens)[:, -1])
+        if not self.config.written_out:
+            return last_only(tokens, self.entities_along(tokens)[:, -1])
+        hops = tokens.shape[1] // 2
+        targets = np.full_like(tokens, IGNORED_TARGET)
+        targets[:, hops:] = self.entities_along(tokens[:, : hops + 1])[:, 1:]
+        return targets
 
     def entities_along(self, walks: Int[np.ndarray, "B T"]) -> Int[np.ndarray, "B T"]:
         """Entity at each token: the start, then the one reached by each hop; the last answers."""

@@ -77,7 +77,7 @@ def puzzle_documents(
 ) -> list[dict[str, str]]:
     """Held-out examples of exactly this size: ``context`` and ``target``."""
     batch, codec = puzzle.held_out_batch(size, count, seed), PuzzleCodec(puzzle)
-    asked = batch.tokens.shape[1] - puzzle.answer_len + 1
+    asked = puzzle.question_len(size)
     return [
         {"context": codec.decode(tokens[:asked]), "target": " " + codec.decode(answer)}
         for tokens, answer in zip(

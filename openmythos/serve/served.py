@@ -214,7 +214,9 @@ class ServedModel:
             )
             raise APIError(400, said, param="max_tokens", code="context_length_exceeded")
         loops, rule = self.depth_of(body)
-        usual = self.codec.puzzle.answer_len if isinstance(self.codec, PuzzleCodec) else room
+        usual = room
+        if isinstance(self.codec, PuzzleCodec):
+            usual = max(1, self.codec.puzzle.answer_len(len(tokens)))
         seed = secrets.randbits(63) if body.seed is None else body.seed % 2**64
         try:
             return [

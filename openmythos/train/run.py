@@ -290,6 +290,8 @@ def puzzle_task(data: HopsData | SeededConfig, seed: int) -> PuzzleTask:
         num_entities=data.num_entities,
         num_relations=data.num_relations,
         max_train_hops=data.max_train_hops,
+        shifts=data.shifts,
+        written_out=data.written_out,
         seed=seed,
     )
     curriculum = Curriculum(max_stage=data.max_train_hops)

@@ -64,7 +64,7 @@ def puzzle_right(
     Greedy decoding gives the answer exactly where that is so.
     """
     batch = puzzle.held_out_batch(size, count, seed).to(model.embed.weight.device)
-    answers = batch.targets[:, -puzzle.answer_len :]
+    first = puzzle.question_len(size) - 1  # where the answer's first token is predicted
     with inference(model):
-        logits = model(batch.tokens, num_loops=num_loops).logits[:, -puzzle.answer_len :]
-    return (logits.argmax(dim=-1) == answers).all(dim=-1)
+        logits = model(batch.tokens, num_loops=num_loops).logits[:, first:]
+    return (logits.argmax(dim=-1) == batch.targets[:, first:]).all(dim=-1)

@@ -11,7 +11,7 @@ SUMS = Addition(AdditionConfig(), seed=1)
 
 def test_a_sum_by_hand() -> None:
     ids = {word: index for index, word in enumerate(SUMS.words)}
-    assert SUMS.answer_len == 3  # 8 times 99 is 792
+    assert SUMS.answer_len(6) == 3  # 8 times 99 is 792
     # 74 + 58 = 132, the lowest digit first
     tokens = np.array([[ids[word] for word in ["4", "7", "+", "8", "5", "=", "2", "3"]]])
     assert SUMS.targets(tokens).tolist() == [[-100] * 5 + [2, 3, 1]]

@@ -5,12 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from openmythos.data.induction import Induction, InductionConfig
 from openmythos.data.prepare import prepare
 from openmythos.data.synthetic import Curriculum
 from openmythos.tokenizer import byte_tokenizer
 from openmythos.train.recipe import TrainConfig
 from openmythos.train.task import PuzzleTask, Task, TextTask
-from openmythos.train.validation import held_out_bits_per_byte
+from openmythos.train.validation import held_out_bits_per_byte, puzzle_accuracy
 from tests.strategies import random_model
 from tests.train.examples import loader, oracle, small_walks, tiny_model, write_text
 
@@ -100,3 +101,19 @@ def test_leaks_are_those_of_the_longest_walks() -> None:
     task = PuzzleTask(small_walks(), Curriculum(max_stage=4), check_loops=1, seed=0)
     said = task.leaks_in_words()
     assert said.startswith("leak baselines at 4 hops: chance 0.125, majority 0.125, last token")
+
+
+def test_a_puzzle_without_a_curriculum_trains_all_its_sizes() -> None:
+    puzzle = Induction(InductionConfig(length=9, max_train_hops=3), seed=2)
+    task = PuzzleTask(puzzle, None, check_loops=1, seed=2)
+    assert isinstance(task, Task)
+    hops = {int(tokens[0, 0]) for tokens in tokens_of(task, 0, 4, 30)}
+    assert hops == {4, 5, 6}  # ids of hop1 to hop3
+    assert all(map(torch.equal, tokens_of(task, 3, 4, 2), tokens_of(task, 3, 4, 2)))
+    model = random_model(tiny_model())
+    assert task.after_step(model, 25) == {} == task.state_dict()
+    task.load_state_dict({})
+    (row,) = task.evaluate(model, TrainConfig(max_steps=1, eval_loops=(2,)))
+    expected = puzzle_accuracy(model, puzzle, 3, 2, 512, 0)
+    assert row == {"num_loops": 2, "num_hops": 3, "accuracy": expected}
+    assert task.leaks_in_words().startswith("leak baselines at 3 hops: chance 0.250")

@@ -175,13 +175,13 @@ def test_eval_refuses_tasks(invoke: Invoke, text_run: Path, hops_run: Path) -> N
 
 def test_a_puzzle_is_trained_asked_and_answered(invoke: Invoke, tmp_path: Path) -> None:
     run, small = tmp_path / "run", []
-    for field in ("model.d_model=16", "model.attention.num_heads=2", "data.max_train_terms=2"):
+    for field in ("model.d_model=16", "model.num_coda_layers=0", "data.max_train_terms=2"):
         small += ["--set", field]
     few = ("--steps", 2, "--batch-size", 4, "--set", "train.eval_loops=[1]", *small)
     invoke("train", "--data", "addition", "--out", run, *few)
     report = json.loads(invoke("eval", run, "--num-loops", "1,2", "--limit", 8, "--json"))
     (curve,) = report["curves"]
-    assert curve["task"] == "addition_2" and curve["baselines"]["majority"] == 0.01
+    assert curve["task"] == "addition_2" and curve["baselines"]["majority"] < 0.011
     answer = json.loads(invoke("generate", run, "--prompt", "4 7 + 8 5 =", "--json"))
     assert len(answer[0]["tokens"]) == 3  # all digits
     assert "addition_9" in refused(invoke, "eval", run, "--tasks", "hops_2, addition_9")

@@ -136,7 +136,7 @@ def test_a_walk_is_answered_by_one_word(invoke: Invoke, hops_run: Path) -> None:
         assert len(longer["tokens"]) == 3
     walks = puzzle_of(local_folder("zoo:walks"))
     assert walks is not None
-    questions = puzzle_documents(walks, 6, size=20)
+    questions = puzzle_documents(walks, 6, count=20)
     asked = [word for question in questions for word in ("--prompt", question["context"])]
     given = [row["text"] for row in json.loads(invoke("generate", "zoo:walks", *asked, "--json"))]
     assert given == [question["target"] for question in questions]

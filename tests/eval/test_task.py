@@ -87,9 +87,7 @@ def test_the_tasks_that_ship(monkeypatch: pytest.MonkeyPatch) -> None:
         assert score.num_questions == 4 and math.isfinite(score.value)
     assert list(metrics.values()) == ["acc", "exact_match", "bits_per_byte"]
     assert shipped_task("arc_easy", None) is None and shipped_task("hops_0", WALKS) is None
-    with pytest.raises(
-        ValueError, match="hops_2 needs a run on hops .train --data hops.; this is of text"
-    ):
+    with pytest.raises(ValueError, match="hops_2 needs a run on hops"):
         shipped_task("hops_2", None)
     with pytest.raises(ValueError, match="python_docs_bits needs a model of text"):
         shipped_task("python_docs_bits", WALKS)

@@ -12,7 +12,7 @@ from openmythos.train.objective import (
     FinalLoopObjective,
     ObjectiveConfig,
 )
-from openmythos.train.recipe import RunConfig
+from openmythos.train.recipe import HopsData, RunConfig
 
 MOST_LOOPS = 8  # of training, and the maximum that a halting head may take
 TRAINED_HOPS = range(1, 9)
@@ -63,7 +63,7 @@ class Arm:
 
     def config(self, seed: int, rate: float, steps: int) -> RunConfig:
         """The training run."""
-        demo = hops_config(seed, seconds=1)
+        demo = hops_config(seed, seconds=1.0)
         schedule, loops = demo.train.depth, MOST_LOOPS
         if self.depth != "variable":
             loops = MOST_LOOPS if self.depth == "fixed" else STEPPING_LOOPS
@@ -78,6 +78,7 @@ class Arm:
             depth=schedule,
             objective=self.objective,
         )
+        assert isinstance(demo.data, HopsData)
         data = replace(demo.data, check_loops=loops)
         return RunConfig(
             model=replace(demo.model, num_loops=loops, halting=self.halting),
@@ -100,8 +101,7 @@ def _act(depth: Literal["fixed", "variable"], number: int) -> Arm:
 
 
 ACT_ARMS = {
-    depth: [_act(depth, number) for number in range(len(COSTS))]
-    for depth in ("fixed", "variable")
+    depth: [_act(depth, number) for number in range(len(COSTS))] for depth in ("fixed", "variable")
 }
 SHALLOW = Arm(  # begins at two loops: the start that favours a collapse
     name="act_variable_shallow",

@@ -1,7 +1,8 @@
 """What halting heads and exit rules do on walks: loops taken and right answers, from one pass.
 
 All loops are run once and every rule is followed afterwards. That equals decoding with the rule:
-the tokens before the last are read with all loops in both.
+the tokens before the last are read with all loops in both. (A coda would differ: in decoding it
+sees those tokens after all their loops, whatever the last one's depth. The arms have none.)
 """
 
 from collections.abc import Iterable, Mapping

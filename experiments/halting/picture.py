@@ -1,4 +1,4 @@
-"""The pictures: depth against ponder cost, loops by hops, and rules beside learnt halting."""
+"""The pictures: depth against cost, loops by hops, rules beside learnt halting, overthinking."""
 
 from collections.abc import Mapping
 from statistics import fmean
@@ -27,6 +27,7 @@ def draw(data: Mapping[str, Any]) -> "dict[str, Figure]":
         "depth_by_cost": _depth_by_cost(data["depth_by_cost"]),
         "loops_by_hops": _loops_by_hops(data["loops_by_hops"]),
         "rules_and_depths": _rules_and_depths(data["rules_and_depths"]),
+        "overthinking": _overthinking(data["overthinking"]),
     }
 
 
@@ -52,8 +53,9 @@ def _depth_by_cost(data: Mapping[str, Any]) -> "Figure":
             axes.set_xlabel("ponder cost per loop, nats")
         left.set_title("Loops taken, walks of 1 to 8 hops")
         left.set_ylim(0, MOST_LOOPS + 0.4)
+        if left.lines:
+            left.legend(frameon=False, loc="lower left")
         left.axhline(MOST_LOOPS, color=MUTED, linewidth=1)
-        left.legend(frameon=False, loc="lower left")
         right.set_title("Right answers, %")
         right.set_ylim(0, 104)
     return figure
@@ -76,12 +78,13 @@ def _loops_by_hops(data: Mapping[str, Any]) -> "Figure":
             if other in data["loops"]:
                 words = "PonderNet" if depth == "fixed" else "no cost, begins at two"
                 axes.plot(hops, data["loops"][other], "-", color=MUTED, linewidth=1.2, label=words)
-            _past_training(axes)
-            axes.axhline(MOST_LOOPS, color=MUTED, linewidth=1)
             axes.set_title(f"{depth.capitalize()} depth")
             axes.set_xlabel("hops of the walk")
             axes.set_ylim(0, MOST_LOOPS + 0.4)
-            axes.legend(frameon=False, loc="lower right", fontsize=8)
+            if axes.lines:
+                axes.legend(frameon=False, loc="lower right", fontsize=8)
+            _past_training(axes)
+            axes.axhline(MOST_LOOPS, color=MUTED, linewidth=1)
         panels[0].set_ylabel("loops taken by the answer")
     return figure
 
@@ -116,6 +119,23 @@ def _rules_and_depths(data: Mapping[str, Any]) -> "Figure":
         axes.set_xlabel("mean loops of the answer, walks of 1 to 8 hops")
         axes.set_title("Right answers, %: exit rules after training, and learnt halting")
         axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8)
+    return figure
+
+
+def _overthinking(data: Mapping[str, Any]) -> "Figure":
+    with styled():
+        figure = figure_of(7.6, 2.6)
+        panels = figure.subplots(1, max(1, len(data)), sharey=True, squeeze=False)[0]
+        figure.subplots_adjust(0.06, 0.2, 0.98, 0.76, wspace=0.1)
+        for axes, (name, rows) in zip(panels, data.items(), strict=False):
+            axes.imshow(rows, cmap="Blues", vmin=0, vmax=1, origin="lower", aspect="auto")
+            axes.grid(visible=False)
+            places = [loops - 1 for loops in (1, 4, 8, 12, 16)]
+            axes.set_xticks(places, [str(place + 1) for place in places])
+            axes.set_yticks(range(0, len(rows), 2), [str(n + 1) for n in range(0, len(rows), 2)])
+            axes.set_title(ARMS[name].in_words.replace(", ", ",\n", 1), fontsize=8)
+            axes.set_xlabel("loops, without halting")
+        panels[0].set_ylabel("hops")
     return figure
 
 

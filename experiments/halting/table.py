@@ -5,7 +5,15 @@ from statistics import fmean
 from typing import Any
 
 from experiments.claim import Table
-from experiments.halting.arm import ACT_ARMS, ARMS, MOST_LOOPS, PLAIN, TRAINED_HOPS
+from experiments.halting.arm import (
+    ACT_ARMS,
+    ARMS,
+    MOST_LOOPS,
+    PLAIN,
+    PONDERNET,
+    STEPPING,
+    TRAINED_HOPS,
+)
 from experiments.halting.conclude import (
     Data,
     all_hops,
@@ -92,7 +100,8 @@ def _leaks(results: Results) -> Table:
     hops = _stored_hops(results)
     leaks = next(iter(results)).data["leaks"]
     rows = [
-        [name.replace("_", " "), *(f"{leaks[n][name]:.3f}" for n in hops)] for name in leaks[hops[0]]
+        [name.replace("_", " "), *(f"{leaks[n][name]:.3f}" for n in hops)]
+        for name in leaks[hops[0]]
     ]
     return Table("What guessers reach that do not follow the walk", ["guesser", *hops], rows)
 
@@ -155,6 +164,14 @@ def figures(results: Results) -> dict[str, Any]:
         "depth_by_cost": costs,
         "loops_by_hops": {"hops": [int(n) for n in hops], "loops": by_hops},
         "rules_and_depths": {"fixed": fixed, "rules": rules, "heads": points},
+        "overthinking": {
+            arm.name: [
+                [fmean(column) for column in zip(*(d["accuracy"][n] for d in runs), strict=True)]
+                for n in all_hops()
+            ]
+            for arm in (PONDERNET, STEPPING, PLAIN, ACT_ARMS["fixed"][0])
+            if (runs := [r.data for r in results.of(arm.name)])
+        },
     }
 
 
@@ -173,5 +190,9 @@ def _cell(numbers: Sequence[float]) -> str:
 
 
 def _rule_in_words(rule: Data) -> str:
-    own = [f"{name} {value:g}" for name, value in rule.items() if name not in ("kind", "min_loops", "check_every")]
+    own = [
+        f"{name} {value:g}"
+        for name, value in rule.items()
+        if name not in ("kind", "min_loops", "check_every")
+    ]
     return f"{rule['kind'].replace('_', ' ')}, {', '.join(own)}"

@@ -1,9 +1,11 @@
-"""Where a checkpoint comes from: its run, and the data or walks of that run."""
+"""Where a checkpoint comes from: its run, the data or walks of that run, and what goes with it."""
 
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from openmythos.terminal import note
 
 if TYPE_CHECKING:
     from openmythos.data.synthetic import Walks
@@ -100,3 +102,21 @@ def walks_of(folder: Path) -> "Walks | None":
     config = from_dict(RunConfig, stored)
     assert isinstance(config.data, HopsData)
     return hops_task(config.data, config.train.seed).walks
+
+
+def companions_of(folder: Path, *, measured: bool) -> dict[str, bytes]:
+    """The files that go with a checkpoint which is written elsewhere, as ``read_companions``.
+
+    A checkpoint of an older version, whose walks its run knows, gets their settings now. A note
+    says if what was measured stays behind.
+    """
+    from openmythos.checkpoint.save import EXIT_FILE, read_companions
+    from openmythos.config.schema import to_dict
+    from openmythos.folder import WALKS_FILE
+
+    found, walks = read_companions(folder, measured=measured), walks_of(folder)
+    if walks is not None and WALKS_FILE not in found:
+        found[WALKS_FILE] = (json.dumps(to_dict(walks.config), indent=2) + "\n").encode()
+    if not measured and (folder / EXIT_FILE).is_file():
+        note(f"note: {EXIT_FILE} is left out: it was measured before this change; measure again")
+    return found

@@ -20,6 +20,7 @@ from openmythos.eval.score import Measured, Outcomes, summarise
 from openmythos.eval.scoring import GenerationRequest, Scorer
 from openmythos.eval.task_name import HELD_OUT, HOPS, TEXT_NAMES
 from openmythos.eval.walk import hops_documents
+from openmythos.folder import HELD_OUT_FILE
 
 Kind = Literal["choice", "next", "generate", "text"]
 METRICS: dict[Kind, str] = {
@@ -31,7 +32,6 @@ METRICS: dict[Kind, str] = {
 LOWER_IS_BETTER = ("bits_per_byte", "byte_perplexity", "word_perplexity", "perplexity")
 WORD = re.compile("[A-Za-z]+")
 WORD_TOKENS = 8
-HELD_OUT_FILE = "held_out.jsonl"  # in a checkpoint: texts that it was not trained on
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -74,13 +74,49 @@ def data_of(folder: Path) -> Path:
             return place
     if not places:
         raise ValueError(
-            f"{folder} belongs to no run, so its held-out text is not known: give the run, or "
-            "prepared data, as --data"
+            f"{folder} belongs to no run, so its held-out text is not known: give the run, "
+            "prepared data, or zoo:text, as --data"
         )
     raise ValueError(
         f"the data of {folder if run is None else run} is gone: there is none in "
         f"{', '.join(map(str, places))}; prepare it again and give it as --data"
     )
+
+
+def data_source(given: Path) -> Path:
+    """The folder that ``--data`` names: prepared data, a run, a checkpoint, or ``zoo:NAME``.
+
+    Raises:
+        ValueError: There is no such folder.
+    """
+    from openmythos.interop.hub import ZOO, zoo_folder
+
+    if given.is_dir():
+        return given
+    if str(given).startswith(ZOO):
+        return zoo_folder(str(given))
+    if given.exists():
+        raise ValueError(
+            f"--data {given} is a file; openmythos prepare {given} --out FOLDER makes one of it"
+        )
+    raise ValueError(
+        f"--data {given} does not exist; give prepared data, a run, or zoo:NAME for what "
+        "that model is asked"
+    )
+
+
+def walks_for(folder: Path, source: Path) -> "Walks | None":
+    """The walks of a source of data; None if it is of text.
+
+    Raises:
+        ValueError: They are walks, and the model reads text.
+    """
+    from openmythos.tokenizer_folder import has_tokenizer
+
+    walks = walks_of(source)
+    if walks is not None and has_tokenizer(folder):
+        raise ValueError(f"{source} is of walks, and {folder} reads text; give text as --data")
+    return walks
 
 
 def walks_of(folder: Path) -> "Walks | None":

@@ -95,7 +95,8 @@ def brings_text(checkpoint: Path) -> bool:
 def _held_out(checkpoint: Path | None) -> EvalTask:
     if checkpoint is None or not brings_text(checkpoint):
         raise ValueError(
-            f"task {HELD_OUT} needs a {HELD_OUT_FILE} beside the weights; there is none"
+            f"task {HELD_OUT} needs a {HELD_OUT_FILE} beside the weights; there is none: give a "
+            "model that brings it, such as zoo:text, as --data"
         )
     texts = [
         {"text": document.text} for document in load_documents(str(checkpoint / HELD_OUT_FILE))

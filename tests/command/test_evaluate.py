@@ -171,3 +171,29 @@ def test_eval_refuses_tasks(invoke: Invoke, text_run: Path, hops_run: Path) -> N
     assert "--limit needs --tasks" in refused(invoke, "eval", text_run, "--limit", 3)
     message = refused(invoke, "eval", hops_run, "--tasks", "hops_1", "--num-fewshot", 2)
     assert "those that ship have none" in message
+
+
+def test_data_may_be_a_model_that_ships(
+    invoke: Invoke, text_run: Path, hops_run: Path, text_file: Path
+) -> None:
+    asked = ("--num-loops", 1, "--limit", 1, "--tasks", "held_out", "--data", "zoo:text", "--json")
+    (curve,) = json.loads(invoke("eval", text_run, *asked))["curves"]
+    assert curve["task"] == "held_out"
+    (curve,) = json.loads(
+        invoke(
+            "eval", hops_run, "--num-loops", 1, "--data", "zoo:walks", "--tasks", "hops_1", "--json"
+        )
+    )["curves"]
+    assert curve["task"] == "hops_1"
+    for path, data, said in (
+        (
+            text_run,
+            "absent",
+            "--data absent does not exist; give prepared data, a run, or zoo:",
+        ),
+        (text_run, text_file, f"openmythos prepare {text_file} --out FOLDER"),
+        (text_run, "zoo:absent", "these do: zoo:text, zoo:walks"),
+        (text_run, "zoo:walks", "reads text; give text as --data"),
+        (hops_run, "zoo:text", "is of a run on walks"),
+    ):
+        assert said in refused(invoke, "eval", path, "--num-loops", 1, "--data", data)

@@ -2,7 +2,7 @@
 
 import json
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -103,29 +103,13 @@ def evaluate(
         names = [HELD_OUT]
     of_text: dict[str, object] = {"--seq-len": seq_len, "--max-batches": max_batches}
     of_text |= {"--data": data} if walks is None and HELD_OUT not in (names or ()) else {}
-    of_tasks = {"--limit": limit, "--num-fewshot": num_fewshot}
-    for option, given in (of_tasks if names is None else of_text).items():
-        if given is not None:
-            where = "needs --tasks" if names is None else "is of held-out text, not of tasks"
-            raise ValueError(f"{option} {where}; leave it out")
+    refuse_given(names, of_text, {"--limit": limit, "--num-fewshot": num_fewshot})
     if names is None:
-        curves, config = held_out(
-            folder, source, loops, batch_size, seq_len, max_batches, device, weights
-        )
+        rest = (batch_size, seq_len, max_batches, device, weights)
+        curves, config = held_out(folder, source, loops, *rest)
     else:
-        curves, config = on_tasks(
-            folder,
-            source,
-            names,
-            walks,
-            loops,
-            limit,
-            num_fewshot,
-            batch_size,
-            seed,
-            device,
-            weights,
-        )
+        others = (limit, num_fewshot, batch_size, seed, device, weights)
+        curves, config = on_tasks(folder, source, names, walks, loops, *others)
     flops = {n: count(config, num_loops=n).inference_flops_per_token for n in curves[0].scores}
     settings = {"limit": limit, "num_fewshot": num_fewshot, "seed": seed, "weights": weights}
     report = {
@@ -145,6 +129,20 @@ def evaluate(
     show(curves, flops)
     if out is not None:
         console().print(f"{out / RESULTS_FILE}\n{out / PICTURE_FILE}")
+
+
+def refuse_given(
+    names: list[str] | None, of_text: Mapping[str, object], of_tasks: Mapping[str, object]
+) -> None:
+    """Refuse options of held-out text where tasks are asked, and the other way round.
+
+    Raises:
+        ValueError: One was given.
+    """
+    for option, given in (of_tasks if names is None else of_text).items():
+        if given is not None:
+            where = "needs --tasks" if names is None else "is of held-out text, not of tasks"
+            raise ValueError(f"{option} {where}; leave it out")
 
 
 def task_names(tasks: str) -> list[str]:

@@ -8,6 +8,7 @@ import pytest
 
 from openmythos.command import option
 from openmythos.eval import python_docs
+from openmythos.folder import WALKS_FILE
 from tests.command.conftest import SMALL, Invoke, refused, sets
 from tests.eval.examples import documents
 
@@ -52,17 +53,19 @@ def test_a_converted_checkpoint_is_evaluated_with_the_data_of_its_run(
     invoke("convert", hops_run, "--out", walks)
     said = refused(invoke, "eval", ours)
     assert (
-        f"{ours} belongs to no run" in said and "give the run, or prepared data, as --data" in said
+        f"{ours} belongs to no run" in said and "give the run, prepared data, or zoo:text" in said
     )
     options = ("--num-loops", 2, "--json")
     for data in (text_run, text_run / "data", text_run / "checkpoints" / "step-00000004"):
         given = invoke("eval", ours, "--data", data, *options)
         assert json.loads(given) == json.loads(invoke("eval", text_run, *options))
+    asked = ("--tasks", "hops_2", *options)
+    for data in ((), ("--data", hops_run)):  # it has its walks with it
+        given = json.loads(invoke("eval", walks, *data, *asked))
+        assert given["curves"] == json.loads(invoke("eval", hops_run, *asked))["curves"]
+    (walks / WALKS_FILE).unlink()
     assert "a checkpoint without a tokenizer" in refused(invoke, "eval", walks)
     assert "a checkpoint without a tokenizer" in refused(invoke, "generate", walks, "--prompt", "a")
-    asked = ("--tasks", "hops_2", *options)
-    given = json.loads(invoke("eval", walks, "--data", hops_run, *asked))
-    assert given["curves"] == json.loads(invoke("eval", hops_run, *asked))["curves"]
 
 
 def test_a_run_is_evaluated_from_any_directory(
@@ -166,7 +169,7 @@ def test_eval_refuses_tasks(invoke: Invoke, text_run: Path, hops_run: Path) -> N
     )
     assert "--tasks is ' , '" in refused(invoke, *run, " , ")
     assert "gone.yaml does not exist" in refused(invoke, *run, "gone.yaml")
-    bits = (*run, "python_docs_bits", "--data", "x")
+    bits = (*run, "python_docs_bits", "--data", text_run)
     assert "--data is of held-out text" in refused(invoke, *bits)
     assert "--limit needs --tasks" in refused(invoke, "eval", text_run, "--limit", 3)
     message = refused(invoke, "eval", hops_run, "--tasks", "hops_1", "--num-fewshot", 2)

@@ -4,8 +4,13 @@ Entities are joined by relations, each a permutation of the entities. A walk is 
 
     <entity> <relation 1> ... <relation k>   ->   the entity reached
 
-and only the last position has a target. Ids 0 .. E-1 are entities and E .. E+R-1 are relations;
-there are no special tokens. All rows of a batch have the same number of hops.
+and only the last position has a target. Written out, as a chain of thought, the entities that the
+walk passes follow it, and each is a target:
+
+    <entity 0> <relation 1> ... <relation k> <entity 1> ... <entity k-1>   ->   <entity k>
+
+Ids 0 .. E-1 are entities and E .. E+R-1 are relations; there are no special tokens. All rows of a
+batch have the same number of hops.
 
 With permutations the relations alone say nothing about the answer. With random functions they do,
 the more hops the more, so a model can score well without following the walk: `leak_baselines`
@@ -49,6 +54,9 @@ class HopsConfig:
         max_train_hops: Most hops in training.
         held_out_fraction: Fraction of the walks of each hop count that training never samples.
         permutations: Whether relations are permutations; False: random functions, which leak.
+        shifts: Whether each relation adds a number of its own to the entity's, modulo E: walks
+            are then sums of several numbers.
+        written_out: Whether the entities that a walk passes are written after it.
         seed: Seed of the relations, the held-out walks and the samples.
     """
 
@@ -57,6 +65,8 @@ class HopsConfig:
     max_train_hops: int = 8
     held_out_fraction: float = 0.1
     permutations: bool = True
+    shifts: bool = False
+    written_out: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -69,6 +79,12 @@ class HopsConfig:
             )
         if self.max_train_hops < 1:
             raise ValueError(f"max_train_hops is {self.max_train_hops}; it must be at least 1")
+        if self.shifts and not (self.permutations and self.num_relations < self.num_entities):
+            raise ValueError(
+                f"shifts with permutations={self.permutations}, {self.num_relations} relations "
+                f"and {self.num_entities} entities: each relation adds another number, which is a "
+                "permutation; give permutations=True and fewer relations than entities"
+            )
         if not 0.0 <= self.held_out_fraction <= 0.5:
             raise ValueError(
                 f"held_out_fraction is {self.held_out_fraction}; it must be 0 to 0.5, training "
@@ -90,12 +106,20 @@ class Walks:
     def __init__(self, config: HopsConfig) -> None:
         self.config = config
         shape = (config.num_relations, config.num_entities)
-        if config.permutations:
+        if config.shifts:
+            entities = np.arange(config.num_entities)
+            # 0 is no summand: a hop that stays would make a walk shorter than it looks.
+            summands = 1 + permutation(config.num_entities - 1, config.seed, _RELATIONS)
+            summands = np.sort(summands[: config.num_relations]).astype(np.int64)
+            self.relations: Int[np.ndarray, "R E"] = (
+                entities + summands[:, None]
+            ) % config.num_entities
+        elif config.permutations:
             rows = [
                 permutation(config.num_entities, config.seed, _RELATIONS, r)
                 for r in range(config.num_relations)
             ]
-            self.relations: Int[np.ndarray, "R E"] = np.stack(rows).astype(np.int64)
+            self.relations = np.stack(rows).astype(np.int64)
         else:
             draws = _draw(np.arange(shape[0] * shape[1]), config.seed, _RELATIONS).reshape(shape)
             self.relations = (draws % np.uint64(config.num_entities)).astype(np.int64)
@@ -226,13 +250,15 @@ class Walks:
         return np.concatenate([start, relations], axis=1).astype(np.int64)
 
     def _to_batch(self, walks: Int[np.ndarray, "B T"]) -> Batch:
-        targets = np.full_like(walks, IGNORED_TARGET)
-        targets[:, -1] = self.entities_along(walks)[:, -1]
-        tokens = torch.from_numpy(walks)
-        positions = torch.arange(walks.shape[1]).expand(walks.shape).clone()
+        passed = self.entities_along(walks)[:, 1:]
+        passed = passed if self.config.written_out else passed[:, -1:]
+        tokens = torch.from_numpy(np.concatenate([walks, passed[:, :-1]], axis=1))
+        targets = torch.full_like(tokens, IGNORED_TARGET)
+        targets[:, walks.shape[1] - 1 :] = torch.from_numpy(passed)
+        positions = torch.arange(tokens.shape[1]).expand(tokens.shape).clone()
         return Batch(
             tokens=tokens,
-            targets=torch.from_numpy(targets),
+            targets=targets,
             documents=torch.zeros_like(tokens),
             positions=positions,
             num_bytes=0,

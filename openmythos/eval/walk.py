@@ -84,11 +84,15 @@ class WalkCodec:
 def hops_documents(
     walks: Walks, num_hops: int, size: int = NUM_WALKS, seed: int = WALK_SEED
 ) -> list[dict[str, str]]:
-    """Held-out walks of exactly ``num_hops`` hops: ``context`` and ``target``."""
+    """Held-out walks of exactly ``num_hops`` hops: ``context`` and ``target``.
+
+    The target is the answer, or what the walk passes and the answer if walks are written out.
+    """
     batch, codec = walks.held_out_batch(num_hops, size, seed), WalkCodec(walks)
+    asked, said = batch.tokens[:, : num_hops + 1].tolist(), batch.targets[:, num_hops:].tolist()
     return [
-        {"context": codec.decode(walk), "target": " " + codec.decode([answer])}
-        for walk, answer in zip(batch.tokens.tolist(), batch.targets[:, -1].tolist(), strict=True)
+        {"context": codec.decode(walk), "target": " " + codec.decode(entities)}
+        for walk, entities in zip(asked, said, strict=True)
     ]
 
 

@@ -141,6 +141,9 @@ class HopsData:
         num_relations: Permutations of the nodes.
         max_train_hops: Longest walks of the training, in hops.
         check_loops: Loops at which the curriculum measures whether a stage is learnt.
+        shifts: Whether each relation adds a number to the entity's, modulo the number of entities.
+        written_out: Whether the entities that a walk passes are written after it, and all of them
+            are targets: a chain of thought.
     """
 
     kind: ClassVar[str] = "hops"
@@ -148,16 +151,23 @@ class HopsData:
     num_relations: int = 4
     max_train_hops: int = 8
     check_loops: int = 8
+    shifts: bool = False
+    written_out: bool = False
 
     @property
     def seq_len(self) -> int:
-        """Tokens of the longest walk: where it starts, and its relations."""
-        return 1 + self.max_train_hops
+        """Tokens of the longest walk: where it starts, its relations, and what is written out."""
+        passed = self.max_train_hops - 1 if self.written_out else 0
+        return 1 + self.max_train_hops + passed
 
     @property
     def in_words(self) -> str:
         """What a run trains on."""
-        return f"walks over {self.num_entities} entities and {self.num_relations} permutations"
+        relations = "summands" if self.shifts else "permutations"
+        written = ", written out" if self.written_out else ""
+        return (
+            f"walks over {self.num_entities} entities and {self.num_relations} {relations}{written}"
+        )
 
     def __post_init__(self) -> None:
         names = ("num_entities", "num_relations", "max_train_hops", "check_loops")
@@ -180,7 +190,6 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         data, most = self.data, self.model.max_seq_len
-        longest = data.seq_len if isinstance(data, TextData) else data.max_train_hops + 1
         name = "data.seq_len" if isinstance(data, TextData) else "the longest walk, in tokens,"
-        require(longest <= most, name, longest, f"at most model.max_seq_len={most}")
+        require(data.seq_len <= most, name, data.seq_len, f"at most model.max_seq_len={most}")
         self.train.objective.check(self.model.halting)

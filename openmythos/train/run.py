@@ -284,6 +284,8 @@ def hops_task(data: HopsData, seed: int) -> HopsTask:
         num_entities=data.num_entities,
         num_relations=data.num_relations,
         max_train_hops=data.max_train_hops,
+        shifts=data.shifts,
+        written_out=data.written_out,
         seed=seed,
     )
     curriculum = Curriculum(max_stage=data.max_train_hops)

@@ -182,8 +182,44 @@ def test_curriculum_chooses_the_current_stage_two_times_in_three():
     assert {Curriculum(max_stage=8).choose_hops(0, s) for s in range(99)} == {1}
 
 
+@given(st.integers(0, 10**6), st.integers(1, 12), st.integers(1, 20))
+def test_what_a_walk_passes_is_written_after_it(step, num_hops, batch_size):
+    written = Walks(HopsConfig(seed=3, written_out=True))
+    plain, batch = (of.sample_batch(step, num_hops, batch_size) for of in (WALKS, written))
+    passed = torch.from_numpy(WALKS.entities_along(plain.tokens.numpy()))[:, 1:]
+    assert torch.equal(batch.tokens, torch.cat([plain.tokens, passed[:, :-1]], dim=1))
+    assert torch.equal(batch.targets[:, num_hops:], passed)
+    assert (batch.targets[:, :num_hops] == -100).all()
+    assert batch.positions[0].tolist() == list(range(2 * num_hops))
+    assert (batch.documents == 0).all()
+
+
+def test_written_out_or_not_the_same_walks_are_held_out():
+    written = Walks(HopsConfig(seed=3, written_out=True))
+    asked = written.held_out_batch(6, 50, seed=1).tokens[:, :7]
+    assert torch.equal(asked, WALKS.held_out_batch(6, 50, seed=1).tokens)
+
+
+@given(st.integers(0, 100), st.integers(2, 20), st.integers(1, 9))
+def test_walks_of_summands_are_sums(seed, num_entities, num_hops):
+    num_relations = min(4, num_entities - 1)
+    sums = Walks(
+        HopsConfig(seed=seed, num_entities=num_entities, num_relations=num_relations, shifts=True)
+    )
+    summands = sums.relations[:, 0]
+    assert len(set(summands.tolist())) == num_relations and (summands > 0).all()
+    batch = sums.sample_batch(0, num_hops, 30)
+    start, relations = batch.tokens.numpy()[:, 0], batch.tokens.numpy()[:, 1:] - num_entities
+    total = (start + summands[relations].sum(axis=1)) % num_entities
+    assert batch.targets[:, -1].tolist() == total.tolist()
+    leaks = list(sums.leak_baselines(num_hops).values())
+    assert leaks == pytest.approx([1 / num_entities] * 4)
+
+
 def test_arguments_out_of_range():
     for options, message in [
+        ({"shifts": True, "permutations": False}, "shifts with permutations=False"),
+        ({"shifts": True, "num_relations": 16}, "fewer relations than entities"),
         ({"num_entities": 1}, "num_entities is 1"),
         ({"max_train_hops": 0}, "max_train_hops is 0"),
         ({"held_out_fraction": 0.9}, "held_out_fraction is 0.9; it must be 0 to 0.5"),

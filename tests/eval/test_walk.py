@@ -30,3 +30,16 @@ def test_documents_are_walks_that_end_where_they_say() -> None:
         assert document["target"] == f" e{entity}"
     assert hops_documents(WALKS, 6, size=40) == documents
     assert hops_documents(WALKS, 6, size=40, seed=2) != documents
+
+
+def test_documents_of_walks_that_are_written_out_ask_for_the_whole_chain() -> None:
+    written = Walks(HopsConfig(num_entities=5, num_relations=3, seed=4, written_out=True))
+    codec = WalkCodec(WALKS)
+    for plain, document in zip(
+        hops_documents(WALKS, 3, size=20), hops_documents(written, 3, size=20), strict=True
+    ):
+        assert document["context"] == plain["context"]
+        passed = codec.encode(document["target"])
+        assert len(passed) == 3 and document["target"].endswith(plain["target"])
+        start, *relations = codec.encode(document["context"])
+        assert passed[0] == WALKS.relations[relations[0] - 5, start]

@@ -79,6 +79,8 @@ def test_bad_data_fields() -> None:
 def test_data_in_words() -> None:
     assert TextData(source="python-source").in_words == "python-source"
     assert HopsData(num_entities=5).in_words == "walks over 5 entities and 4 permutations"
+    sums = HopsData(shifts=True, written_out=True)
+    assert sums.in_words == "walks over 16 entities and 4 summands, written out"
 
 
 def test_rows_longer_than_the_model() -> None:
@@ -87,6 +89,10 @@ def test_rows_longer_than_the_model() -> None:
         RunConfig(model=tiny_model(), train=train, data=TextData(seq_len=65))
     with pytest.raises(ValueError, match="the longest walk, in tokens, is 65"):
         RunConfig(model=tiny_model(), train=train, data=HopsData(max_train_hops=64))
+    with pytest.raises(ValueError, match="the longest walk, in tokens, is 66"):
+        RunConfig(
+            model=tiny_model(), train=train, data=HopsData(max_train_hops=33, written_out=True)
+        )
 
 
 @pytest.mark.parametrize(

@@ -3,10 +3,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from torch.nn import functional
 
+from openmythos.data.synthetic import HopsConfig, Walks
+from openmythos.engine.reference import generate
 from openmythos.model.recurrent import RecurrentDepthLM
-from openmythos.train.validation import held_out_bits, held_out_bits_per_byte, hops_accuracy
+from openmythos.train.validation import (
+    held_out_bits,
+    held_out_bits_per_byte,
+    hops_accuracy,
+    hops_right,
+)
 from tests.strategies import random_model
 from tests.train.examples import loader, oracle, small_walks, tiny_model
 
@@ -75,3 +83,19 @@ def test_hops_accuracy_counts_right_answers() -> None:
     wrong = hops_accuracy(oracle(walks, right=False), walks, 6, 1, 512, 0)
     expected = (walks.held_out_batch(6, 512, 0).targets[:, -1] == 0).float().mean()
     assert 0 < wrong < 0.3 and wrong == pytest.approx(float(expected))
+
+
+def test_a_chain_is_right_if_the_model_writes_it_by_itself() -> None:
+    """With two entities, even random weights write some chains of three right."""
+    walks = Walks(HopsConfig(num_entities=2, num_relations=2, written_out=True))
+    model = random_model(tiny_model())
+    batch = walks.held_out_batch(3, 64, seed=5)
+    # Weights that know two ids only: no chain would be right with the others among them.
+    with torch.no_grad():
+        model.embed.weight[2:] *= 0.01
+    written = generate(model, batch.tokens[:, :4], max_new_tokens=3, num_loops=2).tokens
+    expected = [
+        new == entities[3:] for new, entities in zip(written, batch.targets.tolist(), strict=True)
+    ]
+    assert hops_right(model, walks, 3, 2, 64, 5).tolist() == expected
+    assert 0 < sum(expected) < 64

@@ -199,7 +199,7 @@ def bits_between_loops(shares: Tensor) -> Tensor:
 
 def main(arguments: list[str] | None = None) -> Tensor:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--smoke", action="store_true", help="a few steps: that it runs")
     given = parser.parse_args(arguments)

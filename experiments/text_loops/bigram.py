@@ -14,7 +14,7 @@ class Bigrams:
     """Counts of pairs in the training text, and the smoothed probability of single tokens."""
 
     pairs: Int[np.ndarray, "V V"]
-    single: Float[np.ndarray, "V"]
+    single: Float[np.ndarray, " V"]
 
     @staticmethod
     def of(loader: TokenLoader) -> "Bigrams":

@@ -10,21 +10,14 @@ from pathlib import Path
 from openmythos.analysis.difference import loop_difference
 from openmythos.analysis.pairs import walk_pairs
 from openmythos.analysis.reading import reading_map
-from openmythos.data.synthetic import Curriculum
 from openmythos.demo.walks import hops_config
 from openmythos.train.depth_schedule import DepthSchedule, FixedDepth
+from openmythos.train.recipe import HopsData, RunConfig
 from openmythos.train.run import set_up
 from openmythos.train.task import HopsTask
 from openmythos.train.validation import hops_accuracy
 
 LOOPS, STEPS, LONGER = 4, 1200, 10
-
-
-class LongestOnly(Curriculum):
-    """Trains walks of the present stage only: nothing then teaches the model to hold an answer."""
-
-    def choose_hops(self, seed: int, step: int) -> int:
-        return self.stage
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -35,11 +28,11 @@ def main(arguments: list[str] | None = None) -> None:
     demo = hops_config(seed=0, seconds=1.0)
     depth = DepthSchedule(sampling=FixedDepth(mean_recurrence=LOOPS))
     train = replace(demo.train, max_seconds=None, max_steps=given.steps, depth=depth)
-    model, data = replace(demo.model, num_loops=LOOPS), replace(demo.data, check_loops=LOOPS)
-    run = set_up(replace(demo, model=model, train=train, data=data), given.out)
-    assert isinstance(run.task, HopsTask)
-    walks, run.task.curriculum = run.task.walks, LongestOnly(run.task.curriculum.max_stage)
+    model, data = replace(demo.model, num_loops=LOOPS), HopsData(check_loops=LOOPS, mixed=False)
+    run = set_up(RunConfig(model=model, train=train, data=data), given.out)
     run.train()
+    assert isinstance(run.task, HopsTask)
+    walks = run.task.walks
     right = {n: hops_accuracy(run.model, walks, LONGER, n, 512, seed=1) for n in range(4, 9)}
     loops = max(right, key=lambda n: right[n])
     print(f"{LONGER} hops, never trained, right by loops: {right}")

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 from experiments.matching import Size
@@ -22,6 +23,7 @@ GRAD_LOOPS = DEMO.train.depth.mean_backprop_depth  # last loops with gradients
 EXPERTS = MoEConfig(num_experts=8, num_experts_per_token=2, d_expert=8)
 
 
+@cache
 def model_of(arm: str) -> ModelConfig:
     """The model of an arm; the vocabulary is set by the data."""
     looped = DEMO.model
@@ -58,6 +60,7 @@ def size_of(arm: str) -> Size:
     )
 
 
+@cache
 def mean_loops() -> float:
     """Mean number of loops of a training step, the ramp included."""
     steps = 2000
@@ -75,13 +78,14 @@ def test_flops(config: ModelConfig) -> float:
 
 def training_flops(config: ModelConfig, loops: float) -> float:
     """Of a training step, per token, at a mean number of loops with truncated gradients."""
-    one, two = (
+    low = GRAD_LOOPS or 1
+    less, more = (
         counts.training_flops(
             config, num_loops=n, grad_loops=GRAD_LOOPS, context_length=MEAN_CONTEXT
         )
-        for n in (1, 2)
+        for n in (low, low + 1)
     )
-    return one + (loops - 1) * (two - one)
+    return less + (loops - low) * (more - less)
 
 
 def run_config(arm: str, seed: int, settings: Mapping[str, Any], source: str) -> RunConfig:

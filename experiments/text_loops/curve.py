@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+Law = Callable[[np.ndarray, float], np.ndarray]
 RATES = np.geomspace(0.02, 50.0, 2001)  # that are tried; the other two numbers are linear
 
 
@@ -29,7 +30,7 @@ def power(loops: np.ndarray, rate: float) -> np.ndarray:
 
 
 def fit(
-    law: Callable[[np.ndarray, float], np.ndarray],
+    law: Law,
     loops: Sequence[int],
     losses: Sequence[float],
 ) -> Fit:
@@ -41,20 +42,16 @@ def fit(
     if len(loops) < 4:
         raise ValueError(f"{len(loops)} points; three numbers are fitted, so give at least four")
     x, y = np.asarray(loops, dtype=np.float64), np.asarray(losses, dtype=np.float64)
-    best: tuple[float, Fit] | None = None
-    for rate in RATES.tolist():
-        columns = np.stack([np.ones_like(x), law(x, rate)], axis=1)
-        (limit, size), *_ = np.linalg.lstsq(columns, y, rcond=None)
-        off = y - columns @ np.array([limit, size])
-        squares = float(off @ off)
-        if best is None or squares < best[0]:
-            found = Fit(float(limit), float(size), rate, float(np.abs(off).max()))
-            best = (squares, found)
-    assert best is not None
-    return best[1]
+    shapes = np.stack([law(x, rate) for rate in RATES.tolist()])
+    shapes_off = shapes - shapes.mean(axis=1, keepdims=True)
+    sizes = shapes_off @ (y - y.mean()) / np.maximum((shapes_off**2).sum(axis=1), 1e-300)
+    limits = y.mean() - sizes * shapes.mean(axis=1)
+    off = np.abs(y - limits[:, None] - sizes[:, None] * shapes)
+    best = int((off**2).sum(axis=1).argmin())
+    return Fit(float(limits[best]), float(sizes[best]), float(RATES[best]), float(off[best].max()))
 
 
-def values(law: Callable[[np.ndarray, float], np.ndarray], found: Fit, loops: Sequence[float]):
+def values(law: Law, found: Fit, loops: Sequence[float]) -> np.ndarray:
     """The fitted curve at these loops."""
     return found.limit + found.size * law(np.asarray(loops, dtype=np.float64), found.rate)
 

@@ -81,12 +81,14 @@ def saturating(claim: Claim, seeds: Sequence[Result]) -> Verdict:
     )
     apart = gap([one["power"] for one in found], [one["exponential"] for one in found])
     decision: Decision
-    if gain.mean < 2 * gain.deviation:
+    if gain.mean <= 2 * gain.deviation:
         decision, why = "no result", "the gain is not above two of its seed deviations"
     elif exponential.mean > claim.thresholds["most_residual"]:
         decision, why = "fails", "the exponential misses the curve"
-    elif not apart.is_result or apart.difference.mean < 0:
+    elif not apart.is_result or abs(apart.difference.mean) < claim.thresholds["least_apart"]:
         decision, why = "not decidable here", "a power law fits as well"
+    elif apart.difference.mean < 0:
+        decision, why = "fails", "a power law fits better"
     elif fall.mean > claim.thresholds["most_fall"]:
         decision, why = "in part", "the exponential fits, but the curve turns back"
     else:

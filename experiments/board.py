@@ -272,8 +272,8 @@ def scoreboard(findings: Sequence[Finding]) -> str:
     lines.append(markdown(Table("Scoreboard", header, rows)))
     lines.append(
         "An interval is over seeds. CPU seconds are those of the whole experiment, tuning "
-        "included. `--again` deletes the stored results first, which git still has; without it, what "
-        "is stored is not done twice."
+        "included. `--again` deletes the stored results first, which git still has; without it, "
+        "nothing that is stored is done again."
     )
     return "\n".join(lines) + "\n"
 

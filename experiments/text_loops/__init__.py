@@ -1,1 +1,0 @@
-"""Text: looped models against plain stacks, and what the number of loops does to the loss."""

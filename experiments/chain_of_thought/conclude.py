@@ -10,8 +10,8 @@ import numpy as np
 from experiments.chain_of_thought.arm import ARMS, SILENT, STACK, SUMS, TRAINED_HOPS, WALKS, Arm
 from experiments.claim import Claim, Conclusion, Decision, Table, Verdict, verdict
 from experiments.interval import Interval, gap, t_interval
-from experiments.matching import Size, matching
 from experiments.run_store import Results
+from openmythos.config import counts
 
 Data = Mapping[str, Any]
 MOST_LOOPS = 16
@@ -20,12 +20,6 @@ LONGEST = str(max(TRAINED_HOPS))
 
 
 # --- what one run says ----------------------------------------------------------------------------
-
-
-def right(data: Data, hops: str, loops: int = 1) -> float:
-    """Accuracy after so many loops; of a model that writes, at its own number."""
-    curve = data["right"][hops]
-    return float(curve[min(loops, len(curve)) - 1])
 
 
 def at_best(data: Data, hops: str) -> float:
@@ -42,8 +36,8 @@ def equal_loops(hops: int) -> int:
 
 
 def at_equal_flops(data: Data, hops: str) -> float:
-    """Accuracy of a silent answer at the FLOPs of a written one."""
-    return right(data, hops, equal_loops(int(hops)))
+    """Accuracy of a silent answer at the best number of loops within a written one's FLOPs."""
+    return float(max(data["right"][hops][: equal_loops(int(hops))]))
 
 
 def hops_per_loop(data: Data, enough: float) -> float | None:
@@ -75,13 +69,8 @@ def named(data: Data, slope: float) -> float:
 
 
 def reach(data: Data, enough: float) -> int:
-    """The most hops up to which every measured length is answered, at the best number of loops."""
-    found = 0
-    for hops in data["right"]:
-        if at_best(data, hops) < enough:
-            break
-        found = int(hops)
-    return found
+    """The most hops that are answered, at the best number of loops; 0 if none are."""
+    return max((int(hops) for hops in data["right"] if at_best(data, hops) >= enough), default=0)
 
 
 # --- what the arms say ----------------------------------------------------------------------------
@@ -176,7 +165,7 @@ def writing_goes_further(claim: Claim, results: Results) -> Verdict:
     said = "; ".join(
         f"{n} hops: {_percent(results, STACK, n, at_best)} in writing, "
         f"{_percent(results, SILENT, n, at_equal_flops)} silently at equal FLOPs "
-        f"({equal_loops(int(n))} loops), {_percent(results, SILENT, n, at_best)} at the best "
+        f"(up to {equal_loops(int(n))} loops), {_percent(results, SILENT, n, at_best)} at the best "
         "number of loops"
         for n in BEYOND
     )
@@ -241,14 +230,33 @@ def _tables(results: Results) -> list[Table]:
         [name.replace("_", " "), *(f"{done['leaks'][n][name]:.3f}" for n in lengths)]
         for name in done["leaks"][lengths[0]]
     ]
-    sizes = {arm.in_words: Size(arm.model, arm.loops, arm.loops) for arm in WALKS}
     return [
         Table("Right answers by number of hops, or of numbers to add", ["arm", *lengths], rows),
         Table("Chains without a mistake", ["arm", *lengths], chains),
+        _matched(),
         _flops(lengths),
-        matching(sizes, SILENT.in_words, context_length=max(TRAINED_HOPS) + 1),
         Table("What guessers reach that do not follow the walk", ["guesser", *lengths], leaks),
     ]
+
+
+def _matched() -> Table:
+    """Parameters and FLOPs of the arms at the longest walks of training, from the silent loop."""
+    longest = max(TRAINED_HOPS)
+
+    def figures(arm: Arm) -> list[float]:
+        parameters = counts.total_params(arm.model)
+        return [parameters, arm.training_flops(longest), arm.test_flops(longest, arm.loops)]
+
+    own, rows = figures(SILENT), []
+    for arm in WALKS:
+        cells = [
+            f"{value:,.0f} ({(value - target) / target:+.1%})"
+            for value, target in zip(figures(arm), own, strict=True)
+        ]
+        rows.append([arm.in_words, *cells])
+    header = ["arm", "parameters", "training FLOPs per walk", "test FLOPs per answer"]
+    title = f"Arms at {longest} hops, every token counted, and how far from the silent loop"
+    return Table(title, header, rows)
 
 
 def _flops(lengths: Sequence[str]) -> Table:
@@ -260,15 +268,8 @@ def _flops(lengths: Sequence[str]) -> Table:
             loops = arm.loops if arm.writes else equal_loops(n)
             found, own = arm.test_flops(n, loops), STACK.test_flops(n, STACK.loops)
             cells.append(f"{found / 1e6:.2f} ({(found - own) / own:+.0%}, {loops} loops)")
-        rows.append([f"{arm.in_words}: one answer", *cells])
-    for arm in WALKS:
-        cells = []
-        for n in map(int, lengths):
-            found, own = arm.training_flops(n), STACK.training_flops(n)
-            trained = n in TRAINED_HOPS
-            cells.append(f"{found / 1e6:.2f} ({(found - own) / own:+.0%})" if trained else "")
-        rows.append([f"{arm.in_words}: one training walk", *cells])
-    return Table("Million FLOPs, every token counted", ["arm", *lengths], rows)
+        rows.append([arm.in_words, *cells])
+    return Table("Million FLOPs of an answer, every token counted", ["arm", *lengths], rows)
 
 
 def _figures(results: Results) -> dict[str, Any]:

@@ -26,7 +26,7 @@ def _right_by_hops(data: Mapping[str, Any]) -> "Figure":
         panels = figure.subplots(1, 2, sharey=True)
         figure.subplots_adjust(0.07, 0.16, 0.98, 0.88, wspace=0.08)
         for axes, arms, title in zip(panels, (WALKS, SUMS), ("Walks", "Sums"), strict=True):
-            for arm, word, colour in zip(arms, words, (BLUE, ORANGE, INK), strict=True):
+            for arm, word, colour in zip(arms, words, (BLUE, ORANGE, INK), strict=False):
                 curves = data["arms"].get(arm.name, {})
                 for how, style in (("best", "o-"), ("equal", "o--")):
                     if how in curves:
@@ -38,7 +38,8 @@ def _right_by_hops(data: Mapping[str, Any]) -> "Figure":
             axes.set_title(f"{title}: right answers, %; trained up to {max(TRAINED_HOPS)}")
             axes.set_xlabel("hops" if title == "Walks" else "numbers to add")
             axes.set_ylim(0, 104)
-        panels[0].legend(frameon=False, loc="lower left", fontsize=8)
+            axes.set_xticks([1, 4, 8, 12, 16])
+        panels[0].legend(frameon=False, loc="center left", fontsize=8)
     return figure
 
 

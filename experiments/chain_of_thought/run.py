@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 SEEDS = (0, 1, 2)
 HOPS = (*TRAINED_HOPS, *map(int, BEYOND))
-SIZES = {"smoke": (2, 8), "small": (1000, 512), "full": (4000, 2048)}  # steps, walks per length
+SIZES = {"smoke": (2, 8), "small": (1200, 512), "full": (4000, 2048)}  # steps, walks per length
 
 
 class ChainOfThought(Study):

@@ -1,8 +1,9 @@
 """The reading map: at which loop does the model read which token?
 
 A column of tokens is corrupted during one loop only. During that loop the other tokens see the
-column's state and e from a run on the corrupted text; before and after it, the column is clean, and
-its own state stays clean throughout. How much of the answer moves is what that loop has read there.
+column's state, e and value embeddings from a run on the corrupted text; before and after it, the
+column is clean, and its own state stays clean throughout. How much of the answer moves is what that
+loop has read there.
 """
 
 from collections.abc import Sequence
@@ -119,10 +120,10 @@ def reading_map(
     """Corrupt each column during each loop, and during all loops but each.
 
     Args:
-        model: The model. An untied stack is measured through ``analysis.stack.layers_as_loops``.
+        model: The model. An untied stack is measured through ``analysis.stack``.
         pairs: Clean and corrupted texts.
         num_loops: Loops to run. Surplus loops repair what a corrupted one has broken: measure at
-            the fewest loops that suffice (``analysis.depth``).
+            the fewest loops that suffice.
         batch_size: Texts that are run together. The states of about 3 (num_loops + 1) runs of them
             are kept at a time, and the logits of one.
 

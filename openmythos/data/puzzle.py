@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -21,14 +21,12 @@ from jaxtyping import Bool, Int, UInt64
 from openmythos.config.schema import as_seed, require, to_dict
 from openmythos.data.hashing import mix, threshold
 from openmythos.data.packing import IGNORED_TARGET, Batch
-from openmythos.folder import write_json
-
-PUZZLE_FILE = "puzzle.json"  # in a checkpoint that was trained on a puzzle: its settings
+from openmythos.folder import PUZZLE_FILE, write_json
 
 MIN_TO_HOLD_OUT = 1000  # examples of a size; of fewer, all are trained
 
 # One random stream per purpose, so that two uses of the same seed never share a draw.
-TABLE, HELD_OUT, TRAIN, EVAL, GUESS, CHOICE = range(6)
+TABLE, HELD_OUT, TRAIN, EVAL, GUESS, CHOICE, POSITIONS = range(7)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,11 +57,13 @@ class Puzzle(ABC):
         kind: The puzzle's name, as in the names of its evaluation tasks.
         noun: What an example is called.
         size_word: What the size counts.
+        file: The file of its settings in a checkpoint.
     """
 
     kind: ClassVar[str]
     noun: ClassVar[str]
     size_word: ClassVar[str]
+    file: ClassVar[str] = PUZZLE_FILE
     least_size: ClassVar[int] = 1
 
     def __init__(self, held_out_fraction: float, seed: int) -> None:
@@ -131,9 +131,18 @@ class Puzzle(ABC):
         """Which examples have an answer; the others are drawn again."""
         return np.ones(len(tokens), dtype=bool)
 
+    def token_positions(self, tokens: Int[np.ndarray, "B T"]) -> Int[np.ndarray, "B T"]:
+        """The positions of the tokens, a function of them."""
+        return np.tile(np.arange(tokens.shape[1]), (len(tokens), 1))
+
+    @property
     @abstractmethod
+    def settings(self) -> dict[str, Any]:
+        """What ``read_puzzle`` makes the same puzzle from, ready for JSON."""
+
     def save(self, folder: Path) -> None:
         """Write the settings into a checkpoint's folder; ``read_puzzle`` reads them."""
+        write_json(folder / self.file, self.settings)
 
     # --- what follows from it ---------------------------------------------------------------------
 
@@ -160,10 +169,14 @@ class Puzzle(ABC):
         """Which questions of a size are held out from training."""
         if not self.holds_out(size):
             return np.zeros(len(questions), dtype=bool)
-        keys = draw(questions[:, 0], self.seed, HELD_OUT)
+        return self.hashes(questions, HELD_OUT) < threshold(self.held_out_fraction)
+
+    def hashes(self, questions: Int[np.ndarray, "B T"], stream: int) -> UInt64[np.ndarray, " B"]:
+        """A hash of each question."""
+        keys = draw(questions[:, 0], self.seed, stream)
         for column in questions[:, 1:].T:
-            keys = mix(keys ^ column.astype(np.uint64), HELD_OUT)
-        return keys < threshold(self.held_out_fraction)
+            keys = mix(keys ^ column.astype(np.uint64), stream)
+        return keys
 
     def sample_batch(
         self, step: int, size: int, batch_size: int, rank: int = 0, world_size: int = 1
@@ -222,7 +235,7 @@ class Puzzle(ABC):
             tokens=inputs,
             targets=torch.from_numpy(self.targets(tokens)),
             documents=torch.zeros_like(inputs),
-            positions=torch.arange(tokens.shape[1]).expand(tokens.shape).clone(),
+            positions=torch.from_numpy(self.token_positions(tokens)),
             num_bytes=0,
         )
 
@@ -253,9 +266,10 @@ class SeededPuzzle(Puzzle):
         super().__init__(config.held_out_fraction, seed)
         self.config = config
 
-    def save(self, folder: Path) -> None:
+    @property
+    def settings(self) -> dict[str, Any]:
         """See ``Puzzle``."""
-        write_json(folder / PUZZLE_FILE, {**to_dict(self.config), "seed": self.seed})
+        return {**to_dict(self.config), "seed": self.seed}
 
 
 def last_only(

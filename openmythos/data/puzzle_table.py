@@ -11,11 +11,10 @@ from openmythos.config.schema import as_seed, from_dict, require
 from openmythos.data.addition import Addition, AdditionConfig
 from openmythos.data.induction import Induction, InductionConfig
 from openmythos.data.products import Products, ProductsConfig
-from openmythos.data.puzzle import PUZZLE_FILE, Puzzle
+from openmythos.data.puzzle import Puzzle
 from openmythos.data.recall import Facts, FactsConfig, Recall, RecallConfig
 from openmythos.data.synthetic import HopsConfig, Walks
-
-WALKS_FILE = "walks.json"  # of older checkpoints that were trained on walks
+from openmythos.folder import PUZZLE_FILE, WALKS_FILE
 
 SeededConfig = ProductsConfig | RecallConfig | FactsConfig | InductionConfig | AdditionConfig
 PUZZLES: dict[type[SeededConfig], Callable[[Any, int], Puzzle]] = {

@@ -16,24 +16,25 @@ With permutations the relations alone say nothing about the answer. With random 
 the more hops the more, so a model can score well without following the walk: `leak_baselines`
 measures how well.
 
-Source: "Loop, Think & Generalize" (2604.07822v2), the depth extrapolation task, scaled down.
+Source: "Loop, Think & Generalize" (2604.07822v2), the depth extrapolation task, scaled down; the
+positions of what is written out are coupled as in Cho et al. 2024 (arXiv 2405.20671).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
+import torch
 from jaxtyping import Int, UInt64
 
 from openmythos.config.schema import as_seed, to_dict
-from openmythos.data.hashing import permutation
-from openmythos.data.packing import IGNORED_TARGET
-from openmythos.data.puzzle import CHOICE, GUESS, PUZZLE_FILE, TABLE, Puzzle, below, draw, last_only
-from openmythos.folder import write_json
+from openmythos.data.hashing import mix, permutation
+from openmythos.data.packing import IGNORED_TARGET, Batch
+from openmythos.data.puzzle import CHOICE, GUESS, POSITIONS, TABLE, Puzzle, below, draw, last_only
+from openmythos.folder import WALKS_FILE
 
 _MAX_ENUMERATED_WORDS = 4096
 
@@ -50,7 +51,11 @@ class HopsConfig:
         permutations: Whether relations are permutations; False: random functions, which leak.
         shifts: Whether each relation adds a number of its own to the entity's, modulo E: walks
             are then sums of several numbers.
-        written_out: Whether the entities that a walk passes are written after it.
+        written_out: Whether the entities that a walk passes are written after it. Each has the
+            position of the relation that leads to it, so that the next relation is always one on.
+        position_range: The positions of a walk's tokens are so many numbers of 0 up to this, drawn
+            for each walk and sorted; null: 0, 1, 2 and so on. Distances then say nothing, and a
+            short walk shows those of a long one.
         seed: Seed of the relations, the held-out walks and the samples.
     """
 
@@ -62,6 +67,7 @@ class HopsConfig:
     permutations: bool = True
     shifts: bool = False
     written_out: bool = False
+    position_range: int | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -79,6 +85,11 @@ class HopsConfig:
                 f"shifts with permutations={self.permutations}, {self.num_relations} relations "
                 f"and {self.num_entities} entities: each relation adds another number, which is a "
                 "permutation; give permutations=True and fewer relations than entities"
+            )
+        if self.position_range is not None and self.position_range <= self.max_train_hops:
+            raise ValueError(
+                f"position_range is {self.position_range}; walks of {self.max_train_hops} hops "
+                f"need at least {self.max_train_hops + 1}"
             )
         if not 0.0 <= self.held_out_fraction <= 0.5:
             raise ValueError(
@@ -98,6 +109,7 @@ class Walks(Puzzle):
     """
 
     kind, noun, size_word = "hops", "walk", "hops"
+    file = WALKS_FILE
 
     def __init__(self, config: HopsConfig) -> None:
         super().__init__(config.held_out_fraction, config.seed)
@@ -120,6 +132,11 @@ class Walks(Puzzle):
         else:
             draws = draw(np.arange(shape[0] * shape[1]), config.seed, TABLE).reshape(shape)
             self.relations = below(draws, config.num_entities)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """See ``Puzzle``."""
+        return to_dict(self.config)
 
     @property
     def words(self) -> Sequence[str]:
@@ -171,11 +188,11 @@ class Walks(Puzzle):
 
     def targets(self, tokens: Int[np.ndarray, "B T"]) -> Int[np.ndarray, "B T"]:
         """See ``Puzzle``."""
+        reached = self.entities_along(self._walks(tokens))
         if not self.config.written_out:
-            return last_only(tokens, self.entities_along(tokens)[:, -1])
-        hops = tokens.shape[1] // 2
+            return last_only(tokens, reached[:, -1])
         targets = np.full_like(tokens, IGNORED_TARGET)
-        targets[:, hops:] = self.entities_along(tokens[:, : hops + 1])[:, 1:]
+        targets[:, reached.shape[1] - 1 :] = reached[:, 1:]
         return targets
 
     def entities_along(self, walks: Int[np.ndarray, "B T"]) -> Int[np.ndarray, "B T"]:
@@ -186,6 +203,38 @@ class Walks(Puzzle):
             relation = walks[:, hop] - self.config.num_entities
             reached[:, hop] = self.relations[relation, reached[:, hop - 1]]
         return reached
+
+    def positions(self, walks: Int[np.ndarray, "B T"]) -> Int[np.ndarray, "B T"]:
+        """The positions of the tokens of walks that are not written out, a function of the walk.
+
+        Source: randomised positions of Ruoss et al. 2023 (arXiv 2305.16843), section 3.
+
+        Raises:
+            ValueError: There are more tokens than positions.
+        """
+        length, most = walks.shape[1], self.config.position_range
+        if most is None:
+            return np.tile(np.arange(length), (len(walks), 1))
+        if length > most:
+            raise ValueError(f"{length} tokens need a position_range of as many; it is {most}")
+        keys = self.hashes(walks, POSITIONS)
+        order = np.argsort(mix(keys[:, None] ^ np.arange(most, dtype=np.uint64), POSITIONS))
+        return np.sort(order[:, :length], axis=1)
+
+    def token_positions(self, tokens: Int[np.ndarray, "B T"]) -> Int[np.ndarray, "B T"]:
+        """See ``Puzzle``; an entity that is written out has the position of its relation."""
+        walks = self._walks(tokens)
+        positions, written = self.positions(walks), tokens.shape[1] - walks.shape[1]
+        return np.concatenate([positions, positions[:, 1 : 1 + written]], axis=1)
+
+    def with_passed_targets(self, batch: Batch) -> Batch:
+        """The same walks with a target at every token: the entity that the walk has reached."""
+        passed = torch.from_numpy(self.entities_along(batch.tokens.numpy()))
+        return replace(batch, targets=passed)
+
+    def _walks(self, tokens: Int[np.ndarray, "B T"]) -> Int[np.ndarray, "B W"]:
+        """The questions, without what is written out after them."""
+        return tokens[:, : tokens.shape[1] // 2 + 1] if self.config.written_out else tokens
 
     def leak_baselines(self, size: int) -> dict[str, float]:
         """See ``Puzzle``; suffix_only sees all relations but not the start.
@@ -223,10 +272,6 @@ class Walks(Puzzle):
         cells = np.arange(_MAX_ENUMERATED_WORDS * num_hops).reshape(-1, num_hops)
         return below(draw(cells, self.config.seed, GUESS), num_relations)
 
-    def save(self, folder: Path) -> None:
-        """See ``Puzzle``."""
-        write_json(folder / PUZZLE_FILE, to_dict(self.config))
-
 
 @dataclass
 class Curriculum:
@@ -236,11 +281,13 @@ class Curriculum:
         max_stage: The last stage, `HopsConfig.max_train_hops`.
         stage: The most hops that are trained now.
         threshold: Held-out accuracy on walks of `stage` hops at which the next stage begins.
+        mixed: Whether shorter walks than those of `stage` hops are trained, too.
     """
 
     max_stage: int
     stage: int = 1
     threshold: float = 0.95
+    mixed: bool = True
 
     def __post_init__(self) -> None:
         """Check the ranges of all fields."""
@@ -250,10 +297,10 @@ class Curriculum:
             )
 
     def choose_hops(self, seed: int, step: int) -> int:
-        """Hops of the batch of `step`: `stage` in 2/3 of the steps, else an earlier one."""
+        """Hops of the batch of `step`: `stage`, or in a third of the mixed steps an earlier one."""
         choice, earlier = draw(np.arange(2), seed, CHOICE, step).tolist()
         num_earlier = self.stage - 1
-        if num_earlier == 0 or choice % 3 < 2:
+        if num_earlier == 0 or not self.mixed or choice % 3 < 2:
             return self.stage
         return 1 + int(earlier % num_earlier)
 

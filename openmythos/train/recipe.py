@@ -7,7 +7,7 @@ from openmythos.config import ModelConfig
 from openmythos.config.schema import as_seed, require, require_literals, require_positive
 from openmythos.data.puzzle_table import SeededConfig
 from openmythos.train.depth_schedule import ClippedPoissonDepth, DepthSchedule
-from openmythos.train.objective import FinalLoopObjective, ObjectiveConfig
+from openmythos.train.objective import FinalLoopObjective, ObjectiveConfig, PerLoopObjective
 from openmythos.train.optim import OptimizerConfig
 
 
@@ -145,6 +145,10 @@ class HopsData:
         shifts: Whether each relation adds a number to the entity's, modulo the number of entities.
         written_out: Whether the entities that a walk passes are written after it, and all of them
             are targets: a chain of thought.
+        mixed: Whether shorter walks than the stage's are trained, too.
+        passed_targets: Whether every token of a training walk has a target: the entity reached
+            there. ``train.objective.targets_per_loop`` uses them.
+        position_range: Positions are drawn from 0 up to this; null: 0, 1, 2 and so on.
     """
 
     kind: ClassVar[str] = "hops"
@@ -154,6 +158,9 @@ class HopsData:
     check_loops: int = 8
     shifts: bool = False
     written_out: bool = False
+    mixed: bool = True
+    passed_targets: bool = False
+    position_range: int | None = None
 
     @property
     def seq_len(self) -> int:
@@ -173,6 +180,8 @@ class HopsData:
     def __post_init__(self) -> None:
         names = ("num_entities", "num_relations", "max_train_hops", "check_loops")
         require_positive(self, *names)
+        both = self.passed_targets and self.written_out
+        require(not both, "data.passed_targets", True, "false if walks are written out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,4 +202,14 @@ class RunConfig:
         data, most = self.data, self.model.max_seq_len
         name = "data.seq_len" if isinstance(data, TextData) else "the longest example, in tokens,"
         require(data.seq_len <= most, name, data.seq_len, f"at most model.max_seq_len={most}")
-        self.train.objective.check(self.model.halting)
+        if isinstance(data, HopsData) and data.position_range is not None:
+            allowed = f"at most model.max_seq_len={most}"
+            require(
+                data.position_range <= most, "data.position_range", data.position_range, allowed
+            )
+        objective = self.train.objective
+        if isinstance(objective, PerLoopObjective) and objective.targets_per_loop:
+            passed = isinstance(data, HopsData) and data.passed_targets
+            needs = "0, or data.kind=hops with data.passed_targets=true"
+            require(passed, "objective.targets_per_loop", objective.targets_per_loop, needs)
+        objective.check(self.model.halting)

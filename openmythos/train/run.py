@@ -292,7 +292,8 @@ def puzzle_task(data: HopsData | SeededConfig, seed: int) -> PuzzleTask:
         max_train_hops=data.max_train_hops,
         shifts=data.shifts,
         written_out=data.written_out,
+        position_range=data.position_range,
         seed=seed,
     )
-    curriculum = Curriculum(max_stage=data.max_train_hops)
-    return PuzzleTask(Walks(config), curriculum, data.check_loops, seed)
+    curriculum = Curriculum(max_stage=data.max_train_hops, mixed=data.mixed)
+    return PuzzleTask(Walks(config), curriculum, data.check_loops, seed, data.passed_targets)

@@ -7,7 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 from openmythos.data.loader import TokenLoader
 from openmythos.data.packing import Batch
 from openmythos.data.puzzle import Puzzle, choose_size
-from openmythos.data.synthetic import Curriculum
+from openmythos.data.synthetic import Curriculum, Walks
 from openmythos.model.recurrent import RecurrentDepthLM
 from openmythos.train.recipe import TrainConfig
 from openmythos.train.validation import Row, held_out_bits_per_byte, puzzle_accuracy
@@ -95,10 +95,18 @@ class PuzzleTask:
     check_count = 512
 
     def __init__(
-        self, puzzle: Puzzle, curriculum: Curriculum | None, check_loops: int, seed: int
+        self,
+        puzzle: Puzzle,
+        curriculum: Curriculum | None,
+        check_loops: int,
+        seed: int,
+        passed_targets: bool = False,
     ) -> None:
+        if passed_targets and not isinstance(puzzle, Walks):
+            raise ValueError(f"passed_targets is for walks; the puzzle is {puzzle.kind}")
         self.puzzle, self.curriculum = puzzle, curriculum
         self.check_loops, self.seed = check_loops, seed
+        self.passed_targets = passed_targets
 
     def batches(self, start_step: int, batch_size: int) -> Batches:
         """Examples of one size per batch; not prefetched, because the stage may change."""
@@ -108,7 +116,10 @@ class PuzzleTask:
                 size = choose_size(sizes, self.seed, step)
             else:
                 size = self.curriculum.choose_hops(self.seed, step)
-            yield self.puzzle.sample_batch(step, size, batch_size)
+            batch = self.puzzle.sample_batch(step, size, batch_size)
+            if self.passed_targets and isinstance(self.puzzle, Walks):
+                batch = self.puzzle.with_passed_targets(batch)
+            yield batch
 
     def after_step(self, model: RecurrentDepthLM, step: int) -> dict[str, float]:
         """Every ``check_every`` steps, go on to the next stage if the current one is learnt."""

@@ -63,8 +63,8 @@ def puzzle_right(
 
     Greedy decoding gives the answer exactly where that is so.
     """
-    batch = puzzle.held_out_batch(size, count, seed).to(model.embed.weight.device)
+    batch, ctx = on_device(model, puzzle.held_out_batch(size, count, seed))
     first = puzzle.question_len(size) - 1  # where the answer's first token is predicted
     with inference(model):
-        logits = model(batch.tokens, num_loops=num_loops).logits[:, first:]
+        logits = model(batch.tokens, num_loops=num_loops, ctx=ctx).logits[:, first:]
     return (logits.argmax(dim=-1) == batch.targets[:, first:]).all(dim=-1)

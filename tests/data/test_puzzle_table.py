@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from openmythos.config.schema import to_dict
-from openmythos.data.puzzle import PUZZLE_FILE
-from openmythos.data.puzzle_table import CONFIGS, PUZZLES, WALKS_FILE, make_puzzle, read_puzzle
+from openmythos.data.puzzle_table import CONFIGS, PUZZLES, make_puzzle, read_puzzle
 from openmythos.data.synthetic import HopsConfig, Walks
 from openmythos.eval.task_name import KINDS
+from openmythos.folder import PUZZLE_FILE, WALKS_FILE
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
@@ -39,7 +39,7 @@ def test_walks_of_older_checkpoints_are_read(tmp_path: Path) -> None:
         again = read_puzzle(tmp_path)
         assert isinstance(again, Walks) and again.config == walks.config
         assert np.array_equal(again.relations, walks.relations)
-        walks.save(tmp_path)  # from here on there is the new file too
+        walks.save(tmp_path)  # from here on as it is written now
 
 
 @pytest.mark.parametrize(

@@ -190,7 +190,8 @@ def test_what_a_walk_passes_is_written_after_it(step, num_hops, batch_size):
     assert torch.equal(batch.tokens, torch.cat([plain.tokens, passed[:, :-1]], dim=1))
     assert torch.equal(batch.targets[:, num_hops:], passed)
     assert (batch.targets[:, :num_hops] == -100).all()
-    assert batch.positions[0].tolist() == list(range(2 * num_hops))
+    at = [*range(num_hops + 1), *range(1, num_hops)]  # as the relation that leads there
+    assert batch.positions[0].tolist() == at
     assert (batch.documents == 0).all()
 
 
@@ -236,3 +237,35 @@ def test_arguments_out_of_range():
         Curriculum(max_stage=3, stage=9)
     with pytest.raises(ValueError, match="stage=7 is not in this curriculum"):
         Curriculum(max_stage=3).load_state_dict({"stage": 7})
+
+
+def test_positions_are_drawn_and_sorted():
+    plain, drawn = Walks(HopsConfig()), Walks(HopsConfig(position_range=64))
+    batch = drawn.held_out_batch(10, 64)
+    assert torch.equal(batch.tokens, plain.held_out_batch(10, 64).tokens)  # the same walks
+    assert (batch.positions.diff(dim=1) > 0).all() and len(set(batch.positions[:, 0].tolist())) > 5
+    assert batch.positions.min() == 0 and 50 < batch.positions.max() < 64
+    assert torch.equal(batch.positions, drawn.held_out_batch(10, 64).positions)
+    dense = Walks(HopsConfig(position_range=9)).held_out_batch(8, 4).positions
+    assert torch.equal(dense, plain.held_out_batch(8, 4).positions)
+    with pytest.raises(ValueError, match="11 tokens need a position_range of as many; it is 9"):
+        Walks(HopsConfig(position_range=9)).held_out_batch(10, 4)
+    with pytest.raises(ValueError, match="need at least 9"):
+        HopsConfig(position_range=8)
+
+
+def test_every_token_has_the_entity_reached_as_its_target():
+    walks = Walks(HopsConfig())
+    batch = walks.sample_batch(0, 5, 8)
+    passed = walks.with_passed_targets(batch)
+    assert torch.equal(passed.tokens, batch.tokens)
+    assert torch.equal(passed.targets[:, -1], batch.targets[:, -1])
+    assert torch.equal(passed.targets[:, 0], batch.tokens[:, 0])
+    reached = walks.relations[batch.tokens[:, 3].numpy() - 16, passed.targets[:, 2].numpy()]
+    assert passed.targets[:, 3].tolist() == reached.tolist()
+
+
+def test_an_unmixed_curriculum_trains_the_longest_walks_only():
+    assert {Curriculum(max_stage=8, stage=4, mixed=False).choose_hops(0, s) for s in range(99)} == {
+        4
+    }

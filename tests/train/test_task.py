@@ -117,3 +117,11 @@ def test_a_puzzle_without_a_curriculum_trains_all_its_sizes() -> None:
     expected = puzzle_accuracy(model, puzzle, 3, 2, 512, 0)
     assert row == {"num_loops": 2, "num_hops": 3, "accuracy": expected}
     assert task.leaks_in_words().startswith("leak baselines at 3 hops: chance 0.250")
+
+
+def test_walks_with_passed_targets_are_evaluated_on_their_answer() -> None:
+    walks = small_walks()
+    task = PuzzleTask(walks, Curriculum(max_stage=4, stage=4), 1, seed=0, passed_targets=True)
+    batch = next(task.batches(0, 8))
+    assert (batch.targets >= 0).all()
+    assert task.after_step(oracle(walks, right=True), task.check_every) == {"stage": 4.0}

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 BEGIN = "<!-- From here on written by `openmythos reproduce`. -->"
 END = "<!-- To here. -->"
 SCOREBOARD = Path("docs", "scoreboard.md")
+FRONT = Path("README.md")
+FIRST = ("what_loops_read", "depth_dial", "wins_and_losses")  # whose figures come first
 DIGEST = "Data"  # the key of a figure's digest in its PNG file
 
 
@@ -99,9 +101,11 @@ def write_pages(study: Study) -> None:
 
 
 def write_scoreboard(root: Path) -> None:
-    """Write the scoreboard of every study."""
+    """Write docs/scoreboard.md, and what the front page says of it, from all studies' results."""
     found = [Finding(study) for study in studies(root / "experiments")]
     write_whole(root / SCOREBOARD, scoreboard(found))
+    front = root / FRONT
+    write_whole(front, with_section(front.read_text(encoding="utf-8"), first_screen(found)))
 
 
 def try_out(study: Study, work: Path) -> None:
@@ -140,7 +144,7 @@ def with_section(page: str, text: str) -> str:
     before, begin, rest = page.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
-        raise ValueError(f"a study's README.md needs the lines {BEGIN} and {END}")
+        raise ValueError(f"the page needs the lines {BEGIN} and {END}")
     return f"{before}{BEGIN}\n\n{text}\n{END}{after}"
 
 
@@ -219,6 +223,30 @@ def _runs(runs: Sequence[Run], results: Results) -> str:
     return f"## Runs\n\n{markdown(Table('Runs', header, rows))}\n{said}{lost}" if results else ""
 
 
+def leading(findings: Sequence[Finding]) -> list[tuple[str, str, Path]]:
+    """What the scoreboard begins with: caption, the study's name and the picture of each figure."""
+    ordered = sorted(
+        (finding for finding in findings if finding.study.name in FIRST),
+        key=lambda finding: FIRST.index(finding.study.name),
+    )
+    return [
+        (caption, finding.study.name, finding.picture(figure).relative_to(finding.study.root))
+        for finding in ordered
+        for figure, caption in finding.study.leads.items()
+        if figure in finding.figures
+    ]
+
+
+def first_screen(findings: Sequence[Finding]) -> str:
+    """The written part of the front page: the figure that leads, and the way to all others."""
+    figures = [f"![{text}]({path.as_posix()})\n\n{text}\n" for text, _, path in leading(findings)]
+    said = (
+        f"[The scoreboard]({SCOREBOARD.as_posix()}): claims about looped models, with verdicts. "
+        "Any line can be run again with one command, whose seconds stand beside it.\n"
+    )
+    return "\n".join([*figures[:1], said])
+
+
 def scoreboard(findings: Sequence[Finding]) -> str:
     """The content of docs/scoreboard.md."""
     lines = [
@@ -227,14 +255,25 @@ def scoreboard(findings: Sequence[Finding]) -> str:
         "Each rule was written before its run. This page is written from the stored results by "
         "`openmythos reproduce`; `openmythos reproduce --check` recomputes it.\n",
     ]
-    header = ["claim", "verdict", "number", "95 % interval", "CPU seconds", "figure"]
+    for caption, name, path in leading(findings):
+        page = f"../experiments/{name}/README.md"
+        lines.append(f"![{caption}](../{path.as_posix()})\n\n{caption} [{name}]({page})\n")
+    header = [
+        "claim",
+        "verdict",
+        "number",
+        "95 % interval",
+        "again: CPU seconds, command",
+        "figure",
+    ]
     rows: list[Sequence[str]] = []
     for finding in findings:
         rows += _board_rows(finding)
     lines.append(markdown(Table("Scoreboard", header, rows)))
     lines.append(
         "An interval is over seeds. CPU seconds are those of the whole experiment, tuning "
-        "included; `openmythos reproduce NAME --scale small` does it again."
+        "included. `--again` deletes the stored results first, which git still has; without it, "
+        "nothing that is stored is done again."
     )
     return "\n".join(lines) + "\n"
 
@@ -242,7 +281,8 @@ def scoreboard(findings: Sequence[Finding]) -> str:
 def _board_rows(finding: Finding) -> Iterator[Sequence[str]]:
     study = finding.study
     inside = study.folder.relative_to(study.root).as_posix()
-    seconds = f"{sum(result.cpu_seconds for result in finding.results):,.0f}"
+    seconds = f"{sum(result.cpu_seconds for result in finding.results):,.0f} s, "
+    again = f"`openmythos reproduce {study.name} --scale {study.page_scale} --again`"
     for claim, verdict in finding.verdicts:
         source = f"{claim.article}, [{study.name}](../{inside}/README.md)"
         cells = [f"“{claim.quote}” {source}", f"**{NOT_YET}**", "", "", "", ""]
@@ -253,7 +293,7 @@ def _board_rows(finding: Finding) -> Iterator[Sequence[str]]:
                 f"**{verdict.decision}**. {verdict.sentence}",
                 "" if verdict.number is None else f"{verdict.number:.3g}",
                 _ends(verdict, ""),
-                seconds,
+                seconds + again,
                 f"[{picture.removesuffix('.png')}]({path})" if picture else "",
             ]
         yield cells

@@ -9,9 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from experiments.board import (
+    FRONT,
     SCOREBOARD,
     Finding,
     digest_in,
+    first_screen,
     scoreboard,
     section,
     studies,
@@ -33,8 +35,15 @@ def complaints(found: Sequence[Study], root: Path) -> list[str]:
             said += history_complaints(study)
         except (ValueError, OSError) as error:
             said.append(f"{study.name}: {error}")
-    if len(findings) == len(found) and _read(root / SCOREBOARD) != scoreboard(findings):
-        said.append(f"{SCOREBOARD} is not what the results say; {AGAIN}")
+    if len(findings) == len(found):
+        front = _read(root / FRONT)
+        pages = {
+            SCOREBOARD: _read(root / SCOREBOARD) == scoreboard(findings),
+            FRONT: front == with_section(front, first_screen(findings)),
+        }
+        said += [
+            f"{page} is not what the results say; {AGAIN}" for page in pages if not pages[page]
+        ]
     return said
 
 

@@ -16,16 +16,18 @@ class Size:
         training_loops: Mean number of loops of a training step.
         test_loops: Number of loops at the test.
         passes: Times that the whole model runs for one answer at the test.
+        grad_loops: Last loops with gradients; None: all.
     """
 
     config: ModelConfig
     training_loops: float
     test_loops: int
     passes: int = 1
+    grad_loops: int | None = None
 
 
 def matching(arms: Mapping[str, Size], reference: str, context_length: int) -> Table:
-    """The table of the arms; FLOPs are per token, with gradients through all loops.
+    """The table of the arms; FLOPs are per token.
 
     Args:
         arms: The sizes by arm.
@@ -46,14 +48,20 @@ def matching(arms: Mapping[str, Size], reference: str, context_length: int) -> T
 
 def _figures(size: Size, context_length: int) -> tuple[float, float, float]:
     def training(loops: int) -> int:
-        return counts.training_flops(size.config, num_loops=loops, context_length=context_length)
+        return counts.training_flops(
+            size.config,
+            num_loops=loops,
+            grad_loops=size.grad_loops,
+            context_length=context_length,
+        )
 
-    each = training(2) - training(1)  # linear in the loops
+    low = size.grad_loops or 1
+    each = training(low + 1) - training(low)  # linear from here on
     test = counts.forward_flops(
         size.config, num_loops=size.test_loops, context_length=context_length
     )
     return (
         float(counts.total_params(size.config)),
-        training(1) + (size.training_loops - 1) * each,
+        training(low) + (size.training_loops - low) * each,
         float(test * size.passes),
     )

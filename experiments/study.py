@@ -9,6 +9,7 @@ from __future__ import annotations
 import abc
 import argparse
 import inspect
+import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -38,12 +39,14 @@ class Study(abc.ABC):
         title: The question, in a few words.
         scales: Those that it has; of a scale that is not here nothing is run.
         page_scale: The one whose results decide.
+        leads: Of the figures those that lead the scoreboard, each with what it shows.
     """
 
     number: ClassVar[int]
     title: ClassVar[str]
     scales: ClassVar[tuple[Scale, ...]] = ("smoke", "small")
     page_scale: ClassVar[Scale] = "small"
+    leads: ClassVar[Mapping[str, str]] = {}
 
     def __init__(self, folder: Path | None = None) -> None:
         self.folder = folder or Path(inspect.getfile(type(self))).parent
@@ -131,7 +134,12 @@ class Study(abc.ABC):
 
 
 def carry_out(
-    study: Study, scale: str, work: Path = WORK, workers: int = 1, retry: bool = False
+    study: Study,
+    scale: str,
+    work: Path = WORK,
+    workers: int = 1,
+    retry: bool = False,
+    again: bool = False,
 ) -> Results:
     """Do every run that has no result yet, ``workers`` at once; return all results.
 
@@ -141,6 +149,7 @@ def carry_out(
         work: The folder of the runs' folders.
         workers: Processes at once.
         retry: Whether runs that are stored as lost are done again.
+        again: Whether all are: stored results and what runs have kept are deleted first.
 
     Raises:
         ValueError: Another process carries out the same study.
@@ -148,6 +157,10 @@ def carry_out(
     store = study.store(scale, work)
     show = Progress(study.name, sys.stdout)
     with locked(work / study.name / scale):
+        if again:
+            store.forget(store.read())
+            for folder in (work / study.name / scale).glob("*/"):
+                shutil.rmtree(folder)
         if retry:
             store.forget(study.current(scale, work)[1].lost)
         running: list[OwnProcess] = []
@@ -239,6 +252,7 @@ def main(study: Study) -> None:
     parser.add_argument("--scale", choices=SCALES, default="smoke")
     parser.add_argument("--workers", type=int, default=1, help="Processes at once.")
     parser.add_argument("--retry", action="store_true", help="Do lost runs again.")
+    parser.add_argument("--again", action="store_true", help="Do all runs again, from nothing.")
     parser.add_argument("--work", type=Path, default=WORK, help="Folder of the runs' folders.")
     parser.add_argument("--one", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -252,7 +266,7 @@ def main(study: Study) -> None:
         return
     work = given.work.absolute()
     try:
-        carry_out(study, given.scale, work, given.workers, given.retry)
+        carry_out(study, given.scale, work, given.workers, given.retry, given.again)
         if given.scale == "smoke":
             board.try_out(study, work)
             print(f"{study.name}: a few steps of each arm ran; this scale gives no verdict")

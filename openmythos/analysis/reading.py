@@ -119,10 +119,10 @@ def reading_map(
     """Corrupt each column during each loop, and during all loops but each.
 
     Args:
-        model: The model. An untied stack is measured through ``analysis.stack.layers_as_loops``.
+        model: The model. An untied stack is measured through ``analysis.stack``.
         pairs: Clean and corrupted texts.
         num_loops: Loops to run. Surplus loops repair what a corrupted one has broken: measure at
-            the fewest loops that suffice (``analysis.depth``).
+            the fewest loops that suffice.
         batch_size: Texts that are run together. The states of about 3 (num_loops + 1) runs of them
             are kept at a time, and the logits of one.
 

@@ -21,6 +21,9 @@ def reproduce(
     ] = "smoke",
     workers: Annotated[int, typer.Option(help="Runs at once, one thread each.", min=1)] = 1,
     retry: Annotated[bool, typer.Option("--retry", help="Do runs that were lost again.")] = False,
+    again: Annotated[
+        bool, typer.Option("--again", help="Delete the stored results first; git has them.")
+    ] = False,
     check: Annotated[
         bool,
         typer.Option("--check", help="Recompute every verdict and page from the stored results."),
@@ -45,6 +48,7 @@ def reproduce(
         given = "no experiment is named" if name is None else f"there is no experiment {name!r}"
         raise ValueError(f"{given}; give one of {', '.join(known)}, or all")
     options = ["--scale", scale, "--workers", str(workers), *(["--retry"] if retry else [])]
+    options += ["--again"] if again else []
     worst = 0
     for one in known if name == "all" else [name]:
         worst = max(worst, _run(root, f"experiments.{one}.run", *options))

@@ -33,9 +33,7 @@ from jaxtyping import Bool, Int, UInt64
 from openmythos.config.schema import as_seed, from_dict, require, to_dict
 from openmythos.data.hashing import mix, permutation, threshold
 from openmythos.data.packing import IGNORED_TARGET, Batch
-from openmythos.folder import write_json
-
-WALKS_FILE = "walks.json"  # in a checkpoint that was trained on walks: their settings
+from openmythos.folder import WALKS_FILE, write_json
 
 _MIN_WALKS_TO_HOLD_OUT = 1000
 _MAX_ENUMERATED_WORDS = 4096

@@ -1,7 +1,7 @@
 """Models of walks whose loops do what is known, without training.
 
 The answer is computed at the last token, from the e of all tokens. e holds each token as a one-hot
-vector; h holds a weight per entity, and in the channel after them the number of loops run.
+vector; h holds a logit per entity, and in the channel after them the number of loops run.
 """
 
 from typing import Any
@@ -16,8 +16,8 @@ from openmythos.data.synthetic import HopsConfig, Walks
 from openmythos.model.recurrent import RecurrentDepthLM
 
 WALKS = Walks(HopsConfig())
-HOPS = 6  # a column for the start and each relation but the last: as many loops
-LOGIT = 8.0
+HOPS = 4  # a column for the start and each relation but the last: as many loops
+LOGIT = 4.0
 
 
 def planted_pairs(num_examples: int = 60, seed: int = 0) -> Pairs:
@@ -54,21 +54,21 @@ class Planted(RecurrentDepthLM):
 
     def decode(self, h: Tensor, ctx: Any) -> Tensor:
         rest = WALKS.vocab_size - self.num_entities
-        return functional.pad(LOGIT * h[..., : self.num_entities], (0, rest))
+        return functional.pad(h[..., : self.num_entities], (0, rest))
 
     def follow(self, entities: Tensor, relation: Tensor) -> Tensor:
-        """The weights of the entities after a relation, given as a one-hot token."""
+        """The logits of the entities after a relation, given as a one-hot token."""
         kinds = relation[:, self.num_entities :]
         return torch.einsum("be,br,ref->bf", entities, kinds, self.relations)
 
     def answer(self, e: Tensor) -> Tensor:
-        entities = e[:, 0, : self.num_entities]
+        entities = LOGIT * e[:, 0, : self.num_entities]
         for column in range(1, e.shape[1]):
             entities = self.follow(entities, e[:, column])
         return entities
 
     def state(self, h: Tensor, entities: Tensor) -> Tensor:
-        """The next state: these weights at the last token, and one loop more."""
+        """The next state: these logits at the last token, and one loop more."""
         after = h.clone()
         after[:, -1, : self.num_entities] = entities
         after[..., self.num_entities] += 1
@@ -88,11 +88,11 @@ class Relay(Planted):
     def step(self, h: Tensor, e: Tensor, loop_idx: Tensor, ctx: Any) -> Tensor:
         loop, last = self.loop_of(h, loop_idx), e.shape[1] - 2
         token = e[torch.arange(len(e)), loop.clamp(max=last)]
-        entities = self.follow(h[:, -1, : self.num_entities], token)
-        entities = torch.where((loop == 0)[:, None], token[:, : self.num_entities], entities)
+        held = h[:, -1, : self.num_entities]
+        start, entities = LOGIT * token[:, : self.num_entities], self.follow(held, token)
+        entities = torch.where((loop == 0)[:, None], start, entities)
         ended = self.follow(entities, e[:, -1])
         entities = torch.where((loop == last)[:, None], ended, entities)
-        held = h[:, -1, : self.num_entities]
         return self.state(h, torch.where((loop > last)[:, None], held, entities))
 
 

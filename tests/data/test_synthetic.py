@@ -6,7 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from openmythos.data.synthetic import WALKS_FILE, Curriculum, HopsConfig, Walks, read_walks
+from openmythos.data.synthetic import Curriculum, HopsConfig, Walks, read_walks
+from openmythos.folder import WALKS_FILE
 
 WALKS = Walks(HopsConfig(seed=3))
 

@@ -51,6 +51,7 @@ def planted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Inside:
     folder.mkdir(parents=True)
     (folder / "expected.json").write_text(json.dumps(EXPECTED))
     (folder / "README.md").write_text(f"# Planted\n\n{board.BEGIN}\n{board.END}\nafter\n")
+    (tmp_path / "README.md").write_text(f"# Front\n\n{board.BEGIN}\n{board.END}\nmore\n")
     found = Inside(folder)
     monkeypatch.setattr(board, "studies", lambda folder: [found])
     return found
@@ -185,3 +186,41 @@ def test_command_line(tmp_path: Path) -> None:
         env=os.environ,
     )  # fmt: skip
     assert ran.stdout.endswith("there is no full scale, only smoke, small\n")
+
+
+@pytest.mark.usefixtures("here")
+def test_a_figure_leads_the_scoreboard_and_the_front_page(
+    planted: Inside, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(board, "FIRST", ("planted",))
+    monkeypatch.setattr(Planted, "leads", {"accuracy": "Good beside poor."})
+    board.write_scoreboard(tmp_path)
+    front, page = tmp_path / "README.md", tmp_path / "docs" / "scoreboard.md"
+    assert (
+        "![" not in front.read_text()
+        and "[The scoreboard](docs/scoreboard.md)" in front.read_text()
+    )
+    carry_out(planted, "small", tmp_path / "work")
+    board.write_pages(planted)
+    place = "experiments/planted/results/small/accuracy.png"
+    assert f"![Good beside poor.]({place})" in front.read_text()
+    assert front.read_text().endswith("\nmore\n") and (tmp_path / place).is_file()
+    said = page.read_text()
+    assert said.index(f"![Good beside poor.](../{place})") < said.index("| claim |")
+    assert "26 s, `openmythos reproduce planted --scale small --again`" in said
+    assert check.complaints([planted], tmp_path) == []
+    front.write_text(front.read_text().replace("Good beside poor.", "Poor beside good."))
+    assert [line.split()[0] for line in check.complaints([planted], tmp_path)] == ["README.md"]
+
+
+@pytest.mark.usefixtures("here")
+def test_again_starts_from_nothing(planted: Inside, tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    first = carry_out(planted, "small", work)
+    store, out = planted.store("small"), planted.run_folder(first[0].run, "small", work)
+    out.mkdir(parents=True)
+    before = {path: path.stat().st_mtime_ns for path in store.folder.glob("*.json")}
+    carry_out(planted, "small", work, again=True)
+    after = {path: path.stat().st_mtime_ns for path in store.folder.glob("*.json")}
+    assert after.keys() == before.keys() and not out.exists()
+    assert all(after[path] != before[path] for path in before)

@@ -79,7 +79,7 @@ class Arm:
             objective=self.objective,
         )
         assert isinstance(demo.data, HopsData)
-        data = replace(demo.data, check_loops=loops)
+        data = replace(demo.data, check_loops=loops, mixed=not self.longest_only)
         return RunConfig(
             model=replace(demo.model, num_loops=loops, halting=self.halting),
             train=train,

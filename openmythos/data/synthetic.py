@@ -16,7 +16,8 @@ With permutations the relations alone say nothing about the answer. With random 
 the more hops the more, so a model can score well without following the walk: `leak_baselines`
 measures how well.
 
-Source: "Loop, Think & Generalize" (2604.07822v2), the depth extrapolation task, scaled down.
+Source: "Loop, Think & Generalize" (2604.07822v2), the depth extrapolation task, scaled down; the
+positions of what is written out are coupled as in Cho et al. 2024 (arXiv 2405.20671).
 """
 
 from __future__ import annotations
@@ -54,7 +55,8 @@ class HopsConfig:
         permutations: Whether relations are permutations; False: random functions, which leak.
         shifts: Whether each relation adds a number of its own to the entity's, modulo E: walks
             are then sums of several numbers.
-        written_out: Whether the entities that a walk passes are written after it.
+        written_out: Whether the entities that a walk passes are written after it. Each has the
+            position of the relation that leads to it, so that the next relation is always one on.
         position_range: The positions of a walk's tokens are so many numbers of 0 up to this, drawn
             for each walk and sorted; null: 0, 1, 2 and so on. Distances then say nothing, and a
             short walk shows those of a long one.
@@ -288,11 +290,13 @@ class Walks:
         tokens = torch.from_numpy(np.concatenate([walks, passed[:, :-1]], axis=1))
         targets = torch.full_like(tokens, IGNORED_TARGET)
         targets[:, walks.shape[1] - 1 :] = torch.from_numpy(passed)
+        positions = self.positions(walks)
+        positions = np.concatenate([positions, positions[:, 1 : passed.shape[1]]], axis=1)
         return Batch(
             tokens=tokens,
             targets=targets,
             documents=torch.zeros_like(tokens),
-            positions=torch.from_numpy(self.positions(tokens.numpy())),
+            positions=torch.from_numpy(positions),
             num_bytes=0,
         )
 

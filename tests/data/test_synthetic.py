@@ -191,7 +191,8 @@ def test_what_a_walk_passes_is_written_after_it(step, num_hops, batch_size):
     assert torch.equal(batch.tokens, torch.cat([plain.tokens, passed[:, :-1]], dim=1))
     assert torch.equal(batch.targets[:, num_hops:], passed)
     assert (batch.targets[:, :num_hops] == -100).all()
-    assert batch.positions[0].tolist() == list(range(2 * num_hops))
+    at = [*range(num_hops + 1), *range(1, num_hops)]  # as the relation that leads there
+    assert batch.positions[0].tolist() == at
     assert (batch.documents == 0).all()
 
 

@@ -1,16 +1,19 @@
 """The server under load: many streams, many requests, clients that hang up, and its end.
 
-    python -m benchmarks.serve_load CHECKPOINT [--out docs/serve_load.json]
+    python -m benchmarks.serve_load CHECKPOINT [--only hang_ups] [--out benchmarks/serve_load.json]
 
 Starts ``openmythos serve CHECKPOINT`` on this machine for each part: streams at once against each
 request alone; memory over many requests; clients that hang up; SIGTERM under load. Fails if a
 stream is lost, mixed or cut, if memory grows, or if anything is held for longer than a second.
+Each part says on which processor, when and beside what load it was measured; ``--only`` replaces
+that part of the file and keeps the others.
 """
 
 import argparse
 import asyncio
 import contextlib
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -18,15 +21,20 @@ import sys
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import httpx
+import torch
 
+from openmythos.eval.exit_choice import processor_name
 from openmythos.folder import write_json
 
 WORDS = ("the", "loop", "returns", "a", "list", "of", "names", "given", "to", "function", "value")
 NEAR = 1e-3  # two tokens that are nearly as likely: sums in another order may decide between them
+POLL = 0.02  # seconds between two looks at /metrics, which take some milliseconds each
+SEEN = ("seconds_until_idle", "seconds_until_free")
 GROWTH = 0.02  # of memory over the second half of the requests
 
 
@@ -171,28 +179,47 @@ def resident(pid: int) -> float:
 
 
 async def hang_ups(path: Path, count: int) -> dict[str, Any]:
-    """Clients that hang up while the server computes, half of them without a stream."""
+    """Clients that hang up while the server computes, all with a stream, then all without one."""
+    found: dict[str, Any] = {"clients": count, "poll_s": POLL}
     async with served(path) as (client, _):
-        model = (await client.get("/v1/models")).json()["data"][0]["id"]
-        long = {"model": model, "max_tokens": 800, "ignore_eos": True}
-        tasks = [
-            asyncio.ensure_future(
-                stream(client, {**body(number, 1), **long})
-                if number % 2
-                else client.post("/v1/completions", json={**body(number, 1), **long})
-            )
-            for number in range(count)
-        ]
-        while busy(await gauges(client)) < count:
-            await asyncio.sleep(0.05)
+        found["streaming"] = await hung_up(client, count, streaming=True)
+        found["whole"] = await hung_up(client, count, streaming=False)
+    return found
+
+
+async def hung_up(client: httpx.AsyncClient, count: int, *, streaming: bool) -> dict[str, Any]:
+    """Seconds from the last of the hang-ups until nothing runs, and until all pages are free.
+
+    Each is the end of the first look at which it was so. Looks share one connection and leave the
+    server alone between them; how many there were and what they took is told.
+    """
+    model = (await client.get("/v1/models")).json()["data"][0]["id"]
+    long = {"model": model, "max_tokens": 800, "ignore_eos": True}
+    asked = [{**body(number, 1), **long} for number in range(count)]
+    calls = [
+        stream(client, fields) if streaming else client.post("/v1/completions", json=fields)
+        for fields in asked
+    ]
+    tasks = [asyncio.ensure_future(call) for call in calls]
+    async with httpx.AsyncClient(base_url=client.base_url, timeout=60) as watcher:
+        while busy(await gauges(watcher)) < count:
+            await asyncio.sleep(POLL)
         for task in tasks:
             task.cancel()
         await asyncio.wait(tasks)
-        begun, free = time.monotonic(), False
-        while not free and time.monotonic() < begun + 60:
-            now = await gauges(client)
-            free = busy(now) == 0 and now["pages"] == now["pages_free"]
-        return {"clients": count, "seconds_until_free": round(time.monotonic() - begun, 2)}
+        begun, looks, seen = time.monotonic(), [], dict[str, float]()
+        while len(seen) < 2 and time.monotonic() < begun + 60:
+            started = time.monotonic()
+            now = await gauges(watcher)
+            ended = time.monotonic()
+            looks.append(ended - started)
+            if busy(now) == 0:
+                seen.setdefault("seconds_until_idle", round(ended - begun, 3))
+            if now["pages"] == now["pages_free"]:
+                seen.setdefault("seconds_until_free", round(ended - begun, 3))
+            await asyncio.sleep(POLL)
+    look_ms = round(1000 * sum(looks) / len(looks), 1)
+    return {**dict.fromkeys(SEEN, 60.0), **seen, "looks": len(looks), "look_ms": look_ms}
 
 
 def busy(now: dict[str, float]) -> float:
@@ -223,38 +250,57 @@ async def ending(path: Path, count: int) -> dict[str, Any]:
 
 
 def faults(found: dict[str, Any]) -> list[str]:
-    """What must not be."""
-    at_once, end = found["streams"], found["ending"]
-    checks = {
-        "streams were lost": at_once["lost"] == 0,
-        "streams were mixed": at_once["mixed"] == 0,
-        "memory grows": found["memory"]["growth_of_second_half"] <= GROWTH,
-        "pages were held for more than a second": found["hang_ups"]["seconds_until_free"] <= 1,
-        "streams were cut": end["whole"] + end["refused"] == end["streams"],
-        "the server did not end well": end["exit_status"] == 0,
+    """What must not be, in the parts that were measured."""
+    said = []
+    if at_once := found.get("streams"):
+        said += ["streams were lost"] * (at_once["lost"] > 0)
+        said += ["streams were mixed"] * (at_once["mixed"] > 0)
+    if memory_of := found.get("memory"):
+        said += ["memory grows"] * (memory_of["growth_of_second_half"] > GROWTH)
+    for kind in ("streaming", "whole"):
+        times = found.get("hang_ups", {}).get(kind, {})
+        late = max((times[name] for name in SEEN if name in times), default=0.0)
+        said += [f"{kind}: work or pages were held for {late} s"] * (late > 1)
+    if end := found.get("ending"):
+        said += ["streams were cut"] * (end["whole"] + end["refused"] != end["streams"])
+        said += ["the server did not end well"] * (end["exit_status"] != 0)
+    return said
+
+
+def measured_on(path: Path, load_before: Sequence[float]) -> dict[str, Any]:
+    """Where, when and beside what a part was measured."""
+    return {
+        "checkpoint": str(path),
+        "processor": processor_name(torch.device("cpu")),
+        "cores": os.cpu_count(),
+        "threads": os.environ.get("OMP_NUM_THREADS", "all"),
+        "torch": torch.__version__,
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "load_before": [round(value, 2) for value in load_before],
+        "load_after": [round(value, 2) for value in os.getloadavg()],
     }
-    return [said for said, holds in checks.items() if not holds]
 
 
 def main() -> int:
     """Measure, print and save; 1 if something must not be."""
+    parts = {part.__name__: part for part in (streams, memory, hang_ups, ending)}
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("path", type=Path, help="checkpoint or run folder")
+    parser.add_argument("path", type=Path, help="checkpoint or run folder, or zoo:NAME")
     parser.add_argument("--streams", type=int, default=200)
     parser.add_argument("--requests", type=int, default=2000)
+    parser.add_argument("--only", choices=parts, help="one of the parts")
     parser.add_argument("--out", type=Path, help="file for the results, as JSON")
     options = parser.parse_args()
-    found = {}
-    for part, count in (
-        (streams, options.streams),
-        (memory, options.requests),
-        (hang_ups, options.streams),
-        (ending, options.streams),
-    ):
-        found[part.__name__] = asyncio.run(part(options.path, count))
-        print(part.__name__, json.dumps(found[part.__name__]), flush=True)
+    found: dict[str, Any] = {}
+    for name in [options.only] if options.only else parts:
+        load = os.getloadavg()
+        count = options.requests if name == "memory" else options.streams
+        found[name] = asyncio.run(parts[name](options.path, count))
+        found[name]["measured"] = measured_on(options.path, load)
+        print(name, json.dumps(found[name]), flush=True)
     if options.out is not None:
-        write_json(options.out, found)
+        kept = json.loads(options.out.read_text()) if options.out.is_file() else {}
+        write_json(options.out, {**kept, **found})
     for said in faults(found):
         print(f"fault: {said}", file=sys.stderr)
     return 1 if faults(found) else 0

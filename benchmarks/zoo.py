@@ -25,14 +25,21 @@ from openmythos.data.file import Document
 from openmythos.data.hashing import hash_bytes
 from openmythos.data.loader import TokenLoader
 from openmythos.data.source import PYTHON_DOCS, load_documents
-from openmythos.data.synthetic import WALKS_FILE, read_walks
+from openmythos.data.synthetic import read_walks
 from openmythos.demo.text import marks
 from openmythos.demo.walks import hops_config
 from openmythos.eval.python_docs import held_out
 from openmythos.eval.scoring import Scorer
-from openmythos.eval.task import HELD_OUT_FILE, measure_tasks, shipped_task
+from openmythos.eval.task import measure_tasks, shipped_task
 from openmythos.eval.task_name import HELD_OUT
-from openmythos.folder import replaced_folder, write_json, write_manifest, write_whole
+from openmythos.folder import (
+    HELD_OUT_FILE,
+    WALKS_FILE,
+    replaced_folder,
+    write_json,
+    write_manifest,
+    write_whole,
+)
 from openmythos.interop.hub import ZOO_FOLDER
 from openmythos.interop.loading import load_pretrained
 from openmythos.model.recurrent import RecurrentDepthLM

@@ -21,6 +21,7 @@ from openmythos.command import (
     prepare,
     presets,
     report,
+    reproduce,
     retrofit,
     serve,
     train,
@@ -70,6 +71,7 @@ app.command()(retrofit.retrofit)
 app.command()(presets.presets)
 app.command()(inspect.inspect)
 app.command()(report.report)
+app.command()(reproduce.reproduce)
 app.command()(config.config)
 app.command()(export.export)
 app.command()(convert.convert)

@@ -18,7 +18,7 @@ from openmythos.data.file import Document
 from openmythos.data.source import load_documents
 from openmythos.demo.text import marks
 from openmythos.eval.python_docs import held_out
-from openmythos.eval.task import HELD_OUT_FILE
+from openmythos.folder import HELD_OUT_FILE
 from openmythos.interop.hub import ZOO_FOLDER, local_folder, zoo_names
 from openmythos.interop.loading import load_config
 from openmythos.tokenizer_folder import has_tokenizer

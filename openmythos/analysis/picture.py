@@ -84,10 +84,13 @@ def figure_of(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), dpi=DPI)
 
 
-def save(figure: Figure, path: Path) -> None:
-    """Write a picture; the suffix chooses the format."""
+def save(figure: Figure, path: Path, words: Mapping[str, str] | None = None) -> None:
+    """Write a picture, and ``words`` into its file; the suffix chooses the format."""
     with styled(), whole_file(path) as file:
-        figure.savefig(file, format=path.suffix[1:], dpi=DPI, facecolor=PAPER)
+        kept = None if words is None else dict(words)
+        figure.savefig(
+            file, format=path.suffix[1:], dpi=DPI, facecolor=PAPER, metadata=cast(Any, kept)
+        )
 
 
 def to_svg(figure: Figure) -> str:

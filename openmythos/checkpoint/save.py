@@ -13,11 +13,14 @@ from torch import Tensor, nn
 from openmythos.checkpoint.weights import COMPILED, CONFIG_FILE, WEIGHTS_FILE
 from openmythos.config.schema import to_dict
 from openmythos.folder import (
+    HELD_OUT_FILE,
     MANIFEST_FILE,
+    WALKS_FILE,
     PathLike,
     replaced_folder,
     write_json,
     write_manifest,
+    write_whole,
 )
 from openmythos.model.int8 import Int8Weight
 from openmythos.model.recurrent import RecurrentDepthLM
@@ -26,30 +29,79 @@ from openmythos.tokenizer_folder import GENERATION_FILE, SETTINGS_FILE, TOKENIZE
 
 # A checkpoint of version 2 has a manifest.json; without it, it is damaged.
 FORMAT, FORMAT_VERSION = "openmythos", 2
-EXIT_FILE, EXIT_PICTURE = "exit.json", "exit.png"  # what calibrate-exit writes
+MEASURED = EXIT_FILE, EXIT_PICTURE = "exit.json", "exit.png"  # what calibrate-exit writes
+COMPANIONS = (WALKS_FILE, HELD_OUT_FILE)
+LICENCES = ("LICENSE*", "NOTICE*")
 OWN_FILES = {
     *(CONFIG_FILE, WEIGHTS_FILE, MANIFEST_FILE),
-    *(EXIT_FILE, EXIT_PICTURE),  # they are of the weights that were there before
+    *MEASURED,  # of the weights that were there before
     *(TOKENIZER_FILE, SETTINGS_FILE, GENERATION_FILE),
 }
 
 
 def save_pretrained(
-    model: RecurrentDepthLM, folder: PathLike, tokenizer: Tokenizer | None = None
+    model: RecurrentDepthLM,
+    folder: PathLike,
+    tokenizer: Tokenizer | None = None,
+    *,
+    companions: Mapping[str, bytes] | None = None,
 ) -> Path:
     """Write a checkpoint folder and return its path.
 
     An existing checkpoint is replaced as a whole: if the process is killed, the folder holds either
     the complete old one or the complete new one.
 
+    Args:
+        model: A model with weights.
+        folder: The folder to write.
+        tokenizer: A tokenizer to write beside the weights, if any.
+        companions: Contents of other files to write beside them, by name.
+
     Raises:
         ValueError: The folder holds other files than a checkpoint's, or the model has no weights,
             or has them in 8 bits.
     """
-    with replaced_folder(folder, OWN_FILES) as fresh:
+    others = companions or {}
+    with replaced_folder(folder, own_files(folder)) as fresh:
         write_checkpoint(model, fresh, tokenizer)
+        write_companions({n: others[n] for n in others if n not in MEASURED}, fresh)
         write_manifest(fresh)
+        # Measuring again replaces these, which damages nothing.
+        write_companions({n: others[n] for n in others if n in MEASURED}, fresh)
     return Path(folder)
+
+
+def own_files(folder: PathLike) -> set[str]:
+    """File names that a checkpoint which is to be replaced may have."""
+    path = Path(folder)
+    if not (path / CONFIG_FILE).is_file():  # texts and licences there are somebody else's
+        return OWN_FILES
+    return {*OWN_FILES, *COMPANIONS, *licences(path)}
+
+
+def licences(folder: Path) -> list[str]:
+    """Names of the licences in a folder."""
+    return sorted(path.name for pattern in LICENCES for path in folder.glob(pattern))
+
+
+def read_companions(folder: Path, *, measured: bool) -> dict[str, bytes]:
+    """The files that go where a checkpoint goes, besides weights, config and tokenizer, by name.
+
+    They are the settings of its walks, texts that it was not trained on, and licences.
+
+    Args:
+        folder: The checkpoint.
+        measured: Whether what calibrate-exit measured is among them, because the weights stay what
+            they are.
+    """
+    names = [*COMPANIONS, *licences(folder), *(MEASURED if measured else ())]
+    return {name: (folder / name).read_bytes() for name in names if (folder / name).is_file()}
+
+
+def write_companions(companions: Mapping[str, bytes], fresh: Path) -> None:
+    """Write what ``read_companions`` read into a temporary folder."""
+    for name, content in companions.items():
+        write_whole(fresh / name, content)
 
 
 def write_checkpoint(model: RecurrentDepthLM, fresh: Path, tokenizer: Tokenizer | None) -> None:

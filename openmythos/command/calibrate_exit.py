@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 
 from openmythos.command.option import AsJson, Device, check_device
-from openmythos.command.origin import data_of, require_text, walks_of
+from openmythos.command.origin import data_of, data_source, require_text, walks_for
 from openmythos.folder import require_writable
 from openmythos.terminal import console, note, print_table
 
@@ -25,7 +25,8 @@ Within = Annotated[
     typer.Option(help="The most quality to lose: bits per byte; of walks, share of right answers."),
 ]
 Data = Annotated[
-    Path | None, typer.Option(help="Prepared folder, or a run whose data to use; default: its own.")
+    Path | None,
+    typer.Option(help="Prepared folder, or a run or zoo:NAME whose data to use; default: its own."),
 ]
 MaxLoops = Annotated[
     int | None, typer.Option(help="Most loops to try; default: twice the model's own.", min=1)
@@ -62,12 +63,9 @@ def calibrate_exit(
         raise ValueError(f"--within is {within}; give the most quality to lose, for example 0.01")
     check_device(device)
     from openmythos.analysis.picture import require_matplotlib
-    from openmythos.interop.gguf import SUFFIX
     from openmythos.interop.hub import local_folder
 
     require_matplotlib()  # fail before the measurement rather than after it
-    if checkpoint.suffix == SUFFIX and checkpoint.is_file() and out is None:
-        raise ValueError(f"{checkpoint} is a file; give a folder for exit.json as --out")
     from openmythos import load_pretrained
     from openmythos.checkpoint.save import EXIT_FILE, EXIT_PICTURE
     from openmythos.engine.engine import Engine, EngineConfig
@@ -76,7 +74,7 @@ def calibrate_exit(
     from openmythos.eval.picture import plot_frontier
 
     folder = local_folder(checkpoint)
-    target = folder if out is None else out
+    target = target_for(checkpoint, folder) if out is None else out
     require_writable(target / EXIT_FILE)
     model = load_pretrained(folder, device=device)
     texts, metric = texts_for(model, folder, data, max_hops, num_tokens, max_rows)
@@ -102,6 +100,35 @@ def calibrate_exit(
     console().print(f"{target / EXIT_FILE}\n{target / EXIT_PICTURE}")
 
 
+def target_for(checkpoint: Path, folder: Path) -> Path:
+    """The folder for exit.json where none is given: the checkpoint's own.
+
+    Raises:
+        ValueError: It cannot be kept there: a file, a model that ships, or a folder that is read
+            only.
+    """
+    from openmythos.checkpoint.save import EXIT_FILE
+    from openmythos.interop.gguf import SUFFIX
+    from openmythos.interop.hub import ZOO_FOLDER
+
+    why = ""
+    if checkpoint.suffix == SUFFIX and checkpoint.is_file():
+        why = "is a file"
+    elif folder.parent == ZOO_FOLDER:
+        why = "is part of the package"
+    else:
+        try:
+            require_writable(folder / EXIT_FILE)
+        except OSError as error:
+            why = f"cannot be written to ({error})"
+    if why:
+        raise ValueError(
+            f"{checkpoint} {why}: give a folder for {EXIT_FILE} as --out, or calibrate a copy, "
+            f"which serve then uses: openmythos convert {checkpoint} --out COPY"
+        )
+    return folder
+
+
 def texts_for(
     model: "RecurrentDepthLM",
     folder: Path,
@@ -121,7 +148,8 @@ def texts_for(
     from openmythos.eval.task_name import HELD_OUT
     from openmythos.tokenizer import Tokenizer
 
-    walks = walks_of(folder if data is None else data)
+    source = folder if data is None else data_source(data)
+    walks = walks_for(folder, source)
     room = model.config.max_seq_len - 1
     if walks is not None:
         hops = walks.config.max_train_hops if max_hops is None else max_hops
@@ -135,13 +163,13 @@ def texts_for(
     # So many texts that each part of them fills the rows twice.
     length = min(MOST_TEXT, room, max(LEAST_TEXT, num_tokens // (2 * PARTS * max_rows)))
     rows = -(-num_tokens // length)
-    if data is None and brings_text(folder):
-        task = shipped_task(HELD_OUT, None, folder)
+    if brings_text(source):
+        task = shipped_task(HELD_OUT, None, source)
         assert task is not None
         own = (row["text"] for row in task.documents)
         return list(islice(windows_of(own, Tokenizer.load(folder), length), rows)), "bits_per_byte"
     loader = TokenLoader(
-        data_of(folder if data is None else data),
+        data_of(source),
         "val",
         seq_len=length,
         batch_size=rows,

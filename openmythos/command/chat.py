@@ -25,6 +25,7 @@ from openmythos.command.decoding import (
     decoding_of,
     load,
     most_tokens,
+    nothing_said,
     require_well,
     sampling_of,
 )
@@ -114,6 +115,8 @@ def chat(
         )
         answer = TextStream(tokenizer, stop or ())
         new = say(screen, engine, request, answer, LoopScale(1, depth))
+        if not answer.text.strip() and (new or answer.stopped):
+            notes.print(Text(nothing_said(answer), "dim"))
         talk.answered(line, answer.text, [*tokens, *new])
 
 

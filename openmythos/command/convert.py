@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from openmythos.command.option import AsJson, Dtype, Out, Source, parse_dtype
+from openmythos.command.origin import companions_of
 from openmythos.terminal import note
 
 if TYPE_CHECKING:
@@ -39,10 +40,11 @@ def convert(
     tokenizer, remark = usable_tokenizer(folder)
     if remark:
         note(f"note: {remark}")
+    companions = companions_of(folder, measured=wanted is None and not no_verify)
     if family is None:
-        save_pretrained(model, out, tokenizer)
+        save_pretrained(model, out, tokenizer, companions=companions)
     else:
-        save_as(family, model, out, tokenizer=tokenizer)
+        save_as(family, model, out, tokenizer=tokenizer, companions=companions)
     if as_json:
         has = {
             "tokenizer": tokenizer is not None,

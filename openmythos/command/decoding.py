@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from openmythos.model.exit import Rule
     from openmythos.model.recurrent import RecurrentDepthLM
     from openmythos.report.page import LoopScale
-    from openmythos.text_stream import TextPiece
+    from openmythos.text_stream import TextPiece, TextStream
     from openmythos.tokenizer import Tokenizer
 
 Checkpoint = Annotated[
@@ -164,6 +164,15 @@ def require_well(event: "Event") -> None:
     """
     if event.error is not None:
         raise ValueError(event.error)
+
+
+def nothing_said(answer: "TextStream") -> str:
+    """Why an answer shows nothing, in words."""
+    if answer.text:
+        return "(no answer but white space)"
+    if answer.stopped:
+        return "(no answer: it began with a --stop text)"
+    return "(no answer: the model ended it at once)"
 
 
 def most_tokens(given: int | None, tokenizer: "Tokenizer | WalkCodec", usual: int) -> int:

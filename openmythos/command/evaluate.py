@@ -2,7 +2,7 @@
 
 import json
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,7 +18,7 @@ from openmythos.command.option import (
     check_device,
     parse_loops,
 )
-from openmythos.command.origin import data_of, require_text, walks_of
+from openmythos.command.origin import data_of, data_source, require_text, walks_for
 from openmythos.folder import require_writable, write_json
 from openmythos.terminal import console, note, print_table
 
@@ -45,7 +45,9 @@ Fewshot = Annotated[
 ]
 Data = Annotated[
     Path | None,
-    typer.Option(help="Prepared folder, or a run whose data or walks to use; default: its own."),
+    typer.Option(
+        help="Prepared folder, or a run or zoo:NAME whose data or walks to use; default: its own."
+    ),
 ]
 BatchSize = Annotated[int, typer.Option(help="Rows a batch; does not change results.", min=1)]
 SeqLen = Annotated[
@@ -93,26 +95,21 @@ def evaluate(
     from openmythos.interop.hub import local_folder
 
     folder = local_folder(checkpoint)
-    walks = walks_of(folder if data is None else data)
+    source = folder if data is None else data_source(data)
+    walks = walks_for(folder, source)
     if walks is not None and names is None:
         names = usual_hops(walks.config.max_train_hops)
-    if names is None and data is None and brings_text(folder):
+    if names is None and brings_text(source):
         names = [HELD_OUT]
     of_text: dict[str, object] = {"--seq-len": seq_len, "--max-batches": max_batches}
-    of_text |= {"--data": data} if walks is None else {}
-    of_tasks = {"--limit": limit, "--num-fewshot": num_fewshot}
-    for option, given in (of_tasks if names is None else of_text).items():
-        if given is not None:
-            where = "needs --tasks" if names is None else "is of held-out text, not of tasks"
-            raise ValueError(f"{option} {where}; leave it out")
+    of_text |= {"--data": data} if walks is None and HELD_OUT not in (names or ()) else {}
+    refuse_given(names, of_text, {"--limit": limit, "--num-fewshot": num_fewshot})
     if names is None:
-        curves, config = held_out(
-            folder, loops, data, batch_size, seq_len, max_batches, device, weights
-        )
+        rest = (batch_size, seq_len, max_batches, device, weights)
+        curves, config = held_out(folder, source, loops, *rest)
     else:
-        curves, config = on_tasks(
-            folder, names, walks, loops, limit, num_fewshot, batch_size, seed, device, weights
-        )
+        others = (limit, num_fewshot, batch_size, seed, device, weights)
+        curves, config = on_tasks(folder, source, names, walks, loops, *others)
     flops = {n: count(config, num_loops=n).inference_flops_per_token for n in curves[0].scores}
     settings = {"limit": limit, "num_fewshot": num_fewshot, "seed": seed, "weights": weights}
     report = {
@@ -132,6 +129,20 @@ def evaluate(
     show(curves, flops)
     if out is not None:
         console().print(f"{out / RESULTS_FILE}\n{out / PICTURE_FILE}")
+
+
+def refuse_given(
+    names: list[str] | None, of_text: Mapping[str, object], of_tasks: Mapping[str, object]
+) -> None:
+    """Refuse options of held-out text where tasks are asked, and the other way round.
+
+    Raises:
+        ValueError: One was given.
+    """
+    for option, given in (of_tasks if names is None else of_text).items():
+        if given is not None:
+            where = "needs --tasks" if names is None else "is of held-out text, not of tasks"
+            raise ValueError(f"{option} {where}; leave it out")
 
 
 def task_names(tasks: str) -> list[str]:
@@ -177,8 +188,8 @@ def require_fitting(names: Sequence[str], max_seq_len: int) -> None:
 
 def held_out(
     folder: Path,
+    source: Path,
     loops: Sequence[int],
-    data: Path | None,
     batch_size: int,
     seq_len: int | None,
     max_batches: int | None,
@@ -194,10 +205,10 @@ def held_out(
 
     require_text(folder)
     expected = Tokenizer.load(folder).fingerprint
-    source = data_of(folder if data is None else data)
+    prepared = data_of(source)
     model = load_pretrained(folder, device=device, weights=weights)
     loader = TokenLoader(
-        source,
+        prepared,
         "val",
         seq_len=min(DEFAULT_SEQ_LEN if seq_len is None else seq_len, model.config.max_seq_len),
         batch_size=batch_size,
@@ -214,6 +225,7 @@ def held_out(
 
 def on_tasks(
     folder: Path,
+    source: Path,
     names: Sequence[str],
     walks: "Walks | None",
     loops: Sequence[int],
@@ -238,7 +250,7 @@ def on_tasks(
     codec: Codec = Tokenizer.load(folder) if walks is None else WalkCodec(walks)
     if walks is not None:
         require_fitting(names, load_config(folder).max_seq_len)
-    found = {name: shipped_task(name, walks, folder) for name in names}
+    found = {name: shipped_task(name, walks, source) for name in names}
     elsewhere = [name for name, task in found.items() if task is None]
     others = None
     if elsewhere:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from openmythos.command.option import AsJson, Dtype, Out, Source, parse_dtype
+from openmythos.command.origin import companions_of
 from openmythos.terminal import note
 
 if TYPE_CHECKING:
@@ -38,7 +39,14 @@ def export(
     beside = find_file(folder).parent
     if tokenizer is None and any((beside / name).is_file() for name in TOKENIZER_FILES):
         tokenizer = beside
-    export_hf(model, out, tokenizer=tokenizer, dtype=wanted, num_loops=num_loops)
+    export_hf(
+        model,
+        out,
+        tokenizer=tokenizer,
+        dtype=wanted,
+        num_loops=num_loops,
+        companions=companions_of(folder, measured=wanted is None and num_loops is None),
+    )
     if as_json:
         made = {
             "num_loops": num_loops or model.config.num_loops,

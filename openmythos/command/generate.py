@@ -24,6 +24,7 @@ from openmythos.command.decoding import (
     decoding_of,
     load,
     most_tokens,
+    nothing_said,
     require_well,
     sampling_of,
 )
@@ -108,6 +109,8 @@ def generate(
     for text, answer in zip(prompt, answers, strict=True):
         screen.print(Text(text, style="bold"), end="")
         screen.print(coloured(answer.pieces, answer.loops, scale))
+        if not answer.stream.text.strip():
+            notes.print(Text(nothing_said(answer.stream), "dim"))
         if answer.loops:
             mean = sum(answer.loops) / len(answer.loops)
             notes.print(Text(f"{mean:.2f} of {most} loops per token", "dim"))

@@ -27,7 +27,10 @@ def _seed_in_range(seed: int | None) -> int | None:
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:N or mps.")]
 Out = Annotated[Path, typer.Option(help="Folder to write into.")]
 Source = Annotated[
-    Path, typer.Argument(help="A checkpoint or run folder of any known family, or a .gguf file.")
+    Path,
+    typer.Argument(
+        help="A checkpoint or run folder of any known family, zoo:NAME, or a .gguf file."
+    ),
 ]
 Dtype = Annotated[
     str | None, typer.Option(help="float32, float16 or bfloat16; default: as stored.")

@@ -1,9 +1,11 @@
-"""Where a checkpoint comes from: its run, and the data or walks of that run."""
+"""Where a checkpoint comes from: its run, the data or walks of that run, and what goes with it."""
 
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from openmythos.terminal import note
 
 if TYPE_CHECKING:
     from openmythos.data.synthetic import Walks
@@ -72,13 +74,49 @@ def data_of(folder: Path) -> Path:
             return place
     if not places:
         raise ValueError(
-            f"{folder} belongs to no run, so its held-out text is not known: give the run, or "
-            "prepared data, as --data"
+            f"{folder} belongs to no run, so its held-out text is not known: give the run, "
+            "prepared data, or zoo:text, as --data"
         )
     raise ValueError(
         f"the data of {folder if run is None else run} is gone: there is none in "
         f"{', '.join(map(str, places))}; prepare it again and give it as --data"
     )
+
+
+def data_source(given: Path) -> Path:
+    """The folder that ``--data`` names: prepared data, a run, a checkpoint, or ``zoo:NAME``.
+
+    Raises:
+        ValueError: There is no such folder.
+    """
+    from openmythos.interop.hub import ZOO, zoo_folder
+
+    if given.is_dir():
+        return given
+    if str(given).startswith(ZOO):
+        return zoo_folder(str(given))
+    if given.exists():
+        raise ValueError(
+            f"--data {given} is a file; openmythos prepare {given} --out FOLDER makes one of it"
+        )
+    raise ValueError(
+        f"--data {given} does not exist; give prepared data, a run, or zoo:NAME for what "
+        "that model is asked"
+    )
+
+
+def walks_for(folder: Path, source: Path) -> "Walks | None":
+    """The walks of a source of data; None if it is of text.
+
+    Raises:
+        ValueError: They are walks, and the model reads text.
+    """
+    from openmythos.tokenizer_folder import has_tokenizer
+
+    walks = walks_of(source)
+    if walks is not None and has_tokenizer(folder):
+        raise ValueError(f"{source} is of walks, and {folder} reads text; give text as --data")
+    return walks
 
 
 def walks_of(folder: Path) -> "Walks | None":
@@ -100,3 +138,21 @@ def walks_of(folder: Path) -> "Walks | None":
     config = from_dict(RunConfig, stored)
     assert isinstance(config.data, HopsData)
     return hops_task(config.data, config.train.seed).walks
+
+
+def companions_of(folder: Path, *, measured: bool) -> dict[str, bytes]:
+    """The files that go with a checkpoint which is written elsewhere, as ``read_companions``.
+
+    A checkpoint of an older version, whose walks its run knows, gets their settings now. A note
+    says if what was measured stays behind.
+    """
+    from openmythos.checkpoint.save import EXIT_FILE, read_companions
+    from openmythos.config.schema import to_dict
+    from openmythos.folder import WALKS_FILE
+
+    found, walks = read_companions(folder, measured=measured), walks_of(folder)
+    if walks is not None and WALKS_FILE not in found:
+        found[WALKS_FILE] = (json.dumps(to_dict(walks.config), indent=2) + "\n").encode()
+    if not measured and (folder / EXIT_FILE).is_file():
+        note(f"note: {EXIT_FILE} is left out: it was measured before this change; measure again")
+    return found

@@ -24,7 +24,9 @@ def prepare(
     byte_level: Annotated[bool, typer.Option("--bytes", help="Bytes instead of BPE.")] = False,
     tokenizer_of: Annotated[
         Path | None,
-        typer.Option("--tokenizer", help="Checkpoint, run, prepared data or tokenizer.json."),
+        typer.Option(
+            "--tokenizer", help="Checkpoint, run, zoo:NAME, prepared data or tokenizer.json."
+        ),
     ] = None,
     val_fraction: Annotated[float, typer.Option(help="Share of documents held out.")] = 0.1,
     column: Annotated[str, typer.Option(help="Text column of tables.")] = "text",

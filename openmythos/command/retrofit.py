@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from openmythos.command.option import AsJson, Out
+from openmythos.command.origin import companions_of
 from openmythos.terminal import note
 
 if TYPE_CHECKING:
@@ -84,7 +85,8 @@ def retrofit(
     tokenizer, remark = usable_tokenizer(folder)
     if remark:
         note(f"note: {remark}")
-    save_pretrained(made, out, tokenizer)
+    companions = companions_of(folder, measured=False)
+    save_pretrained(made, out, tokenizer, companions=companions)
     said |= {
         "folder": str(out),
         "num_loops": made.config.num_loops,

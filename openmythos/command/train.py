@@ -39,7 +39,9 @@ def train(
     ] = None,
     init_from: Annotated[
         Path | None,
-        typer.Option("--from", help="Checkpoint whose model and weights to start from."),
+        typer.Option(
+            "--from", help="Checkpoint, or zoo:NAME, whose model and weights to start from."
+        ),
     ] = None,
     out: Out = Path("runs/train"),
     steps: Annotated[

@@ -16,13 +16,14 @@ With permutations the relations alone say nothing about the answer. With random 
 the more hops the more, so a model can score well without following the walk: `leak_baselines`
 measures how well.
 
-Source: "Loop, Think & Generalize" (2604.07822v2), the depth extrapolation task, scaled down.
+Source: "Loop, Think & Generalize" (2604.07822v2), the depth extrapolation task, scaled down; the
+positions of what is written out are coupled as in Cho et al. 2024 (arXiv 2405.20671).
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,15 +34,13 @@ from jaxtyping import Bool, Int, UInt64
 from openmythos.config.schema import as_seed, from_dict, require, to_dict
 from openmythos.data.hashing import mix, permutation, threshold
 from openmythos.data.packing import IGNORED_TARGET, Batch
-from openmythos.folder import write_json
-
-WALKS_FILE = "walks.json"  # in a checkpoint that was trained on walks: their settings
+from openmythos.folder import WALKS_FILE, write_json
 
 _MIN_WALKS_TO_HOLD_OUT = 1000
 _MAX_ENUMERATED_WORDS = 4096
 
 # One random stream per purpose, so that two uses of the same seed never share a draw.
-_RELATIONS, _HELD_OUT, _TRAIN, _EVAL, _WORDS, _CHOICE = range(6)
+_RELATIONS, _HELD_OUT, _TRAIN, _EVAL, _WORDS, _CHOICE, _POSITIONS = range(7)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,9 +53,13 @@ class HopsConfig:
         max_train_hops: Most hops in training.
         held_out_fraction: Fraction of the walks of each hop count that training never samples.
         permutations: Whether relations are permutations; False: random functions, which leak.
-        addition: Whether each relation is a number that is added to the entity's, modulo E: walks
+        shifts: Whether each relation adds a number of its own to the entity's, modulo E: walks
             are then sums of several numbers.
-        written_out: Whether the entities that a walk passes are written after it.
+        written_out: Whether the entities that a walk passes are written after it. Each has the
+            position of the relation that leads to it, so that the next relation is always one on.
+        position_range: The positions of a walk's tokens are so many numbers of 0 up to this, drawn
+            for each walk and sorted; null: 0, 1, 2 and so on. Distances then say nothing, and a
+            short walk shows those of a long one.
         seed: Seed of the relations, the held-out walks and the samples.
     """
 
@@ -65,8 +68,9 @@ class HopsConfig:
     max_train_hops: int = 8
     held_out_fraction: float = 0.1
     permutations: bool = True
-    addition: bool = False
+    shifts: bool = False
     written_out: bool = False
+    position_range: int | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -79,11 +83,16 @@ class HopsConfig:
             )
         if self.max_train_hops < 1:
             raise ValueError(f"max_train_hops is {self.max_train_hops}; it must be at least 1")
-        if self.addition and not (self.permutations and self.num_relations < self.num_entities):
+        if self.shifts and not (self.permutations and self.num_relations < self.num_entities):
             raise ValueError(
-                f"addition with permutations={self.permutations}, {self.num_relations} relations "
+                f"shifts with permutations={self.permutations}, {self.num_relations} relations "
                 f"and {self.num_entities} entities: each relation adds another number, which is a "
                 "permutation; give permutations=True and fewer relations than entities"
+            )
+        if self.position_range is not None and self.position_range <= self.max_train_hops:
+            raise ValueError(
+                f"position_range is {self.position_range}; walks of {self.max_train_hops} hops "
+                f"need at least {self.max_train_hops + 1}"
             )
         if not 0.0 <= self.held_out_fraction <= 0.5:
             raise ValueError(
@@ -106,7 +115,7 @@ class Walks:
     def __init__(self, config: HopsConfig) -> None:
         self.config = config
         shape = (config.num_relations, config.num_entities)
-        if config.addition:
+        if config.shifts:
             entities = np.arange(config.num_entities)
             # 0 is no summand: a hop that stays would make a walk shorter than it looks.
             summands = 1 + permutation(config.num_entities - 1, config.seed, _RELATIONS)
@@ -151,10 +160,7 @@ class Walks:
         """Which walks are held out from training."""
         if not self.holds_out(walks.shape[1] - 1):
             return np.zeros(len(walks), dtype=bool)
-        keys = _draw(walks[:, 0], self.config.seed, _HELD_OUT)
-        for column in walks[:, 1:].T:
-            keys = mix(keys ^ column.astype(np.uint64), _HELD_OUT)
-        return keys < threshold(self.config.held_out_fraction)
+        return self._keys(walks, _HELD_OUT) < threshold(self.config.held_out_fraction)
 
     def sample_batch(
         self, step: int, num_hops: int, batch_size: int, rank: int = 0, world_size: int = 1
@@ -194,6 +200,35 @@ class Walks:
             attempt += 1
             walks[rejected] = self._draw_walks(rows[rejected], num_hops, attempt, _EVAL, seed)
         return self._to_batch(walks)
+
+    def positions(self, walks: Int[np.ndarray, "B T"]) -> Int[np.ndarray, "B T"]:
+        """The tokens' positions, a function of the walk.
+
+        Source: randomised positions of Ruoss et al. 2023 (arXiv 2305.16843), section 3.
+
+        Raises:
+            ValueError: There are more tokens than positions.
+        """
+        length, most = walks.shape[1], self.config.position_range
+        if most is None:
+            return np.tile(np.arange(length), (len(walks), 1))
+        if length > most:
+            raise ValueError(f"{length} tokens need a position_range of as many; it is {most}")
+        keys = self._keys(walks, _POSITIONS)
+        order = np.argsort(mix(keys[:, None] ^ np.arange(most, dtype=np.uint64), _POSITIONS))
+        return np.sort(order[:, :length], axis=1)
+
+    def with_passed_targets(self, batch: Batch) -> Batch:
+        """The same walks with a target at every token: the entity that the walk has reached."""
+        passed = torch.from_numpy(self.entities_along(batch.tokens.numpy()))
+        return replace(batch, targets=passed)
+
+    def _keys(self, walks: Int[np.ndarray, "B T"], stream: int) -> UInt64[np.ndarray, " B"]:
+        """A hash of each walk."""
+        keys = _draw(walks[:, 0], self.config.seed, stream)
+        for column in walks[:, 1:].T:
+            keys = mix(keys ^ column.astype(np.uint64), stream)
+        return keys
 
     def leak_baselines(self, num_hops: int) -> dict[str, float]:
         """Accuracy, on walks of `num_hops` hops, of guessers that do not follow the walk.
@@ -255,12 +290,13 @@ class Walks:
         tokens = torch.from_numpy(np.concatenate([walks, passed[:, :-1]], axis=1))
         targets = torch.full_like(tokens, IGNORED_TARGET)
         targets[:, walks.shape[1] - 1 :] = torch.from_numpy(passed)
-        positions = torch.arange(tokens.shape[1]).expand(tokens.shape).clone()
+        positions = self.positions(walks)
+        positions = np.concatenate([positions, positions[:, 1 : passed.shape[1]]], axis=1)
         return Batch(
             tokens=tokens,
             targets=targets,
             documents=torch.zeros_like(tokens),
-            positions=positions,
+            positions=torch.from_numpy(positions),
             num_bytes=0,
         )
 
@@ -294,11 +330,13 @@ class Curriculum:
         max_stage: The last stage, `HopsConfig.max_train_hops`.
         stage: The most hops that are trained now.
         threshold: Held-out accuracy on walks of `stage` hops at which the next stage begins.
+        mixed: Whether shorter walks than those of `stage` hops are trained, too.
     """
 
     max_stage: int
     stage: int = 1
     threshold: float = 0.95
+    mixed: bool = True
 
     def __post_init__(self) -> None:
         """Check the ranges of all fields."""
@@ -308,10 +346,10 @@ class Curriculum:
             )
 
     def choose_hops(self, seed: int, step: int) -> int:
-        """Hops of the batch of `step`: `stage` in 2/3 of the steps, else an earlier one."""
+        """Hops of the batch of `step`: `stage`, or in a third of the mixed steps an earlier one."""
         choice, earlier = _draw(np.arange(2), seed, _CHOICE, step).tolist()
         num_earlier = self.stage - 1
-        if num_earlier == 0 or choice % 3 < 2:
+        if num_earlier == 0 or not self.mixed or choice % 3 < 2:
             return self.stage
         return 1 + int(earlier % num_earlier)
 

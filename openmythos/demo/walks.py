@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -177,7 +178,7 @@ def exit_loops(
     return [loops[0] for loops in result.loops], right
 
 
-def rank_correlation(pairs: list[tuple[int, int]]) -> float | None:
+def rank_correlation(pairs: Sequence[tuple[float | int, int]]) -> float | None:
     """Spearman's rank correlation, with mean ranks for ties; None if one side is constant."""
     ranks = []
     for column in np.asarray(pairs, dtype=np.float64).T:

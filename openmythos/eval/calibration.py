@@ -14,7 +14,7 @@ from statistics import median
 from typing import Literal, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from openmythos.config.schema import require
@@ -153,8 +153,8 @@ class Observed(NamedTuple):
     logits: list[Float[Tensor, "N V"]]
     mass: list[Float[Tensor, "N"]] | None
 
-    def mean_loops(self, rule: Rule) -> float:
-        """The loops that tokens would take on average if none of them had exited before."""
+    def loops(self, rule: Rule) -> Int[Tensor, "N"]:
+        """The loops that each token would take if none of them had exited before."""
         most, state = len(self.h), rule.start(self.start)
         loops = torch.full((len(self.start),), most)
         for loop in range(1, most):
@@ -162,7 +162,11 @@ class Observed(NamedTuple):
                 mass = None if self.mass is None else self.mass[loop - 1]
                 stop, state = rule.check(state, self.h[loop - 1], self.logits[loop - 1], mass)
                 loops = torch.where(stop.cpu() & (loops == most), loop, loops)
-        return float(loops.double().mean())
+        return loops
+
+    def mean_loops(self, rule: Rule) -> float:
+        """The mean of ``loops``."""
+        return float(self.loops(rule).double().mean())
 
 
 def observe(model: RecurrentDepthLM, texts: Sequence[Text], num_loops: int) -> Observed:

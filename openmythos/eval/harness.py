@@ -76,6 +76,7 @@ class HarnessModel(TemplateLM):
         max_length: The most tokens that are read at once; default: the model's maximum.
         dtype: Dtype of the weights; ``auto``: as stored.
         device: Device of a model loaded from a folder.
+        weights: Of such a model, ``stored``, or ``int8``: in 8 bits, on a CPU.
         add_bos_token: Whether contexts begin with the ids that the tokenizer begins a text with.
         seed: Seed of random initial states and of samples.
         others: Arguments of other models, which are accepted where they change nothing.
@@ -94,6 +95,7 @@ class HarnessModel(TemplateLM):
         max_length: int | None = None,
         dtype: str | torch.dtype | None = None,
         device: str = "cpu",
+        weights: str = "stored",
         add_bos_token: bool = True,
         seed: int = 0,
         **others: Any,
@@ -104,7 +106,7 @@ class HarnessModel(TemplateLM):
         if not isinstance(pretrained, Scorer):
             size, stored = rows_per_batch(batch_size, max_batch_size), dtype_of(dtype)
             folder = local_folder(pretrained)
-            model = load_pretrained(folder, dtype=stored, device=device)
+            model = load_pretrained(folder, dtype=stored, device=device, weights=weights)
             pretrained = Scorer(
                 model=model,
                 codec=Tokenizer.load(folder),

@@ -20,6 +20,7 @@ from openmythos.eval.score import Measured, Outcomes, summarise
 from openmythos.eval.scoring import GenerationRequest, Scorer
 from openmythos.eval.task_name import HELD_OUT, HOPS, TEXT_NAMES
 from openmythos.eval.walk import hops_documents
+from openmythos.folder import HELD_OUT_FILE
 
 Kind = Literal["choice", "next", "generate", "text"]
 METRICS: dict[Kind, str] = {
@@ -31,7 +32,6 @@ METRICS: dict[Kind, str] = {
 LOWER_IS_BETTER = ("bits_per_byte", "byte_perplexity", "word_perplexity", "perplexity")
 WORD = re.compile("[A-Za-z]+")
 WORD_TOKENS = 8
-HELD_OUT_FILE = "held_out.jsonl"  # in a checkpoint: texts that it was not trained on
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +95,8 @@ def brings_text(checkpoint: Path) -> bool:
 def _held_out(checkpoint: Path | None) -> EvalTask:
     if checkpoint is None or not brings_text(checkpoint):
         raise ValueError(
-            f"task {HELD_OUT} needs a {HELD_OUT_FILE} beside the weights; there is none"
+            f"task {HELD_OUT} needs a {HELD_OUT_FILE} beside the weights; there is none: give a "
+            "model that brings it, such as zoo:text, as --data"
         )
     texts = [
         {"text": document.text} for document in load_documents(str(checkpoint / HELD_OUT_FILE))

@@ -17,7 +17,7 @@ import torch
 from openmythos import config as configs
 from openmythos.checkpoint.load import empty_model
 from openmythos.checkpoint.load import read_config as read_stored_config
-from openmythos.checkpoint.save import OWN_FILES
+from openmythos.checkpoint.save import own_files, write_companions
 from openmythos.checkpoint.weights import CONFIG_FILE
 from openmythos.config import GQAConfig, ModelConfig, counts
 from openmythos.config.schema import from_dict, to_dict
@@ -244,6 +244,7 @@ def export_hf(
     dtype: torch.dtype | None = None,
     num_loops: int | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    companions: Mapping[str, bytes] | None = None,
 ) -> Path:
     """Write a folder that transformers opens with ``trust_remote_code=True``; return its path.
 
@@ -254,6 +255,7 @@ def export_hf(
         dtype: Dtype of the written parameters; None keeps theirs.
         num_loops: The default depth, which is also the deepest with a cache; None: the model's.
         max_shard_bytes: Maximum size of one weight file; a larger model is split.
+        companions: Contents of other files to write beside the weights, by name.
 
     Raises:
         ValueError: The exported code does not support the model, an argument is out of range, or
@@ -265,8 +267,7 @@ def export_hf(
     check_covered(config)
     check_writable(model, dtype)
     written = export_config(FAMILY, config)
-    own_files = _own_files(Path(folder))
-    with replaced_folder(folder, own_files) as fresh:
+    with replaced_folder(folder, _own_files(Path(folder))) as fresh:
         said = {} if tokenizer is None else _write_tokenizer(tokenizer, fresh, config)
         ids = {name: said[name] for name in SPECIAL_IDS if name in said}
         write_weights(FAMILY, model, fresh, dtype=dtype, max_shard_bytes=max_shard_bytes)
@@ -282,6 +283,7 @@ def export_hf(
         for name in CODE_FILES:
             shutil.copyfile(SOURCES / name, fresh / name)
         write_whole(fresh / CARD_FILE, _card(config))
+        write_companions(companions or {}, fresh)
     return Path(folder)
 
 
@@ -298,7 +300,7 @@ def _own_files(target: Path) -> set[str]:
             f"{target} holds a checkpoint that is no export: it would be replaced; choose another"
         )
     return {
-        *OWN_FILES,
+        *own_files(target),
         *CODE_FILES,
         *TOKENIZER_FILES,
         *(CARD_FILE, GENERATION_FILE),

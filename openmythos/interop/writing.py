@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from openmythos.checkpoint.load import empty_model
-from openmythos.checkpoint.save import OWN_FILES, require_stored
+from openmythos.checkpoint.save import own_files, require_stored, write_companions
 from openmythos.checkpoint.weights import CONFIG_FILE, INDEX_FILES, WEIGHTS_FILE
 from openmythos.folder import PathLike, replaced_folder, whole_file, write_json
 from openmythos.interop.mapping import (
@@ -43,6 +43,7 @@ def save_as(
     tokenizer: Tokenizer | None = None,
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    companions: Mapping[str, bytes] | None = None,
 ) -> Path:
     """Write a model as a checkpoint of a family, atomically, and return the folder.
 
@@ -53,6 +54,7 @@ def save_as(
         tokenizer: A tokenizer to write beside the weights, if any.
         dtype: Dtype of the written parameters; None keeps theirs.
         max_shard_bytes: Maximum size of one file, unless a single tensor is larger.
+        companions: Contents of other files to write beside the weights, by name.
 
     Raises:
         ValueError: The family cannot express the model, or the folder holds something else.
@@ -60,11 +62,12 @@ def save_as(
     """
     config = export_config(family, model.config)
     check_writable(model, dtype)
-    with replaced_folder(folder, OWN_FILES | shard_names(folder)) as fresh:
+    with replaced_folder(folder, own_files(folder) | shard_names(folder)) as fresh:
         write_json(fresh / CONFIG_FILE, config)
         write_weights(family, model, fresh, dtype=dtype, max_shard_bytes=max_shard_bytes)
         if tokenizer is not None:
             tokenizer.save(fresh)
+        write_companions(companions or {}, fresh)
     return Path(folder)
 
 

@@ -130,15 +130,21 @@ class PerLoopObjective:
 
     Attributes:
         z_loss: Weight of the squared log-partition function, which keeps the logits small.
+        targets_per_loop: 0: every loop has the same targets. Otherwise only the last token is read,
+            and its target after a row's own loop t is that of token t times this, or the last one:
+            where targets are results on the way, each loop is trained to take so many steps.
     """
 
     kind: ClassVar[str] = "per_loop"
     needs_states: ClassVar[bool] = True
     trains_gate_only: ClassVar[bool] = False
     z_loss: float = 0.0
+    targets_per_loop: int = 0
 
     def __post_init__(self) -> None:
-        require(self.z_loss >= 0, "objective.z_loss", self.z_loss, "at least 0")
+        for name in ("z_loss", "targets_per_loop"):
+            value = getattr(self, name)
+            require(value >= 0, f"objective.{name}", value, "at least 0")
 
     def check(self, halting: HaltingConfig | None) -> None:
         """Any halting head is fine: the objective does not read it."""
@@ -152,14 +158,25 @@ class PerLoopObjective:
         num_loops: Int[Tensor, "B"],
     ) -> Losses:
         """See ``FinalLoopObjective.loss``."""
-        counted = targets != IGNORED
-        weights = (own_loops(num_loops) >= 0) / num_loops.double()
-        loss = torch.zeros((), device=targets.device)
-        for weight, logits in zip(weights, loop_logits(model, output, ctx), strict=True):
-            nats = cross_entropy(logits, targets, self.z_loss)
-            loss = loss + mean_over(weight[:, None].to(nats) * nats, counted)
-        nats = mean_over(cross_entropy(output.logits.detach(), targets), counted)
+        own = own_loops(num_loops)
+        weights = (own >= 0) / num_loops.double()
+        loss, wanted = torch.zeros((), device=targets.device), targets
+        logits_of_loops = loop_logits(model, output, ctx)
+        for loop, weight, logits in zip(own, weights, logits_of_loops, strict=True):
+            wanted = self._targets_of(loop, targets)
+            nats = cross_entropy(logits, wanted, self.z_loss)
+            loss = loss + mean_over(weight[:, None].to(nats) * nats, wanted != IGNORED)
+        nats = mean_over(cross_entropy(output.logits.detach(), wanted), wanted != IGNORED)
         return loss, nats
+
+    def _targets_of(self, loop: Int[Tensor, "B"], targets: Int[Tensor, "B T"]) -> Tensor:
+        if not self.targets_per_loop:
+            return targets
+        last = targets.shape[1] - 1
+        place = ((loop + 1) * self.targets_per_loop).clamp(0, last).to(targets.device)
+        wanted = torch.full_like(targets, IGNORED)
+        wanted[:, last] = targets.gather(1, place[:, None])[:, 0]
+        return wanted
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 from openmythos.config import ModelConfig
 from openmythos.config.schema import as_seed, require, require_literals, require_positive
 from openmythos.train.depth_schedule import ClippedPoissonDepth, DepthSchedule
-from openmythos.train.objective import FinalLoopObjective, ObjectiveConfig
+from openmythos.train.objective import FinalLoopObjective, ObjectiveConfig, PerLoopObjective
 from openmythos.train.optim import OptimizerConfig
 
 
@@ -141,9 +141,13 @@ class HopsData:
         num_relations: Permutations of the nodes.
         max_train_hops: Longest walks of the training, in hops.
         check_loops: Loops at which the curriculum measures whether a stage is learnt.
-        addition: Whether each relation adds a number, modulo the number of entities.
+        shifts: Whether each relation adds a number to the entity's, modulo the number of entities.
         written_out: Whether the entities that a walk passes are written after it, and all of them
             are targets: a chain of thought.
+        mixed: Whether shorter walks than the stage's are trained, too.
+        passed_targets: Whether every token of a training walk has a target: the entity reached
+            there. ``train.objective.targets_per_loop`` uses them.
+        position_range: Positions are drawn from 0 up to this; null: 0, 1, 2 and so on.
     """
 
     kind: ClassVar[str] = "hops"
@@ -151,8 +155,11 @@ class HopsData:
     num_relations: int = 4
     max_train_hops: int = 8
     check_loops: int = 8
-    addition: bool = False
+    shifts: bool = False
     written_out: bool = False
+    mixed: bool = True
+    passed_targets: bool = False
+    position_range: int | None = None
 
     @property
     def seq_len(self) -> int:
@@ -163,7 +170,7 @@ class HopsData:
     @property
     def in_words(self) -> str:
         """What a run trains on."""
-        relations = "summands" if self.addition else "permutations"
+        relations = "summands" if self.shifts else "permutations"
         written = ", written out" if self.written_out else ""
         return (
             f"walks over {self.num_entities} entities and {self.num_relations} {relations}{written}"
@@ -172,6 +179,8 @@ class HopsData:
     def __post_init__(self) -> None:
         names = ("num_entities", "num_relations", "max_train_hops", "check_loops")
         require_positive(self, *names)
+        both = self.passed_targets and self.written_out
+        require(not both, "data.passed_targets", True, "false if walks are written out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,4 +201,14 @@ class RunConfig:
         data, most = self.data, self.model.max_seq_len
         name = "data.seq_len" if isinstance(data, TextData) else "the longest walk, in tokens,"
         require(data.seq_len <= most, name, data.seq_len, f"at most model.max_seq_len={most}")
-        self.train.objective.check(self.model.halting)
+        if isinstance(data, HopsData) and data.position_range is not None:
+            allowed = f"at most model.max_seq_len={most}"
+            require(
+                data.position_range <= most, "data.position_range", data.position_range, allowed
+            )
+        objective = self.train.objective
+        if isinstance(objective, PerLoopObjective) and objective.targets_per_loop:
+            passed = isinstance(data, HopsData) and data.passed_targets
+            needs = "0, or data.kind=hops with data.passed_targets=true"
+            require(passed, "objective.targets_per_loop", objective.targets_per_loop, needs)
+        objective.check(self.model.halting)

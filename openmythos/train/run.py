@@ -284,9 +284,10 @@ def hops_task(data: HopsData, seed: int) -> HopsTask:
         num_entities=data.num_entities,
         num_relations=data.num_relations,
         max_train_hops=data.max_train_hops,
-        addition=data.addition,
+        shifts=data.shifts,
         written_out=data.written_out,
+        position_range=data.position_range,
         seed=seed,
     )
-    curriculum = Curriculum(max_stage=data.max_train_hops)
-    return HopsTask(Walks(config), curriculum, data.check_loops, seed)
+    curriculum = Curriculum(max_stage=data.max_train_hops, mixed=data.mixed)
+    return HopsTask(Walks(config), curriculum, data.check_loops, seed, data.passed_targets)

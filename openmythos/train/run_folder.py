@@ -22,8 +22,8 @@ from openmythos.checkpoint.load import NEEDED, load_weights, newest_checkpoint, 
 from openmythos.checkpoint.save import OWN_FILES, save_tensors, write_checkpoint
 from openmythos.checkpoint.weights import CONFIG_FILE
 from openmythos.config.schema import from_dict, to_dict
-from openmythos.data.synthetic import WALKS_FILE
 from openmythos.folder import (
+    WALKS_FILE,
     in_a_sentence,
     listed,
     put_in_place,
@@ -176,9 +176,8 @@ class RunFolder:
         record = {"state": asdict(state), "optimizers": plain, "task": task.state_dict()}
         if self.config is not None:
             record["run"] = self.config
-        with replaced_folder(
-            target, {*OWN_FILES, WALKS_FILE, STATE_TENSORS, STATE_RECORD}
-        ) as fresh:
+        own = {*OWN_FILES, WALKS_FILE, STATE_TENSORS, STATE_RECORD}
+        with replaced_folder(target, own) as fresh:
             write_checkpoint(model, fresh, self.tokenizer)
             if isinstance(task, HopsTask):
                 task.walks.save(fresh)

@@ -90,15 +90,24 @@ class HopsTask:
     check_every = 25
     check_size = 512
 
-    def __init__(self, walks: Walks, curriculum: Curriculum, check_loops: int, seed: int) -> None:
+    def __init__(
+        self,
+        walks: Walks,
+        curriculum: Curriculum,
+        check_loops: int,
+        seed: int,
+        passed_targets: bool = False,
+    ) -> None:
         self.walks, self.curriculum = walks, curriculum
         self.check_loops, self.seed = check_loops, seed
+        self.passed_targets = passed_targets
 
     def batches(self, start_step: int, batch_size: int) -> Batches:
         """Walks of one length per batch; not prefetched, because the stage may change."""
         for step in itertools.count(start_step):
             num_hops = self.curriculum.choose_hops(self.seed, step)
-            yield self.walks.sample_batch(step, num_hops, batch_size)
+            batch = self.walks.sample_batch(step, num_hops, batch_size)
+            yield self.walks.with_passed_targets(batch) if self.passed_targets else batch
 
     def after_step(self, model: RecurrentDepthLM, step: int) -> dict[str, float]:
         """Every ``check_every`` steps, go on to the next stage if the current one is learnt."""

@@ -64,7 +64,7 @@ def hops_right(
     Of a walk that is written out, every target must be: the model then writes the same by itself,
     because each token that it reads is the one it would have written.
     """
-    batch = walks.held_out_batch(num_hops, size, seed).to(model.embed.weight.device)
+    batch, ctx = on_device(model, walks.held_out_batch(num_hops, size, seed))
     with inference(model):
-        most_likely = model(batch.tokens, num_loops=num_loops).logits.argmax(dim=-1)
+        most_likely = model(batch.tokens, num_loops=num_loops, ctx=ctx).logits.argmax(dim=-1)
     return ((most_likely == batch.targets) | (batch.targets == IGNORED_TARGET)).all(dim=1)

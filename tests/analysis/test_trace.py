@@ -4,8 +4,9 @@ import json
 import pytest
 import torch
 
-from openmythos.analysis.trace import LoopTrace, token_correlation, trace_loops
+from openmythos.analysis.trace import LoopTrace, Mean, TraceSums, token_correlation, trace_loops
 from openmythos.config import AddInjectionConfig
+from tests.analysis.family import planted_loops
 from tests.strategies import random_model, random_tokens, small_config
 
 
@@ -39,6 +40,39 @@ def test_trace_equals_hand_computation() -> None:
     expected = [b / a for a, b in itertools.pairwise(moved)]
     assert trace.step_ratio[1:] == pytest.approx(expected)
     assert trace.rho == rho
+    updates = [b - a for a, b in itertools.pairwise(states)]
+    for loop, (h, update) in enumerate(zip(states[1:], updates, strict=True)):
+        along = (update * h).sum(-1) / h.norm(dim=-1)
+        radial = (along**2 / update.norm(dim=-1) ** 2).mean().item()
+        assert trace.radial_fraction[loop] == pytest.approx(radial, rel=1e-4)
+    assert trace.turn[0] is None and trace.acceleration[0] is None
+    for loop, (last, update) in enumerate(itertools.pairwise(updates), start=1):
+        turn = torch.cosine_similarity(last, update, dim=-1).mean().item()
+        assert trace.turn[loop] == pytest.approx(turn, abs=1e-6)
+        bent = (update - last).norm(dim=-1).mean().item()
+        assert trace.acceleration[loop] == pytest.approx(bent)
+
+
+def test_angles_of_planted_states() -> None:
+    # Along the first axis from 3 to 5, a right angle to (5, 2), and no step at all.
+    points = torch.tensor([[3.0, 0.0], [5.0, 0.0], [5.0, 2.0], [5.0, 2.0]])
+    sums = TraceSums()
+    for loop in planted_loops(points[:, None, None]):
+        sums.add(loop, torch.ones(1, 1, dtype=torch.bool))
+    trace = sums.trace(random_model(small_config()))
+    assert trace.turn == (None, pytest.approx(0.0), None)
+    assert trace.radial_fraction == (pytest.approx(1.0), pytest.approx(4 / 29), None)
+    assert trace.acceleration == (None, pytest.approx(8**0.5), pytest.approx(2.0))
+    assert trace.relative_step == pytest.approx((2 / 5, 2 / 29**0.5, 0.0))
+    assert trace.step_ratio == (None, pytest.approx(1.0), 0.0)
+
+
+def test_means_leave_out_what_is_not_defined() -> None:
+    mean = Mean(2)
+    mean.add([torch.tensor([1.0, float("nan"), 3.0]), torch.full((3,), float("nan"))])
+    assert mean.values() == [2.0, None]
+    mean.add([torch.tensor([5.0])], start=1)
+    assert mean.values() == [2.0, 5.0]
 
 
 def test_token_correlation_is_the_mean_over_pairs() -> None:

@@ -1,11 +1,12 @@
 """Clients and suites that people already have, against ``openmythos serve``.
 
-    make test-clients            or   make test-clients ARGS="--only schemathesis zoo:text"
+    make test-clients            or   make test-clients ARGS="runs/demo/text --only llm litellm"
 
 ``make test-clients`` installs them into an environment of its own, ``.clients``; ``checks.py`` runs
-there and has what each does. The server is a process of its own, of a small random model of bytes
-unless a checkpoint of text is named. What it gave is written to ``results.md``. Exits with 0 if all
-passed. Not part of the test suite: it takes minutes and a gigabyte of packages.
+there and has what each does. The server is a process of its own, of ``zoo:text`` unless another
+checkpoint of text is named. It ends with a table of every check, those that were left out too, and
+``results.md`` gets the same unless ``--only`` was given. Exits with 0 if all that ran passed. Not
+part of the test suite: it takes minutes and a gigabyte of packages.
 """
 
 import argparse
@@ -16,17 +17,17 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import date
 from pathlib import Path
+from typing import NamedTuple
 
 import httpx
+import torch
 
-from openmythos.checkpoint.save import save_pretrained
+from openmythos.eval.exit_choice import processor_name
 from openmythos.interop.hub import local_folder
-from openmythos.tokenizer import byte_tokenizer
 from tests.command.test_serve import free_port
-from tests.serve.running import small_model
 
 HERE = Path(__file__).parent
 CHECKS = {
@@ -57,6 +58,15 @@ doc_to_text: "{{{{context}}}}"
 doc_to_target: "{{{{target}}}}"
 metric_list: [{{metric: perplexity, aggregation: perplexity, higher_is_better: false}}]
 """
+
+
+class Row(NamedTuple):
+    """What a check gave."""
+
+    check: str
+    result: str
+    seconds: str
+    said: str
 
 
 @contextlib.contextmanager
@@ -107,21 +117,40 @@ def version(python: Path, package: str) -> str:
     return subprocess.check_output([python, "-c", said], text=True).strip()
 
 
+def run_check(python: Path, check: str, url: str, model: str, environment: dict[str, str]) -> Row:
+    """Run a check in the clients' environment: what it gave, as a row of the table."""
+    begun = time.monotonic()
+    command = [python, HERE / "checks.py", check, url, model]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    failed = ended.returncode != 0
+    if failed:
+        print(ended.stderr, file=sys.stderr)
+    lines = (ended.stderr if failed else ended.stdout).strip().splitlines() or [""]
+    seconds = f"{time.monotonic() - begun:.0f}"
+    return Row(check, "**failed**" if failed else "passed", seconds, lines[-1])
+
+
+def table(rows: Sequence[Row], python: Path) -> str:
+    """The rows in Markdown, those of checks that did not run too."""
+    done = {row.check: row for row in rows}
+    lines = ["| check | with | result | s | |", "|---|---|---|---|---|"]
+    for check, package in CHECKS.items():
+        row = done.get(check, Row(check, "not run", "", ""))
+        cells = (check, f"{package} {version(python, package)}", row.result, row.seconds, row.said)
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("checkpoint", nargs="?", type=Path, help="default: a small random model")
+    parser.add_argument("checkpoint", nargs="?", type=Path, default=Path("zoo:text"))
     parser.add_argument("--python", type=Path, default=Path(".clients/bin/python"))
-    parser.add_argument("--only", choices=CHECKS, help="one of the checks")
+    parser.add_argument("--only", choices=CHECKS, nargs="+", help="some of the checks")
     parser.add_argument("--out", type=Path, default=HERE / "results.md")
     options = parser.parse_args()
-    rows, wrong = [], 0
+    rows: list[Row] = []
     with tempfile.TemporaryDirectory() as made, contextlib.ExitStack() as stack:
-        checkpoint = options.checkpoint
-        if checkpoint is None:
-            checkpoint = save_pretrained(
-                small_model(max_seq_len=1024), Path(made, "small"), byte_tokenizer()
-            )
-        task = write_task(Path(made))
+        checkpoint, task = options.checkpoint, write_task(Path(made))
         url = stack.enter_context(server(checkpoint))
         model = httpx.get(f"{url}/v1/models").json()["data"][0]["id"]
         guarded = stack.enter_context(server(checkpoint, OPENMYTHOS_API_KEY=KEY))
@@ -134,26 +163,16 @@ def main() -> int:
             "HF_HUB_OFFLINE": "1",
             "HF_DATASETS_OFFLINE": "1",
         }
-        for check in [options.only] if options.only else CHECKS:
-            command = [options.python, HERE / "checks.py", check, url, model]
-            ended = subprocess.run(
-                command, env=environment, capture_output=True, text=True, check=False
-            )
-            failed = ended.returncode != 0
-            wrong += failed
-            lines = (ended.stderr if failed else ended.stdout).strip().splitlines() or [""]
-            package = CHECKS[check]
-            row = (check, f"{package} {version(options.python, package)}")
-            rows.append((*row, "**failed**" if failed else "passed", lines[-1]))
-            print(*rows[-1], sep="  ", flush=True)
-            if failed:
-                print(ended.stderr, file=sys.stderr)
+        for check in options.only or CHECKS:
+            print(f"{check} ...", file=sys.stderr, flush=True)
+            rows.append(run_check(options.python, check, url, model, environment))
+    processor = processor_name(torch.device("cpu"))
+    head = f"The model: {checkpoint}. {date.today()}, {processor}."
+    print(f"{head}\n\n{table(rows, options.python)}", end="")
     if not options.only:
-        head = f"# Results of `make test-clients`, {date.today()}\n\nThe model: {model}.\n\n"
-        table = ["| check | with | result | |", "|---|---|---|---|"]
-        table += ["| " + " | ".join(row) + " |" for row in rows]
-        options.out.write_text(head + "\n".join(table) + "\n", encoding="utf-8")
-    return 1 if wrong else 0
+        text = f"# Results of `make test-clients`\n\n{head}\n\n{table(rows, options.python)}"
+        options.out.write_text(text, encoding="utf-8")
+    return 1 if any(row.result != "passed" for row in rows) else 0
 
 
 if __name__ == "__main__":

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from openmythos.checkpoint.save import EXIT_FILE, EXIT_PICTURE, save_pretrained
+from openmythos.command import calibrate_exit as command
 from openmythos.command.serve import choice_for
+from openmythos.interop.hub import local_folder
 from openmythos.interop.loading import load_pretrained
 from tests.command.conftest import Invoke, refused
 from tests.strategies import unchecked
@@ -49,6 +51,32 @@ def test_mistakes_are_one_line(invoke: Invoke, text_run: Path, hops_run: Path) -
     used = text_run / "config.json"
     with pytest.raises(OSError, match=r"config\.json is no folder$"):
         invoke("calibrate-exit", text_run, *FEW, "--out", used)
+
+
+def test_a_model_that_ships_is_calibrated_elsewhere(invoke: Invoke, tmp_path: Path) -> None:
+    said = refused(invoke, "calibrate-exit", "zoo:text", *FEW)
+    assert "zoo:text is part of the package: give a folder for exit.json as --out" in said
+    assert "openmythos convert zoo:text --out COPY" in said
+    with unchecked():
+        invoke("calibrate-exit", "zoo:text", *FEW, "--within", 5, "--out", tmp_path / "out")
+    assert json.loads((tmp_path / "out" / EXIT_FILE).read_text())["metric"] == "bits_per_byte"
+    assert not (local_folder("zoo:text") / EXIT_FILE).exists()
+    invoke("convert", "zoo:text", "--out", tmp_path / "copy")
+    with unchecked():
+        invoke("calibrate-exit", tmp_path / "copy", *FEW, "--within", 5)
+    choice = choice_for(tmp_path / "copy", load_pretrained(tmp_path / "copy"))
+    assert choice is not None and choice.num_loops == 1
+
+
+def test_a_folder_that_is_read_only_says_what_to_do(
+    invoke: Invoke, text_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path) -> None:
+        raise PermissionError(f"{path} cannot be written: permission denied")
+
+    monkeypatch.setattr(command, "require_writable", refuse)
+    said = refused(invoke, "calibrate-exit", text_run, *FEW)
+    assert "permission denied" in said and "as --out" in said
 
 
 def test_serve_takes_the_choice_and_warns_elsewhere(

@@ -1,3 +1,4 @@
+import itertools
 import os
 import signal
 import subprocess
@@ -189,6 +190,32 @@ def test_a_conversation_is_written_in_the_template(
     recorder.requests.clear()
     invoke("chat", folder, "--temperature", 0, "--stop", "k", "--special", stdin=lines)
     assert recorder.prompts[0].count(tokenizer.eos_id) == 2
+
+
+@pytest.mark.parametrize(
+    ("follows", "options", "said"),
+    [
+        ("", (), "(no answer: the model ended it at once)"),
+        (" ", (), "(no answer but white space)"),
+        ("o", ("--stop", "o"), "(no answer: it began with a --stop text)"),
+        ("o", (), None),
+    ],
+)
+def test_an_answer_that_shows_nothing_is_told(
+    tmp_path: Path, follows: str, options: tuple[str, ...], said: str | None
+) -> None:
+    tokenizer = byte_tokenizer()
+    chain = [*tokenizer.encode("\n"), *tokenizer.encode(follows), tokenizer.eos_id]
+    model = scripted_model(259, dict(itertools.pairwise(chain)))
+    folder = str(save_pretrained(model, tmp_path / "model", tokenizer))
+    command = ["chat", folder, "--temperature", "0", *options]
+    chatted = CliRunner().invoke(app, command, input="a\n\nb\n")
+    made = CliRunner().invoke(app, ["generate", *command[1:], "--prompt", "a\n"])
+    assert chatted.exit_code == made.exit_code == 0
+    for ran, count in ((chatted, 3), (made, 1)):
+        assert ran.stderr.count("(no answer") == (count if said else 0)
+        assert said is None or ran.stderr.count(said) == count
+        assert "(no answer" not in ran.stdout
 
 
 def test_without_a_template_lines_continue_the_text(

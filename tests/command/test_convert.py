@@ -7,8 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from openmythos.checkpoint.load import checkpoint_damage
+from openmythos.checkpoint.save import EXIT_FILE, EXIT_PICTURE, save_pretrained
+from openmythos.command.origin import walks_of
+from openmythos.folder import HELD_OUT_FILE, WALKS_FILE
+from openmythos.interop.hub import local_folder
 from openmythos.interop.loading import load_pretrained
+from openmythos.tokenizer import Tokenizer
 from tests.command.conftest import Invoke, refused, stored
+from tests.foreign import write_chat_folder
+from tests.strategies import random_model, small_config
 
 
 def test_a_published_checkpoint_is_converted_there_and_back(
@@ -70,3 +78,91 @@ def test_names_of_families_are_plain(invoke: Invoke, hops_run: Path, tmp_path: P
     names = said.partition("allowed: ")[2].split(", ")
     assert {"openmythos", "parcae", "parcae-gpt"} <= set(names)
     assert all(re.fullmatch(r"[a-z0-9-]+", name) for name in names)
+
+
+@pytest.mark.parametrize("command", ["convert", "export"])
+def test_walks_go_where_their_model_goes(invoke: Invoke, tmp_path: Path, command: str) -> None:
+    asked = ("--prompt", "e3 r1 r0", "--json")
+    expected = invoke("generate", "zoo:walks", *asked)
+    for _ in range(2):  # what was written before is no stranger's
+        invoke(command, "zoo:walks", "--out", tmp_path / "out")
+        assert invoke("generate", tmp_path / "out", *asked) == expected
+    walks, before = walks_of(tmp_path / "out"), walks_of(local_folder("zoo:walks"))
+    assert walks is not None and before is not None and walks.config == before.config
+
+
+def test_walks_go_to_other_families_and_from_older_runs(
+    invoke: Invoke, golden_dir: Callable[[str], Path], hops_run: Path, tmp_path: Path
+) -> None:
+    settings = (local_folder("zoo:walks") / WALKS_FILE).read_bytes()
+    source, out = tmp_path / "source", tmp_path / "out"
+    invoke("convert", golden_dir("openmythos-mla"), "--out", source)
+    (source / WALKS_FILE).write_bytes(settings)
+    invoke("convert", source, "--to", "original-openmythos", "--out", out)
+    assert (out / WALKS_FILE).read_bytes() == settings
+    older = shutil.copytree(hops_run, tmp_path / "older")
+    (newest,) = older.glob("checkpoints/step-*")
+    stored_walks = (newest / WALKS_FILE).read_bytes()
+    (newest / WALKS_FILE).unlink()
+    invoke("convert", older, "--no-verify", "--out", tmp_path / "new")
+    assert (tmp_path / "new" / WALKS_FILE).read_bytes() == stored_walks
+
+
+def test_held_out_text_goes_along_with_its_licence(invoke: Invoke, tmp_path: Path) -> None:
+    out, source = tmp_path / "out", local_folder("zoo:text")
+    for name in ("zoo:text", out):
+        invoke("convert", name, "--out", out)
+        for file in (HELD_OUT_FILE, "LICENSE-PYTHON.txt"):
+            assert (out / file).read_bytes() == (source / file).read_bytes()
+    assert checkpoint_damage(out) is None
+    scores = [
+        invoke("eval", name, "--num-loops", 1, "--limit", 1, "--tasks", "held_out", "--json")
+        for name in ("zoo:text", out)
+    ]
+    assert json.loads(scores[0])["curves"] == json.loads(scores[1])["curves"]
+    (out / HELD_OUT_FILE).write_text("{}", encoding="utf-8")
+    assert checkpoint_damage(out) is not None
+
+
+def test_what_was_measured_stays_with_the_same_weights(
+    invoke: Invoke, text_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, out = tmp_path / "source", tmp_path / "out"
+    invoke("convert", text_run, "--out", source)
+    for name in (EXIT_FILE, EXIT_PICTURE):
+        (source / name).write_text(name)
+    invoke("convert", source, "--out", out)
+    assert (out / EXIT_FILE).read_text() == EXIT_FILE and (out / EXIT_PICTURE).is_file()
+    (out / EXIT_FILE).write_text("measured again")
+    assert checkpoint_damage(out) is None
+    for words in (
+        ("convert", source, "--dtype", "float16"),
+        ("convert", source, "--no-verify"),
+        ("export", source, "--num-loops", 1),
+    ):
+        target = tmp_path / "-".join(map(str, words[2:]))
+        invoke(*words, "--out", target)
+        assert not (target / EXIT_FILE).exists() and (source / EXIT_FILE).exists()
+    invoke("export", source, "--out", tmp_path / "export")
+    assert (tmp_path / "export" / EXIT_FILE).is_file()
+
+
+def test_template_and_sampling_go_along(invoke: Invoke, tmp_path: Path) -> None:
+    model = random_model(small_config())
+    folder = write_chat_folder(save_pretrained(model, tmp_path / "chat"))
+    invoke("convert", folder, "--out", tmp_path / "out")
+    before, after = Tokenizer.load(folder), Tokenizer.load(tmp_path / "out")
+    assert before.chat_template is not None and before.chat_template == after.chat_template
+    assert before.generation and before.generation == after.generation
+    assert before.end_ids == after.end_ids and before.sampling == after.sampling
+
+
+def test_other_peoples_texts_and_licences_are_not_replaced(
+    invoke: Invoke, text_run: Path, tmp_path: Path
+) -> None:
+    for name in (HELD_OUT_FILE, "LICENSE"):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / name).write_text("mine")
+        assert "would delete" in refused(invoke, "convert", text_run, "--out", folder)
+        assert (folder / name).read_text() == "mine"

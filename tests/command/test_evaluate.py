@@ -8,6 +8,7 @@ import pytest
 
 from openmythos.command import option
 from openmythos.eval import python_docs
+from openmythos.folder import WALKS_FILE
 from tests.command.conftest import SMALL, Invoke, refused, sets
 from tests.eval.examples import documents
 
@@ -52,17 +53,19 @@ def test_a_converted_checkpoint_is_evaluated_with_the_data_of_its_run(
     invoke("convert", hops_run, "--out", walks)
     said = refused(invoke, "eval", ours)
     assert (
-        f"{ours} belongs to no run" in said and "give the run, or prepared data, as --data" in said
+        f"{ours} belongs to no run" in said and "give the run, prepared data, or zoo:text" in said
     )
     options = ("--num-loops", 2, "--json")
     for data in (text_run, text_run / "data", text_run / "checkpoints" / "step-00000004"):
         given = invoke("eval", ours, "--data", data, *options)
         assert json.loads(given) == json.loads(invoke("eval", text_run, *options))
+    asked = ("--tasks", "hops_2", *options)
+    for data in ((), ("--data", hops_run)):  # it has its walks with it
+        given = json.loads(invoke("eval", walks, *data, *asked))
+        assert given["curves"] == json.loads(invoke("eval", hops_run, *asked))["curves"]
+    (walks / WALKS_FILE).unlink()
     assert "a checkpoint without a tokenizer" in refused(invoke, "eval", walks)
     assert "a checkpoint without a tokenizer" in refused(invoke, "generate", walks, "--prompt", "a")
-    asked = ("--tasks", "hops_2", *options)
-    given = json.loads(invoke("eval", walks, "--data", hops_run, *asked))
-    assert given["curves"] == json.loads(invoke("eval", hops_run, *asked))["curves"]
 
 
 def test_a_run_is_evaluated_from_any_directory(
@@ -166,8 +169,34 @@ def test_eval_refuses_tasks(invoke: Invoke, text_run: Path, hops_run: Path) -> N
     )
     assert "--tasks is ' , '" in refused(invoke, *run, " , ")
     assert "gone.yaml does not exist" in refused(invoke, *run, "gone.yaml")
-    bits = (*run, "python_docs_bits", "--data", "x")
+    bits = (*run, "python_docs_bits", "--data", text_run)
     assert "--data is of held-out text" in refused(invoke, *bits)
     assert "--limit needs --tasks" in refused(invoke, "eval", text_run, "--limit", 3)
     message = refused(invoke, "eval", hops_run, "--tasks", "hops_1", "--num-fewshot", 2)
     assert "those that ship have none" in message
+
+
+def test_data_may_be_a_model_that_ships(
+    invoke: Invoke, text_run: Path, hops_run: Path, text_file: Path
+) -> None:
+    asked = ("--num-loops", 1, "--limit", 1, "--tasks", "held_out", "--data", "zoo:text", "--json")
+    (curve,) = json.loads(invoke("eval", text_run, *asked))["curves"]
+    assert curve["task"] == "held_out"
+    (curve,) = json.loads(
+        invoke(
+            "eval", hops_run, "--num-loops", 1, "--data", "zoo:walks", "--tasks", "hops_1", "--json"
+        )
+    )["curves"]
+    assert curve["task"] == "hops_1"
+    for path, data, said in (
+        (
+            text_run,
+            "absent",
+            "--data absent does not exist; give prepared data, a run, or zoo:",
+        ),
+        (text_run, text_file, f"openmythos prepare {text_file} --out FOLDER"),
+        (text_run, "zoo:absent", "these do: zoo:text, zoo:walks"),
+        (text_run, "zoo:walks", "reads text; give text as --data"),
+        (hops_run, "zoo:text", "is of a run on walks"),
+    ):
+        assert said in refused(invoke, "eval", path, "--num-loops", 1, "--data", data)

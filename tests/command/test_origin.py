@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from openmythos.command.origin import data_of, require_text, run_config, run_of, walks_of
-from openmythos.data.synthetic import WALKS_FILE
+from openmythos.folder import WALKS_FILE
 
 
 def test_a_run_is_found_from_its_checkpoint_alone(text_run: Path, hops_run: Path) -> None:

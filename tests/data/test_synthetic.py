@@ -6,7 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from openmythos.data.synthetic import WALKS_FILE, Curriculum, HopsConfig, Walks, read_walks
+from openmythos.data.synthetic import Curriculum, HopsConfig, Walks, read_walks
+from openmythos.folder import WALKS_FILE
 
 WALKS = Walks(HopsConfig(seed=3))
 
@@ -190,7 +191,8 @@ def test_what_a_walk_passes_is_written_after_it(step, num_hops, batch_size):
     assert torch.equal(batch.tokens, torch.cat([plain.tokens, passed[:, :-1]], dim=1))
     assert torch.equal(batch.targets[:, num_hops:], passed)
     assert (batch.targets[:, :num_hops] == -100).all()
-    assert batch.positions[0].tolist() == list(range(2 * num_hops))
+    at = [*range(num_hops + 1), *range(1, num_hops)]  # as the relation that leads there
+    assert batch.positions[0].tolist() == at
     assert (batch.documents == 0).all()
 
 
@@ -204,7 +206,7 @@ def test_written_out_or_not_the_same_walks_are_held_out():
 def test_walks_of_summands_are_sums(seed, num_entities, num_hops):
     num_relations = min(4, num_entities - 1)
     sums = Walks(
-        HopsConfig(seed=seed, num_entities=num_entities, num_relations=num_relations, addition=True)
+        HopsConfig(seed=seed, num_entities=num_entities, num_relations=num_relations, shifts=True)
     )
     summands = sums.relations[:, 0]
     assert len(set(summands.tolist())) == num_relations and (summands > 0).all()
@@ -218,8 +220,8 @@ def test_walks_of_summands_are_sums(seed, num_entities, num_hops):
 
 def test_arguments_out_of_range():
     for options, message in [
-        ({"addition": True, "permutations": False}, "addition with permutations=False"),
-        ({"addition": True, "num_relations": 16}, "fewer relations than entities"),
+        ({"shifts": True, "permutations": False}, "shifts with permutations=False"),
+        ({"shifts": True, "num_relations": 16}, "fewer relations than entities"),
         ({"num_entities": 1}, "num_entities is 1"),
         ({"max_train_hops": 0}, "max_train_hops is 0"),
         ({"held_out_fraction": 0.9}, "held_out_fraction is 0.9; it must be 0 to 0.5"),
@@ -248,3 +250,35 @@ def test_walks_lie_beside_weights(tmp_path):
         (tmp_path / WALKS_FILE).write_text(damaged)
         with pytest.raises(ValueError, match=r"walks\.json does not describe walks: ."):
             read_walks(tmp_path)
+
+
+def test_positions_are_drawn_and_sorted():
+    plain, drawn = Walks(HopsConfig()), Walks(HopsConfig(position_range=64))
+    batch = drawn.held_out_batch(10, 64)
+    assert torch.equal(batch.tokens, plain.held_out_batch(10, 64).tokens)  # the same walks
+    assert (batch.positions.diff(dim=1) > 0).all() and len(set(batch.positions[:, 0].tolist())) > 5
+    assert batch.positions.min() == 0 and 50 < batch.positions.max() < 64
+    assert torch.equal(batch.positions, drawn.held_out_batch(10, 64).positions)
+    dense = Walks(HopsConfig(position_range=9)).held_out_batch(8, 4).positions
+    assert torch.equal(dense, plain.held_out_batch(8, 4).positions)
+    with pytest.raises(ValueError, match="11 tokens need a position_range of as many; it is 9"):
+        Walks(HopsConfig(position_range=9)).held_out_batch(10, 4)
+    with pytest.raises(ValueError, match="need at least 9"):
+        HopsConfig(position_range=8)
+
+
+def test_every_token_has_the_entity_reached_as_its_target():
+    walks = Walks(HopsConfig())
+    batch = walks.sample_batch(0, 5, 8)
+    passed = walks.with_passed_targets(batch)
+    assert torch.equal(passed.tokens, batch.tokens)
+    assert torch.equal(passed.targets[:, -1], batch.targets[:, -1])
+    assert torch.equal(passed.targets[:, 0], batch.tokens[:, 0])
+    reached = walks.relations[batch.tokens[:, 3].numpy() - 16, passed.targets[:, 2].numpy()]
+    assert passed.targets[:, 3].tolist() == reached.tolist()
+
+
+def test_an_unmixed_curriculum_trains_the_longest_walks_only():
+    assert {Curriculum(max_stage=8, stage=4, mixed=False).choose_hops(0, s) for s in range(99)} == {
+        4
+    }

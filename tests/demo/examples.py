@@ -20,6 +20,9 @@ def loop_trace(num_loops: int = 4, **changes: Any) -> LoopTrace:
         step_norm=steps,
         relative_step=tuple(step / (t + 1) for t, step in enumerate(steps)),
         step_ratio=(None, *(0.5 for _ in range(num_loops - 1))),
+        turn=(None, *(0.6 for _ in range(num_loops - 1))),
+        radial_fraction=tuple(0.2 for _ in range(num_loops)),
+        acceleration=(None, *steps[1:]),
         token_correlation=tuple(0.1 for _ in range(num_loops)),
         rho=0.45,
     )

@@ -32,6 +32,7 @@ from openmythos.eval.score import sweep
 from openmythos.eval.task import TEXT_TASKS, measure_tasks, shipped_task
 from openmythos.eval.walk import WalkCodec
 from openmythos.interop.export import export_hf
+from openmythos.model.int8 import Int8Weight
 from openmythos.tokenizer import Tokenizer, byte_tokenizer
 from tests.eval.backends import assert_equal_scores, through_hf, through_ours
 from tests.eval.examples import bpe, documents, scorer, text_model, write_tasks
@@ -326,3 +327,12 @@ def test_what_cannot_be_loaded_is_one_clear_line(tasks: Path, tmp_path: Path) ->
     config["dataset_kwargs"] = {"data_files": {"test": "gone.jsonl"}}
     (tmp_path / "lost.yaml").write_text(json.dumps(config), encoding="utf-8")
     assert "lost.yaml cannot be loaded" in refused(str(tmp_path / "lost.yaml"))
+
+
+def test_a_folder_is_loaded_in_8_bits(tmp_path: Path) -> None:
+    codec = byte_tokenizer()
+    folder = save_pretrained(text_model(codec.vocab_size), tmp_path / "model", codec)
+    made = HarnessModel(folder, weights="int8")
+    assert any(isinstance(module, Int8Weight) for module in made.scorer.model.modules())
+    with pytest.raises(ValueError, match="weights is 'int4'; it must be stored or int8"):
+        HarnessModel(folder, weights="int4")

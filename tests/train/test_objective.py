@@ -354,3 +354,22 @@ def test_a_missing_or_wrong_head_is_named() -> None:
 def test_bad_fields(build: Any, said: str) -> None:
     with unchecked(), pytest.raises(ValueError, match=said):
         build()
+
+
+def test_targets_along_the_way_by_hand() -> None:
+    model = model_with(None)
+    output, targets, ctx, depths = forward(model, [3, 2, 1])  # six tokens
+    targets = targets.clamp(min=0)
+    loss, plain = PerLoopObjective(targets_per_loop=2).loss(model, output, targets, ctx, depths)
+    by_loop = [model.decode(h, ctx)[:, -1].log_softmax(-1).detach() for h in output.states]
+    expected = 0.0
+    for row, depth in enumerate([3, 2, 1]):
+        for own in range(1, depth + 1):
+            place = min(2 * own, 5)
+            logits = by_loop[3 - depth + own - 1][row]
+            expected -= float(logits[targets[row, place]]) / depth / 3
+    assert loss.item() == pytest.approx(expected)
+    last = [
+        -float(by_loop[-1][row][targets[row, min(2 * d, 5)]]) for row, d in enumerate([3, 2, 1])
+    ]
+    assert float(plain) == pytest.approx(sum(last) / 3)

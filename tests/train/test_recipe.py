@@ -8,6 +8,7 @@ from openmythos.config import ACTConfig, PonderNetConfig
 from openmythos.config.schema import apply_overrides, from_dict, to_dict
 from openmythos.train.objective import ExitWeightedObjective, FinalLoopObjective
 from openmythos.train.recipe import HopsData, RunConfig, TextData, TrainConfig
+from openmythos.train.run import resolve
 from tests.train.examples import hops_config, text_config, tiny_model
 
 
@@ -79,7 +80,7 @@ def test_bad_data_fields() -> None:
 def test_data_in_words() -> None:
     assert TextData(source="python-source").in_words == "python-source"
     assert HopsData(num_entities=5).in_words == "walks over 5 entities and 4 permutations"
-    sums = HopsData(addition=True, written_out=True)
+    sums = HopsData(shifts=True, written_out=True)
     assert sums.in_words == "walks over 16 entities and 4 summands, written out"
 
 
@@ -111,3 +112,14 @@ def test_objective_without_its_halting_head(objective: Any, halting: Any, said: 
             train=TrainConfig(max_steps=1, objective=objective),
             data=HopsData(),
         )
+
+
+def test_targets_per_loop_need_targets_on_the_way() -> None:
+    along = ["train.objective=per_loop", "train.objective.targets_per_loop=2"]
+    with pytest.raises(ValueError, match=r"objective.targets_per_loop is 2; .*passed_targets=true"):
+        resolve(None, "hops", None, along)
+    assert resolve(None, "hops", None, [*along, "data.passed_targets=true"])
+    with pytest.raises(ValueError, match=r"data.position_range is 9999; .*max_seq_len"):
+        resolve(None, "hops", None, ["data.position_range=9999"])
+    with pytest.raises(ValueError, match=r"data.passed_targets"):
+        resolve(None, "hops", None, ["data.passed_targets=true", "data.written_out=true"])

@@ -100,3 +100,11 @@ def test_leaks_are_those_of_the_longest_walks() -> None:
     task = HopsTask(small_walks(), Curriculum(max_stage=4), check_loops=1, seed=0)
     said = task.leaks_in_words()
     assert said.startswith("leak baselines at 4 hops: chance 0.125, majority 0.125, last token")
+
+
+def test_walks_with_passed_targets_are_evaluated_on_their_answer() -> None:
+    walks = small_walks()
+    task = HopsTask(walks, Curriculum(max_stage=4, stage=4), 1, seed=0, passed_targets=True)
+    batch = next(task.batches(0, 8))
+    assert (batch.targets >= 0).all()
+    assert task.after_step(oracle(walks, right=True), task.check_every) == {"stage": 4.0}

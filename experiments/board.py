@@ -1,0 +1,306 @@
+"""The pages that are written from results: each study's README, its figures, docs/scoreboard.md."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from experiments.claim import NOT_YET, Claim, Conclusion, Table, Verdict
+from experiments.run_store import Results, Run
+from openmythos.folder import write_whole
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from experiments.study import Study
+
+BEGIN = "<!-- From here on written by `openmythos reproduce`. -->"
+END = "<!-- To here. -->"
+SCOREBOARD = Path("docs", "scoreboard.md")
+FRONT = Path("README.md")
+FIRST = ("what_loops_read", "depth_dial", "wins_and_losses")  # whose figures come first
+DIGEST = "Data"  # the key of a figure's digest in its PNG file
+
+
+def studies(experiments: Path) -> list[Study]:
+    """Every study in the folder, by its number."""
+    names = [
+        path.parent.name
+        for path in sorted(experiments.glob("*/run.py"))
+        if re.search(r"^STUDY = ", path.read_text(encoding="utf-8"), re.MULTILINE)
+    ]
+    found = [importlib.import_module(f"experiments.{name}.run").STUDY for name in names]
+    return sorted(found, key=lambda study: study.number)
+
+
+class Finding:
+    """A study with what its committed results say.
+
+    Attributes:
+        runs: The known runs of its page's scale.
+        results: Of those that have ended.
+        conclusion: None while a run is missing.
+    """
+
+    def __init__(self, study: Study) -> None:
+        self.study = study
+        self.runs, self.results = study.current(study.page_scale)
+        self.conclusion: Conclusion | None = None
+        if self.runs and len(self.results) == len(self.runs):
+            self.conclusion = study.conclude(self.results)
+            require_verdicts(study, self.conclusion)
+
+    @property
+    def verdicts(self) -> list[tuple[Claim, Verdict | None]]:
+        """Each claim with its verdict; None while a run is missing."""
+        given = {} if self.conclusion is None else {v.claim: v for v in self.conclusion.verdicts}
+        return [(claim, given.get(name)) for name, claim in self.study.claims.items()]
+
+    @property
+    def figures(self) -> dict[str, str]:
+        """The digest of each figure's data."""
+        found = self.conclusion
+        return {} if found is None else {name: found.digest(name) for name in found.figures}
+
+    def picture(self, figure: str) -> Path:
+        """The file of a figure."""
+        return self.study.folder / "results" / self.study.page_scale / f"{figure}.png"
+
+
+def require_verdicts(study: Study, conclusion: Conclusion) -> None:
+    """Check that a conclusion has one verdict for each claim, and names figures that it has.
+
+    Raises:
+        ValueError: It does not.
+    """
+    names = [verdict.claim for verdict in conclusion.verdicts]
+    if sorted(names) != sorted(study.claims):
+        raise ValueError(f"{study.name} concludes on {names}, its claims are {[*study.claims]}")
+    for verdict in conclusion.verdicts:
+        if verdict.figure is not None and verdict.figure not in conclusion.figures:
+            raise ValueError(f"{study.name}: {verdict.claim} names no figure: {verdict.figure}")
+
+
+# --- writing --------------------------------------------------------------------------------------
+
+
+def write_pages(study: Study) -> None:
+    """Draw the study's figures and write its page and the scoreboard."""
+    finding = Finding(study)
+    if finding.conclusion is not None:
+        for name, figure in study.draw(finding.conclusion).items():
+            save_with_digest(figure, finding.picture(name), finding.conclusion.digest(name))
+            print(f"{study.name}: {finding.picture(name)}")
+    page = study.folder / "README.md"
+    write_whole(page, with_section(page.read_text(encoding="utf-8"), section(finding)))
+    print(f"{study.name}: {page}")
+    write_scoreboard(study.root)
+
+
+def write_scoreboard(root: Path) -> None:
+    """Write docs/scoreboard.md, and what the front page says of it, from all studies' results."""
+    found = [Finding(study) for study in studies(root / "experiments")]
+    write_whole(root / SCOREBOARD, scoreboard(found))
+    front = root / FRONT
+    write_whole(front, with_section(front.read_text(encoding="utf-8"), first_screen(found)))
+
+
+def try_out(study: Study, work: Path) -> None:
+    """Conclude from smoke results and draw them beside the runs; nobody reads the verdicts."""
+    conclusion = study.conclude(study.current("smoke", work)[1])
+    require_verdicts(study, conclusion)
+    for name, figure in study.draw(conclusion).items():
+        save_with_digest(figure, work / study.name / f"{name}.png", conclusion.digest(name))
+
+
+def save_with_digest(figure: Figure, path: Path, digest: str) -> None:
+    """Write a picture with the digest of its data, in its corner and in the file's text."""
+    from openmythos.analysis.picture import MUTED, save, styled  # loads torch
+
+    with styled():
+        figure.text(0.997, 0.003, f"data {digest}", ha="right", va="bottom", color=MUTED, size=5.5)
+    save(figure, path, {DIGEST: digest})
+
+
+def digest_in(path: Path) -> str | None:
+    """The digest that a picture carries; None if there is no such picture."""
+    from PIL import Image
+
+    if not path.is_file():
+        return None
+    with Image.open(path) as picture:
+        return picture.info.get(DIGEST)
+
+
+def with_section(page: str, text: str) -> str:
+    """The page with another written part.
+
+    Raises:
+        ValueError: It has no place for it.
+    """
+    before, begin, rest = page.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"the page needs the lines {BEGIN} and {END}")
+    return f"{before}{BEGIN}\n\n{text}\n{END}{after}"
+
+
+# --- what is written ------------------------------------------------------------------------------
+
+
+def section(finding: Finding) -> str:
+    """The written part of a study's page."""
+    study, parts = finding.study, ["## Claims and verdicts\n"]
+    if finding.conclusion is None:
+        ended, known = len(finding.results), len(finding.runs)
+        parts.append(f"{ended} of the {known} runs known so far are stored; no verdict yet.\n")
+    parts += [_claim(claim, verdict) for claim, verdict in finding.verdicts]
+    for name, digest in finding.figures.items():
+        path = finding.picture(name).relative_to(study.folder).as_posix()
+        parts.append(f"![{name.replace('_', ' ')}]({path})\n\nData `{digest}`.\n")
+    if finding.conclusion is not None:
+        parts += [f"## {table.title}\n\n{markdown(table)}" for table in finding.conclusion.tables]
+    parts.append(_runs(finding.runs, finding.results))
+    return "\n".join(parts)
+
+
+def _claim(claim: Claim, verdict: Verdict | None) -> str:
+    said = f"**{NOT_YET.capitalize()}.**"
+    if verdict is not None:
+        said = f"**{verdict.decision.capitalize()}.** {verdict.sentence}{_number(verdict)}"
+    return (
+        f"### {claim.name.replace('-', ' ').capitalize()}\n\n"
+        f"> {claim.quote}\n>\n> {claim.article}\n\n{said}\n\n"
+        f"Rule, written before the runs: {claim.rule}\n\n"
+        f"What would change it: {claim.would_change}\n"
+    )
+
+
+def _number(verdict: Verdict) -> str:
+    if verdict.number is None:
+        return ""
+    return f" The number that decides: {verdict.number:.3g}{_ends(verdict, ', 95 % interval ')}."
+
+
+def _ends(verdict: Verdict, before: str) -> str:
+    if verdict.interval is None:
+        return ""
+    low, high = verdict.interval
+    return f"{before}{low:.3g} to {high:.3g}"
+
+
+def _runs(runs: Sequence[Run], results: Results) -> str:
+    """Rates, seeds, seconds and what was lost, by arm."""
+    header = ["arm", "rate", "rates tried", "seeds", "lost", "longest run, s", "CPU s"]
+    rows = []
+    for arm in results.arms:
+        own = [result for result in results if result.run.arm == arm]
+        final, tuning = ([r for r in own if r.run.tuning == flag] for flag in (False, True))
+        rates, tried = (
+            sorted({r.run.settings["rate"] for r in group if "rate" in r.run.settings})
+            for group in (final, tuning)
+        )
+        rows.append([
+            arm,
+            ", ".join(f"{rate:.3g}" for rate in rates) or "none",
+            ", ".join(f"{rate:.3g}" for rate in tried) or "none",
+            str(len({result.run.seed for result in final})),
+            str(sum(result.lost is not None for result in own)),
+            f"{max(result.seconds for result in own):.0f}",
+            f"{sum(result.cpu_seconds for result in own):.0f}",
+        ])  # fmt: skip
+    cpu = sum(result.cpu_seconds for result in results)
+    where = sorted({f"{result.processor}, torch {result.torch}" for result in results})
+    said = f"{len(results)} runs, {cpu / 3600:.2f} CPU hours, one thread each. {'; '.join(where)}\n"
+    lost = "".join(
+        f"\nLost: {r.run.arm}, seed {r.run.seed}{', tuning' if r.run.tuning else ''}, "
+        f"rate {r.run.settings.get('rate', 'none')}: {r.lost}.\n"
+        for r in results.lost
+    )
+    return f"## Runs\n\n{markdown(Table('Runs', header, rows))}\n{said}{lost}" if results else ""
+
+
+def leading(findings: Sequence[Finding]) -> list[tuple[str, str, Path]]:
+    """What the scoreboard begins with: caption, the study's name and the picture of each figure."""
+    ordered = sorted(
+        (finding for finding in findings if finding.study.name in FIRST),
+        key=lambda finding: FIRST.index(finding.study.name),
+    )
+    return [
+        (caption, finding.study.name, finding.picture(figure).relative_to(finding.study.root))
+        for finding in ordered
+        for figure, caption in finding.study.leads.items()
+        if figure in finding.figures
+    ]
+
+
+def first_screen(findings: Sequence[Finding]) -> str:
+    """The written part of the front page: the figure that leads, and the way to all others."""
+    figures = [f"![{text}]({path.as_posix()})\n\n{text}\n" for text, _, path in leading(findings)]
+    said = (
+        f"[The scoreboard]({SCOREBOARD.as_posix()}): claims about looped models, with verdicts. "
+        "Any line can be run again with one command, whose seconds stand beside it.\n"
+    )
+    return "\n".join([*figures[:1], said])
+
+
+def scoreboard(findings: Sequence[Finding]) -> str:
+    """The content of docs/scoreboard.md."""
+    lines = [
+        "# Scoreboard\n",
+        "Claims about looped language models, and what the experiments of this repository found. "
+        "Each rule was written before its run. This page is written from the stored results by "
+        "`openmythos reproduce`; `openmythos reproduce --check` recomputes it.\n",
+    ]
+    for caption, name, path in leading(findings):
+        page = f"../experiments/{name}/README.md"
+        lines.append(f"![{caption}](../{path.as_posix()})\n\n{caption} [{name}]({page})\n")
+    header = [
+        "claim",
+        "verdict",
+        "number",
+        "95 % interval",
+        "again: CPU seconds, command",
+        "figure",
+    ]
+    rows: list[Sequence[str]] = []
+    for finding in findings:
+        rows += _board_rows(finding)
+    lines.append(markdown(Table("Scoreboard", header, rows)))
+    lines.append(
+        "An interval is over seeds. CPU seconds are those of the whole experiment, tuning "
+        "included. `--again` deletes the stored results first, which git still has; without it, "
+        "nothing that is stored is done again."
+    )
+    return "\n".join(lines) + "\n"
+
+
+def _board_rows(finding: Finding) -> Iterator[Sequence[str]]:
+    study = finding.study
+    inside = study.folder.relative_to(study.root).as_posix()
+    seconds = f"{sum(result.cpu_seconds for result in finding.results):,.0f} s, "
+    again = f"`openmythos reproduce {study.name} --scale {study.page_scale} --again`"
+    for claim, verdict in finding.verdicts:
+        source = f"{claim.article}, [{study.name}](../{inside}/README.md)"
+        cells = [f"“{claim.quote}” {source}", f"**{NOT_YET}**", "", "", "", ""]
+        if verdict is not None:
+            picture = "" if verdict.figure is None else finding.picture(verdict.figure).name
+            path = f"../{inside}/results/{study.page_scale}/{picture}"
+            cells[1:] = [
+                f"**{verdict.decision}**. {verdict.sentence}",
+                "" if verdict.number is None else f"{verdict.number:.3g}",
+                _ends(verdict, ""),
+                seconds + again,
+                f"[{picture.removesuffix('.png')}]({path})" if picture else "",
+            ]
+        yield cells
+
+
+def markdown(table: Table) -> str:
+    """The table in Markdown."""
+    cells = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in table.rows]
+    lines = [list(table.header), ["---"] * len(table.header), *cells]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)

@@ -1,0 +1,1 @@
+"""Halting: what sets the number of loops, and whether it follows the difficulty."""

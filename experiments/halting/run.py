@@ -1,0 +1,90 @@
+"""Experiment 5: python -m experiments.halting.run --scale small"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from experiments.claim import Conclusion
+from experiments.halting.arm import ARMS, MOST_LOOPS, RATES, TRAINED_HOPS
+from experiments.run_store import Results, Run
+from experiments.study import Study, main
+from experiments.tuning import tuned
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+SEEDS = (0, 1, 2)
+HOPS = (*TRAINED_HOPS, 10, 12)
+SMOKE = (*dict.fromkeys(arm.tuned_as for arm in ARMS.values()), "act_variable_2")  # one per kind
+SIZES = {"smoke": (2, 8), "small": (1000, 512), "full": (3000, 2048)}  # steps, walks per length
+
+
+class Halting(Study):
+    """See README.md."""
+
+    number = 5
+    title = "What sets the number of loops?"
+    scales = ("smoke", "small", "full")
+
+    def runs(self, scale: str, done: Results) -> Sequence[Run]:
+        """Tuning of one arm per kind, then every arm at its kind's rate."""
+        steps, walks = SIZES[scale]
+        settings = {name: arm.settings(steps, walks) for name, arm in ARMS.items()}
+        if scale == "smoke":
+            return [Run(name, 0, {**settings[name], "rate": 1.0}) for name in SMOKE]
+        found: list[Run] = []
+        for head in dict.fromkeys(arm.tuned_as for arm in ARMS.values()):
+            choice = tuned(done, head, settings[head], RATES, lambda r: r.data["learnt"])
+            found += choice.runs
+            if choice.rate is not None:
+                found += [
+                    Run(name, seed, {**settings[name], "rate": choice.rate})
+                    for name, arm in ARMS.items()
+                    for seed in SEEDS
+                    if arm.tuned_as == head
+                ]
+        return found
+
+    def measure(self, run: Run, scale: str, out: Path) -> Mapping[str, Any]:
+        """Train on walks, then follow the head and every exit rule."""
+        from experiments.halting.exits import record
+        from openmythos.train.metrics import read_metrics
+        from openmythos.train.run import set_up
+        from openmythos.train.task import HopsTask
+
+        arm, settings = ARMS[run.arm], run.settings
+        config = arm.config(run.seed, settings["rate"], settings["steps"])
+        trained = set_up(config, out / "model")
+        if trained.train().interrupted:
+            raise KeyboardInterrupt
+        assert isinstance(trained.task, HopsTask)
+        found = record(trained.model, trained.task.walks, HOPS, settings["walks"], MOST_LOOPS)
+        rows = [r for r in read_metrics(out / "model" / "metrics.jsonl") if r["kind"] == "train"]
+        stages: dict[str, int] = {}
+        for row in rows:
+            stages.setdefault(str(int(row["stage"])), int(row["step"]))
+        loops = trained.model.config.num_loops
+        # A model that steps exactly answers shorter walks at other numbers of loops.
+        learnt = TRAINED_HOPS[-1:] if arm.longest_only else TRAINED_HOPS
+        right = [found["calibration"][str(n)][loops - 1] for n in learnt]
+        return {**found, "stages": stages, "learnt": sum(right) / len(right)}
+
+    def conclude(self, results: Results) -> Conclusion:
+        """One verdict per claim, the tables and the figures' data."""
+        from experiments.halting.conclude import VERDICTS
+        from experiments.halting.table import figures, tables
+
+        verdicts = [VERDICTS[name](claim, results) for name, claim in self.claims.items()]
+        return Conclusion(verdicts=verdicts, tables=tables(results), figures=figures(results))
+
+    def draw(self, conclusion: Conclusion) -> "Mapping[str, Figure]":
+        """The four pictures."""
+        from experiments.halting.picture import draw
+
+        return draw(conclusion.figures)
+
+
+STUDY = Halting()
+
+if __name__ == "__main__":
+    main(STUDY)

@@ -1,0 +1,75 @@
+from dataclasses import replace
+
+import pytest
+import torch
+
+from openmythos.analysis.pairs import Pairs, text_pairs, walk_pairs
+from openmythos.data.synthetic import HopsConfig, Walks
+from tests.strategies import unchecked
+
+WALKS = Walks(HopsConfig())
+
+
+def test_walks_differ_in_one_column_and_their_answers_are_right() -> None:
+    pairs = walk_pairs(WALKS, 4, num_examples=64, seed=3)
+    assert pairs.columns == ("start", "relation 1", "relation 2", "relation 3")
+    assert len(pairs) == 64
+    for column, texts in enumerate(pairs.corrupted):
+        changed = texts != pairs.tokens
+        assert bool(changed[:, column].all())
+        assert int(changed.sum()) == 64
+        reached = torch.from_numpy(WALKS.entities_along(texts.numpy())[:, -1])
+        assert torch.equal(pairs.counterfactual_answers[column], reached)
+        assert torch.equal(pairs.counted[column], reached != pairs.answers)
+        is_entity = texts[:, 0] < 16
+        assert bool(is_entity.all()) and bool((texts[:, 1:] >= 16).all())
+    assert bool(pairs.counted[0].all()), "relations are permutations: another start, another answer"
+    assert torch.equal(pairs.tokens, WALKS.held_out_batch(4, 64, 3).tokens)
+
+
+def test_text_is_corrupted_by_distance() -> None:
+    corpus = torch.arange(1000)  # every token says where it stands
+    pairs = text_pairs(corpus, length=7, num_examples=50, seed=1)
+    assert pairs.columns == ("1", "2-3", "4-6")
+    assert torch.equal(pairs.answers, pairs.tokens[:, -1] + 1)
+    changed = (pairs.corrupted != pairs.tokens).any(dim=1)
+    assert changed.tolist() == [
+        [False, False, False, False, False, True, False],
+        [False, False, False, True, True, False, False],
+        [True, True, True, False, False, False, False],
+    ]
+    assert bool(((pairs.corrupted >= 0) & (pairs.corrupted < 1000)).all())
+    again = text_pairs(corpus, length=7, num_examples=50, seed=1)
+    assert torch.equal(pairs.corrupted, again.corrupted)
+
+
+def test_text_whose_counterfactual_answer_is_the_answer_does_not_count() -> None:
+    pairs = text_pairs(torch.tensor([5, 5, 5, 6] * 20), length=4, num_examples=200)
+    same_answer = pairs.counterfactual_answers == pairs.answers
+    same_text = (pairs.corrupted == pairs.tokens).all(dim=-1)
+    assert bool(same_answer.any()) and bool(same_text.any())
+    assert torch.equal(pairs.counted, ~(same_answer | same_text))
+
+
+def test_batches_are_the_pairs_in_order() -> None:
+    pairs = walk_pairs(WALKS, 3, num_examples=10)
+    parts = list(pairs.batches(4))
+    assert [len(part) for part in parts] == [4, 4, 2]
+    for name, dim in {"tokens": 0, "corrupted": 1, "answers": 0, "counted": 1}.items():
+        assert torch.equal(torch.cat([getattr(p, name) for p in parts], dim), getattr(pairs, name))
+    assert parts[0].to(torch.device("cpu")).columns == pairs.columns
+
+
+def test_bad_input_is_named() -> None:
+    pairs = walk_pairs(WALKS, 3, num_examples=4)
+    with pytest.raises(ValueError, match="batch_size is 0"):
+        next(pairs.batches(0))
+    with pytest.raises(ValueError, match="the last token is corrupted"):
+        replace(pairs, corrupted=pairs.corrupted.flip(-1))
+    with unchecked(), pytest.raises(ValueError, match=r"counted has shape \(2, 4\)"):
+        replace(pairs, counted=pairs.counted[:2])
+    with pytest.raises(ValueError, match="num_relations is 1"):
+        walk_pairs(Walks(HopsConfig(num_relations=1)), 2)
+    with pytest.raises(ValueError, match="length is 8"):
+        text_pairs(torch.arange(8), length=8)
+    assert isinstance(text_pairs(torch.arange(9), length=8), Pairs)

@@ -55,10 +55,10 @@ class DepthDial(Study):
 
         trained = train(run, out)
         model, size = trained.model, run.settings["walks"]
-        walks, loops = trained.task.walks, ARMS[run.arm].check_loops
+        walks = trained.task.walks
         by_step = _by_step(trained, out, run)
         found: dict[str, Any] = {
-            "progress": _progress(trained, loops, size),
+            "progress": lengths_learnt(trained, size),
             "by_step": by_step["accuracy"],
             "leaks": grid.leaks(walks),
         }
@@ -108,11 +108,12 @@ def _score(result: Result) -> float:
     return float(result.data["progress"])
 
 
-def _progress(trained: "Training", loops: int, size: int) -> float:
+def lengths_learnt(trained: "Training", size: int) -> float:
     """Lengths that the curriculum has passed, plus the accuracy on the current one, held out."""
     from openmythos.train.validation import hops_accuracy
 
     walks, stage = trained.task.walks, trained.task.curriculum.stage
+    loops = trained.config.data.check_loops
     accuracy = hops_accuracy(trained.model, walks, stage, loops, size, seed=2)
     return round(stage - 1 + accuracy, 4)
 

@@ -20,7 +20,7 @@ from experiments.run_store import Result, Results, Run
 from openmythos.config import counts
 from openmythos.data.synthetic import HopsConfig, Walks
 from openmythos.engine.reference import generate
-from openmythos.train.validation import hops_right
+from openmythos.train.validation import puzzle_right
 from tests.strategies import random_model, small_config
 
 WRITTEN = Walks(HopsConfig(num_entities=2, num_relations=2, max_train_hops=3, written_out=True))
@@ -39,7 +39,7 @@ def test_a_model_reads_what_it_has_written() -> None:
     assert chains.tolist() == generate(model, questions, max_new_tokens=3, num_loops=2).tokens
     passed = torch.from_numpy(ASKED.entities_along(questions.numpy()))[:, 1:]
     whole = (chains == passed).all(dim=1)
-    assert torch.equal(whole, hops_right(model, WRITTEN, 3, 2, 32, 1))
+    assert torch.equal(whole, puzzle_right(model, WRITTEN, 3, 2, 32, 1))
 
 
 def test_an_entity_stands_at_the_position_of_its_relation() -> None:
@@ -49,7 +49,7 @@ def test_an_entity_stands_at_the_position_of_its_relation() -> None:
     batch = WRITTEN.held_out_batch(4, 64, seed=1)
     assert batch.positions[0].tolist() == [0, 1, 2, 3, 4, 1, 2, 3]
     whole = (chains == batch.targets[:, 4:]).all(dim=1)
-    assert torch.equal(whole, hops_right(model, WRITTEN, 4, 2, 64, 1))
+    assert torch.equal(whole, puzzle_right(model, WRITTEN, 4, 2, 64, 1))
 
 
 def test_silent_answers_after_every_loop() -> None:

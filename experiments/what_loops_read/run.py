@@ -61,7 +61,7 @@ class WhatLoopsRead(Study):
         if ARMS[run.arm].trained:
             found["progress"] = lengths_learnt(trained, size)
         if not run.tuning:
-            found |= measure(run.arm, trained.model, trained.task.walks, size)
+            found |= measure(run.arm, trained.model, trained.task.puzzle, size)
         return found
 
     def _trained(self, run: Run, scale: str, out: Path) -> "Training":

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 
+from experiments.chain_of_thought import run as study
 from experiments.chain_of_thought.answer import in_writing, record, silently
 from experiments.chain_of_thought.arm import ARMS, LOOP, SILENT, STACK, SUMS, WALKS
 from experiments.chain_of_thought.conclude import (
@@ -150,9 +151,10 @@ def test_a_loop_is_a_step() -> None:
         )
 
     assert verdict(1.0, 0.8, silent=10, written=12) == "holds"
-    assert verdict(2.0, 0.8, silent=10, written=12) == "in part"
-    assert verdict(2.0, 0.1, silent=10, written=10) == "in part"
-    assert verdict(2.0, 0.1, silent=10, written=16) == "fails"
+    assert verdict(2.0, 0.8, silent=10, written=12) == "holds"
+    assert verdict(2.0, 0.1, silent=10, written=12) == "in part"
+    assert verdict(0.5, 0.8, silent=8, written=16) == "in part"
+    assert verdict(0.5, 0.1, silent=8, written=16) == "fails"
     assert verdict(2.0, 0.1, silent=2, written=16) == "no result"
     assert decided("a-loop-is-a-step-of-thought") == "no result"
 
@@ -199,7 +201,8 @@ def test_arms_are_runs_of_their_own() -> None:
 
 
 def test_runs_of_a_few_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(SIZES, "smoke", (2, 4))
+    monkeypatch.setitem(SIZES, "smoke", (1, 2))
+    monkeypatch.setattr(study, "MOST_LOOPS", 3)
     done = {}
     for run in STUDY.runs("smoke", Results()):
         if run.arm in ("silent", "stack_writes"):

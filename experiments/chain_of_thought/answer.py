@@ -12,7 +12,7 @@ from openmythos.data.synthetic import Walks
 from openmythos.model.inference import inference
 from openmythos.model.loop import readout, start_loops, unroll
 from openmythos.model.recurrent import RecurrentDepthLM
-from openmythos.train.validation import hops_accuracy
+from openmythos.train.validation import puzzle_accuracy
 
 TEST, CALIBRATION = 1, 2  # seeds of held-out walks: those that are reported, those that tune
 
@@ -59,7 +59,7 @@ def record(
     longest, loops = walks.config.max_train_hops, model.config.num_loops
     found: dict[str, Any] = {
         "leaks": {str(n): walks.leak_baselines(n) for n in hops},
-        "learnt": hops_accuracy(model, walks, longest, loops, count, CALIBRATION),
+        "learnt": puzzle_accuracy(model, walks, longest, loops, count, CALIBRATION),
     }
     if not walks.config.written_out:
         said = {n: silently(model, walks, n, count, TEST, most) for n in hops}

@@ -49,15 +49,15 @@ class ChainOfThought(Study):
         """Train, then let the model answer."""
         from experiments.chain_of_thought.answer import record
         from openmythos.train.run import set_up
-        from openmythos.train.task import HopsTask
+        from openmythos.train.task import PuzzleTask
 
         settings = run.settings
         config = ARMS[run.arm].config(run.seed, settings["rate"], settings["steps"])
         trained = set_up(config, out / "model")
         if trained.train().interrupted:
             raise KeyboardInterrupt
-        assert isinstance(trained.task, HopsTask)
-        return record(trained.model, trained.task.walks, HOPS, settings["walks"], MOST_LOOPS)
+        assert isinstance(trained.task, PuzzleTask)
+        return record(trained.model, trained.task.puzzle, HOPS, settings["walks"], MOST_LOOPS)
 
     def conclude(self, results: Results) -> Conclusion:
         """One verdict per claim, the tables and the figures' data."""

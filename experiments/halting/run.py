@@ -50,15 +50,15 @@ class Halting(Study):
         from experiments.halting.exits import record
         from openmythos.train.metrics import read_metrics
         from openmythos.train.run import set_up
-        from openmythos.train.task import HopsTask
+        from openmythos.train.task import PuzzleTask
 
         arm, settings = ARMS[run.arm], run.settings
         config = arm.config(run.seed, settings["rate"], settings["steps"])
         trained = set_up(config, out / "model")
         if trained.train().interrupted:
             raise KeyboardInterrupt
-        assert isinstance(trained.task, HopsTask)
-        found = record(trained.model, trained.task.walks, HOPS, settings["walks"], MOST_LOOPS)
+        assert isinstance(trained.task, PuzzleTask)
+        found = record(trained.model, trained.task.puzzle, HOPS, settings["walks"], MOST_LOOPS)
         rows = [r for r in read_metrics(out / "model" / "metrics.jsonl") if r["kind"] == "train"]
         stages: dict[str, int] = {}
         for row in rows:

@@ -19,7 +19,8 @@ SEQ_LEN = 256
 MEAN_CONTEXT = (SEQ_LEN + 1) // 2  # tokens that a token of a row attends to on average
 DEMO = text_config(0, 1.0)
 TRAINED_LOOPS = DEMO.model.num_loops  # the mean of what training draws
-GRAD_LOOPS = DEMO.train.depth.mean_backprop_depth  # last loops with gradients
+# The demo's gradients end at the last loop, to save time. Here every loop is trained.
+DEPTH = replace(DEMO.train.depth, mean_backprop_depth=None)
 EXPERTS = MoEConfig(num_experts=8, num_experts_per_token=2, d_expert=8)
 
 
@@ -39,8 +40,8 @@ def model_of(arm: str) -> ModelConfig:
         return baseline(looped, match="parameters").config
     if arm == "stack_test_flops":
         return baseline(looped, match="flops", context_length=MEAN_CONTEXT).config
-    # Plain training costs three forwards, so the target is a third of the looped model's.
-    near = baseline(replace(looped, num_loops=2), match="flops", context_length=MEAN_CONTEXT).config
+    as_deep = replace(looped, num_loops=round(mean_loops()))
+    near = baseline(as_deep, match="flops", context_length=MEAN_CONTEXT).config
     widths = range(8, 1281, 8)
     return _of_width(
         [replace(near, feed_forward=near.feed_forward.with_width(w)) for w in widths],
@@ -56,7 +57,6 @@ def size_of(arm: str) -> Size:
         config=model_of(arm),
         training_loops=mean_loops() if looped else 1.0,
         test_loops=TRAINED_LOOPS if looped else 1,
-        grad_loops=GRAD_LOOPS if looped else None,
     )
 
 
@@ -65,7 +65,7 @@ def mean_loops() -> float:
     """Mean number of loops of a training step, the ramp included."""
     steps = 2000
     drawn = [
-        DEMO.train.depth.sample(seed=0, step=step, progress=step / steps, batch_size=1)[0]
+        DEPTH.sample(seed=0, step=step, progress=step / steps, batch_size=1)[0]
         for step in range(steps)
     ]
     return float(sum(int(depth) for depth in drawn)) / steps
@@ -77,15 +77,11 @@ def test_flops(config: ModelConfig) -> float:
 
 
 def training_flops(config: ModelConfig, loops: float) -> float:
-    """Of a training step, per token, at a mean number of loops with truncated gradients."""
-    low = GRAD_LOOPS or 1
-    less, more = (
-        counts.training_flops(
-            config, num_loops=n, grad_loops=GRAD_LOOPS, context_length=MEAN_CONTEXT
-        )
-        for n in (low, low + 1)
+    """Of a training step, per token, at a mean number of loops."""
+    one, two = (
+        counts.training_flops(config, num_loops=n, context_length=MEAN_CONTEXT) for n in (1, 2)
     )
-    return less + (loops - low) * (more - less)
+    return one + (loops - 1) * (two - one)
 
 
 def run_config(arm: str, seed: int, settings: Mapping[str, Any], source: str) -> RunConfig:
@@ -106,7 +102,7 @@ def run_config(arm: str, seed: int, settings: Mapping[str, Any], source: str) ->
         max_steps=settings["steps"],
         batch_size=settings["batch_size"],
         optimizer=optimizer,
-        depth=plain if arm in STACKS else train.depth,
+        depth=plain if arm in STACKS else DEPTH,
         log_every=5,
         save_every=50,
         keep_checkpoints=1,

@@ -34,25 +34,18 @@ NAMES = {
 def bits_by_loops(data: Mapping[str, Any]) -> Figure:
     """Held-out loss over loops with its seeds and both laws, the plain stacks as lines."""
     with styled():
-        figure = figure_of(7.6, 3.6)
+        figure = figure_of(7.6, 4.0)
         wide, near = figure.subplots(1, 2, width_ratios=(1.25, 1))
-        figure.subplots_adjust(0.075, 0.14, 0.985, 0.9, wspace=0.24)
+        figure.subplots_adjust(0.085, 0.24, 0.985, 0.91, wspace=0.26)
         for arm, colour in (("loop", BLUE), ("loop_moe", ORANGE)):
             loops, bits = _points(data["loops"][arm])
-            if loops:
-                wide.plot(loops, bits, color=colour, marker="o", markersize=3.5, zorder=3)
-                wide.annotate(
-                    NAMES[arm], (loops[-1], bits[-1]), (0, 5), color=colour, ha="right",
-                    textcoords="offset points", fontsize=8.5,
-                )  # fmt: skip
+            wide.plot(loops, bits, color=colour, marker="o", markersize=3.5, label=NAMES[arm])
         styles: Sequence[Any] = ("-", (0, (4, 2)), (0, (1, 1.5)))
         for (arm, height), dashes in zip(data["stacks"].items(), styles, strict=True):
             if height is not None:
-                wide.axhline(height, color=MUTED, linewidth=1.2, linestyle=dashes)
-                wide.annotate(
-                    NAMES[arm], (0.985, height), (0, 2), color=INK, ha="right", fontsize=7.5,
-                    xycoords=("axes fraction", "data"), textcoords="offset points",
-                )  # fmt: skip
+                style: dict[str, Any] = {"color": INK, "linewidth": 1.2, "linestyle": dashes}
+                wide.axhline(height, label=NAMES[arm], **style)
+        figure.legend(loc="lower center", ncols=3, frameon=False, fontsize=8.5)
         wide.set_xscale("log", base=2)
         wide.set_xticks([1, 2, 4, 8, 16, 32], ["1", "2", "4", "8", "16", "32"])
         wide.set_title("Held-out bits per byte")
@@ -85,14 +78,14 @@ def surprisal(data: Mapping[str, Any]) -> Figure:
     with styled():
         figure = figure_of(6.4, 2.9)
         panels = figure.subplots(1, 2)
-        figure.subplots_adjust(0.08, 0.17, 0.985, 0.88, wspace=0.26)
+        figure.subplots_adjust(0.06, 0.17, 0.985, 0.88, wspace=0.26)
         titles = ("Loops that the rule takes", "Bits gained from 1 to 4 loops")
         for axes, name, title in zip(panels, ("loops", "bits_gained"), titles, strict=True):
             places = range(1, 1 + len(data[name]))
             axes.bar(places, data[name], color=BLUE, width=0.62)
             axes.axhline(0, color=MUTED, linewidth=0.8)
             axes.set_title(title)
-            axes.set_xlabel("fifth of the tokens: easy to hard for a bigram model")
+            axes.set_xlabel("fifths of the tokens, easy to hard")
             axes.set_xticks(list(places))
     return figure
 

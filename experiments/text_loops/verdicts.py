@@ -223,7 +223,7 @@ def last_loop_cache(claim: Claim, seeds: Sequence[Result]) -> Verdict:
         decision = "holds" if found.mean <= limits["holds_below"] else "in part"
     said = (
         f"A cache of the last loop costs {found.mean:+.4f} bits per byte at {TRAINED_LOOPS} loops, "
-        f"and a {TRAINED_LOOPS}th of the core's cache."
+        f"where it is 1/{TRAINED_LOOPS} of the core's cache."
     )
     return verdict(claim.name, decision, said, found)
 

@@ -304,7 +304,7 @@ def test_tuning_comes_first_and_then_three_seeds_of_every_arm() -> None:
 
 def test_a_run_of_a_few_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(exits, "RULES", RULES[:2])
-    monkeypatch.setitem(SIZES, "smoke", (2, 4))
+    monkeypatch.setitem(SIZES, "smoke", (1, 2))
     run = next(run for run in STUDY.runs("smoke", Results()) if run.arm == "act_variable_2")
     data = STUDY.measure(run, "smoke", tmp_path)
     assert data["stages"] == {"1": 1} and 0 <= data["learnt"] <= 1

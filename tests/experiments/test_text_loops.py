@@ -65,8 +65,9 @@ def test_rates_are_scaled_together() -> None:
     train = arm.run_config(arm.LOOP, 7, settings, "docs").train
     assert (train.optimizer.muon_lr, train.optimizer.lr) == (2 * RATES[1], 2 * demo.lr)
     assert train.optimizer.embedding_lr == 2 * demo.embedding_lr
-    assert (train.max_steps, train.max_seconds, train.seed) == (160, None, 7)
-    assert train.depth == arm.DEMO.train.depth
+    assert (train.max_steps, train.max_seconds, train.seed) == (480, None, 7)
+    assert train.depth.mean_backprop_depth is None
+    assert train.depth.sampling == arm.DEMO.train.depth.sampling
     plain = arm.run_config(arm.STACKS[0], 7, settings, "docs")
     assert plain.train.depth.sampling.mean_recurrence == plain.model.num_loops == 1
 

@@ -59,7 +59,7 @@ class DepthDial(Study):
 
         trained = train(run, out)
         model, size = trained.model, run.settings["walks"]
-        walks, loops = trained.task.walks, ARMS[run.arm].check_loops
+        walks, loops = trained.task.puzzle, ARMS[run.arm].check_loops
         by_step = _by_step(trained, out, run)
         found: dict[str, Any] = {
             "progress": _progress(trained, loops, size),
@@ -114,10 +114,10 @@ def _score(result: Result) -> float:
 
 def _progress(trained: "Training", loops: int, size: int) -> float:
     """Lengths that the curriculum has passed, plus the accuracy on the current one, held out."""
-    from openmythos.train.validation import hops_accuracy
+    from openmythos.train.validation import puzzle_accuracy
 
-    walks, stage = trained.task.walks, trained.task.curriculum.stage
-    accuracy = hops_accuracy(trained.model, walks, stage, loops, size, seed=2)
+    walks, stage = trained.task.puzzle, trained.task.curriculum.stage
+    accuracy = puzzle_accuracy(trained.model, walks, stage, loops, size, seed=2)
     return round(stage - 1 + accuracy, 4)
 
 
@@ -129,9 +129,9 @@ def _by_step(trained: "Training", out: Path, run: Run) -> dict[str, Any]:
     from experiments.depth_dial import grid
     from openmythos.folder import remove_folder, write_json
     from openmythos.interop.loading import load_pretrained
-    from openmythos.train.validation import hops_accuracy
+    from openmythos.train.validation import puzzle_accuracy
 
-    path, walks = out / BY_STEP, trained.task.walks
+    path, walks = out / BY_STEP, trained.task.puzzle
     loops, size = ARMS[run.arm].check_loops, run.settings["walks"]
     checkpoints = trained.folder.checkpoints()
     steps = {path: int(path.name.rpartition("-")[2]) for path in checkpoints}
@@ -141,7 +141,7 @@ def _by_step(trained: "Training", out: Path, run: Run) -> dict[str, Any]:
             if step % SAVE_EVERY and step != max(steps.values()):
                 continue  # written by a stop in between
             model = load_pretrained(checkpoint)
-            accuracy = hops_accuracy(model, walks, TRAINED_HOPS, loops, size, seed=3)
+            accuracy = puzzle_accuracy(model, walks, TRAINED_HOPS, loops, size, seed=3)
             found["accuracy"].append([step, round(accuracy, 4)])
             if accuracy >= EQUAL_ACCURACY and found["equal_accuracy"] is None:
                 early = grid.grid(model, walks, loops_of(run), size)

@@ -26,7 +26,7 @@ from openmythos.config import counts
 from openmythos.data.synthetic import HopsConfig, Walks
 from openmythos.model.exit import ArgmaxStableExit
 from openmythos.model.recurrent import RecurrentDepthLM
-from openmythos.train.validation import hops_right
+from openmythos.train.validation import puzzle_right
 from tests.strategies import random_model
 from tests.train.examples import small_walks, tiny_model
 
@@ -185,7 +185,7 @@ def test_every_loop_is_read_out_as_a_forward_would() -> None:
     batch = walks.held_out_batch(4, 32, seed=1)
     one = path(model, batch, 5)
     for loops in (1, 3, 5):
-        right = hops_right(model, walks, 4, loops, 32, seed=1)
+        right = puzzle_right(model, walks, 4, loops, 32, seed=1)
         assert torch.equal(one.right[loops - 1], right)
     taken = loops_taken(ArgmaxStableExit(patience=1), one)
     tokens = one.logits.argmax(dim=-1)

@@ -200,7 +200,7 @@ def test_a_run_owns_its_data(
     examples.run(changed(config, save_every=4), run)
     assert contents(run / "data") == before
     examples.assert_equal_runs(tmp_path / "whole", run)
-    assert held_out(checkpoint_folder(run), [1], None, 4, None, 1, "cpu")  # what `eval` does
+    assert held_out(checkpoint_folder(run), run, [1], 4, None, 1, "cpu")  # what `eval` does
 
 
 def contents(folder: Path) -> dict[Path, tuple[int, bytes]]:

@@ -33,7 +33,7 @@ from openmythos.folder import write_json
 
 WORDS = ("the", "loop", "returns", "a", "list", "of", "names", "given", "to", "function", "value")
 NEAR = 1e-3  # two tokens that are nearly as likely: sums in another order may decide between them
-LONG = 400  # tokens of an answer that nobody waits for: it fits into the context of the small models
+LONG = 400  # tokens of an answer that nobody waits for; it fits into a small context
 POLL = 0.02  # seconds between two looks at /metrics, which take some milliseconds each
 SEEN = ("seconds_until_idle", "seconds_until_free")
 GROWTH = 0.02  # of memory over the second half of the requests

@@ -41,7 +41,6 @@ class Study(abc.ABC):
         page_scale: The one whose results decide.
         fresh_seeds: Seeds that the page's scale does not use. The scale "fresh" does its runs with
             these, at the rates that it chose, and the page says whether the verdicts are the same.
-        leads: Of the figures those that lead the scoreboard, each with what it shows.
     """
 
     number: ClassVar[int]
@@ -49,7 +48,6 @@ class Study(abc.ABC):
     scales: ClassVar[tuple[Scale, ...]] = ("smoke", "small")
     page_scale: ClassVar[Scale] = "small"
     fresh_seeds: ClassVar[tuple[int, ...]] = ()
-    leads: ClassVar[Mapping[str, str]] = {}
 
     def __init__(self, folder: Path | None = None) -> None:
         self.folder = folder or Path(inspect.getfile(type(self))).parent

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from experiments.claim import Conclusion
-from experiments.filmstrip import filmstrip
 from experiments.what_loops_read.arms import ARMS
+from experiments.what_loops_read.filmstrip import filmstrip
 from openmythos.analysis.picture import (
     CELL,
     INK,

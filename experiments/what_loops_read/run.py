@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from experiments.claim import Conclusion
 from experiments.depth_dial.run import STUDY as DIAL
@@ -27,10 +27,6 @@ class WhatLoopsRead(Study):
 
     number = 2
     title = "What each loop reads"
-    leads: ClassVar[Mapping[str, str]] = {
-        "growing_map": "What each loop reads, as the same weights run loop after loop, and a stack "
-        "of layers of their own: how much of the answer moves when a token is corrupted then."
-    }
 
     def runs(self, scale: str, done: Results) -> Sequence[Run]:
         """See ``Study``; none before the depth dial is complete, whose models are read."""

@@ -194,7 +194,7 @@ def _ends(verdict: Verdict, before: str) -> str:
 
 def _runs(runs: Sequence[Run], results: Results) -> str:
     """Rates, seeds, seconds and what was lost, by arm."""
-    header = ["arm", "rate", "rates tried", "seeds", "lost", "longest run, s", "CPU s"]
+    header = ["arm", "rate", "rates tried", "seeds", "lost", "longest run, CPU s", "CPU s"]
     rows = []
     for arm in results.arms:
         own = [result for result in results if result.run.arm == arm]
@@ -209,7 +209,7 @@ def _runs(runs: Sequence[Run], results: Results) -> str:
             ", ".join(f"{rate:.3g}" for rate in tried) or "none",
             str(len({result.run.seed for result in final})),
             str(sum(result.lost is not None for result in own)),
-            f"{max(result.seconds for result in own):.0f}",
+            f"{max(result.cpu_seconds for result in own):.0f}",
             f"{sum(result.cpu_seconds for result in own):.0f}",
         ])  # fmt: skip
     cpu = sum(result.cpu_seconds for result in results)

@@ -59,10 +59,10 @@ class DepthDial(Study):
 
         trained = train(run, out)
         model, size = trained.model, run.settings["walks"]
-        walks, loops = trained.task.puzzle, ARMS[run.arm].check_loops
+        walks = trained.task.puzzle
         by_step = _by_step(trained, out, run)
         found: dict[str, Any] = {
-            "progress": _progress(trained, loops, size),
+            "progress": lengths_learnt(trained, size),
             "by_step": by_step["accuracy"],
             "leaks": grid.leaks(walks),
         }
@@ -112,11 +112,12 @@ def _score(result: Result) -> float:
     return float(result.data["progress"])
 
 
-def _progress(trained: "Training", loops: int, size: int) -> float:
+def lengths_learnt(trained: "Training", size: int) -> float:
     """Lengths that the curriculum has passed, plus the accuracy on the current one, held out."""
     from openmythos.train.validation import puzzle_accuracy
 
     walks, stage = trained.task.puzzle, trained.task.curriculum.stage
+    loops = trained.config.data.check_loops
     accuracy = puzzle_accuracy(trained.model, walks, stage, loops, size, seed=2)
     return round(stage - 1 + accuracy, 4)
 

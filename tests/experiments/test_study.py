@@ -119,7 +119,7 @@ def test_rates_are_tuned_and_pages_written(planted: Inside, tmp_path: Path) -> N
     page = (planted.folder / "README.md").read_text()
     assert "**Holds.** By so much. The number that decides: 0.4," in page
     assert "> Good wins." in page and page.endswith("\nafter\n")
-    assert "| poor | 10 | 0.01, 0.1, 1, 10 | 3 | 0 | 1 | 14 |" in page
+    assert "| poor | 10 | 0.01, 0.1, 1, 10 | 3 | 0 | 2 | 14 |" in page
     assert "| **holds**. By so much. | 0.4 |" in (tmp_path / "docs" / "scoreboard.md").read_text()
     assert check.complaints([planted], tmp_path) == []
 

@@ -21,7 +21,22 @@ BEGIN = "<!-- From here on written by `openmythos reproduce`. -->"
 END = "<!-- To here. -->"
 SCOREBOARD = Path("docs", "scoreboard.md")
 FRONT = Path("README.md")
-FIRST = ("what_loops_read", "depth_dial", "wins_and_losses")  # whose figures come first
+# The figures that the scoreboard begins with, by study and name, and what each shows; the first is
+# on the front page, too.
+LEADS = {
+    (
+        "what_loops_read",
+        "growing_map",
+    ): "What each loop reads: the same weights run again, on walks "
+    "longer than any in training, and the map grows by a row. Below, other models.",
+    (
+        "depth_dial",
+        "stepping_and_holding",
+    ): "Accuracy by hops and loops: a diagonal is a model that "
+    "steps, a plateau one that holds. Below the line, walks longer than any in training.",
+    ("wins_and_losses", "wins_and_losses"): "Loops against plain stacks of equal parameters and of "
+    "equal FLOPs, puzzle by puzzle.",
+}
 DIGEST = "Data"  # the key of a figure's digest in its PNG file
 
 
@@ -224,17 +239,21 @@ def _runs(runs: Sequence[Run], results: Results) -> str:
 
 
 def leading(findings: Sequence[Finding]) -> list[tuple[str, str, Path]]:
-    """What the scoreboard begins with: caption, the study's name and the picture of each figure."""
-    ordered = sorted(
-        (finding for finding in findings if finding.study.name in FIRST),
-        key=lambda finding: FIRST.index(finding.study.name),
-    )
-    return [
-        (caption, finding.study.name, finding.picture(figure).relative_to(finding.study.root))
-        for finding in ordered
-        for figure, caption in finding.study.leads.items()
-        if figure in finding.figures
-    ]
+    """What the scoreboard begins with: caption, the study's name and the picture of each figure.
+
+    Raises:
+        ValueError: A study that is concluded has no such figure.
+    """
+    by_name = {finding.study.name: finding for finding in findings}
+    found = []
+    for (name, figure), caption in LEADS.items():
+        finding = by_name.get(name)
+        if finding is None or finding.conclusion is None:
+            continue
+        if figure not in finding.figures:
+            raise ValueError(f"{name} has no figure {figure}, which should lead the scoreboard")
+        found.append((caption, name, finding.picture(figure).relative_to(finding.study.root)))
+    return found
 
 
 def first_screen(findings: Sequence[Finding]) -> str:
@@ -288,13 +307,13 @@ def _board_rows(finding: Finding) -> Iterator[Sequence[str]]:
         cells = [f"“{claim.quote}” {source}", f"**{NOT_YET}**", "", "", "", ""]
         if verdict is not None:
             picture = "" if verdict.figure is None else finding.picture(verdict.figure).name
-            path = f"../{inside}/results/{study.page_scale}/{picture}"
+            data = f"../{inside}/results/{study.page_scale}"
             cells[1:] = [
                 f"**{verdict.decision}**. {verdict.sentence}",
-                "" if verdict.number is None else f"{verdict.number:.3g}",
+                "" if verdict.number is None else f"[{verdict.number:.3g}]({data})",
                 _ends(verdict, ""),
                 seconds + again,
-                f"[{picture.removesuffix('.png')}]({path})" if picture else "",
+                f"[{picture.removesuffix('.png')}]({data}/{picture})" if picture else "",
             ]
         yield cells
 

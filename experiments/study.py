@@ -39,14 +39,12 @@ class Study(abc.ABC):
         title: The question, in a few words.
         scales: Those that it has; of a scale that is not here nothing is run.
         page_scale: The one whose results decide.
-        leads: Of the figures those that lead the scoreboard, each with what it shows.
     """
 
     number: ClassVar[int]
     title: ClassVar[str]
     scales: ClassVar[tuple[Scale, ...]] = ("smoke", "small")
     page_scale: ClassVar[Scale] = "small"
-    leads: ClassVar[Mapping[str, str]] = {}
 
     def __init__(self, folder: Path | None = None) -> None:
         self.folder = folder or Path(inspect.getfile(type(self))).parent

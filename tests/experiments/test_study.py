@@ -120,7 +120,8 @@ def test_rates_are_tuned_and_pages_written(planted: Inside, tmp_path: Path) -> N
     assert "**Holds.** By so much. The number that decides: 0.4," in page
     assert "> Good wins." in page and page.endswith("\nafter\n")
     assert "| poor | 10 | 0.01, 0.1, 1, 10 | 3 | 0 | 2 | 14 |" in page
-    assert "| **holds**. By so much. | 0.4 |" in (tmp_path / "docs" / "scoreboard.md").read_text()
+    row = "| **holds**. By so much. | [0.4](../experiments/planted/results/small) |"
+    assert row in (tmp_path / "docs" / "scoreboard.md").read_text()
     assert check.complaints([planted], tmp_path) == []
 
 
@@ -192,8 +193,7 @@ def test_command_line(tmp_path: Path) -> None:
 def test_a_figure_leads_the_scoreboard_and_the_front_page(
     planted: Inside, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(board, "FIRST", ("planted",))
-    monkeypatch.setattr(Planted, "leads", {"accuracy": "Good beside poor."})
+    monkeypatch.setattr(board, "LEADS", {("planted", "accuracy"): "Good beside poor."})
     board.write_scoreboard(tmp_path)
     front, page = tmp_path / "README.md", tmp_path / "docs" / "scoreboard.md"
     assert (
@@ -211,6 +211,9 @@ def test_a_figure_leads_the_scoreboard_and_the_front_page(
     assert check.complaints([planted], tmp_path) == []
     front.write_text(front.read_text().replace("Good beside poor.", "Poor beside good."))
     assert [line.split()[0] for line in check.complaints([planted], tmp_path)] == ["README.md"]
+    monkeypatch.setattr(board, "LEADS", {("planted", "other"): "Nothing."})
+    with pytest.raises(ValueError, match="planted has no figure other"):
+        board.write_scoreboard(tmp_path)
 
 
 @pytest.mark.usefixtures("here")

@@ -58,6 +58,8 @@ class Finding:
         runs: The known runs of its page's scale.
         results: Of those that have ended.
         conclusion: None while a run is missing.
+        fresh: What seeds conclude that were not used; None while a run of theirs is missing.
+        fresh_results: Their results.
     """
 
     def __init__(self, study: Study) -> None:
@@ -67,6 +69,13 @@ class Finding:
         if self.runs and len(self.results) == len(self.runs):
             self.conclusion = study.conclude(self.results)
             require_verdicts(study, self.conclusion)
+        self.fresh: Conclusion | None = None
+        fresh_runs: list[Run] = []
+        self.fresh_results = Results()
+        if study.fresh_seeds:
+            fresh_runs, self.fresh_results = study.current("fresh")
+        if fresh_runs and len(self.fresh_results) == len(fresh_runs):
+            self.fresh = study.conclude(self.fresh_results)
 
     @property
     def verdicts(self) -> list[tuple[Claim, Verdict | None]]:
@@ -178,8 +187,29 @@ def section(finding: Finding) -> str:
         parts.append(f"![{name.replace('_', ' ')}]({path})\n\nData `{digest}`.\n")
     if finding.conclusion is not None:
         parts += [f"## {table.title}\n\n{markdown(table)}" for table in finding.conclusion.tables]
-    parts.append(_runs(finding.runs, finding.results))
+    parts += [_fresh(finding), _runs(finding.runs, finding.results)]
     return "\n".join(parts)
+
+
+def _fresh(finding: Finding) -> str:
+    """The verdicts of seeds that were not used, beside those of the page."""
+    if finding.fresh is None:
+        return ""
+    given = {verdict.claim: verdict for verdict in finding.fresh.verdicts}
+    rows = [
+        [claim.name, own.decision, given[claim.name].decision, given[claim.name].sentence]
+        for claim, own in finding.verdicts
+        if own is not None
+    ]
+    same = sum(row[1] == row[2] for row in rows)
+    seeds = ", ".join(map(str, finding.study.fresh_seeds))
+    cpu = sum(result.cpu_seconds for result in finding.fresh_results) / 3600
+    said = (
+        f"The same runs with seeds {seeds}, which nothing was chosen by: {same} of {len(rows)} "
+        f"verdicts are the same. {len(finding.fresh_results)} runs, {cpu:.2f} CPU hours.\n"
+    )
+    table = Table("Fresh", ["claim", "verdict", "with fresh seeds", "found with them"], rows)
+    return f"## Seeds that were not used\n\n{said}\n{markdown(table)}"
 
 
 def _claim(claim: Claim, verdict: Verdict | None) -> str:

@@ -29,6 +29,7 @@ class DepthDial(Study):
     """Experiment 1."""
 
     number = 1
+    fresh_seeds = (5, 6, 7)
     title = "The depth dial: more loops and longer walks than in training"
 
     def runs(self, scale: str, done: Results) -> Sequence[Run]:

@@ -126,6 +126,28 @@ def test_rates_are_tuned_and_pages_written(planted: Inside, tmp_path: Path) -> N
 
 
 @pytest.mark.usefixtures("here")
+def test_fresh_seeds_are_concluded_from_beside_the_others(
+    planted: Inside, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert planted.current("fresh")[0] == []  # the others come first
+    carry_out(planted, "small", tmp_path / "work")
+    carry_out(planted, "fresh", tmp_path / "work")
+    fresh = planted.store("fresh").read()
+    assert sorted((r.run.arm, r.run.seed) for r in fresh) == [
+        *(("good", seed) for seed in (3, 4)),
+        *(("poor", seed) for seed in (3, 4)),
+    ]
+    board.write_pages(planted)
+    page = (planted.folder / "README.md").read_text()
+    assert "with seeds 3, 4, which nothing was chosen by: 1 of 1 verdicts are the same." in page
+    assert "| wins | holds | holds | By so much. |" in page
+    assert check.complaints([planted], planted.root) == []
+    monkeypatch.setattr(Planted, "fresh_seeds", (2, 3))
+    with pytest.raises(ValueError, match="are used"):
+        planted.current("fresh")
+
+
+@pytest.mark.usefixtures("here")
 def test_one_altered_number_fails_the_check_or_flips_a_verdict(
     planted: Inside, tmp_path: Path
 ) -> None:
@@ -186,7 +208,7 @@ def test_command_line(tmp_path: Path) -> None:
         [*command, "--scale", "full"], cwd=ROOT, capture_output=True, text=True, check=True,
         env=os.environ,
     )  # fmt: skip
-    assert ran.stdout.endswith("there is no full scale, only smoke, small\n")
+    assert ran.stdout.endswith("there is no full scale, only smoke, small, fresh\n")
 
 
 @pytest.mark.usefixtures("here")

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from experiments.claim import Conclusion
 from experiments.run_store import Result, Results, Run
@@ -114,11 +113,6 @@ def test_expert_sets_of_a_loop_with_itself_and_with_another(text: Path) -> None:
         assert ((shares >= 0) & (shares <= 1)).all()
         np.testing.assert_allclose(shares, shares.T)
     assert found["other_same"][0][0] < 1
-
-
-def test_shared_experts_are_counted_by_hand() -> None:
-    one, two = torch.tensor([[0, 1], [2, 3], [4, 5]]), torch.tensor([[1, 0], [3, 6], [6, 7]])
-    assert held_out._shared(one, two).tolist() == [2, 1, 0]
 
 
 def test_bigram_surprisal_by_hand() -> None:

@@ -94,8 +94,8 @@ def smaller_but_more(claim: Claim, sizes: Mapping[str, Any]) -> Verdict:
     smaller, more = weights <= limit["most_weights"], flops >= limit["least_flops"]
     decision: Decision = "holds" if smaller and more else "in part" if smaller or more else "fails"
     sentence = (
-        f"{LOOP} with {small['loops']} loops stores {weights:.2f} of the bytes of {PLAIN} and takes "
-        f"{flops:.2f} times its FLOPs per token."
+        f"{LOOP} with {small['loops']} loops stores {weights:.2f} of the bytes of {PLAIN} and "
+        f"takes {flops:.2f} times its FLOPs per token."
     )
     return Verdict(claim=claim.name, decision=decision, sentence=sentence, number=flops)
 
@@ -134,9 +134,9 @@ def half_memory(claim: Claim, sizes: Mapping[str, Any]) -> Verdict:
     even = equal_tokens(small, large, "per_loop")
     said = "never" if even is None else f"from {even:,.0f} tokens in the cache on"
     sentence = (
-        f"The weights take {weights:.2f} of the memory. With one full context of {CONTEXT:,} tokens "
-        f"it is {one:.2f}, with sixteen {sixteen:.2f}: every loop keeps keys and values of its own, "
-        f"and the loop needs more memory {said}. With a cache of the last loop only it is "
+        f"The weights take {weights:.2f} of the memory. With one full context of {CONTEXT:,} "
+        f"tokens it is {one:.2f}, with sixteen {sixteen:.2f}: every loop keeps keys and values of "
+        f"its own, and the loop needs more memory {said}. With a cache of the last loop only it is "
         f"{shared:.2f} with one context."
     )
     return Verdict(
@@ -158,8 +158,8 @@ def compression(claim: Claim, caches: Mapping[str, Any]) -> Verdict:
     decision: Decision = "holds" if all(parts) else "in part" if any(parts) else "fails"
     sentence = (
         f"From 1 to 32 loops Huginn's cache grows {growth:.1f} times. MLA keeps {share:.3f} of the "
-        f"bytes of full keys and values (mythos-1b, 8 loops), at every loop: from 1 to 32 loops its "
-        f"cache still grows {still:.1f} times."
+        f"bytes of full keys and values (mythos-1b, 8 loops), at every loop: from 1 to 32 loops "
+        f"its cache still grows {still:.1f} times."
     )
     return Verdict(claim=claim.name, decision=decision, sentence=sentence, number=share)
 
@@ -183,8 +183,8 @@ def five_to_ten(claim: Claim, hops: Sequence[Mapping[str, Any]]) -> Verdict:
     enough = len(split) >= claim.thresholds["least_experiments"]
     others = [row["work"] for row in hops if row not in own]
     sentence = (
-        f"Of the paper's {len(own)} groups of experiments on synthetic reasoning, {len(split)} test "
-        f"more hops than they train; none has 5 and 10. Who did train on few and test on more: "
+        f"Of the paper's {len(own)} groups of experiments on synthetic reasoning, {len(split)} "
+        f"test more hops than they train; none has 5 and 10. Who did train on few and test on more: "
         f"{'; '.join(others)}."
     )
     return Verdict(
@@ -202,8 +202,8 @@ def haiku(claim: Claim, sizes: Mapping[str, Any]) -> Verdict:
     sentence = (
         "The sizes of these models are not published. Of the nearest published pair, a device of "
         f"{room / 1e9:.0f} GB holds {plain} full contexts beside the weights of {PLAIN}, {each} "
-        f"beside those of {LOOP}, whose loops keep a cache each, and {shared} if only the last loop "
-        "keeps one; and each token takes more FLOPs."
+        f"beside those of {LOOP}, whose loops keep a cache each, and {shared} if only the last "
+        "loop keeps one; and each token takes more FLOPs."
     )
     return Verdict(
         claim=claim.name,

@@ -28,11 +28,12 @@ LOOPED: list[dict[str, Any]] = [
 
 # Saunshi et al. (arXiv 2502.17416): its experiments on synthetic reasoning, with what was trained
 # and tested; and, below, others that did train on few hops and test on more.
+SAUNSHI = "Saunshi et al. 2025"
 HOPS: list[dict[str, Any]] = [
-    {"work": "Saunshi et al. 2025", "task": "addition of 8, 16, 24, 32 numbers", "trained": None, "tested": None},
-    {"work": "Saunshi et al. 2025", "task": "p-hop induction", "trained": [16, 32], "tested": [16, 32]},
-    {"work": "Saunshi et al. 2025", "task": "i-GSM, sums modulo 7", "trained": None, "tested": None},
-    {"work": "Saunshi et al. 2025", "task": "reasoning primitives", "trained": [0, 1], "tested": [0, 1]},
+    {"work": SAUNSHI, "task": "addition of 8 to 32 numbers", "trained": None, "tested": None},
+    {"work": SAUNSHI, "task": "p-hop induction", "trained": [16, 32], "tested": [16, 32]},
+    {"work": SAUNSHI, "task": "i-GSM, sums modulo 7", "trained": None, "tested": None},
+    {"work": SAUNSHI, "task": "reasoning primitives", "trained": [0, 1], "tested": [0, 1]},
     {
         "work": "Chen 2026 (arXiv 2603.21676), a loop",
         "task": "reachability: all right to 8 hops, collapse at 10",
@@ -45,4 +46,4 @@ HOPS: list[dict[str, Any]] = [
         "trained": [16],
         "tested": [24],
     },
-]  # fmt: skip
+]

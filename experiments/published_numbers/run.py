@@ -184,8 +184,8 @@ def five_to_ten(claim: Claim, hops: Sequence[Mapping[str, Any]]) -> Verdict:
     others = [row["work"] for row in hops if row not in own]
     sentence = (
         f"Of the paper's {len(own)} groups of experiments on synthetic reasoning, {len(split)} "
-        f"test more hops than they train; none has 5 and 10. Who did train on few and test on more: "
-        f"{'; '.join(others)}."
+        f"test more hops than they train; none has 5 and 10. Who did train on few and test on "
+        f"more: {'; '.join(others)}."
     )
     return Verdict(
         claim=claim.name,

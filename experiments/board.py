@@ -288,12 +288,17 @@ def leading(findings: Sequence[Finding]) -> list[tuple[str, str, Path]]:
 
 def first_screen(findings: Sequence[Finding]) -> str:
     """The written part of the front page: the figure that leads, and the way to all others."""
-    figures = [f"![{text}]({path.as_posix()})\n\n{text}\n" for text, _, path in leading(findings)]
-    said = (
-        f"[The scoreboard]({SCOREBOARD.as_posix()}): claims about looped models, with verdicts. "
-        "Any line can be run again with one command, whose seconds stand beside it.\n"
+    board = SCOREBOARD.as_posix()
+    parts = [
+        f"[![{caption}]({path.as_posix()})]({board})\n\n{caption}\n"
+        for caption, _, path in leading(findings)[:1]
+    ]
+    parts.append(
+        f"[The scoreboard]({board}): claims about looped models, with verdicts. Whoever disagrees "
+        "runs a line again, `openmythos reproduce NAME --scale small --again`; its seconds stand "
+        "beside it.\n"
     )
-    return "\n".join([*figures[:1], said])
+    return "\n".join(parts)
 
 
 def scoreboard(findings: Sequence[Finding]) -> str:

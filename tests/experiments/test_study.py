@@ -225,7 +225,7 @@ def test_a_figure_leads_the_scoreboard_and_the_front_page(
     carry_out(planted, "small", tmp_path / "work")
     board.write_pages(planted)
     place = "experiments/planted/results/small/accuracy.png"
-    assert f"![Good beside poor.]({place})" in front.read_text()
+    assert f"[![Good beside poor.]({place})](docs/scoreboard.md)" in front.read_text()
     assert front.read_text().endswith("\nmore\n") and (tmp_path / place).is_file()
     said = page.read_text()
     assert said.index(f"![Good beside poor.](../{place})") < said.index("| claim |")

@@ -137,18 +137,18 @@ def memory_of(path: str, tiny: str, weights: str) -> list[float]:
 
 def quality(run: str) -> dict[str, object]:
     """Scores by number of loops in fp32 and in 8 bits."""
-    from openmythos.command.evaluate import held_out, on_tasks, usual_hops
-    from openmythos.command.origin import walks_of
+    from openmythos.command.evaluate import held_out, on_tasks, usual_sizes
+    from openmythos.command.origin import puzzle_of
     from openmythos.interop.hub import local_folder
 
     folder = local_folder(run)
-    walks, found = walks_of(folder), {}
+    walks, found = puzzle_of(folder), {}
     for weights in ("stored", "int8"):
         with redirect_stderr(StringIO()):
             if walks is None:
                 curves, _ = held_out(folder, LOOPS, None, 16, None, 8, "cpu", weights)
             else:
-                names = usual_hops(walks.config.max_train_hops)
+                names = usual_sizes(walks)
                 more = (folder, names, walks, LOOPS, 256, None, 64, 0, "cpu", weights)
                 curves, _ = on_tasks(*more)
         for curve in curves:

@@ -33,6 +33,7 @@ from openmythos.folder import write_json
 
 WORDS = ("the", "loop", "returns", "a", "list", "of", "names", "given", "to", "function", "value")
 NEAR = 1e-3  # two tokens that are nearly as likely: sums in another order may decide between them
+LONG = 400  # tokens of an answer that nobody waits for; it fits into a small context
 POLL = 0.02  # seconds between two looks at /metrics, which take some milliseconds each
 SEEN = ("seconds_until_idle", "seconds_until_free")
 GROWTH = 0.02  # of memory over the second half of the requests
@@ -194,7 +195,7 @@ async def hung_up(client: httpx.AsyncClient, count: int, *, streaming: bool) -> 
     server alone between them; how many there were and what they took is told.
     """
     model = (await client.get("/v1/models")).json()["data"][0]["id"]
-    long = {"model": model, "max_tokens": 800, "ignore_eos": True}
+    long = {"model": model, "max_tokens": LONG, "ignore_eos": True}
     asked = [{**body(number, 1), **long} for number in range(count)]
     calls = [
         stream(client, fields) if streaming else client.post("/v1/completions", json=fields)
@@ -203,6 +204,7 @@ async def hung_up(client: httpx.AsyncClient, count: int, *, streaming: bool) -> 
     tasks = [asyncio.ensure_future(call) for call in calls]
     async with httpx.AsyncClient(base_url=client.base_url, timeout=60) as watcher:
         while busy(await gauges(watcher)) < count:
+            assert not any(task.done() for task in tasks), "an answer ended before its client did"
             await asyncio.sleep(POLL)
         for task in tasks:
             task.cancel()

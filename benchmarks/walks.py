@@ -26,7 +26,7 @@ from openmythos.data.synthetic import HopsConfig, Walks
 from openmythos.demo.walks import NUM_WALKS, hops_config
 from openmythos.folder import write_json
 from openmythos.train.metrics import read_metrics
-from openmythos.train.validation import hops_accuracy
+from openmythos.train.validation import puzzle_accuracy
 
 CELLS = ((8, 2), (8, 8), (8, 16), (10, 2), (10, 5), (10, 8), (10, 16), (12, 8))  # hops, loops
 
@@ -49,7 +49,7 @@ def train(seed: int, seconds: float, folder: Path) -> dict[str, Any]:
         "steps": rows[-1]["step"],
         "last_stage_at": next((row["step"] for row in rows if row["stage"] == last), None),
         "accuracy": {
-            f"{hops} hops, {loops} loops": hops_accuracy(
+            f"{hops} hops, {loops} loops": puzzle_accuracy(
                 model, walks, hops, loops, NUM_WALKS, seed=1
             )
             for hops, loops in CELLS

@@ -18,14 +18,14 @@ import torch
 
 from openmythos.checkpoint.save import OWN_FILES, write_checkpoint
 from openmythos.command.demo import keep_freed_memory
-from openmythos.command.origin import walks_of
+from openmythos.command.origin import puzzle_of
 from openmythos.config import presets
 from openmythos.config.schema import to_dict
 from openmythos.data.file import Document
 from openmythos.data.hashing import hash_bytes
 from openmythos.data.loader import TokenLoader
+from openmythos.data.puzzle_table import read_puzzle
 from openmythos.data.source import PYTHON_DOCS, load_documents
-from openmythos.data.synthetic import read_walks
 from openmythos.demo.text import marks
 from openmythos.demo.walks import hops_config
 from openmythos.eval.python_docs import held_out
@@ -34,6 +34,7 @@ from openmythos.eval.task import measure_tasks, shipped_task
 from openmythos.eval.task_name import HELD_OUT
 from openmythos.folder import (
     HELD_OUT_FILE,
+    PUZZLE_FILE,
     WALKS_FILE,
     replaced_folder,
     write_json,
@@ -51,7 +52,7 @@ from openmythos.train.display import TrainDisplay
 from openmythos.train.optim import OptimizerConfig
 from openmythos.train.recipe import RunConfig, TextData, TrainConfig
 from openmythos.train.run import set_up
-from openmythos.train.validation import hops_right
+from openmythos.train.validation import puzzle_right
 
 TEXT_STEPS = 1074
 SAMPLE_BYTES = 64 * 1024
@@ -127,8 +128,8 @@ def ship(run: Path, target: Path) -> None:
     model = load_pretrained(run).to(torch.bfloat16)
     newest = max((run / "checkpoints").glob("step-*"))
     tokenizer = Tokenizer.load(newest) if has_tokenizer(newest) else None
-    walks, others = walks_of(newest), {}
-    own = {*OWN_FILES, WALKS_FILE, HELD_OUT_FILE, SCORES, *BY_HAND}
+    walks, others = puzzle_of(newest), {}
+    own = {*OWN_FILES, PUZZLE_FILE, WALKS_FILE, HELD_OUT_FILE, SCORES, *BY_HAND}
     with replaced_folder(target, own) as fresh:
         write_checkpoint(model, fresh, tokenizer)
         if walks is not None:
@@ -162,7 +163,7 @@ def scores(
     hops: Sequence[int] | None = None,
 ) -> dict[str, Any]:
     """A model's scores by loops, as its folder keeps them: accuracy by hops, or bits per byte."""
-    walks = read_walks(folder)
+    walks = read_puzzle(folder)
     if walks is None:
         codec, measured = Tokenizer.load(folder), {}
         task = shipped_task(HELD_OUT, None, folder)
@@ -176,7 +177,7 @@ def scores(
         "accuracy": {
             str(h): {
                 str(n): round(
-                    float(hops_right(model, walks, h, n, NUM_WALKS, seed=1).float().mean()), 4
+                    float(puzzle_right(model, walks, h, n, NUM_WALKS, seed=1).float().mean()), 4
                 )
                 for n in loops or WALK_LOOPS
             }

@@ -21,7 +21,22 @@ BEGIN = "<!-- From here on written by `openmythos reproduce`. -->"
 END = "<!-- To here. -->"
 SCOREBOARD = Path("docs", "scoreboard.md")
 FRONT = Path("README.md")
-FIRST = ("what_loops_read", "depth_dial", "wins_and_losses")  # whose figures come first
+# The figures that the scoreboard begins with, by study and name, and what each shows; the first is
+# on the front page, too.
+LEADS = {
+    (
+        "what_loops_read",
+        "growing_map",
+    ): "What each loop reads: the same weights run again, on walks "
+    "longer than any in training, and the map grows by a row. Below, other models.",
+    (
+        "depth_dial",
+        "stepping_and_holding",
+    ): "Accuracy by hops and loops: a diagonal is a model that "
+    "steps, a plateau one that holds. Below the line, walks longer than any in training.",
+    ("wins_and_losses", "wins_and_losses"): "Loops against plain stacks of equal parameters and of "
+    "equal FLOPs, puzzle by puzzle.",
+}
 DIGEST = "Data"  # the key of a figure's digest in its PNG file
 
 
@@ -43,6 +58,8 @@ class Finding:
         runs: The known runs of its page's scale.
         results: Of those that have ended.
         conclusion: None while a run is missing.
+        fresh: What seeds conclude that were not used; None while a run of theirs is missing.
+        fresh_results: Their results.
     """
 
     def __init__(self, study: Study) -> None:
@@ -52,6 +69,13 @@ class Finding:
         if self.runs and len(self.results) == len(self.runs):
             self.conclusion = study.conclude(self.results)
             require_verdicts(study, self.conclusion)
+        self.fresh: Conclusion | None = None
+        fresh_runs: list[Run] = []
+        self.fresh_results = Results()
+        if study.fresh_seeds:
+            fresh_runs, self.fresh_results = study.current("fresh")
+        if fresh_runs and len(self.fresh_results) == len(fresh_runs):
+            self.fresh = study.conclude(self.fresh_results)
 
     @property
     def verdicts(self) -> list[tuple[Claim, Verdict | None]]:
@@ -163,8 +187,29 @@ def section(finding: Finding) -> str:
         parts.append(f"![{name.replace('_', ' ')}]({path})\n\nData `{digest}`.\n")
     if finding.conclusion is not None:
         parts += [f"## {table.title}\n\n{markdown(table)}" for table in finding.conclusion.tables]
-    parts.append(_runs(finding.runs, finding.results))
+    parts += [_fresh(finding), _runs(finding.runs, finding.results)]
     return "\n".join(parts)
+
+
+def _fresh(finding: Finding) -> str:
+    """The verdicts of seeds that were not used, beside those of the page."""
+    if finding.fresh is None:
+        return ""
+    given = {verdict.claim: verdict for verdict in finding.fresh.verdicts}
+    rows = [
+        [claim.name, own.decision, given[claim.name].decision, given[claim.name].sentence]
+        for claim, own in finding.verdicts
+        if own is not None
+    ]
+    same = sum(row[1] == row[2] for row in rows)
+    seeds = ", ".join(map(str, finding.study.fresh_seeds))
+    cpu = sum(result.cpu_seconds for result in finding.fresh_results) / 3600
+    said = (
+        f"The same runs with seeds {seeds}, which nothing was chosen by: {same} of {len(rows)} "
+        f"verdicts are the same. {len(finding.fresh_results)} runs, {cpu:.2f} CPU hours.\n"
+    )
+    table = Table("Fresh", ["claim", "verdict", "with fresh seeds", "found with them"], rows)
+    return f"## Seeds that were not used\n\n{said}\n{markdown(table)}"
 
 
 def _claim(claim: Claim, verdict: Verdict | None) -> str:
@@ -194,7 +239,7 @@ def _ends(verdict: Verdict, before: str) -> str:
 
 def _runs(runs: Sequence[Run], results: Results) -> str:
     """Rates, seeds, seconds and what was lost, by arm."""
-    header = ["arm", "rate", "rates tried", "seeds", "lost", "longest run, s", "CPU s"]
+    header = ["arm", "rate", "rates tried", "seeds", "lost", "longest run, CPU s", "CPU s"]
     rows = []
     for arm in results.arms:
         own = [result for result in results if result.run.arm == arm]
@@ -209,7 +254,7 @@ def _runs(runs: Sequence[Run], results: Results) -> str:
             ", ".join(f"{rate:.3g}" for rate in tried) or "none",
             str(len({result.run.seed for result in final})),
             str(sum(result.lost is not None for result in own)),
-            f"{max(result.seconds for result in own):.0f}",
+            f"{max(result.cpu_seconds for result in own):.0f}",
             f"{sum(result.cpu_seconds for result in own):.0f}",
         ])  # fmt: skip
     cpu = sum(result.cpu_seconds for result in results)
@@ -224,17 +269,21 @@ def _runs(runs: Sequence[Run], results: Results) -> str:
 
 
 def leading(findings: Sequence[Finding]) -> list[tuple[str, str, Path]]:
-    """What the scoreboard begins with: caption, the study's name and the picture of each figure."""
-    ordered = sorted(
-        (finding for finding in findings if finding.study.name in FIRST),
-        key=lambda finding: FIRST.index(finding.study.name),
-    )
-    return [
-        (caption, finding.study.name, finding.picture(figure).relative_to(finding.study.root))
-        for finding in ordered
-        for figure, caption in finding.study.leads.items()
-        if figure in finding.figures
-    ]
+    """What the scoreboard begins with: caption, the study's name and the picture of each figure.
+
+    Raises:
+        ValueError: A study that is concluded has no such figure.
+    """
+    by_name = {finding.study.name: finding for finding in findings}
+    found = []
+    for (name, figure), caption in LEADS.items():
+        finding = by_name.get(name)
+        if finding is None or finding.conclusion is None:
+            continue
+        if figure not in finding.figures:
+            raise ValueError(f"{name} has no figure {figure}, which should lead the scoreboard")
+        found.append((caption, name, finding.picture(figure).relative_to(finding.study.root)))
+    return found
 
 
 def first_screen(findings: Sequence[Finding]) -> str:
@@ -288,13 +337,13 @@ def _board_rows(finding: Finding) -> Iterator[Sequence[str]]:
         cells = [f"“{claim.quote}” {source}", f"**{NOT_YET}**", "", "", "", ""]
         if verdict is not None:
             picture = "" if verdict.figure is None else finding.picture(verdict.figure).name
-            path = f"../{inside}/results/{study.page_scale}/{picture}"
+            data = f"../{inside}/results/{study.page_scale}"
             cells[1:] = [
                 f"**{verdict.decision}**. {verdict.sentence}",
-                "" if verdict.number is None else f"{verdict.number:.3g}",
+                "" if verdict.number is None else f"[{verdict.number:.3g}]({data})",
                 _ends(verdict, ""),
                 seconds + again,
-                f"[{picture.removesuffix('.png')}]({path})" if picture else "",
+                f"[{picture.removesuffix('.png')}]({data}/{picture})" if picture else "",
             ]
         yield cells
 

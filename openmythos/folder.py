@@ -26,7 +26,7 @@ MANIFEST_FILE = "manifest.json"
 LOCK_FILE = ".lock"
 # Beside the weights of a checkpoint: the settings of the walks that it was trained on, and texts
 # that it was not trained on.
-WALKS_FILE, HELD_OUT_FILE = "walks.json", "held_out.jsonl"
+WALKS_FILE, PUZZLE_FILE, HELD_OUT_FILE = "walks.json", "puzzle.json", "held_out.jsonl"
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ import openmythos
 from benchmarks import zoo
 from openmythos.checkpoint.load import checkpoint_damage
 from openmythos.command.demo import configs
-from openmythos.command.origin import walks_of
+from openmythos.command.origin import puzzle_of
 from openmythos.config import ModelConfig
 from openmythos.config.schema import apply_overrides, from_dict, to_dict
 from openmythos.data.file import Document
@@ -43,7 +43,7 @@ def test_what_ships_is_small_and_whole() -> None:
     for name in NAMES:
         folder = local_folder(name)
         assert checkpoint_damage(folder) is None
-        assert (walks_of(folder) is None) == has_tokenizer(folder)
+        assert (puzzle_of(folder) is None) == has_tokenizer(folder)
         assert "## Limits" in card(name) and "make zoo" in card(name)
 
 
@@ -125,8 +125,8 @@ def test_a_run_becomes_a_folder_of_the_zoo(tmp_path: Path, monkeypatch: pytest.M
         monkeypatch.setattr(zoo, name, value)
     zoo.ship(tmp_path / "run", target)
     assert checkpoint_damage(target) is None and (target / "README.md").read_text() == "a card"
-    walks = walks_of(target)
-    assert walks is not None and walks.config == run.task.walks.config
+    walks = puzzle_of(target)
+    assert walks is not None and walks.config == run.task.puzzle.config
     assert openmythos.load_pretrained(target).embed.weight.dtype == torch.bfloat16
     assert (target / zoo.SCORES).is_file() and not (target / "training_state.json").exists()
 

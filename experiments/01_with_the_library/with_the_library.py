@@ -14,8 +14,8 @@ from openmythos.demo.walks import hops_config
 from openmythos.train.depth_schedule import DepthSchedule, FixedDepth
 from openmythos.train.recipe import HopsData, RunConfig
 from openmythos.train.run import set_up
-from openmythos.train.task import HopsTask
-from openmythos.train.validation import hops_accuracy
+from openmythos.train.task import PuzzleTask
+from openmythos.train.validation import puzzle_accuracy
 
 LOOPS, STEPS, LONGER = 4, 1200, 10
 
@@ -31,9 +31,9 @@ def main(arguments: list[str] | None = None) -> None:
     model, data = replace(demo.model, num_loops=LOOPS), HopsData(check_loops=LOOPS, mixed=False)
     run = set_up(RunConfig(model=model, train=train, data=data), given.out)
     run.train()
-    assert isinstance(run.task, HopsTask)
-    walks = run.task.walks
-    right = {n: hops_accuracy(run.model, walks, LONGER, n, 512, seed=1) for n in range(4, 9)}
+    assert isinstance(run.task, PuzzleTask)
+    walks = run.task.puzzle
+    right = {n: puzzle_accuracy(run.model, walks, LONGER, n, 512, seed=1) for n in range(4, 9)}
     loops = max(right, key=lambda n: right[n])
     print(f"{LONGER} hops, never trained, right by loops: {right}")
     found = reading_map(run.model, walk_pairs(walks, LONGER), loops)

@@ -63,7 +63,7 @@ def own_share(data: Data, first: int, last: int, hops: Iterable[int] = TRAINED_H
 
 def own_lost(data: Data) -> float:
     """What the model's own halting loses against its best fixed depth."""
-    return best_fixed(data) - own_right(data)
+    return round(best_fixed(data) - own_right(data), 9)
 
 
 def wasted(data: Data) -> float:

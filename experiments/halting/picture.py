@@ -1,10 +1,11 @@
 """The pictures: depth against cost, loops by hops, rules beside learnt halting, overthinking."""
 
+import textwrap
 from collections.abc import Mapping
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from experiments.halting.arm import ACT_ARMS, ARMS, MOST_LOOPS, TRAINED_HOPS
+from experiments.halting.arm import ACT_ARMS, ARMS, MOST_LOOPS, PONDERNET, TRAINED_HOPS
 from openmythos.analysis.picture import BLUE, INK, MUTED, ORANGE, figure_of, styled
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ def _loops_by_hops(data: Mapping[str, Any]) -> "Figure":
             axes.set_xlabel("hops of the walk")
             axes.set_ylim(0, MOST_LOOPS + 0.4)
             if axes.lines:
-                axes.legend(frameon=False, loc="lower right", fontsize=8)
+                axes.legend(frameon=False, loc="upper left", fontsize=8, bbox_to_anchor=(0, 0.95))
             _past_training(axes)
             axes.axhline(MOST_LOOPS, color=MUTED, linewidth=1)
         panels[0].set_ylabel("loops taken by the answer")
@@ -90,33 +91,34 @@ def _loops_by_hops(data: Mapping[str, Any]) -> "Figure":
 
 
 def _past_training(axes: "Axes") -> None:
-    axes.axvline(max(TRAINED_HOPS) + 0.5, color=MUTED, linewidth=1, linestyle=(0, (2, 2)))
-    axes.annotate(
-        "not trained", (max(TRAINED_HOPS) + 0.6, 0.3), color=MUTED, fontsize=8, rotation=90
-    )
+    last = max(TRAINED_HOPS) + 0.5
+    axes.axvline(last, color=MUTED, linewidth=1, linestyle=(0, (2, 2)))
+    axes.annotate("not trained", (last + 0.1, 0.2), color=MUTED, fontsize=8)
 
 
 def _rules_and_depths(data: Mapping[str, Any]) -> "Figure":
     with styled():
         figure = figure_of(7.6, 4.0)
         axes = figure.subplots()
-        figure.subplots_adjust(0.08, 0.14, 0.72, 0.89)
+        figure.subplots_adjust(0.08, 0.14, 0.7, 0.89)
         depths = range(1, len(data["fixed"]) + 1)
         axes.plot(depths, [100 * x for x in data["fixed"]], "-", color=MUTED, label="fixed depth")
         for kind, points in data["rules"].items():
             loops, right = zip(*points, strict=True)
             axes.plot(
-                loops, [100 * x for x in right], MARKS[kind], color=BLUE, markersize=5,
+                loops, [100 * x for x in right], MARKS[kind], color=INK, markersize=5,
                 fillstyle="none", label=kind.replace("_", " "),
             )  # fmt: skip
-        for name, (loops, right) in data["heads"].items():
-            axes.plot(loops, 100 * right, "*", color=ORANGE, markersize=9)
-            axes.annotate(
-                _short(name), (loops, 100 * right), (4, -9), textcoords="offset points",
-                color=ORANGE, fontsize=7,
-            )  # fmt: skip
-        axes.plot([], [], "*", color=ORANGE, markersize=9, label="learnt halting")
+        groups = {f"ACT, {depth} depth, by cost": arms for depth, arms in ACT_ARMS.items()}
+        for (label, arms), colour in zip(groups.items(), COLOURS.values(), strict=True):
+            found = [data["heads"][arm.name] for arm in arms if arm.name in data["heads"]]
+            places = [loops for loops, _ in found], [100 * right for _, right in found]
+            axes.plot(*places, "*--", color=colour, markersize=9, linewidth=0.8, label=label)
+        if PONDERNET.name in data["heads"]:
+            loops, right = data["heads"][PONDERNET.name]
+            axes.plot(loops, 100 * right, "P", color=BLUE, markersize=7, label="PonderNet")
         axes.set_xlabel("mean loops of the answer, walks of 1 to 8 hops")
+        axes.set_ylim(0, 104)
         axes.set_title("Right answers, %: exit rules after training, and learnt halting")
         axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8)
     return figure
@@ -124,21 +126,16 @@ def _rules_and_depths(data: Mapping[str, Any]) -> "Figure":
 
 def _overthinking(data: Mapping[str, Any]) -> "Figure":
     with styled():
-        figure = figure_of(7.6, 2.6)
+        figure = figure_of(7.6, 2.7)
         panels = figure.subplots(1, max(1, len(data)), sharey=True, squeeze=False)[0]
-        figure.subplots_adjust(0.06, 0.2, 0.98, 0.76, wspace=0.1)
+        figure.subplots_adjust(0.06, 0.2, 0.98, 0.74, wspace=0.1)
         for axes, (name, rows) in zip(panels, data.items(), strict=False):
             axes.imshow(rows, cmap="Blues", vmin=0, vmax=1, origin="lower", aspect="auto")
             axes.grid(visible=False)
             places = [loops - 1 for loops in (1, 4, 8, 12, 16)]
             axes.set_xticks(places, [str(place + 1) for place in places])
             axes.set_yticks(range(0, len(rows), 2), [str(n + 1) for n in range(0, len(rows), 2)])
-            axes.set_title(ARMS[name].in_words.replace(", ", ",\n", 1), fontsize=8)
-            axes.set_xlabel("loops, without halting")
+            axes.set_title(textwrap.fill(ARMS[name].in_words, 20), fontsize=8)
+            axes.set_xlabel("loops allowed")
         panels[0].set_ylabel("hops")
     return figure
-
-
-def _short(name: str) -> str:
-    arm = ARMS[name]
-    return "PonderNet" if name == "pondernet" else f"{arm.depth}, {arm.cost:g}"

@@ -1,8 +1,9 @@
 """The reading map: at which loop does the model read which token?
 
 A column of tokens is corrupted during one loop only. During that loop the other tokens see the
-column's state and e from a run on the corrupted text; before and after it, the column is clean, and
-its own state stays clean throughout. How much of the answer moves is what that loop has read there.
+column's state, e and value embeddings from a run on the corrupted text; before and after it, the
+column is clean, and its own state stays clean throughout. How much of the answer moves is what that
+loop has read there.
 """
 
 from collections.abc import Sequence

@@ -15,6 +15,7 @@ from openmythos.config.schema import to_dict
 from openmythos.folder import (
     HELD_OUT_FILE,
     MANIFEST_FILE,
+    PUZZLE_FILE,
     WALKS_FILE,
     PathLike,
     replaced_folder,
@@ -30,7 +31,7 @@ from openmythos.tokenizer_folder import GENERATION_FILE, SETTINGS_FILE, TOKENIZE
 # A checkpoint of version 2 has a manifest.json; without it, it is damaged.
 FORMAT, FORMAT_VERSION = "openmythos", 2
 MEASURED = EXIT_FILE, EXIT_PICTURE = "exit.json", "exit.png"  # what calibrate-exit writes
-COMPANIONS = (WALKS_FILE, HELD_OUT_FILE)
+COMPANIONS = (WALKS_FILE, PUZZLE_FILE, HELD_OUT_FILE)
 LICENCES = ("LICENSE*", "NOTICE*")
 OWN_FILES = {
     *(CONFIG_FILE, WEIGHTS_FILE, MANIFEST_FILE),

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from openmythos.command.option import AsJson, Device, Seed, check_device
-from openmythos.command.origin import data_of, require_text, walks_of
+from openmythos.command.origin import data_of, puzzle_of, require_text
 from openmythos.folder import require_writable, write_json
 from openmythos.terminal import console, note, print_table
 
@@ -109,6 +109,23 @@ def name_of(checkpoint: Path) -> str:
     return checkpoint.resolve().name.removeprefix("zoo:") or "model"
 
 
+def walks_of(folder: Path) -> "Walks | None":
+    """The walks that a checkpoint was trained on; None if it is of text.
+
+    Raises:
+        ValueError: It is of another puzzle.
+    """
+    from openmythos.data.synthetic import Walks
+
+    puzzle = puzzle_of(folder)
+    if puzzle is None or isinstance(puzzle, Walks):
+        return puzzle
+    raise ValueError(
+        f"{folder} is of {puzzle.kind}; walks and text are analysed, and ids of your own: give "
+        "--tokens FILE"
+    )
+
+
 def check_sources(text: Path | None, task: str | None, tokens: Path | None) -> None:
     """Check that one source is named at most, and that its file exists.
 
@@ -160,13 +177,13 @@ def walks_to_read(
     """
     from openmythos.analysis.example import walk_examples
     from openmythos.analysis.pairs import walk_pairs
-    from openmythos.eval.task_name import HOPS
+    from openmythos.eval.task_name import PUZZLE
 
-    named = HOPS.fullmatch(task or "")
+    named = PUZZLE.fullmatch(task or "")
     if task in (None, "hops"):
-        hops = walks.config.max_train_hops
-    elif named is not None:
-        hops = int(named[1])
+        hops = walks.max_train_size
+    elif named is not None and named[1] == walks.kind:
+        hops = int(named[2])
     else:
         raise ValueError(f"--task is {task!r}; give hops, or hops_N for walks of N hops")
     if not 1 <= hops < max_seq_len:
@@ -225,7 +242,7 @@ def cut_to_read(
         texts: Token ids.
         length: Tokens in a window.
         what: The texts in words.
-        count: Windows to read; there are four times as many pairs.
+        count: Windows to read; there are twice as many pairs.
         seed: Of what is drawn.
 
     Raises:
@@ -251,8 +268,8 @@ def cut_to_read(
     step = max(1, len(windows) // count)
     examples = text_examples(windows[::step][:count], f"windows of {length} tokens of {what}")
     first, second = corpus.chunk(2)
-    pairs = text_pairs(first, length, 4 * count, seed)
-    return examples, pairs, text_pairs(second, length, 4 * count, seed + 1).tokens
+    pairs = text_pairs(first, length, 2 * count, seed)
+    return examples, pairs, text_pairs(second, length, 2 * count, seed + 1).tokens
 
 
 def read_tokens(file: Path, vocab_size: int) -> list[tuple[int, ...]]:

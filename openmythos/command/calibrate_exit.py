@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 
 from openmythos.command.option import AsJson, Device, check_device
-from openmythos.command.origin import data_of, data_source, require_text, walks_for
+from openmythos.command.origin import data_of, data_source, puzzle_for, require_text
 from openmythos.folder import require_writable
 from openmythos.terminal import console, note, print_table
 
@@ -143,13 +143,16 @@ def texts_for(
         ValueError: There are none, or the model cannot read them.
     """
     from openmythos.data.loader import TokenLoader
+    from openmythos.data.synthetic import Walks
     from openmythos.eval.calibration import PARTS, texts_of, walks_to_read, windows_of
     from openmythos.eval.task import brings_text, shipped_task
     from openmythos.eval.task_name import HELD_OUT
     from openmythos.tokenizer import Tokenizer
 
     source = folder if data is None else data_source(data)
-    walks = walks_for(folder, source)
+    walks = puzzle_for(folder, source)
+    if walks is not None and not isinstance(walks, Walks):
+        raise ValueError(f"rules are calibrated on text and walks; this model knows {walks.kind}")
     room = model.config.max_seq_len - 1
     if walks is not None:
         hops = walks.config.max_train_hops if max_hops is None else max_hops

@@ -35,7 +35,7 @@ from openmythos.terminal import console, note
 if TYPE_CHECKING:
     from openmythos.engine.engine import Engine
     from openmythos.engine.request import Request
-    from openmythos.eval.walk import WalkCodec
+    from openmythos.eval.puzzle import PuzzleCodec
     from openmythos.report.page import LoopScale
     from openmythos.text_stream import TextStream
     from openmythos.tokenizer import Tokenizer
@@ -70,7 +70,6 @@ def chat(
     from openmythos.text_stream import TextStream
 
     default = SamplingConfig(temperature=0.8, top_k=50)
-    longest = most_tokens(max_new_tokens, tokenizer, 128)
     sampling = sampling_of(tokenizer, default, temperature, top_k, top_p)
     screen, notes = console(), console(notes=True)
     depth = model.config.num_loops if num_loops is None else num_loops
@@ -79,7 +78,7 @@ def chat(
     # option that cannot be.
     asked = Request(
         tokens=[0],
-        max_new_tokens=longest,
+        max_new_tokens=most_tokens(max_new_tokens, tokenizer, 128, 1),
         num_loops=depth,
         exit_rule=rule,
         sampling=sampling,
@@ -106,6 +105,7 @@ def chat(
             notes.print(Text("the context is full; starting again", "dim"))
             talk = Talk(tokenizer, special)
         tokens = talk.prompt(line)
+        longest = most_tokens(max_new_tokens, tokenizer, 128, len(tokens))
         request = replace(
             asked,
             tokens=tokens,
@@ -180,7 +180,7 @@ class Talk:
     next prompt, with all loops.
     """
 
-    def __init__(self, tokenizer: "Tokenizer | WalkCodec", special: bool) -> None:
+    def __init__(self, tokenizer: "Tokenizer | PuzzleCodec", special: bool) -> None:
         self.tokenizer, self.special = tokenizer, special
         self.messages: list[dict[str, str]] = []
         self.seen: list[int] = []
@@ -193,10 +193,10 @@ class Talk:
     @property
     def how(self) -> str:
         """How the lines are read, in words."""
-        from openmythos.eval.walk import WalkCodec
+        from openmythos.eval.puzzle import PuzzleCodec
 
-        if isinstance(self.tokenizer, WalkCodec):
-            return "each line is a walk, such as e3 r1 r0"
+        if isinstance(self.tokenizer, PuzzleCodec):
+            return f"each line is a question: {self.tokenizer.puzzle.form}"
         templated = self.tokenizer.chat_template is not None
         return "in its template" if templated else "each line continues the text"
 
@@ -204,11 +204,11 @@ class Talk:
         """The tokens of everything up to the answer to ``line``.
 
         Raises:
-            ValueError: The line is no walk, and the model knows nothing else.
+            ValueError: The line is no question of the puzzle that the model knows.
         """
-        from openmythos.eval.walk import WalkCodec
+        from openmythos.eval.puzzle import PuzzleCodec
 
-        if isinstance(self.tokenizer, WalkCodec):  # every line is a walk of its own
+        if isinstance(self.tokenizer, PuzzleCodec):  # every line is a question of its own
             return self.tokenizer.encode_prompt(line)
         if self.tokenizer.chat_template is not None:
             messages = [*self.messages, {"role": "user", "content": line}]

@@ -9,12 +9,12 @@ import typer
 from rich.text import Text
 
 from openmythos.command.option import check_device, set_option
-from openmythos.command.origin import require_text, walks_of
+from openmythos.command.origin import puzzle_of, require_text
 
 if TYPE_CHECKING:
     from openmythos.engine.engine import Event
     from openmythos.engine.sampling import SamplingConfig
-    from openmythos.eval.walk import WalkCodec
+    from openmythos.eval.puzzle import PuzzleCodec
     from openmythos.model.cache import CacheLayout
     from openmythos.model.exit import Rule
     from openmythos.model.recurrent import RecurrentDepthLM
@@ -27,7 +27,9 @@ Checkpoint = Annotated[
 ]
 NewTokens = Annotated[
     int | None,
-    typer.Option(help="Most tokens to generate; default: 64, in a chat 128, after a walk 1."),
+    typer.Option(
+        help="Most tokens to generate; default: 64, in a chat 128, of a puzzle those of an answer."
+    ),
 ]
 NumLoops = Annotated[int | None, typer.Option(help="Most loops per token; default: the model's.")]
 ExitKind = Annotated[
@@ -103,7 +105,7 @@ def decoding_of(
 
 
 def sampling_of(
-    tokenizer: "Tokenizer | WalkCodec",
+    tokenizer: "Tokenizer | PuzzleCodec",
     default: "SamplingConfig",
     temperature: float | None,
     top_k: int | None,
@@ -132,23 +134,23 @@ def sampling_of(
 
 def load(
     checkpoint: Path, device: str, weights: str = "stored"
-) -> tuple["RecurrentDepthLM", "Tokenizer | WalkCodec"]:
-    """A checkpoint's model and tokenizer; of a model of walks, the words of its walks.
+) -> tuple["RecurrentDepthLM", "Tokenizer | PuzzleCodec"]:
+    """A checkpoint's model and tokenizer; of a model of a puzzle, the words of that.
 
     Raises:
-        ValueError: There is no checkpoint, or it reads neither text nor walks.
+        ValueError: There is no checkpoint, or it reads neither text nor a puzzle.
     """
     check_device(device)
     from openmythos import load_pretrained
-    from openmythos.eval.walk import WalkCodec
+    from openmythos.eval.puzzle import PuzzleCodec
     from openmythos.interop.hub import local_folder
     from openmythos.tokenizer import Tokenizer
     from openmythos.tokenizer_folder import has_tokenizer
 
     folder = local_folder(checkpoint)
-    walks = None if has_tokenizer(folder) else walks_of(folder)
-    if walks is not None:
-        return load_pretrained(folder, device=device, weights=weights), WalkCodec(walks)
+    puzzle = None if has_tokenizer(folder) else puzzle_of(folder)
+    if puzzle is not None:
+        return load_pretrained(folder, device=device, weights=weights), PuzzleCodec(puzzle)
     require_text(folder)
     tokenizer = Tokenizer.load(folder)
     if tokenizer.change is not None:
@@ -175,13 +177,17 @@ def nothing_said(answer: "TextStream") -> str:
     return "(no answer: the model ended it at once)"
 
 
-def most_tokens(given: int | None, tokenizer: "Tokenizer | WalkCodec", usual: int) -> int:
-    """The most tokens of an answer: as given, else the usual number; a walk ends in one word."""
-    from openmythos.eval.walk import WalkCodec
+def most_tokens(
+    given: int | None, tokenizer: "Tokenizer | PuzzleCodec", usual: int, num_asked: int
+) -> int:
+    """The most tokens of an answer to so many: as given, else the usual number, or a puzzle's."""
+    from openmythos.eval.puzzle import PuzzleCodec
 
     if given is not None:
         return given
-    return 1 if isinstance(tokenizer, WalkCodec) else usual
+    if isinstance(tokenizer, PuzzleCodec):
+        return max(1, tokenizer.puzzle.answer_len(num_asked))
+    return usual
 
 
 def coloured(pieces: "Iterable[TextPiece]", loops: Sequence[int], scale: "LoopScale") -> Text:

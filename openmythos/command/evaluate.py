@@ -18,13 +18,13 @@ from openmythos.command.option import (
     check_device,
     parse_loops,
 )
-from openmythos.command.origin import data_of, data_source, require_text, walks_for
+from openmythos.command.origin import data_of, data_source, puzzle_for, require_text
 from openmythos.folder import require_writable, write_json
 from openmythos.terminal import console, note, print_table
 
 if TYPE_CHECKING:
     from openmythos.config import ModelConfig
-    from openmythos.data.synthetic import Walks
+    from openmythos.data.puzzle import Puzzle
     from openmythos.eval.score import Results, Score, ScoreCurve
 
 RESULTS_FILE, PICTURE_FILE = "results.json", "scores.png"
@@ -35,8 +35,9 @@ Tasks = Annotated[
     str | None,
     typer.Option(
         help="Separated by commas: python_docs_choice, python_docs_word, python_docs_bits, "
-        "held_out, hops_1 ..., a task file, a folder of them, or a task of lm-evaluation-harness. "
-        "Default: held-out loss; of a run on walks, accuracy by hops."
+        "held_out, a puzzle and its size (hops_8, products_16 ...), a task file, a folder of them, "
+        "or a task of lm-evaluation-harness. Default: held-out loss; of a run on a puzzle, "
+        "accuracy by size."
     ),
 ]
 Limit = Annotated[int | None, typer.Option(help="Only the first questions of each task.", min=1)]
@@ -46,7 +47,7 @@ Fewshot = Annotated[
 Data = Annotated[
     Path | None,
     typer.Option(
-        help="Prepared folder, or a run or zoo:NAME whose data or walks to use; default: its own."
+        help="Prepared folder, or a run or zoo:NAME whose data or puzzle to use; default: its own."
     ),
 ]
 BatchSize = Annotated[int, typer.Option(help="Rows a batch; does not change results.", min=1)]
@@ -96,20 +97,20 @@ def evaluate(
 
     folder = local_folder(checkpoint)
     source = folder if data is None else data_source(data)
-    walks = walks_for(folder, source)
-    if walks is not None and names is None:
-        names = usual_hops(walks.config.max_train_hops)
+    puzzle = puzzle_for(folder, source)
+    if puzzle is not None and names is None:
+        names = usual_sizes(puzzle)
     if names is None and brings_text(source):
         names = [HELD_OUT]
     of_text: dict[str, object] = {"--seq-len": seq_len, "--max-batches": max_batches}
-    of_text |= {"--data": data} if walks is None and HELD_OUT not in (names or ()) else {}
+    of_text |= {"--data": data} if puzzle is None and HELD_OUT not in (names or ()) else {}
     refuse_given(names, of_text, {"--limit": limit, "--num-fewshot": num_fewshot})
     if names is None:
         rest = (batch_size, seq_len, max_batches, device, weights)
         curves, config = held_out(folder, source, loops, *rest)
     else:
         others = (limit, num_fewshot, batch_size, seed, device, weights)
-        curves, config = on_tasks(folder, source, names, walks, loops, *others)
+        curves, config = on_tasks(folder, source, names, puzzle, loops, *others)
     flops = {n: count(config, num_loops=n).inference_flops_per_token for n in curves[0].scores}
     settings = {"limit": limit, "num_fewshot": num_fewshot, "seed": seed, "weights": weights}
     report = {
@@ -160,25 +161,29 @@ def task_names(tasks: str) -> list[str]:
     return names
 
 
-def usual_hops(most: int) -> list[str]:
-    """The tasks of a run on walks: 1, 2, 4 ... hops, up to the most of its training."""
-    doubled = [2**power for power in range(most.bit_length())]
-    return [f"hops_{number}" for number in sorted({*doubled, most})]
+def usual_sizes(puzzle: "Puzzle") -> list[str]:
+    """The tasks of a run on a puzzle: sizes 1, 2, 4 ..., up to the largest of its training."""
+    most = puzzle.max_train_size
+    doubled = [2**power for power in range(most.bit_length()) if 2**power >= puzzle.least_size]
+    return [f"{puzzle.kind}_{number}" for number in sorted({*doubled, most})]
 
 
-def require_fitting(names: Sequence[str], max_seq_len: int) -> None:
-    """Check that a model can read the walks of these tasks.
+def require_fitting(names: Sequence[str], puzzle: "Puzzle", max_seq_len: int) -> None:
+    """Check that a model can read the examples of these tasks.
 
     Raises:
-        ValueError: A walk is too long.
+        ValueError: An example is too long.
     """
-    from openmythos.eval.task_name import HOPS
+    from openmythos.eval.task_name import PUZZLE
 
     for name in names:
-        hops = HOPS.fullmatch(name)
-        if hops is not None and int(hops[1]) >= max_seq_len:
+        asked = PUZZLE.fullmatch(name)
+        if asked is None or asked[1] != puzzle.kind:
+            continue
+        length = puzzle.num_tokens(int(asked[2]))
+        if length > max_seq_len:
             raise ValueError(
-                f"a walk of task {name} has {int(hops[1]) + 1} tokens, and the model reads at most "
+                f"a {puzzle.noun} of task {name} has {length} tokens, and the model reads at most "
                 f"{max_seq_len}"
             )
 
@@ -227,7 +232,7 @@ def on_tasks(
     folder: Path,
     source: Path,
     names: Sequence[str],
-    walks: "Walks | None",
+    puzzle: "Puzzle | None",
     loops: Sequence[int],
     limit: int | None,
     num_fewshot: int | None,
@@ -238,19 +243,19 @@ def on_tasks(
 ) -> "tuple[list[ScoreCurve], ModelConfig]":
     """Every task at every depth, and the model's config; all tasks are loaded before any runs."""
     from openmythos import load_pretrained
+    from openmythos.eval.puzzle import PuzzleCodec
     from openmythos.eval.score import sweep
     from openmythos.eval.scoring import Codec, Scorer
     from openmythos.eval.task import measure_tasks, shipped_task
-    from openmythos.eval.walk import WalkCodec
     from openmythos.interop.loading import load_config
     from openmythos.tokenizer import Tokenizer
 
-    if walks is None:
+    if puzzle is None:
         require_text(folder)
-    codec: Codec = Tokenizer.load(folder) if walks is None else WalkCodec(walks)
-    if walks is not None:
-        require_fitting(names, load_config(folder).max_seq_len)
-    found = {name: shipped_task(name, walks, source) for name in names}
+    codec: Codec = Tokenizer.load(folder) if puzzle is None else PuzzleCodec(puzzle)
+    if puzzle is not None:
+        require_fitting(names, puzzle, load_config(folder).max_seq_len)
+    found = {name: shipped_task(name, puzzle, source) for name in names}
     elsewhere = [name for name, task in found.items() if task is None]
     others = None
     if elsewhere:

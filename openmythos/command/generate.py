@@ -73,10 +73,11 @@ def generate(
     from openmythos.report.page import LoopScale
 
     sampling = sampling_of(tokenizer, SamplingConfig(), temperature, top_k, top_p)
+    asked_tokens = [tokenizer.encode_prompt(text, special=special) for text in prompt]
     requests = [
         Request(
-            tokens=tokenizer.encode_prompt(text, special=special),
-            max_new_tokens=most_tokens(max_new_tokens, tokenizer, 64),
+            tokens=tokens,
+            max_new_tokens=most_tokens(max_new_tokens, tokenizer, 64, len(tokens)),
             num_loops=num_loops,
             exit_rule=rule,
             sampling=sampling,
@@ -84,7 +85,7 @@ def generate(
             seed=seed,
             sample_idx=row,
         )
-        for row, text in enumerate(prompt)
+        for row, tokens in enumerate(asked_tokens)
     ]
     engine = Engine.fitting(model, requests, cache_layout=layout, compiled=compiled)
     answers = [Answer(TextStream(tokenizer, stop or ())) for _ in prompt]

@@ -1,4 +1,4 @@
-"""Where a checkpoint comes from: its run, the data or walks of that run, and what goes with it."""
+"""Where a checkpoint comes from: its run, the data or puzzle of that run, and what goes with it."""
 
 import json
 from collections.abc import Mapping
@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 from openmythos.terminal import note
 
 if TYPE_CHECKING:
-    from openmythos.data.synthetic import Walks
+    from openmythos.data.puzzle import Puzzle
 
 
 def require_text(checkpoint: Path) -> None:
     """Check that a folder holds a checkpoint with a tokenizer.
 
     Raises:
-        ValueError: It holds no checkpoint, one of a run on walks, or one without a tokenizer.
+        ValueError: It holds no checkpoint, one of a run on a puzzle, or one without a tokenizer.
     """
     from openmythos.checkpoint.load import read_config
     from openmythos.tokenizer_folder import TOKENIZER_FILE, has_tokenizer
@@ -23,10 +23,11 @@ def require_text(checkpoint: Path) -> None:
     if has_tokenizer(checkpoint):
         return
     read_config(checkpoint)  # refuses what is no checkpoint
-    if walks_of(checkpoint) is not None:
+    puzzle = puzzle_of(checkpoint)
+    if puzzle is not None:
         raise ValueError(
-            f"{checkpoint} is of a run on walks: it reads entities and relations, and no text; "
-            f"openmythos eval {run_of(checkpoint)} asks it"
+            f"{checkpoint} is of a run on a puzzle ({puzzle.kind}): it reads {puzzle.words[0]}, "
+            f"{puzzle.words[1]} ... and no text; openmythos eval {run_of(checkpoint)} asks it"
         )
     raise ValueError(
         f"{checkpoint} is a checkpoint without a tokenizer, so it reads no text: put its "
@@ -105,54 +106,54 @@ def data_source(given: Path) -> Path:
     )
 
 
-def walks_for(folder: Path, source: Path) -> "Walks | None":
-    """The walks of a source of data; None if it is of text.
+def puzzle_for(folder: Path, source: Path) -> "Puzzle | None":
+    """The puzzle of a source of data; None if it is of text.
 
     Raises:
-        ValueError: They are walks, and the model reads text.
+        ValueError: It is a puzzle, and the model reads text.
     """
     from openmythos.tokenizer_folder import has_tokenizer
 
-    walks = walks_of(source)
-    if walks is not None and has_tokenizer(folder):
-        raise ValueError(f"{source} is of walks, and {folder} reads text; give text as --data")
-    return walks
+    puzzle = puzzle_of(source)
+    if puzzle is not None and has_tokenizer(folder):
+        raise ValueError(
+            f"{source} is of {puzzle.kind}, and {folder} reads text; give text as --data"
+        )
+    return puzzle
 
 
-def walks_of(folder: Path) -> "Walks | None":
-    """The walks that a checkpoint or a run trains on; None if it is none on walks.
+def puzzle_of(folder: Path) -> "Puzzle | None":
+    """The puzzle that a checkpoint or a run trains on; None if it is of text.
 
     A checkpoint of an older version does not hold them: its run's configuration does.
     """
-    from openmythos.data.synthetic import read_walks
+    from openmythos.data.puzzle_table import read_puzzle
 
-    own, stored = read_walks(folder), run_config(folder)
+    own, stored = read_puzzle(folder), run_config(folder)
     if own is not None:
         return own
-    if stored.get("data", {}).get("kind") != "hops":
+    if stored.get("data", {}).get("kind", "text") == "text":
         return None
     from openmythos.config.schema import from_dict
-    from openmythos.train.recipe import HopsData, RunConfig
-    from openmythos.train.run import hops_task
+    from openmythos.train.recipe import RunConfig, TextData
+    from openmythos.train.run import puzzle_task
 
     config = from_dict(RunConfig, stored)
-    assert isinstance(config.data, HopsData)
-    return hops_task(config.data, config.train.seed).walks
+    assert not isinstance(config.data, TextData)
+    return puzzle_task(config.data, config.train.seed).puzzle
 
 
 def companions_of(folder: Path, *, measured: bool) -> dict[str, bytes]:
     """The files that go with a checkpoint which is written elsewhere, as ``read_companions``.
 
-    A checkpoint of an older version, whose walks its run knows, gets their settings now. A note
+    A checkpoint of an older version, whose puzzle its run knows, gets their settings now. A note
     says if what was measured stays behind.
     """
     from openmythos.checkpoint.save import EXIT_FILE, read_companions
-    from openmythos.config.schema import to_dict
-    from openmythos.folder import WALKS_FILE
 
-    found, walks = read_companions(folder, measured=measured), walks_of(folder)
-    if walks is not None and WALKS_FILE not in found:
-        found[WALKS_FILE] = (json.dumps(to_dict(walks.config), indent=2) + "\n").encode()
+    found, puzzle = read_companions(folder, measured=measured), puzzle_of(folder)
+    if puzzle is not None and puzzle.file not in found:
+        found[puzzle.file] = (json.dumps(puzzle.settings, indent=2) + "\n").encode()
     if not measured and (folder / EXIT_FILE).is_file():
         note(f"note: {EXIT_FILE} is left out: it was measured before this change; measure again")
     return found

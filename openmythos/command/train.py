@@ -31,7 +31,8 @@ def train(
     data: Annotated[
         str | None,
         typer.Option(
-            help="hops, a source of `prepare`, or a prepared folder; default: python-docs."
+            help="A puzzle (hops, products, recall, facts, induction, addition), a source of "
+            "`prepare`, or a prepared folder; default: python-docs."
         ),
     ] = None,
     config: Annotated[
@@ -98,13 +99,13 @@ def train(
 def train_shown(run: "Run", screen: Console) -> "TrainResult":
     """Say what a run begins with, and train it with its progress on the screen."""
     from openmythos.train.display import TrainDisplay
-    from openmythos.train.task import HopsTask, TextTask
+    from openmythos.train.task import PuzzleTask, TextTask
 
     for change in run.changes:
         screen.print(change)
     if isinstance(run.task, TextTask):
         typer.echo(run.task.train.data.summary(), err=True)
-    if isinstance(run.task, HopsTask):
+    if isinstance(run.task, PuzzleTask):
         screen.print(run.task.leaks_in_words())
     with TrainDisplay(screen, "training") as display:
         return run.train(display)

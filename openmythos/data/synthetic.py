@@ -16,30 +16,27 @@ With permutations the relations alone say nothing about the answer. With random 
 the more hops the more, so a model can score well without following the walk: `leak_baselines`
 measures how well.
 
-Source: "Loop, Think & Generalize" (2604.07822v2), the depth extrapolation task, scaled down.
+Source: "Loop, Think & Generalize" (2604.07822v2), the depth extrapolation task, scaled down; the
+positions of what is written out are coupled as in Cho et al. 2024 (arXiv 2405.20671).
 """
 
 from __future__ import annotations
 
-import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Int, UInt64
+from jaxtyping import Int, UInt64
 
-from openmythos.config.schema import as_seed, from_dict, require, to_dict
-from openmythos.data.hashing import mix, permutation, threshold
+from openmythos.config.schema import as_seed, to_dict
+from openmythos.data.hashing import mix, permutation
 from openmythos.data.packing import IGNORED_TARGET, Batch
-from openmythos.folder import WALKS_FILE, write_json
+from openmythos.data.puzzle import CHOICE, GUESS, POSITIONS, TABLE, Puzzle, below, draw, last_only
+from openmythos.folder import WALKS_FILE
 
-_MIN_WALKS_TO_HOLD_OUT = 1000
 _MAX_ENUMERATED_WORDS = 4096
-
-# One random stream per purpose, so that two uses of the same seed never share a draw.
-_RELATIONS, _HELD_OUT, _TRAIN, _EVAL, _WORDS, _CHOICE, _POSITIONS = range(7)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,13 +51,15 @@ class HopsConfig:
         permutations: Whether relations are permutations; False: random functions, which leak.
         shifts: Whether each relation adds a number of its own to the entity's, modulo E: walks
             are then sums of several numbers.
-        written_out: Whether the entities that a walk passes are written after it.
+        written_out: Whether the entities that a walk passes are written after it. Each has the
+            position of the relation that leads to it, so that the next relation is always one on.
         position_range: The positions of a walk's tokens are so many numbers of 0 up to this, drawn
             for each walk and sorted; null: 0, 1, 2 and so on. Distances then say nothing, and a
             short walk shows those of a long one.
         seed: Seed of the relations, the held-out walks and the samples.
     """
 
+    kind: ClassVar[str] = "hops"
     num_entities: int = 16
     num_relations: int = 4
     max_train_hops: int = 8
@@ -99,51 +98,102 @@ class HopsConfig:
             )
 
 
-class Walks:
-    """Batches, held-out walks and leak baselines of one `HopsConfig`.
+class Walks(Puzzle):
+    """Batches, held-out walks and leak baselines of one `HopsConfig`; a size is a number of hops.
 
-    A hash of the whole walk decides whether it is held out, so every process and batch size agree.
-    Nothing is held out for one hop (a relation that was never shown cannot be known) and for hop
-    counts with fewer than 1,000 walks: those are evaluated on training walks.
+    Nothing is held out for one hop: a relation that was never shown cannot be known.
 
     Attributes:
+        config: The settings.
         relations: The entity that each relation leads to from each entity.
     """
 
+    kind, noun, size_word = "hops", "walk", "hops"
+    file = WALKS_FILE
+
     def __init__(self, config: HopsConfig) -> None:
+        super().__init__(config.held_out_fraction, config.seed)
         self.config = config
         shape = (config.num_relations, config.num_entities)
         if config.shifts:
             entities = np.arange(config.num_entities)
             # 0 is no summand: a hop that stays would make a walk shorter than it looks.
-            summands = 1 + permutation(config.num_entities - 1, config.seed, _RELATIONS)
+            summands = 1 + permutation(config.num_entities - 1, config.seed, TABLE)
             summands = np.sort(summands[: config.num_relations]).astype(np.int64)
             self.relations: Int[np.ndarray, "R E"] = (
                 entities + summands[:, None]
             ) % config.num_entities
         elif config.permutations:
             rows = [
-                permutation(config.num_entities, config.seed, _RELATIONS, r)
+                permutation(config.num_entities, config.seed, TABLE, r)
                 for r in range(config.num_relations)
             ]
             self.relations = np.stack(rows).astype(np.int64)
         else:
-            draws = _draw(np.arange(shape[0] * shape[1]), config.seed, _RELATIONS).reshape(shape)
-            self.relations = (draws % np.uint64(config.num_entities)).astype(np.int64)
+            draws = draw(np.arange(shape[0] * shape[1]), config.seed, TABLE).reshape(shape)
+            self.relations = below(draws, config.num_entities)
 
     @property
-    def vocab_size(self) -> int:
-        """Number of entities plus number of relations."""
-        return self.config.num_entities + self.config.num_relations
+    def settings(self) -> dict[str, Any]:
+        """See ``Puzzle``."""
+        return to_dict(self.config)
 
-    def num_walks(self, num_hops: int) -> int:
-        """Number of different walks of `num_hops` hops."""
-        return self.config.num_entities * int(self.config.num_relations) ** num_hops
+    @property
+    def words(self) -> Sequence[str]:
+        """See ``Puzzle``."""
+        entities = [f"e{number}" for number in range(self.config.num_entities)]
+        return [*entities, *(f"r{number}" for number in range(self.config.num_relations))]
 
-    def holds_out(self, num_hops: int) -> bool:
-        """Whether some walks of `num_hops` hops are held out."""
-        enough = num_hops > 1 and self.num_walks(num_hops) >= _MIN_WALKS_TO_HOLD_OUT
-        return enough and self.config.held_out_fraction > 0
+    @property
+    def form(self) -> str:
+        """See ``Puzzle``."""
+        entities, relations = self.config.num_entities, self.config.num_relations
+        return (
+            f"a walk is a start, e0 to e{entities - 1}, and relations, r0 to r{relations - 1}, "
+            f"such as e{min(3, entities - 1)} r{min(1, relations - 1)} r0"
+        )
+
+    @property
+    def max_train_size(self) -> int:
+        """See ``Puzzle``."""
+        return self.config.max_train_hops
+
+    def question_len(self, size: int) -> int:
+        """The start and the relations."""
+        return size + 1
+
+    def answer_len(self, question_len: int) -> int:
+        """One, or all entities that are passed if walks are written out."""
+        return question_len - 1 if self.config.written_out else 1
+
+    def num_examples(self, size: int) -> int:
+        """Number of different walks of `size` hops."""
+        return self.config.num_entities * int(self.config.num_relations) ** size
+
+    def holds_out(self, size: int) -> bool:
+        """See ``Puzzle``."""
+        return size > 1 and super().holds_out(size)
+
+    def num_draws(self, size: int) -> int:
+        """See ``Puzzle``."""
+        return size + 1
+
+    def write(self, draws: UInt64[np.ndarray, "B N"], size: int) -> Int[np.ndarray, "B T"]:
+        """See ``Puzzle``."""
+        start = below(draws[:, :1], self.config.num_entities)
+        relations = below(draws[:, 1:], self.config.num_relations) + self.config.num_entities
+        walks = np.concatenate([start, relations], axis=1)
+        said = self.entities_along(walks)[:, 1:-1] if self.config.written_out else walks[:, :0]
+        return np.concatenate([walks, said], axis=1)
+
+    def targets(self, tokens: Int[np.ndarray, "B T"]) -> Int[np.ndarray, "B T"]:
+        """See ``Puzzle``."""
+        reached = self.entities_along(self._walks(tokens))
+        if not self.config.written_out:
+            return last_only(tokens, reached[:, -1])
+        targets = np.full_like(tokens, IGNORED_TARGET)
+        targets[:, reached.shape[1] - 1 :] = reached[:, 1:]
+        return targets
 
     def entities_along(self, walks: Int[np.ndarray, "B T"]) -> Int[np.ndarray, "B T"]:
         """Entity at each token: the start, then the one reached by each hop; the last answers."""
@@ -154,53 +204,8 @@ class Walks:
             reached[:, hop] = self.relations[relation, reached[:, hop - 1]]
         return reached
 
-    def is_held_out(self, walks: Int[np.ndarray, "B T"]) -> Bool[np.ndarray, " B"]:
-        """Which walks are held out from training."""
-        if not self.holds_out(walks.shape[1] - 1):
-            return np.zeros(len(walks), dtype=bool)
-        return self._keys(walks, _HELD_OUT) < threshold(self.config.held_out_fraction)
-
-    def sample_batch(
-        self, step: int, num_hops: int, batch_size: int, rank: int = 0, world_size: int = 1
-    ) -> Batch:
-        """Rows `rank::world_size` of the global training batch of `step`: a pure function of it.
-
-        Walks are drawn uniformly from those that are not held out; any positive `num_hops` will do.
-
-        Raises:
-            ValueError: A number is out of range.
-        """
-        _check_sizes(num_hops, batch_size)
-        if step < 0 or not 0 <= rank < world_size:
-            raise ValueError(
-                f"step={step}, rank={rank} of world_size={world_size}: give step >= 0 and "
-                f"0 <= rank < world_size"
-            )
-        rows = np.arange(rank, batch_size, world_size, dtype=np.int64)
-        walks = self._draw_walks(rows, num_hops, 0, _TRAIN, step)
-        attempt = 0
-        while (rejected := self.is_held_out(walks)).any():
-            attempt += 1
-            walks[rejected] = self._draw_walks(rows[rejected], num_hops, attempt, _TRAIN, step)
-        return self._to_batch(walks)
-
-    def held_out_batch(self, num_hops: int, size: int, seed: int = 0) -> Batch:
-        """`size` held-out walks, with replacement; training walks if none is held out.
-
-        Raises:
-            ValueError: A number is out of range.
-        """
-        _check_sizes(num_hops, size)
-        rows = np.arange(size, dtype=np.int64)
-        walks = self._draw_walks(rows, num_hops, 0, _EVAL, seed)
-        attempt = 0
-        while self.holds_out(num_hops) and (rejected := ~self.is_held_out(walks)).any():
-            attempt += 1
-            walks[rejected] = self._draw_walks(rows[rejected], num_hops, attempt, _EVAL, seed)
-        return self._to_batch(walks)
-
     def positions(self, walks: Int[np.ndarray, "B T"]) -> Int[np.ndarray, "B T"]:
-        """The tokens' positions, a function of the walk.
+        """The positions of the tokens of walks that are not written out, a function of the walk.
 
         Source: randomised positions of Ruoss et al. 2023 (arXiv 2305.16843), section 3.
 
@@ -212,44 +217,41 @@ class Walks:
             return np.tile(np.arange(length), (len(walks), 1))
         if length > most:
             raise ValueError(f"{length} tokens need a position_range of as many; it is {most}")
-        keys = self._keys(walks, _POSITIONS)
-        order = np.argsort(mix(keys[:, None] ^ np.arange(most, dtype=np.uint64), _POSITIONS))
+        keys = self.hashes(walks, POSITIONS)
+        order = np.argsort(mix(keys[:, None] ^ np.arange(most, dtype=np.uint64), POSITIONS))
         return np.sort(order[:, :length], axis=1)
+
+    def token_positions(self, tokens: Int[np.ndarray, "B T"]) -> Int[np.ndarray, "B T"]:
+        """See ``Puzzle``; an entity that is written out has the position of its relation."""
+        walks = self._walks(tokens)
+        positions, written = self.positions(walks), tokens.shape[1] - walks.shape[1]
+        return np.concatenate([positions, positions[:, 1 : 1 + written]], axis=1)
 
     def with_passed_targets(self, batch: Batch) -> Batch:
         """The same walks with a target at every token: the entity that the walk has reached."""
         passed = torch.from_numpy(self.entities_along(batch.tokens.numpy()))
         return replace(batch, targets=passed)
 
-    def _keys(self, walks: Int[np.ndarray, "B T"], stream: int) -> UInt64[np.ndarray, " B"]:
-        """A hash of each walk."""
-        keys = _draw(walks[:, 0], self.config.seed, stream)
-        for column in walks[:, 1:].T:
-            keys = mix(keys ^ column.astype(np.uint64), stream)
-        return keys
+    def _walks(self, tokens: Int[np.ndarray, "B T"]) -> Int[np.ndarray, "B W"]:
+        """The questions, without what is written out after them."""
+        return tokens[:, : tokens.shape[1] // 2 + 1] if self.config.written_out else tokens
 
-    def leak_baselines(self, num_hops: int) -> dict[str, float]:
-        """Accuracy, on walks of `num_hops` hops, of guessers that do not follow the walk.
+    def leak_baselines(self, size: int) -> dict[str, float]:
+        """See ``Puzzle``; suffix_only sees all relations but not the start.
 
-        chance: a uniform guess. majority: the most frequent answer. last_token: the most frequent
-        answer given the last relation. suffix_only: the most frequent answer given all relations
-        but not the start. With permutations all four are exactly 1 / E; a task where one is higher
-        does not test depth. All values are exact, except that suffix_only averages 4,096 sampled
-        sequences of relations where there are more.
-
-        Raises:
-            ValueError: `num_hops` is below 1.
+        With permutations all four are exactly 1 / E. All values are exact, except that suffix_only
+        averages 4,096 sampled sequences of relations where there are more.
         """
-        _check_sizes(num_hops, 1)
+        self.check(size)
         num_entities, num_relations = self.config.num_entities, self.config.num_relations
         reached = np.full(num_entities, 1.0 / num_entities)
-        for _ in range(num_hops):
+        for _ in range(size):
             # by_relation[r, y]: probability of being at entity y after a hop along relation r
             by_relation = np.stack(
                 [np.bincount(f, weights=reached, minlength=num_entities) for f in self.relations]
             )
             reached = by_relation.mean(axis=0)
-        words = self._relation_words(num_hops)
+        words = self._relation_words(size)
         ends = np.tile(np.arange(num_entities), (len(words), 1))
         for column in words.T:
             ends = self.relations[column[:, None], ends]
@@ -268,54 +270,7 @@ class Walks:
         if num_relations**num_hops <= _MAX_ENUMERATED_WORDS:
             return np.indices((num_relations,) * num_hops).reshape(num_hops, -1).T
         cells = np.arange(_MAX_ENUMERATED_WORDS * num_hops).reshape(-1, num_hops)
-        draws = _draw(cells, self.config.seed, _WORDS)
-        return (draws % np.uint64(num_relations)).astype(np.int64)
-
-    def _draw_walks(
-        self, rows: Int[np.ndarray, " B"], num_hops: int, attempt: int, stream: int, step: int
-    ) -> Int[np.ndarray, "B T"]:
-        columns = np.arange(num_hops + 1)
-        cells = rows[:, None] * (num_hops + 1) + columns
-        draws = _draw(cells, self.config.seed, stream, step, num_hops, attempt)
-        start = draws[:, :1] % np.uint64(self.config.num_entities)
-        relations = draws[:, 1:] % np.uint64(self.config.num_relations)
-        relations = relations + np.uint64(self.config.num_entities)
-        return np.concatenate([start, relations], axis=1).astype(np.int64)
-
-    def _to_batch(self, walks: Int[np.ndarray, "B T"]) -> Batch:
-        passed = self.entities_along(walks)[:, 1:]
-        passed = passed if self.config.written_out else passed[:, -1:]
-        tokens = torch.from_numpy(np.concatenate([walks, passed[:, :-1]], axis=1))
-        targets = torch.full_like(tokens, IGNORED_TARGET)
-        targets[:, walks.shape[1] - 1 :] = torch.from_numpy(passed)
-        return Batch(
-            tokens=tokens,
-            targets=targets,
-            documents=torch.zeros_like(tokens),
-            positions=torch.from_numpy(self.positions(tokens.numpy())),
-            num_bytes=0,
-        )
-
-    def save(self, folder: Path) -> None:
-        """Write the settings into a checkpoint's folder; ``read_walks`` reads them."""
-        write_json(folder / WALKS_FILE, to_dict(self.config))
-
-
-def read_walks(folder: Path) -> Walks | None:
-    """The walks that a checkpoint was trained on, as its folder says; None if it does not say.
-
-    Raises:
-        ValueError: The file is damaged.
-    """
-    path = folder / WALKS_FILE
-    if not path.is_file():
-        return None
-    try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-        require(isinstance(stored, dict), "the content", type(stored).__name__, "an object")
-        return Walks(from_dict(HopsConfig, stored))
-    except ValueError as error:  # of JSON, of UTF-8 or of a field
-        raise ValueError(f"{path} does not describe walks: {error}") from None
+        return below(draw(cells, self.config.seed, GUESS), num_relations)
 
 
 @dataclass
@@ -343,7 +298,7 @@ class Curriculum:
 
     def choose_hops(self, seed: int, step: int) -> int:
         """Hops of the batch of `step`: `stage`, or in a third of the mixed steps an earlier one."""
-        choice, earlier = _draw(np.arange(2), seed, _CHOICE, step).tolist()
+        choice, earlier = draw(np.arange(2), seed, CHOICE, step).tolist()
         num_earlier = self.stage - 1
         if num_earlier == 0 or not self.mixed or choice % 3 < 2:
             return self.stage
@@ -371,15 +326,3 @@ class Curriculum:
                 f"stage={stage} is not in this curriculum: stages go from 1 to {self.max_stage}"
             )
         self.stage = stage
-
-
-def _check_sizes(num_hops: int, size: int) -> None:
-    if num_hops < 1 or size < 1:
-        raise ValueError(f"num_hops={num_hops}, size={size}: give at least 1 of each")
-
-
-def _draw(values: Int[np.ndarray, "..."], *seeds: int) -> UInt64[np.ndarray, "..."]:
-    draws = values.astype(np.uint64)
-    for seed in seeds:
-        draws = mix(draws, seed)
-    return draws

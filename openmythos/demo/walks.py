@@ -32,8 +32,8 @@ from openmythos.train.metrics import read_metrics
 from openmythos.train.optim import OptimizerConfig
 from openmythos.train.recipe import HopsData, RunConfig, TrainConfig
 from openmythos.train.run import set_up
-from openmythos.train.task import HopsTask
-from openmythos.train.validation import hops_right
+from openmythos.train.task import PuzzleTask
+from openmythos.train.validation import puzzle_right
 
 TRAINED_LOOPS = (2, 8)
 LOOPS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16)
@@ -101,8 +101,10 @@ def act_hops(
     try:
         run = set_up(config, out / "hops", device)
         console.print(run.in_words(config.data.in_words))
-        if not isinstance(run.task, HopsTask):
+        task = run.task
+        if not isinstance(task, PuzzleTask) or not isinstance(task.puzzle, Walks):
             raise TypeError("act 2 trains on walks")
+        walks = task.puzzle
         with TrainDisplay(console, "hops") as display:
             result = run.train(display)
         if result.interrupted:
@@ -117,7 +119,6 @@ def act_hops(
         lines = errors.strip().splitlines() or [f"exit status {beside.returncode}"]
         raise TrainingStopped(f"the comparison run failed: {lines[-1]}")
     rule = EntropyKLExit(kl=0.01, entropy=1.0)
-    walks = run.task.walks
     with console.status("accuracy over hops and loops"):
         ours = measure_hops(run.model, walks, out / "hops", rule)
         act = CumulativeThreshold(threshold=0.99)
@@ -132,7 +133,7 @@ def act_hops(
 def measure_hops(model: RecurrentDepthLM, walks: Walks, out: Path, rule: Rule) -> HopsResult:
     """On held-out walks: accuracy by hops and loops, and the loops taken under the exit rule."""
     right = [
-        [hops_right(model, walks, hops, loops, NUM_WALKS, seed=1).tolist() for loops in LOOPS]
+        [puzzle_right(model, walks, hops, loops, NUM_WALKS, seed=1).tolist() for loops in LOOPS]
         for hops in HOPS
     ]
     exits = [exit_loops(model, walks, hops, rule) for hops in HOPS]

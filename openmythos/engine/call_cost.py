@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from operator import mul
 
-HORIZON = 8  # loops that are looked ahead
+HORIZON = 16  # loops that are looked ahead
 PARTS = 8  # of a row that the expected number of rows is rounded down to
 Ends = tuple[float, ...]  # the probabilities to have ended after 1, 2 ... HORIZON more loops
 
@@ -57,46 +57,41 @@ class CallCosts:
         """Seconds of one crossing of so many rows."""
         return self._tables[1][num_rows * PARTS]
 
-    def loops_to_wait(
+    def rows_to_await(
         self,
-        held: Sequence[float],
         looping: Sequence[Ends],
         loops: Sequence[float],
         step: float = 0.0,
+        cross: float = 0.0,
     ) -> int:
-        """The loops that tokens at the boundary should let the others run before they cross it.
+        """The number of tokens at the boundary that should be there before they cross it.
 
-        If they wait for some loops and cross together with those that have ended by then, one call
-        does the work of two. Until then fewer rows loop than there are, and the time that it takes
-        is worth more than what they get done. The number is the one that saves most; 0: none does.
+        The longer they wait, the more of them one crossing serves, and the fewer rows loop
+        meanwhile. From now to the crossing, loops and crossing take some time, in which a number of
+        loops gets done; the crossing is best after the loop that makes most of them per second.
 
         Args:
-            held: Of each row at the boundary, the loops that its tokens take on average: one loop
-                is that share of a token.
-            looping: When the others will have ended.
-            loops: The same of these as of those held.
+            looping: When the rows that loop, all but those at the boundary, will have ended.
+            loops: The loops that each row's tokens take on average: a loop is worth that share of
+                a token.
             step: Seconds that each loop takes besides its call, whatever its rows.
+            cross: The same of a crossing.
         """
         core, boundary = self._tables
         worth = [1 / each for each in loops]
-        num_held, num_looping, left = len(held), len(looping), sum(worth)
-        total = left + sum(1 / each for each in held)
-        # Seconds of a token when all rows loop, and of a crossing of those held alone.
-        whole = (core[(num_held + num_looping) * PARTS] + step) / total
-        alone = boundary[num_held * PARTS]
-        lost, joined, done, most, found = 0.0, 0.0, 0.0, 0.0, 0
-        for number, ended in enumerate(zip(*looping, strict=True), start=1):
-            lost += core[int((num_looping - joined) * PARTS)] + step - (left - done) * whole
-            joined, done = sum(ended), sum(map(mul, ended, worth))
-            # What one crossing takes less than two; of less than one row its share.
-            others = int((joined if joined > 1 else 1) * PARTS)
-            both = alone + boundary[others] - boundary[num_held * PARTS + others]
-            saved = (both if joined > 1 else joined * both) - lost
-            if saved > most:
-                most, found = saved, number
+        num_looping, left = len(looping), sum(worth)
+        seconds, gained, joined, done, most, found = 0.0, 0.0, 0.0, 0.0, 0.0, 1.0
+        for ended in zip(*looping, strict=True):
+            seconds += core[int((num_looping - joined) * PARTS)] + step
+            gained += left - done
+            before, joined = joined, sum(ended)
+            done = sum(map(mul, ended, worth))
+            rate = gained / (seconds + cross + boundary[int(max(1, joined) * PARTS)])
+            if joined > before and rate > most:
+                most, found = rate, joined
             if joined == num_looping:
                 break
-        return found
+        return max(1, round(found))
 
     @functools.cached_property
     def _tables(self) -> tuple[list[float], list[float]]:

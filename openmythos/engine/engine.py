@@ -405,7 +405,7 @@ class Engine:
             self._counts.prompt_read += chunk.stop - chunk.start
             scheduler.has_read(chunk, now)
         if scheduler.boundary_is_due(now):
-            only_looped = False
+            only_looped, began = False, time.perf_counter()
             if leaving := scheduler.at("exited"):
                 self._decode(leaving, now)
             if entering := scheduler.enter(now):
@@ -413,6 +413,8 @@ class Engine:
                     self._cache.copy(scheduler.copies)
                     scheduler.copies.clear()
                 runner.enter([self._entry(job) for job in entering])
+            if leaving and len(leaving) == len(entering):
+                scheduler.has_crossed(len(leaving), time.perf_counter() - began)
         looping = {job.seat: job for job in scheduler.at("core")}
         if looping:
             self._counts.core_calls += 1

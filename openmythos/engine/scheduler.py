@@ -19,7 +19,7 @@ from typing import Literal, NamedTuple
 from openmythos.engine.call_cost import CallCosts, Ends, ends_after
 from openmythos.engine.page_pool import PagePool
 
-MEMORY = 32  # tokens of a job whose loops tell how soon the next one will stop; steps, how long
+MEMORY = 32  # tokens of a job whose loops tell how soon the next one will stop
 DEEP_SHARE = 0.85  # of its speed in lockstep that a deep job is planned to keep; 0.8 is promised
 FORGET = 8  # tokens after which they are looked up again
 Fair = Literal["sum", "deep"]
@@ -164,9 +164,10 @@ class Scheduler:
         self.running: list[Job] = []
         self.copies: list[tuple[int, int]] = []  # pages to copy before anything is read or written
         self.costs: CallCosts | None = None
-        self.step_seconds = 0.0  # of a step besides the model's calls, as the latest ones were
+        # Of a step and of a crossing besides the model's calls, as the latest ones were:
+        self.step_seconds, self.cross_seconds = 10e-6, 100e-6
         self.num_preempted = 0
-        self._num_to_wait = 0  # loops to run before it is asked again whether tokens cross
+        self._awaited = 1  # tokens that cross the boundary together
         self._seats = list(range(num_seats - 1, -1, -1))
 
     def num_pages(self, num_tokens: int) -> int:
@@ -303,18 +304,19 @@ class Scheduler:
             return self.fair == "sum"
         if self.fair == "deep" and max(j.depth for j in held) > max(j.depth for j in looping):
             return True  # it does not wait for shallower ones
-        if not self._num_to_wait:
-            waiting, running = ([job.mean_loops for job in jobs] for jobs in (held, looping))
-            ends = [job.ends for job in looping]
-            found = self.costs.loops_to_wait(waiting, ends, running, self.step_seconds)
-            self._num_to_wait = found
-        if self._num_to_wait:
+        if len(held) < self._awaited:
             return False
         return self.fair == "sum" or self._is_affordable(held, looping, self.costs)
 
     def has_stepped(self, seconds: float) -> None:
         """A step that only ran a loop took so long besides the model's call."""
-        self.step_seconds += (seconds - self.step_seconds) / MEMORY
+        self.step_seconds *= _towards(seconds, self.step_seconds)
+
+    def has_crossed(self, num_rows: int, seconds: float) -> None:
+        """So many tokens have crossed the boundary in so many seconds."""
+        if self.costs is not None:
+            besides = seconds - self.costs.crossing(num_rows)
+            self.cross_seconds *= _towards(besides, self.cross_seconds)
 
     def _is_affordable(self, held: list[Job], looping: list[Job], costs: CallCosts) -> bool:
         """Whether those held may go on without holding up deeper jobs too much.
@@ -339,18 +341,22 @@ class Scheduler:
 
     def enter(self, now: float) -> list[Job]:
         """Move the ready jobs to the core, each with a page of its own for the next token."""
-        self._num_to_wait = 0
         entered = []
         for job in self.at("ready"):
             if job.stage == "ready" and self._claim_page(job):  # a job before it may have preempted
                 self._move(job, "core", now)
                 job.num_looped, job.charged = 0, 0.0
                 entered.append(job)
+        if self.costs is not None and self.hold is None:
+            looping = [job for job in self.running if job.stage == "core"]
+            ends, loops = [job.ends for job in looping], [job.mean_loops for job in looping]
+            self._awaited = self.costs.rows_to_await(
+                ends, loops, self.step_seconds, self.cross_seconds
+            )
         return [job for job in entered if job.stage == "core"]
 
     def has_looped(self, jobs: Iterable[Job], ended: Iterable[Job], now: float) -> None:
         """The jobs' tokens have run a loop, which was the last of those that ``ended``."""
-        self._num_to_wait = max(0, self._num_to_wait - 1)
         for job in jobs:
             job.num_looped += 1
         for job in ended:
@@ -399,3 +405,8 @@ class Scheduler:
 
     def _move(self, job: Job, stage: Stage, now: float) -> None:
         job.stage, job.since = stage, now
+
+
+def _towards(value: float, median: float) -> float:
+    """A factor that follows the median of values: a few that took far too long do not count."""
+    return 1.1 if value > median else 1 / 1.1

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from openmythos.data.puzzle import Puzzle
 from openmythos.data.source import load_documents
-from openmythos.data.synthetic import Walks
 from openmythos.eval import python_docs
+from openmythos.eval.puzzle import puzzle_documents
 from openmythos.eval.score import Measured, Outcomes, summarise
 from openmythos.eval.scoring import GenerationRequest, Scorer
-from openmythos.eval.task_name import HELD_OUT, HOPS, TEXT_NAMES
-from openmythos.eval.walk import hops_documents
+from openmythos.eval.task_name import HELD_OUT, PUZZLE, TEXT_NAMES
 from openmythos.folder import HELD_OUT_FILE
 
 Kind = Literal["choice", "next", "generate", "text"]
@@ -104,29 +104,38 @@ def _held_out(checkpoint: Path | None) -> EvalTask:
     return EvalTask(name=HELD_OUT, kind="text", documents=texts, baselines={})
 
 
-def shipped_task(name: str, walks: Walks | None, checkpoint: Path | None = None) -> EvalTask | None:
+def shipped_task(
+    name: str, puzzle: Puzzle | None, checkpoint: Path | None = None
+) -> EvalTask | None:
     """The task of this name; None if no such task ships.
 
     Args:
-        name: A name of ``TEXT_TASKS``, ``held_out``, or ``hops_4`` for walks of four hops.
-        walks: The walks that the model was trained on; None for a model of text.
+        name: A name of ``TEXT_TASKS``, ``held_out``, or the kind of a puzzle with a size, as
+            ``hops_4`` for walks of four hops.
+        puzzle: The puzzle that the model was trained on; None for a model of text.
         checkpoint: The model's folder, which may bring its held-out text.
 
     Raises:
-        ValueError: The task is for text and the model for walks, or the other way round.
+        ValueError: The task is for text or another puzzle than the model, or has no such size.
     """
-    hops = HOPS.fullmatch(name)
-    if hops is not None and walks is not None:
-        num_hops = int(hops[1])
-        documents = hops_documents(walks, num_hops)
-        leaks = walks.leak_baselines(num_hops)
+    asked = PUZZLE.fullmatch(name)
+    if asked is not None:
+        kind, size = asked[1], int(asked[2])
+        if puzzle is None or puzzle.kind != kind:
+            of = "text" if puzzle is None else puzzle.kind
+            raise ValueError(
+                f"task {name} needs a run on {kind} (train --data {kind}); this is of {of}"
+            )
+        documents = puzzle_documents(puzzle, size)
+        leaks = puzzle.leak_baselines(size)
         return EvalTask(name=name, kind="next", documents=documents, baselines=leaks)
-    if hops is not None:
-        raise ValueError(f"task {name} needs a run on walks (train --data hops); this is of text")
     if name not in (*TEXT_TASKS, HELD_OUT):
         return None
-    if walks is not None:
-        raise ValueError(f"task {name} needs a model of text; this one knows walks: give hops_1 ..")
+    if puzzle is not None:
+        raise ValueError(
+            f"task {name} needs a model of text; this one knows {puzzle.kind}: give "
+            f"{puzzle.kind}_{puzzle.least_size} .."
+        )
     return _held_out(checkpoint) if name == HELD_OUT else TEXT_TASKS[name]()
 
 

@@ -8,8 +8,9 @@ from pathlib import Path
 
 TEXT_NAMES = ("python_docs_choice", "python_docs_word", "python_docs_bits")
 HELD_OUT = "held_out"
-SHIPPED = (*TEXT_NAMES, HELD_OUT, "hops_1, hops_2 ...")
-HOPS = re.compile(r"hops_([1-9]\d*)")
+KINDS = ("hops", "products", "recall", "facts", "induction", "addition")  # of puzzles
+SHIPPED = (*TEXT_NAMES, HELD_OUT, *(f"{kind}_N" for kind in KINDS))
+PUZZLE = re.compile(rf"({'|'.join(KINDS)})_([1-9]\d*)")
 NAME_IN_FILE = re.compile(rb"^(?:task|group): *[\"']?([\w.-]+)", re.MULTILINE)
 
 
@@ -71,8 +72,9 @@ def no_such_task(name: str, known: Sequence[str]) -> str:
 
 def did_you_mean(name: str, known: Sequence[str]) -> str:
     """The nearest name as a question, ours first; empty if none is near."""
-    hops = "hops_" + ("".join(filter(str.isdigit, name)).lstrip("0") or "1")
-    for candidates, cutoff in (((*TEXT_NAMES, hops), 0.75), ((*TEXT_NAMES, hops, *known), 0.6)):
+    size = "".join(filter(str.isdigit, name)).lstrip("0") or "1"
+    ours = (*TEXT_NAMES, *(f"{kind}_{size}" for kind in KINDS))
+    for candidates, cutoff in ((ours, 0.75), ((*ours, *known), 0.6)):
         if near := difflib.get_close_matches(name, candidates, n=1, cutoff=cutoff):
             return f"; did you mean {near[0]!r}?"
     return ""
@@ -81,4 +83,4 @@ def did_you_mean(name: str, known: Sequence[str]) -> str:
 def _is_ours(name: str) -> bool:
     path = Path(name)
     is_path = path.suffix in (".yaml", ".yml") or path.is_dir()
-    return is_path or name in (*TEXT_NAMES, HELD_OUT) or HOPS.fullmatch(name) is not None
+    return is_path or name in (*TEXT_NAMES, HELD_OUT) or PUZZLE.fullmatch(name) is not None

@@ -10,7 +10,8 @@ from typing import Any
 
 from fastapi import APIRouter, Response
 
-from openmythos.eval.walk import WalkCodec, hops_documents
+from openmythos.data.synthetic import Walks
+from openmythos.eval.puzzle import PuzzleCodec, puzzle_documents
 from openmythos.model.exit import EXIT_RULES, Rule
 from openmythos.serve.served import ServedModel
 
@@ -64,9 +65,9 @@ def offer(served: ServedModel) -> dict[str, Any]:
 
 def puzzles(served: ServedModel) -> list[dict[str, Any]]:
     """Walks of 1 to 12 hops with their answers, held out from training; empty: no walks here."""
-    if not isinstance(served.codec, WalkCodec):
+    walks = served.codec.puzzle if isinstance(served.codec, PuzzleCodec) else None
+    if not isinstance(walks, Walks):
         return []
-    walks = served.codec.walks
     return [
         {
             "hops": hops,
@@ -75,7 +76,7 @@ def puzzles(served: ServedModel) -> list[dict[str, Any]]:
             "answer": document["target"].strip(),
         }
         for hops in range(1, min(MOST_HOPS, served.max_len - 2) + 1)
-        for document in hops_documents(walks, hops, WALKS_EACH)
+        for document in puzzle_documents(walks, hops, WALKS_EACH)
     ]
 
 

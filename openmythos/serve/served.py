@@ -12,7 +12,7 @@ import torch
 from openmythos.config.schema import to_dict
 from openmythos.engine.request import Request
 from openmythos.engine.sampling import Logprobs, SamplingConfig, token_logprobs
-from openmythos.eval.walk import WalkCodec
+from openmythos.eval.puzzle import PuzzleCodec
 from openmythos.model.exit import Rule
 from openmythos.model.inference import inference
 from openmythos.model.recurrent import RecurrentDepthLM
@@ -146,7 +146,7 @@ class ServedModel:
         if all(not message["content"] for message in plain):
             raise APIError(400, "the messages are empty", param="messages")
         try:
-            if isinstance(self.codec, WalkCodec):  # every message is a walk of its own
+            if isinstance(self.codec, PuzzleCodec):  # every message is a question
                 return self.codec.encode(plain[-1]["content"]), []
             if self.has_template:
                 ids: list[int] = self.codec.encode_chat(plain)  # type: ignore[attr-defined]
@@ -214,13 +214,15 @@ class ServedModel:
             )
             raise APIError(400, said, param="max_tokens", code="context_length_exceeded")
         loops, rule = self.depth_of(body)
-        walks = isinstance(self.codec, WalkCodec)  # the answer is one word
+        usual = room
+        if isinstance(self.codec, PuzzleCodec):
+            usual = max(1, self.codec.puzzle.answer_len(len(tokens)))
         seed = secrets.randbits(63) if body.seed is None else body.seed % 2**64
         try:
             return [
                 Request(
                     tokens=tokens,
-                    max_new_tokens=max_new_tokens or (1 if walks else room),
+                    max_new_tokens=max_new_tokens or min(usual, room),
                     min_new_tokens=body.min_tokens,
                     num_loops=loops,
                     exit_rule=rule,

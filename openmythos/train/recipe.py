@@ -5,6 +5,7 @@ from typing import ClassVar, Literal
 
 from openmythos.config import ModelConfig
 from openmythos.config.schema import as_seed, require, require_literals, require_positive
+from openmythos.data.puzzle_table import SeededConfig
 from openmythos.train.depth_schedule import ClippedPoissonDepth, DepthSchedule
 from openmythos.train.objective import FinalLoopObjective, ObjectiveConfig, PerLoopObjective
 from openmythos.train.optim import OptimizerConfig
@@ -195,11 +196,11 @@ class RunConfig:
 
     model: ModelConfig
     train: TrainConfig
-    data: TextData | HopsData
+    data: TextData | HopsData | SeededConfig
 
     def __post_init__(self) -> None:
         data, most = self.data, self.model.max_seq_len
-        name = "data.seq_len" if isinstance(data, TextData) else "the longest walk, in tokens,"
+        name = "data.seq_len" if isinstance(data, TextData) else "the longest example, in tokens,"
         require(data.seq_len <= most, name, data.seq_len, f"at most model.max_seq_len={most}")
         if isinstance(data, HopsData) and data.position_range is not None:
             allowed = f"at most model.max_seq_len={most}"

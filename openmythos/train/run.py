@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from openmythos.config.schema import apply_overrides, from_dict, to_dict
 from openmythos.data.index import INDEX_FILE, read_index
 from openmythos.data.loader import TokenLoader
 from openmythos.data.prepare import prepare
+from openmythos.data.puzzle_table import CONFIGS, SeededConfig, make_puzzle
 from openmythos.data.synthetic import Curriculum, HopsConfig, Walks
 from openmythos.folder import in_a_sentence, locked
 from openmythos.interop.hub import local_folder
@@ -28,9 +30,10 @@ from openmythos.train.loop import TrainResult
 from openmythos.train.metrics import Recorder
 from openmythos.train.recipe import HopsData, RunConfig, TextData, TrainConfig
 from openmythos.train.run_folder import RunFolder, refuse_foreign
-from openmythos.train.task import HopsTask, Task, TextTask
+from openmythos.train.task import PuzzleTask, Task, TextTask
 
 DEFAULT_PRESET, DEFAULT_DATA = "tiny", "python-docs"
+PUZZLE_DATA: Mapping[str, Callable[[], HopsData | SeededConfig]] = {"hops": HopsData, **CONFIGS}
 
 
 @dataclass(frozen=True)
@@ -106,8 +109,9 @@ def resolve(
         else:
             model = load_config(init_from)
         seq_len = min(TextData.seq_len, model.max_seq_len)
+        puzzle = PUZZLE_DATA.get(data or DEFAULT_DATA)
         text = TextData(source=data or DEFAULT_DATA, seq_len=seq_len)
-        source = HopsData() if data == "hops" else text
+        source = text if puzzle is None else puzzle()
         base = RunConfig(model=model, train=settings, data=source)
     return apply_overrides(base, overrides)
 
@@ -145,8 +149,8 @@ def _set_up(config: RunConfig, out: Path, device: str) -> Run:
         tokenizer = task.train.tokenizer
         vocab_size = tokenizer.vocab_size
     else:
-        task = hops_task(config.data, config.train.seed)
-        vocab_size = task.walks.vocab_size
+        task = puzzle_task(config.data, config.train.seed)
+        vocab_size = task.puzzle.vocab_size
     source = config.train.init_from
     if source is None:
         config = replace(config, model=replace(config.model, vocab_size=vocab_size))
@@ -278,8 +282,10 @@ def own_data(data: TextData, config: RunConfig, out: Path) -> Path:
     return own
 
 
-def hops_task(data: HopsData, seed: int) -> HopsTask:
-    """The walks with their curriculum."""
+def puzzle_task(data: HopsData | SeededConfig, seed: int) -> PuzzleTask:
+    """A puzzle with the run's seed; walks with their curriculum."""
+    if not isinstance(data, HopsData):
+        return PuzzleTask(make_puzzle(data, seed), None, 1, seed)
     config = HopsConfig(
         num_entities=data.num_entities,
         num_relations=data.num_relations,
@@ -290,4 +296,4 @@ def hops_task(data: HopsData, seed: int) -> HopsTask:
         seed=seed,
     )
     curriculum = Curriculum(max_stage=data.max_train_hops, mixed=data.mixed)
-    return HopsTask(Walks(config), curriculum, data.check_loops, seed, data.passed_targets)
+    return PuzzleTask(Walks(config), curriculum, data.check_loops, seed, data.passed_targets)

@@ -23,6 +23,7 @@ from openmythos.checkpoint.save import OWN_FILES, save_tensors, write_checkpoint
 from openmythos.checkpoint.weights import CONFIG_FILE
 from openmythos.config.schema import from_dict, to_dict
 from openmythos.folder import (
+    PUZZLE_FILE,
     WALKS_FILE,
     in_a_sentence,
     listed,
@@ -36,7 +37,7 @@ from openmythos.folder import (
 from openmythos.model.recurrent import RecurrentDepthLM
 from openmythos.tokenizer import Tokenizer
 from openmythos.train.recipe import FREE_FIELDS, PATH_FIELDS, RunConfig
-from openmythos.train.task import HopsTask, Task
+from openmythos.train.task import PuzzleTask, Task
 
 STATE_TENSORS, STATE_RECORD = "training_state.safetensors", "training_state.json"
 
@@ -176,11 +177,11 @@ class RunFolder:
         record = {"state": asdict(state), "optimizers": plain, "task": task.state_dict()}
         if self.config is not None:
             record["run"] = self.config
-        own = {*OWN_FILES, WALKS_FILE, STATE_TENSORS, STATE_RECORD}
+        own = {*OWN_FILES, WALKS_FILE, PUZZLE_FILE, STATE_TENSORS, STATE_RECORD}
         with replaced_folder(target, own) as fresh:
             write_checkpoint(model, fresh, self.tokenizer)
-            if isinstance(task, HopsTask):
-                task.walks.save(fresh)
+            if isinstance(task, PuzzleTask):
+                task.puzzle.save(fresh)
             save_tensors(tensors, fresh / STATE_TENSORS)
             write_json(fresh / STATE_RECORD, record)
             write_manifest(fresh)

@@ -1,4 +1,4 @@
-"""What a run trains on: packed text, or walks whose difficulty is known."""
+"""What a run trains on: packed text, or puzzles whose difficulty is known."""
 
 import itertools
 from collections.abc import Generator
@@ -6,10 +6,11 @@ from typing import Any, Protocol, runtime_checkable
 
 from openmythos.data.loader import TokenLoader
 from openmythos.data.packing import Batch
+from openmythos.data.puzzle import Puzzle, choose_size
 from openmythos.data.synthetic import Curriculum, Walks
 from openmythos.model.recurrent import RecurrentDepthLM
 from openmythos.train.recipe import TrainConfig
-from openmythos.train.validation import Row, held_out_bits_per_byte, hops_accuracy
+from openmythos.train.validation import Row, held_out_bits_per_byte, puzzle_accuracy
 
 Batches = Generator[Batch, None, None]  # endless; closing it stops the thread that prefetches
 
@@ -84,61 +85,77 @@ class TextTask:
             )
 
 
-class HopsTask:
-    """Walks of growing length: stage k trains up to k hops until held-out accuracy is reached."""
+class PuzzleTask:
+    """Puzzles of all sizes of the training alike, or of growing size.
+
+    With a curriculum, stage k trains up to size k until its held-out accuracy is reached.
+    """
 
     check_every = 25
-    check_size = 512
+    check_count = 512
 
     def __init__(
         self,
-        walks: Walks,
-        curriculum: Curriculum,
+        puzzle: Puzzle,
+        curriculum: Curriculum | None,
         check_loops: int,
         seed: int,
         passed_targets: bool = False,
     ) -> None:
-        self.walks, self.curriculum = walks, curriculum
+        if passed_targets and not isinstance(puzzle, Walks):
+            raise ValueError(f"passed_targets is for walks; the puzzle is {puzzle.kind}")
+        self.puzzle, self.curriculum = puzzle, curriculum
         self.check_loops, self.seed = check_loops, seed
         self.passed_targets = passed_targets
 
     def batches(self, start_step: int, batch_size: int) -> Batches:
-        """Walks of one length per batch; not prefetched, because the stage may change."""
+        """Examples of one size per batch; not prefetched, because the stage may change."""
+        sizes = self.puzzle.train_sizes
         for step in itertools.count(start_step):
-            num_hops = self.curriculum.choose_hops(self.seed, step)
-            batch = self.walks.sample_batch(step, num_hops, batch_size)
-            yield self.walks.with_passed_targets(batch) if self.passed_targets else batch
+            if self.curriculum is None:
+                size = choose_size(sizes, self.seed, step)
+            else:
+                size = self.curriculum.choose_hops(self.seed, step)
+            batch = self.puzzle.sample_batch(step, size, batch_size)
+            if self.passed_targets and isinstance(self.puzzle, Walks):
+                batch = self.puzzle.with_passed_targets(batch)
+            yield batch
 
     def after_step(self, model: RecurrentDepthLM, step: int) -> dict[str, float]:
         """Every ``check_every`` steps, go on to the next stage if the current one is learnt."""
+        if self.curriculum is None:
+            return {}
         stage = self.curriculum.stage
         if step % self.check_every == 0 and stage < self.curriculum.max_stage:
-            accuracy = hops_accuracy(
-                model, self.walks, stage, self.check_loops, self.check_size, seed=step
+            accuracy = puzzle_accuracy(
+                model, self.puzzle, stage, self.check_loops, self.check_count, seed=step
             )
             self.curriculum.observe(accuracy)
         return {"stage": float(self.curriculum.stage)}
 
     def evaluate(self, model: RecurrentDepthLM, config: TrainConfig) -> list[Row]:
-        """Held-out accuracy on walks of ``max_train_hops`` hops, by number of loops."""
-        hops = self.walks.config.max_train_hops
+        """Held-out accuracy on the largest size of training, by number of loops."""
+        size, name = self.puzzle.max_train_size, f"num_{self.puzzle.size_word}"
         rows: list[Row] = []
         for num_loops in config.eval_loops:
-            accuracy = hops_accuracy(model, self.walks, hops, num_loops, self.check_size, seed=0)
-            rows.append({"num_loops": num_loops, "num_hops": hops, "accuracy": accuracy})
+            accuracy = puzzle_accuracy(
+                model, self.puzzle, size, num_loops, self.check_count, seed=0
+            )
+            rows.append({"num_loops": num_loops, name: size, "accuracy": accuracy})
         return rows
 
     def leaks_in_words(self) -> str:
-        """The leak baselines on walks of ``max_train_hops`` hops, as a sentence."""
-        hardest = self.walks.config.max_train_hops
-        guesses = self.walks.leak_baselines(hardest).items()
+        """The leak baselines at the largest size of training, as a sentence."""
+        largest = self.puzzle.max_train_size
+        guesses = self.puzzle.leak_baselines(largest).items()
         shown = ", ".join(f"{name.replace('_', ' ')} {share:.3f}" for name, share in guesses)
-        return f"leak baselines at {hardest} hops: {shown}"
+        return f"leak baselines at {largest} {self.puzzle.size_word}: {shown}"
 
     def state_dict(self) -> dict[str, Any]:
-        """The curriculum's stage."""
-        return self.curriculum.state_dict()
+        """The curriculum's stage, if there is one; beyond it, batches depend on the step only."""
+        return {} if self.curriculum is None else self.curriculum.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Inverse of ``state_dict``."""
-        self.curriculum.load_state_dict(state)
+        if self.curriculum is not None:
+            self.curriculum.load_state_dict(state)

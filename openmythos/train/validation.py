@@ -8,7 +8,7 @@ from torch import Tensor
 
 from openmythos.data.loader import TokenLoader
 from openmythos.data.packing import IGNORED_TARGET, on_device
-from openmythos.data.synthetic import Walks
+from openmythos.data.puzzle import Puzzle
 from openmythos.model.inference import inference
 from openmythos.model.recurrent import RecurrentDepthLM
 from openmythos.ops.cross_entropy import cross_entropy
@@ -48,23 +48,23 @@ def held_out_bits(
     return list(zip(bits.tolist(), np.bincount(index, weights=sizes).tolist(), strict=True))
 
 
-def hops_accuracy(
-    model: RecurrentDepthLM, walks: Walks, num_hops: int, num_loops: int, size: int, seed: int
+def puzzle_accuracy(
+    model: RecurrentDepthLM, puzzle: Puzzle, size: int, num_loops: int, count: int, seed: int
 ) -> float:
-    """Share of held-out walks that are answered right; see ``hops_right``."""
-    right = hops_right(model, walks, num_hops, num_loops, size, seed)
+    """Share of held-out examples that are answered right; see ``puzzle_right``."""
+    right = puzzle_right(model, puzzle, size, num_loops, count, seed)
     return float(right.float().mean())
 
 
-def hops_right(
-    model: RecurrentDepthLM, walks: Walks, num_hops: int, num_loops: int, size: int, seed: int
+def puzzle_right(
+    model: RecurrentDepthLM, puzzle: Puzzle, size: int, num_loops: int, count: int, seed: int
 ) -> Bool[Tensor, " B"]:
-    """For each held-out walk of ``num_hops`` hops: whether its target is the most likely token.
+    """For each held-out example of a size: whether every token of its answer is the most likely.
 
-    Of a walk that is written out, every target must be: the model then writes the same by itself,
-    because each token that it reads is the one it would have written.
+    Greedy decoding gives the answer exactly where that is so.
     """
-    batch, ctx = on_device(model, walks.held_out_batch(num_hops, size, seed))
+    batch, ctx = on_device(model, puzzle.held_out_batch(size, count, seed))
+    first = puzzle.question_len(size) - 1  # where the answer's first token is predicted
     with inference(model):
-        most_likely = model(batch.tokens, num_loops=num_loops, ctx=ctx).logits.argmax(dim=-1)
-    return ((most_likely == batch.targets) | (batch.targets == IGNORED_TARGET)).all(dim=1)
+        logits = model(batch.tokens, num_loops=num_loops, ctx=ctx).logits[:, first:]
+    return (logits.argmax(dim=-1) == batch.targets[:, first:]).all(dim=-1)

@@ -1,5 +1,7 @@
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,10 +14,13 @@ from openmythos.config import (
     AddInjectionConfig,
     DepthAttentionConfig,
     NormalInitConfig,
+    SinusoidalLoopConfig,
     ValueEmbeddingConfig,
     WeightLoRAConfig,
 )
+from openmythos.interop.loading import load_pretrained
 from openmythos.model.loop import advance, start_loops
+from openmythos.model.recurrent import RecurrentDepthLM
 from tests.analysis.planted import (
     HOPS,
     LOGIT,
@@ -62,7 +67,7 @@ SEAMS: list[dict[str, Any]] = [
 
 def seam_pairs(config: Any, num_examples: int = 6) -> Pairs:
     corpus = random_tokens(config, 1, 60)[0]
-    return text_pairs(corpus, length=8, num_examples=num_examples)
+    return text_pairs(corpus, length=4, num_examples=num_examples)
 
 
 @pytest.mark.parametrize("changes", SEAMS)
@@ -82,6 +87,55 @@ def test_one_loop_is_all_loops_when_there_is_one(changes: dict[str, Any]) -> Non
     assert torch.equal(found.corrupted_at[0], found.always)
     assert torch.equal(found.clean_at[0], torch.zeros_like(found.always))
     assert float((found.whole - found.always).abs().max()) > 1e-3, "the coda reads it as well"
+
+
+@torch.no_grad()
+def margins_by_hand(
+    model: RecurrentDepthLM, pairs: Pairs, column: int, bad: Sequence[bool]
+) -> torch.Tensor:
+    """logit(answer) - logit(counterfactual answer), with the column corrupted at these loops."""
+    seeds, rows = list(range(len(pairs))), torch.arange(len(pairs))
+    changed = (pairs.corrupted[column] != pairs.tokens)[..., None]
+    runs = []
+    for tokens in (pairs.tokens, pairs.corrupted[column]):
+        ctx = model.context(tokens, seeds=seeds)
+        e = model.encode(tokens, ctx)
+        states = [model.init_state(e, ctx)]
+        for loop in range(len(bad)):
+            states.append(model.step(states[-1], e, torch.full_like(rows, loop), ctx))
+        runs.append((ctx, e, states))
+    (ctx, e, clean), (other_ctx, other_e, other) = (
+        runs  # a context has the value embeddings' tokens
+    )
+    h = clean[0]
+    for loop, corrupt in enumerate(bad):
+        seen = torch.where(changed, other[loop], h) if corrupt else h
+        driven = torch.where(changed, other_e, e) if corrupt else e
+        index = torch.full_like(rows, loop)
+        after = model.step(seen, driven, index, other_ctx if corrupt else ctx)
+        h = torch.where(changed, clean[loop + 1], after)
+    logits = model.decode(h, ctx)[:, -1].double()
+    return logits[rows, pairs.answers] - logits[rows, pairs.counterfactual_answers[column]]
+
+
+@pytest.mark.parametrize("family", ["huginn", "ouro", "parcae", "ours"])
+def test_losses_equal_a_computation_by_hand(family: str, golden_dir: Callable[[str], Path]) -> None:
+    """Of families with a random initial state, an exit gate, preludes and codas."""
+    ours = small_config(loop_embedding=SinusoidalLoopConfig(num_channels=8))
+    model = random_model(ours) if family == "ours" else load_pretrained(golden_dir(family))
+    pairs, loops = seam_pairs(model.config, 3), 2
+    found = reading_map(model, pairs, loops)
+    column, every = 1, [True] * loops
+    clean = margins_by_hand(model, pairs, column, [False] * loops)
+    expected = clean - margins_by_hand(model, pairs, column, every)
+    assert float(expected.abs().max()) > 1e-3
+    torch.testing.assert_close(found.always[column], expected, atol=1e-4, rtol=1e-4)
+    for loop in range(loops):
+        alone = [index == loop for index in range(loops)]
+        others = [not corrupt for corrupt in alone]
+        for losses, bad in ((found.corrupted_at, alone), (found.clean_at, others)):
+            expected = clean - margins_by_hand(model, pairs, column, bad)
+            torch.testing.assert_close(losses[loop, column], expected, atol=1e-4, rtol=1e-4)
 
 
 def test_batches_change_nothing_and_each_text_has_its_own_noise() -> None:

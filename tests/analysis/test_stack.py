@@ -60,7 +60,7 @@ def test_a_map_of_a_stack_needs_nothing_else() -> None:
     """Without a prelude, two groups that read are told apart by which of them is corrupted."""
     config = small_config(num_core_layers=4, num_prelude_layers=0, num_coda_layers=0)
     model = random_model(config, dtype=torch.float64)
-    pairs = text_pairs(random_tokens(config, 1, 60)[0], length=8, num_examples=6)
+    pairs = text_pairs(random_tokens(config, 1, 60)[0], length=4, num_examples=6)
     found = reading_map(LayersAsLoops(model, 2), pairs, 2)
     whole = reading_map(model, pairs, 1)
     torch.testing.assert_close(found.always, found.whole)

@@ -9,7 +9,7 @@ import torch
 
 from openmythos.checkpoint.load import checkpoint_damage
 from openmythos.checkpoint.save import EXIT_FILE, EXIT_PICTURE, save_pretrained
-from openmythos.command.origin import walks_of
+from openmythos.command.origin import puzzle_of
 from openmythos.folder import HELD_OUT_FILE, WALKS_FILE
 from openmythos.interop.hub import local_folder
 from openmythos.interop.loading import load_pretrained
@@ -87,7 +87,7 @@ def test_walks_go_where_their_model_goes(invoke: Invoke, tmp_path: Path, command
     for _ in range(2):  # what was written before is no stranger's
         invoke(command, "zoo:walks", "--out", tmp_path / "out")
         assert invoke("generate", tmp_path / "out", *asked) == expected
-    walks, before = walks_of(tmp_path / "out"), walks_of(local_folder("zoo:walks"))
+    walks, before = puzzle_of(tmp_path / "out"), puzzle_of(local_folder("zoo:walks"))
     assert walks is not None and before is not None and walks.config == before.config
 
 

@@ -163,7 +163,7 @@ def test_eval_on_walks(invoke: Invoke, hops_run: Path) -> None:
 
 def test_eval_refuses_tasks(invoke: Invoke, text_run: Path, hops_run: Path) -> None:
     run = ("eval", text_run, "--tasks")
-    assert "hops_2 needs a run on walks" in refused(invoke, *run, "hops_2")
+    assert "hops_2 needs a run on hops" in refused(invoke, *run, "hops_2")
     assert "needs a model of text" in refused(
         invoke, "eval", hops_run, "--tasks", "python_docs_bits"
     )
@@ -174,6 +174,24 @@ def test_eval_refuses_tasks(invoke: Invoke, text_run: Path, hops_run: Path) -> N
     assert "--limit needs --tasks" in refused(invoke, "eval", text_run, "--limit", 3)
     message = refused(invoke, "eval", hops_run, "--tasks", "hops_1", "--num-fewshot", 2)
     assert "those that ship have none" in message
+
+
+def test_a_puzzle_is_trained_asked_and_answered(invoke: Invoke, tmp_path: Path) -> None:
+    run, small = tmp_path / "run", []
+    for field in ("model.d_model=16", "model.num_coda_layers=0", "data.max_train_terms=2"):
+        small += ["--set", field]
+    few = ("--steps", 2, "--batch-size", 4, "--set", "train.eval_loops=[1]", *small)
+    invoke("train", "--data", "addition", "--out", run, *few)
+    report = json.loads(invoke("eval", run, "--num-loops", "1,2", "--limit", 8, "--json"))
+    (curve,) = report["curves"]
+    assert curve["task"] == "addition_2" and curve["baselines"]["majority"] < 0.011
+    answer = json.loads(invoke("generate", run, "--prompt", "4 7 + 8 5 =", "--json"))
+    assert len(answer[0]["tokens"]) == 3  # all digits
+    assert "of at least 2 to 8" in refused(invoke, "eval", run, "--tasks", "addition_9")
+    said = refused(invoke, "eval", run, "--tasks", "hops_2")
+    assert said == "task hops_2 needs a run on hops (train --data hops); this is of addition"
+    assert "4 0 + 8 0 =" in refused(invoke, "generate", run, "--prompt", "four + eight")
+    assert "calibrated on text and walks" in refused(invoke, "calibrate-exit", run)
 
 
 def test_data_may_be_a_model_that_ships(
@@ -197,6 +215,6 @@ def test_data_may_be_a_model_that_ships(
         (text_run, text_file, f"openmythos prepare {text_file} --out FOLDER"),
         (text_run, "zoo:absent", "these do: zoo:text, zoo:walks"),
         (text_run, "zoo:walks", "reads text; give text as --data"),
-        (hops_run, "zoo:text", "is of a run on walks"),
+        (hops_run, "zoo:text", "is of a run on a puzzle (hops)"),
     ):
         assert said in refused(invoke, "eval", path, "--num-loops", 1, "--data", data)

@@ -11,10 +11,10 @@ import openmythos as om
 from openmythos import Tokenizer, save_pretrained
 from openmythos.cli import app
 from openmythos.command.decoding import sampling_of
-from openmythos.command.origin import walks_of
+from openmythos.command.origin import puzzle_of
 from openmythos.engine.runner import Runner
 from openmythos.engine.sampling import SamplingConfig
-from openmythos.eval.walk import hops_documents
+from openmythos.eval.puzzle import puzzle_documents
 from openmythos.interop.hub import local_folder
 from openmythos.model.cache import LastLoop
 from openmythos.model.exit import KLExit
@@ -134,9 +134,9 @@ def test_a_walk_is_answered_by_one_word(invoke: Invoke, hops_run: Path) -> None:
         assert {row["text"] for row in rows} <= {f" {word}" for word in words_of_walks}
         (longer, _) = json.loads(invoke(*words, "--max-new-tokens", 3))
         assert len(longer["tokens"]) == 3
-    walks = walks_of(local_folder("zoo:walks"))
+    walks = puzzle_of(local_folder("zoo:walks"))
     assert walks is not None
-    questions = hops_documents(walks, 6, size=20)
+    questions = puzzle_documents(walks, 6, count=20)
     asked = [word for question in questions for word in ("--prompt", question["context"])]
     given = [row["text"] for row in json.loads(invoke("generate", "zoo:walks", *asked, "--json"))]
     assert given == [question["target"] for question in questions]

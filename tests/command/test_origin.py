@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from openmythos.command.origin import data_of, require_text, run_config, run_of, walks_of
+from openmythos.command.origin import data_of, puzzle_of, require_text, run_config, run_of
 from openmythos.folder import WALKS_FILE
 
 
@@ -15,8 +15,8 @@ def test_a_run_is_found_from_its_checkpoint_alone(text_run: Path, hops_run: Path
         assert run_config(newest) == run_config(run) != {}
     assert run_of(text_run / "checkpoints") is None or run_of(text_run / "data") is None
     assert data_of(text_run) == data_of(text_run / "data") == text_run / "data"
-    assert walks_of(text_run) is None
-    walks = walks_of(hops_run)
+    assert puzzle_of(text_run) is None
+    walks = puzzle_of(hops_run)
     assert walks is not None and walks.config.max_train_hops == 8
 
 
@@ -24,7 +24,7 @@ def test_what_is_no_run_has_nothing(tmp_path: Path) -> None:
     assert run_of(tmp_path) is None and run_config(tmp_path) == {}
     for text in ("{", "[1]", '{"data": 3}', "{}"):
         (tmp_path / "config.json").write_text(text)
-        assert run_config(tmp_path) == {} and walks_of(tmp_path) is None
+        assert run_config(tmp_path) == {} and puzzle_of(tmp_path) is None
     with pytest.raises(ValueError, match="belongs to no run"):
         data_of(tmp_path)
     with pytest.raises(ValueError, match="without a tokenizer"):
@@ -45,14 +45,14 @@ def test_a_checkpoint_on_walks_brings_them(hops_run: Path, tmp_path: Path) -> No
     newest = next((hops_run / "checkpoints").glob("step-*"))
     for name in ("config.json", "model.safetensors", WALKS_FILE):
         shutil.copy(newest / name, tmp_path)
-    walks, of_run = walks_of(tmp_path), walks_of(hops_run)
+    walks, of_run = puzzle_of(tmp_path), puzzle_of(hops_run)
     assert walks is not None and of_run is not None and walks.config == of_run.config
     # As an older version wrote it.
     run = shutil.copytree(hops_run, tmp_path / "run")
     (older,) = run.glob("checkpoints/step-*")
     (older / WALKS_FILE).unlink()
     for folder in (run, older):
-        found = walks_of(folder)
+        found = puzzle_of(folder)
         assert found is not None and found.config == walks.config
 
 

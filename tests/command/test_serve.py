@@ -14,7 +14,7 @@ import httpx
 import pytest
 
 from openmythos.checkpoint.save import save_pretrained
-from openmythos.eval.walk import WalkCodec
+from openmythos.eval.puzzle import PuzzleCodec
 from openmythos.serve import server
 from openmythos.serve.served import ServedModel
 from openmythos.tokenizer import Tokenizer, byte_tokenizer
@@ -75,7 +75,7 @@ def test_without_a_path_the_models_that_ship_are_served(
     invoke("serve", "--max-rows", 2)
     walks, text = served
     assert (walks.name, text.name) == ("walks", "text")
-    assert isinstance(walks.codec, WalkCodec) and isinstance(text.codec, Tokenizer)
+    assert isinstance(walks.codec, PuzzleCodec) and isinstance(text.codec, Tokenizer)
     assert walks.worker is not text.worker and walks.worker.engine is not text.worker.engine
 
 

@@ -6,8 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from openmythos.data.synthetic import Curriculum, HopsConfig, Walks, read_walks
-from openmythos.folder import WALKS_FILE
+from openmythos.data.synthetic import Curriculum, HopsConfig, Walks
 
 WALKS = Walks(HopsConfig(seed=3))
 
@@ -40,7 +39,7 @@ def test_batches_are_walks_with_their_answer_at_the_end(step, num_hops, batch_si
     assert (batch.targets[:, :-1] == -100).all()
     assert (batch.documents == 0).all() and batch.num_bytes == 0
     assert batch.positions[0].tolist() == list(range(num_hops + 1))
-    assert not WALKS.is_held_out(tokens).any()
+    assert not WALKS.is_held_out(tokens, num_hops).any()
 
 
 def test_relations_are_permutations_that_differ():
@@ -62,18 +61,18 @@ def test_entities_along_a_walk():
 @pytest.mark.parametrize("num_hops", [3, 4, 5])
 def test_a_tenth_of_all_walks_is_held_out_whatever_the_batch(num_hops):
     walks = all_walks(WALKS, num_hops)
-    held_out = WALKS.is_held_out(walks)
+    held_out = WALKS.is_held_out(walks, num_hops)
     assert held_out.mean() == pytest.approx(0.1, abs=0.02)
-    assert np.array_equal(held_out, Walks(HopsConfig(seed=3)).is_held_out(walks))
-    assert np.array_equal(held_out[::-1], WALKS.is_held_out(walks[::-1]))
-    assert not np.array_equal(held_out, Walks(HopsConfig(seed=4)).is_held_out(walks))
+    assert np.array_equal(held_out, Walks(HopsConfig(seed=3)).is_held_out(walks, num_hops))
+    assert np.array_equal(held_out[::-1], WALKS.is_held_out(walks[::-1], num_hops))
+    assert not np.array_equal(held_out, Walks(HopsConfig(seed=4)).is_held_out(walks, num_hops))
 
 
 def test_training_and_evaluation_share_no_walk_and_miss_none():
     trained = {tuple(w) for s in range(60) for w in WALKS.sample_batch(s, 3, 256).tokens.tolist()}
     evaluated = {tuple(w) for w in WALKS.held_out_batch(3, 2000).tokens.tolist()}
     assert not trained & evaluated
-    assert len(trained) + len(evaluated) == WALKS.num_walks(3)
+    assert len(trained) + len(evaluated) == WALKS.num_examples(3)
 
 
 def test_short_walks_are_all_trained():
@@ -81,7 +80,7 @@ def test_short_walks_are_all_trained():
     assert not WALKS.holds_out(2)
     assert WALKS.holds_out(3)
     trained = {tuple(w) for s in range(20) for w in WALKS.sample_batch(s, 1, 64).tokens.tolist()}
-    assert len(trained) == WALKS.num_walks(1) == 64
+    assert len(trained) == WALKS.num_examples(1) == 64
     assert {tuple(w) for w in WALKS.held_out_batch(1, 500).tokens.tolist()} <= trained
     nothing = Walks(HopsConfig(held_out_fraction=0.0))
     assert not nothing.holds_out(8)
@@ -191,7 +190,8 @@ def test_what_a_walk_passes_is_written_after_it(step, num_hops, batch_size):
     assert torch.equal(batch.tokens, torch.cat([plain.tokens, passed[:, :-1]], dim=1))
     assert torch.equal(batch.targets[:, num_hops:], passed)
     assert (batch.targets[:, :num_hops] == -100).all()
-    assert batch.positions[0].tolist() == list(range(2 * num_hops))
+    at = [*range(num_hops + 1), *range(1, num_hops)]  # as the relation that leads there
+    assert batch.positions[0].tolist() == at
     assert (batch.documents == 0).all()
 
 
@@ -237,18 +237,6 @@ def test_arguments_out_of_range():
         Curriculum(max_stage=3, stage=9)
     with pytest.raises(ValueError, match="stage=7 is not in this curriculum"):
         Curriculum(max_stage=3).load_state_dict({"stage": 7})
-
-
-def test_walks_lie_beside_weights(tmp_path):
-    assert read_walks(tmp_path) is None
-    walks = Walks(HopsConfig(num_entities=5, num_relations=3, max_train_hops=4, seed=9))
-    walks.save(tmp_path)
-    again = read_walks(tmp_path)
-    assert again.config == walks.config and np.array_equal(again.relations, walks.relations)
-    for damaged in ('{"num_entities": 1}', "{", '{"entities": 5}', "[]"):
-        (tmp_path / WALKS_FILE).write_text(damaged)
-        with pytest.raises(ValueError, match=r"walks\.json does not describe walks: ."):
-            read_walks(tmp_path)
 
 
 def test_positions_are_drawn_and_sorted():

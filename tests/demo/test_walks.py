@@ -47,7 +47,7 @@ def test_measuring_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     examples.run(changed(examples.hops_config(), max_steps=4), tmp_path)
     made = examples.set_up(changed(examples.hops_config(), max_steps=4), tmp_path)
     before = torch.get_rng_state()
-    result = measure_hops(made.model, made.task.walks, tmp_path, Fixed())
+    result = measure_hops(made.model, made.task.puzzle, tmp_path, Fixed())
     assert torch.equal(before, torch.get_rng_state())
     assert [len(row) for row in result.accuracy] == [2, 2, 2]
     assert result.exit_loops == [4.0, 4.0, 4.0] and result.rank_correlation is None

@@ -28,9 +28,9 @@ from openmythos.eval.harness import (
     read_task,
     task_files,
 )
+from openmythos.eval.puzzle import PuzzleCodec
 from openmythos.eval.score import sweep
 from openmythos.eval.task import TEXT_TASKS, measure_tasks, shipped_task
-from openmythos.eval.walk import WalkCodec
 from openmythos.interop.export import export_hf
 from openmythos.model.int8 import Int8Weight
 from openmythos.tokenizer import Tokenizer, byte_tokenizer
@@ -118,8 +118,8 @@ def test_the_adapter_has_what_the_harness_asks_for() -> None:
     assert model.tok_encode("ab") == [codec.bos_id, *codec.encode("ab")]
     assert model.tok_encode("ab", add_special_tokens=False) == codec.encode("ab")
     assert codec.fingerprint in model.tokenizer_name
-    walks = HarnessModel(scorer(random_model(small_config()), codec=WalkCodec(WALKS)))
-    assert "WalkCodec" in walks.tokenizer_name
+    walks = HarnessModel(scorer(random_model(small_config()), codec=PuzzleCodec(WALKS)))
+    assert "PuzzleCodec" in walks.tokenizer_name
 
 
 def test_the_harness_knows_the_model_by_name(tmp_path: Path) -> None:
@@ -255,7 +255,7 @@ def test_our_own_evaluator_gives_the_harness_numbers(monkeypatch: pytest.MonkeyP
 
 def test_walks_in_the_harness_are_our_own() -> None:
     model = random_model(small_config(vocab_size=16))
-    asked = scorer(model, codec=WalkCodec(WALKS), num_loops=2, batch_size=64)
+    asked = scorer(model, codec=PuzzleCodec(WALKS), num_loops=2, batch_size=64)
     fields = {"num_entities": 12, "num_relations": 4, "seed": 2}
     config = read_task(
         SHIPPED_FOLDER / "hops.yaml", task="hops_3", metadata={"num_hops": 3, "walks": fields}

@@ -13,8 +13,8 @@ from openmythos import generate
 from openmythos.config import NormalInitConfig, PonderNetConfig
 from openmythos.data.synthetic import HopsConfig, Walks
 from openmythos.engine.reference import Session
+from openmythos.eval.puzzle import PuzzleCodec
 from openmythos.eval.scoring import GenerationRequest, Scorer, rolling_windows
-from openmythos.eval.walk import WalkCodec
 from openmythos.model.cache import LastLoop
 from openmythos.model.exit import ArgmaxStableExit
 from openmythos.plan import memory
@@ -215,7 +215,7 @@ def test_exit_rule_and_cache_layout_reach_the_engine() -> None:
 
 
 def test_walks_are_continued_in_their_words() -> None:
-    codec = WalkCodec(Walks(HopsConfig(num_entities=12, num_relations=4, seed=2)))
+    codec = PuzzleCodec(Walks(HopsConfig(num_entities=12, num_relations=4, seed=2)))
     asked = scorer(random_model(small_config(vocab_size=16)), codec=codec)
     prompt = codec.encode("e3 r1")
     (row,) = generate(asked.model, [prompt], max_new_tokens=5, num_loops=3).tokens

@@ -4,6 +4,7 @@ import pytest
 
 from openmythos.data.synthetic import HopsConfig, Walks
 from openmythos.eval import python_docs
+from openmythos.eval.puzzle import ASKED_SEED, NUM_ASKED, PuzzleCodec
 from openmythos.eval.score import summarise, sweep
 from openmythos.eval.task import (
     EvalTask,
@@ -13,8 +14,7 @@ from openmythos.eval.task import (
     measure_tasks,
     shipped_task,
 )
-from openmythos.eval.walk import NUM_WALKS, WALK_SEED, WalkCodec
-from openmythos.train.validation import hops_accuracy
+from openmythos.train.validation import puzzle_accuracy
 from tests.eval.examples import documents, scorer
 from tests.strategies import random_model, small_config
 
@@ -67,12 +67,12 @@ def test_tasks_at_every_depth_with_the_error_of_the_gain() -> None:
 
 def test_hops_is_the_accuracy_of_training() -> None:
     model = random_model(small_config(vocab_size=16))
-    asked = scorer(model, codec=WalkCodec(WALKS), num_loops=2, batch_size=64)
+    asked = scorer(model, codec=PuzzleCodec(WALKS), num_loops=2, batch_size=64)
     for num_hops in (1, 3):
         task = shipped_task(f"hops_{num_hops}", WALKS)
         assert task is not None and task.metric == "acc"
         assert task.baselines == WALKS.leak_baselines(num_hops)
-        expected = hops_accuracy(model, WALKS, num_hops, 2, NUM_WALKS, WALK_SEED)
+        expected = puzzle_accuracy(model, WALKS, num_hops, 2, NUM_ASKED, ASKED_SEED)
         assert summarise(measure(asked, task)).value == pytest.approx(expected, abs=1e-6)
 
 
@@ -87,7 +87,7 @@ def test_the_tasks_that_ship(monkeypatch: pytest.MonkeyPatch) -> None:
         assert score.num_questions == 4 and math.isfinite(score.value)
     assert list(metrics.values()) == ["acc", "exact_match", "bits_per_byte"]
     assert shipped_task("arc_easy", None) is None and shipped_task("hops_0", WALKS) is None
-    with pytest.raises(ValueError, match="hops_2 needs a run on walks"):
+    with pytest.raises(ValueError, match="hops_2 needs a run on hops"):
         shipped_task("hops_2", None)
     with pytest.raises(ValueError, match="python_docs_bits needs a model of text"):
         shipped_task("python_docs_bits", WALKS)

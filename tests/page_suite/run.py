@@ -20,7 +20,7 @@ from PIL import Image
 
 from openmythos.command.decoding import load
 from openmythos.data.synthetic import HopsConfig, Walks
-from openmythos.eval.walk import WalkCodec
+from openmythos.eval.puzzle import PuzzleCodec
 from openmythos.tokenizer import byte_tokenizer
 from tests.serve.running import running, small_model
 
@@ -35,7 +35,7 @@ def random_models() -> dict[str, Any]:
     sizes = {"d_model": 64, "num_loops": 8, "max_seq_len": 4096}
     return {
         "text": (small_model(**sizes), bytes_),
-        "walks": (small_model(vocab_size=walks.vocab_size), WalkCodec(walks)),
+        "walks": (small_model(vocab_size=walks.vocab_size), PuzzleCodec(walks)),
     }
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from openmythos.data.synthetic import HopsConfig, Walks
-from openmythos.eval.walk import WalkCodec
+from openmythos.eval.puzzle import PuzzleCodec
 from openmythos.model.exit import EXIT_RULES, make_exit_rule
 from openmythos.serve import page
 from openmythos.tokenizer import byte_tokenizer
@@ -26,8 +26,8 @@ WALKS = Walks(HopsConfig())
 def server() -> Iterator[Running]:
     models = {
         "small": (small_model(), byte_tokenizer()),
-        "walks": (small_model(vocab_size=WALKS.vocab_size), WalkCodec(WALKS)),
-        "short": (small_model(vocab_size=WALKS.vocab_size, max_seq_len=8), WalkCodec(WALKS)),
+        "walks": (small_model(vocab_size=WALKS.vocab_size), PuzzleCodec(WALKS)),
+        "short": (small_model(vocab_size=WALKS.vocab_size, max_seq_len=8), PuzzleCodec(WALKS)),
     }
     with running(models, max_rows=2) as here:
         yield here
@@ -121,11 +121,11 @@ def test_other_paths_are_not_found(server: Running) -> None:
 
 def test_puzzles_are_walks_with_their_ends(server: Running) -> None:
     offered = server.client.get("/v1/page", params={"model": "walks"}).json()
-    codec, hops = WalkCodec(WALKS), []
+    codec, hops = PuzzleCodec(WALKS), []
     for puzzle in offered["puzzles"]:
         walk = np.array([codec.encode(puzzle["prompt"])])
         assert puzzle["answer"] == codec.words[WALKS.entities_along(walk)[0, -1]]
-        assert WALKS.is_held_out(walk)[0] == WALKS.holds_out(walk.shape[1] - 1)
+        assert WALKS.is_held_out(walk, walk.shape[1] - 1)[0] == WALKS.holds_out(walk.shape[1] - 1)
         assert puzzle["trained"] == (puzzle["hops"] <= 8)
         assert puzzle["hops"] == walk.shape[1] - 1
         hops.append(puzzle["hops"])

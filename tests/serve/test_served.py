@@ -9,7 +9,7 @@ import torch
 
 from openmythos.data.synthetic import HopsConfig, Walks
 from openmythos.engine.request import Request
-from openmythos.eval.walk import WalkCodec
+from openmythos.eval.puzzle import PuzzleCodec
 from openmythos.model.exit import Fixed, KLExit
 from openmythos.serve.error import APIError
 from openmythos.serve.schema import CompletionBody, Message
@@ -46,7 +46,7 @@ def test_a_template_that_fails_is_the_clients_to_know(tmp_path: Path) -> None:
 
 
 def test_a_model_of_walks_reads_words_and_answers_one() -> None:
-    codec = WalkCodec(Walks(HopsConfig()))
+    codec = PuzzleCodec(Walks(HopsConfig()))
     model = small_model(vocab_size=codec.vocab_size)
     with running({"walks": (model, codec)}) as server:
         body = {"model": "walks", "temperature": 0}

@@ -88,9 +88,9 @@ def test_rows_longer_than_the_model() -> None:
     train = TrainConfig(max_steps=1)
     with pytest.raises(ValueError, match=r"data\.seq_len is 65; .* model\.max_seq_len=64"):
         RunConfig(model=tiny_model(), train=train, data=TextData(seq_len=65))
-    with pytest.raises(ValueError, match="the longest walk, in tokens, is 65"):
+    with pytest.raises(ValueError, match="the longest example, in tokens, is 65"):
         RunConfig(model=tiny_model(), train=train, data=HopsData(max_train_hops=64))
-    with pytest.raises(ValueError, match="the longest walk, in tokens, is 66"):
+    with pytest.raises(ValueError, match="the longest example, in tokens, is 66"):
         RunConfig(
             model=tiny_model(), train=train, data=HopsData(max_train_hops=33, written_out=True)
         )

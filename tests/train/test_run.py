@@ -23,7 +23,7 @@ from openmythos.train.metrics import read_metrics
 from openmythos.train.recipe import FREE_FIELDS, RunConfig, TextData
 from openmythos.train.run import resolve, set_up
 from openmythos.train.run_folder import RunFolder
-from openmythos.train.task import HopsTask, TextTask
+from openmythos.train.task import PuzzleTask, TextTask
 from tests.strategies import random_model
 from tests.train import examples
 from tests.train.examples import (
@@ -122,7 +122,7 @@ def test_the_seed_decides_weights_batches_and_walks(tmp_path: Path) -> None:
         set_up(changed(hops_config(), seed=s), tmp_path / f"{i}") for i, s in enumerate((1, 1, 2))
     ]
     same, again, other = runs
-    assert isinstance(same.task, HopsTask)
+    assert isinstance(same.task, PuzzleTask)
     assert same.config.model.vocab_size == 4
     assert torch.equal(same.model.embed.weight, again.model.embed.weight)
     assert not torch.equal(same.model.embed.weight, other.model.embed.weight)
@@ -200,7 +200,7 @@ def test_a_run_owns_its_data(
     examples.run(changed(config, save_every=4), run)
     assert contents(run / "data") == before
     examples.assert_equal_runs(tmp_path / "whole", run)
-    assert held_out(checkpoint_folder(run), [1], None, 4, None, 1, "cpu")  # what `eval` does
+    assert held_out(checkpoint_folder(run), run, [1], 4, None, 1, "cpu")  # what `eval` does
 
 
 def contents(folder: Path) -> dict[Path, tuple[int, bytes]]:

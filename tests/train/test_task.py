@@ -5,12 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from openmythos.data.induction import Induction, InductionConfig
 from openmythos.data.prepare import prepare
 from openmythos.data.synthetic import Curriculum
 from openmythos.tokenizer import byte_tokenizer
 from openmythos.train.recipe import TrainConfig
-from openmythos.train.task import HopsTask, Task, TextTask
-from openmythos.train.validation import held_out_bits_per_byte
+from openmythos.train.task import PuzzleTask, Task, TextTask
+from openmythos.train.validation import held_out_bits_per_byte, puzzle_accuracy
 from tests.strategies import random_model
 from tests.train.examples import loader, oracle, small_walks, tiny_model, write_text
 
@@ -66,7 +67,7 @@ def test_text_task_refuses_a_checkpoint_of_other_data(prepared: Path, tmp_path: 
 
 def test_the_curriculum_moves_on_when_the_stage_is_learnt() -> None:
     walks = small_walks()
-    task = HopsTask(walks, Curriculum(max_stage=4), check_loops=1, seed=0)
+    task = PuzzleTask(walks, Curriculum(max_stage=4), check_loops=1, seed=0)
     assert isinstance(task, Task)
     every = task.check_every
     lost, good = oracle(walks, right=False), oracle(walks, right=True)
@@ -76,7 +77,7 @@ def test_the_curriculum_moves_on_when_the_stage_is_learnt() -> None:
     assert stages == [2.0, 3.0, 4.0, 4.0, 4.0, 4.0]
     lengths = {tokens.shape[1] - 1 for tokens in tokens_of(task, 0, 4, 60)}
     assert lengths == {1, 2, 3, 4}
-    again = HopsTask(walks, Curriculum(max_stage=4), check_loops=1, seed=0)
+    again = PuzzleTask(walks, Curriculum(max_stage=4), check_loops=1, seed=0)
     again.load_state_dict(task.state_dict())
     assert all(map(torch.equal, tokens_of(again, 0, 4, 5), tokens_of(task, 0, 4, 5)))
     rows = task.evaluate(good, TrainConfig(max_steps=1, eval_loops=(1, 2)))
@@ -88,7 +89,7 @@ def test_the_curriculum_moves_on_when_the_stage_is_learnt() -> None:
 
 def test_a_walk_is_drawn_when_it_is_asked_for() -> None:
     """Of the stage that the step before has reached."""
-    task = HopsTask(small_walks(), Curriculum(max_stage=4), check_loops=1, seed=0)
+    task = PuzzleTask(small_walks(), Curriculum(max_stage=4), check_loops=1, seed=0)
     batches = task.batches(0, 4)
     for stage in (1, 2, 4):
         task.curriculum.stage = stage
@@ -97,14 +98,30 @@ def test_a_walk_is_drawn_when_it_is_asked_for() -> None:
 
 
 def test_leaks_are_those_of_the_longest_walks() -> None:
-    task = HopsTask(small_walks(), Curriculum(max_stage=4), check_loops=1, seed=0)
+    task = PuzzleTask(small_walks(), Curriculum(max_stage=4), check_loops=1, seed=0)
     said = task.leaks_in_words()
     assert said.startswith("leak baselines at 4 hops: chance 0.125, majority 0.125, last token")
 
 
+def test_a_puzzle_without_a_curriculum_trains_all_its_sizes() -> None:
+    puzzle = Induction(InductionConfig(length=9, max_train_hops=3), seed=2)
+    task = PuzzleTask(puzzle, None, check_loops=1, seed=2)
+    assert isinstance(task, Task)
+    hops = {int(tokens[0, 0]) for tokens in tokens_of(task, 0, 4, 30)}
+    assert hops == {4, 5, 6}  # ids of hop1 to hop3
+    assert all(map(torch.equal, tokens_of(task, 3, 4, 2), tokens_of(task, 3, 4, 2)))
+    model = random_model(tiny_model())
+    assert task.after_step(model, 25) == {} == task.state_dict()
+    task.load_state_dict({})
+    (row,) = task.evaluate(model, TrainConfig(max_steps=1, eval_loops=(2,)))
+    expected = puzzle_accuracy(model, puzzle, 3, 2, 512, 0)
+    assert row == {"num_loops": 2, "num_hops": 3, "accuracy": expected}
+    assert task.leaks_in_words().startswith("leak baselines at 3 hops: chance 0.250")
+
+
 def test_walks_with_passed_targets_are_evaluated_on_their_answer() -> None:
     walks = small_walks()
-    task = HopsTask(walks, Curriculum(max_stage=4, stage=4), 1, seed=0, passed_targets=True)
+    task = PuzzleTask(walks, Curriculum(max_stage=4, stage=4), 1, seed=0, passed_targets=True)
     batch = next(task.batches(0, 8))
     assert (batch.targets >= 0).all()
     assert task.after_step(oracle(walks, right=True), task.check_every) == {"stage": 4.0}

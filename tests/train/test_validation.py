@@ -12,8 +12,8 @@ from openmythos.model.recurrent import RecurrentDepthLM
 from openmythos.train.validation import (
     held_out_bits,
     held_out_bits_per_byte,
-    hops_accuracy,
-    hops_right,
+    puzzle_accuracy,
+    puzzle_right,
 )
 from tests.strategies import random_model
 from tests.train.examples import loader, oracle, small_walks, tiny_model
@@ -78,9 +78,9 @@ def test_an_untrained_model_knows_nothing(prepared: Path) -> None:
 
 def test_hops_accuracy_counts_right_answers() -> None:
     walks = small_walks()
-    assert hops_accuracy(model := oracle(walks, right=True), walks, 6, 1, 128, 0) == 1.0
+    assert puzzle_accuracy(model := oracle(walks, right=True), walks, 6, 1, 128, 0) == 1.0
     assert model.training
-    wrong = hops_accuracy(oracle(walks, right=False), walks, 6, 1, 512, 0)
+    wrong = puzzle_accuracy(oracle(walks, right=False), walks, 6, 1, 512, 0)
     expected = (walks.held_out_batch(6, 512, 0).targets[:, -1] == 0).float().mean()
     assert 0 < wrong < 0.3 and wrong == pytest.approx(float(expected))
 
@@ -88,7 +88,7 @@ def test_hops_accuracy_counts_right_answers() -> None:
 def test_a_chain_is_right_if_the_model_writes_it_by_itself() -> None:
     """With two entities, even random weights write some chains of three right."""
     walks = Walks(HopsConfig(num_entities=2, num_relations=2, written_out=True))
-    model = random_model(tiny_model())
+    model = random_model(tiny_model(rope=None))  # with positions, decoding counts on
     batch = walks.held_out_batch(3, 64, seed=5)
     # Weights that know two ids only: no chain would be right with the others among them.
     with torch.no_grad():
@@ -97,5 +97,5 @@ def test_a_chain_is_right_if_the_model_writes_it_by_itself() -> None:
     expected = [
         new == entities[3:] for new, entities in zip(written, batch.targets.tolist(), strict=True)
     ]
-    assert hops_right(model, walks, 3, 2, 64, 5).tolist() == expected
+    assert puzzle_right(model, walks, 3, 2, 64, 5).tolist() == expected
     assert 0 < sum(expected) < 64

@@ -70,25 +70,35 @@ void softmax(float* row, float scale, int64_t length) {
   for (int64_t t = 0; t < padded; t += lanes) store(row + t, load(row + t) * share);
 }
 
+// A pool as plain numbers: to ask a tensor for a size costs as much as to read a key.
+struct Pool {
+  const float* data;
+  int64_t size, groups, width;  // tokens per page, kv heads, channels
+
+  explicit Pool(const Tensor& pool)
+      : data(pool.const_data_ptr<float>()), size(pool.size(1)), groups(pool.size(2)), width(pool.size(3)) {}
+  int64_t stride() const { return groups * width; }  // from one token to the next
+  const float* at(int64_t page, int64_t group) const { return data + (page * size * groups + group) * width; }
+};
+
 // One kv head of one row.
 struct Group {
-  const Tensor &k, &v;
-  const float *keys, *values;
+  const Pool &k, &v;
   const int64_t* pages;
   int64_t group, length;
 
-  const float* key(int64_t page) const { return keys + (pages[page] * k.size(1) * k.size(2) + group) * k.size(3); }
-  const float* value(int64_t page) const { return values + (pages[page] * v.size(1) * v.size(2) + group) * v.size(3); }
+  const float* key(int64_t page) const { return k.at(pages[page], group); }
+  const float* value(int64_t page) const { return v.at(pages[page], group); }
 
   // Calls ``work(page, first token, number of tokens)`` for every page.
   template <typename Work>
   void each(const Work& work) const {
-    const int64_t size = k.size(1);
-    for (int64_t page = 0; page * size < length; ++page) work(page, page * size, std::min(size, length - page * size));
+    for (int64_t page = 0; page * k.size < length; ++page)
+      work(page, page * k.size, std::min(k.size, length - page * k.size));
   }
 
   void score(const float* q, int64_t heads, float* scores, int64_t step) const {
-    const int64_t width = k.size(3), stride = k.size(2) * width, room = (width + lanes - 1) / lanes * lanes;
+    const int64_t width = k.width, stride = k.stride(), room = (width + lanes - 1) / lanes * lanes;
     const bool narrow = width < lanes;
     std::vector<float> queries(heads * room);
     for (int64_t h = 0; h < heads && !narrow; ++h) spread(q + h * width, width, queries.data() + h * room);
@@ -108,7 +118,7 @@ struct Group {
   // Sums over all tokens of ``Rows`` heads and ``Columns`` vectors from column c on stay in registers.
   template <int Rows, int Columns>
   void mix_tile(const float* weights, int64_t step, float* out, int64_t c, int64_t width) const {
-    const int64_t stride = v.size(2) * v.size(3);
+    const int64_t stride = v.stride();
     constexpr int turns = Rows * Columns < 6 ? 2 : 1;  // sums that take turns, where few would wait for each other
     int64_t at[Columns];
     for (int j = 0; j < Columns; ++j) at[j] = vector_at(c + j * lanes, width);
@@ -152,7 +162,7 @@ struct Group {
 
   void mix(const float* weights, int64_t heads, int64_t step, float* out, int64_t width) const {
     if (width >= lanes) return mix_heads<4>(heads, weights, step, out, width);
-    const int64_t stride = v.size(2) * v.size(3);
+    const int64_t stride = v.stride();
     std::fill(out, out + heads * width, 0.0f);
     each([&](int64_t page, int64_t start, int64_t count) {
       for (int64_t h = 0; h < heads; ++h)
@@ -186,19 +196,21 @@ void check_operands(const Tensor& q, const Tensor& k, const Tensor& v, const Ten
 Tensor attend(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& table, const Tensor& length,
               double scale, int64_t width) {
   check_operands(q, k, v, table, length, width);
-  const int64_t num_rows = q.size(0), heads = q.size(1), groups = k.size(2), per = heads / groups;
+  const int64_t num_rows = q.size(0), heads = q.size(1), depth = q.size(2), most = table.size(1);
+  const Pool keys(k), values(v);
+  const int64_t groups = keys.groups, per = heads / groups;
   Tensor result = torch::stable::new_empty(q, {num_rows, heads, width});
   const float* queries = q.const_data_ptr<float>();
+  const int64_t *tables = table.const_data_ptr<int64_t>(), *lengths = length.const_data_ptr<int64_t>();
   float* out = result.mutable_data_ptr<float>();
   torch::stable::parallel_for(0, num_rows * groups, 1, [&](int64_t begin, int64_t end) {
     std::vector<float> weights;
     for (int64_t task = begin; task < end; ++task) {
       const int64_t n = task / groups, g = task % groups, first = n * heads + g * per;
-      const Group part{k, v, k.const_data_ptr<float>(), v.const_data_ptr<float>(),
-                       table.const_data_ptr<int64_t>() + n * table.size(1), g, length.const_data_ptr<int64_t>()[n]};
+      const Group part{keys, values, tables + n * most, g, lengths[n]};
       const int64_t step = (part.length + lanes - 1) / lanes * lanes;
       weights.resize(per * step);
-      part.score(queries + first * q.size(2), per, weights.data(), step);
+      part.score(queries + first * depth, per, weights.data(), step);
       for (int64_t h = 0; h < per; ++h) softmax(weights.data() + h * step, float(scale), part.length);
       part.mix(weights.data(), per, step, out + first * width, width);
     }

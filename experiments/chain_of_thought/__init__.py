@@ -1,0 +1,1 @@
+"""Loops against a written chain of thought, at equal FLOPs."""

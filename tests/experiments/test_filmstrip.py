@@ -1,0 +1,23 @@
+import numpy as np
+
+from experiments.what_loops_read.filmstrip import filmstrip
+
+
+def test_a_row_is_added_by_each_picture() -> None:
+    rows = [[1.0, 0.9, 0.0, None], [0.0, 0.1, 1.2, 0.5], [0.0, -0.2, 0.0, 0.4]]
+    columns = ("start", "relation 1", "relation 2", "relation 3")
+    figure = filmstrip({"looped": rows, "stack": rows[:2]}, columns)
+    assert len(figure.axes) == 3 + 2
+    for loop, axes in enumerate(figure.axes[:3]):
+        (image,) = axes.images
+        shown = np.ma.filled(image.get_array(), np.nan)
+        assert axes.get_title() == "" and axes.get_title(loc="left") == f"loop {loop + 1}"
+        assert np.isnan(shown[loop + 1 :]).all()
+        expected = np.clip([[np.nan if x is None else x for x in row] for row in rows], 0, 1)
+        np.testing.assert_array_equal(shown[: loop + 1], expected[: loop + 1])
+    assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == [
+        "s",
+        "r1",
+        "r2",
+        "r3",
+    ]

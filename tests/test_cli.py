@@ -18,8 +18,11 @@ COMMANDS = (
     "calibrate-exit",
     "config",
     "convert",
+    "plan",
     "report",
+    "reproduce",
     "retrofit",
+    "scaling-law",
     "serve",
 )
 
@@ -80,7 +83,9 @@ TRIED = {
     "eval": ("FOLDER",),
     "presets": (),
     "inspect": ("FOLDER",),
+    "plan": ("tiny", "--serve"),
     "report": ("FOLDER",),
+    "scaling-law": ("fit", "FOLDER"),
     "config": (),
     "export": ("FOLDER", "--out", "OUT"),
     "convert": ("FOLDER", "--out", "OUT"),
@@ -124,10 +129,10 @@ def test_every_command_speaks_before_it_loads_anything_slow(tmp_path: Path) -> N
     command = [sys.executable, "-c", FIRST_WORDS, json.dumps(tried)]
     ran = subprocess.run(command, capture_output=True, text=True, check=True)
     said = json.loads(ran.stdout)
-    assert {name for name, (slow, *_) in said.items() if not slow} == {"presets"}
+    assert {name for name, (slow, *_) in said.items() if not slow} == {"plan", "presets"}
     for name, (slow, status, stdout, stderr) in said.items():
         assert stderr.endswith(" ...\n") or not slow, (name, stderr)
-        assert stdout == "" or (name == "presets" and status == 0)
+        assert stdout == "" or (name in ("plan", "presets") and status == 0)
 
 
 def test_every_command_that_reports_takes_json() -> None:

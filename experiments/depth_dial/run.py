@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from experiments.claim import Conclusion
 from experiments.depth_dial.arms import ARMS, SAVE_EVERY, STACKS, TRAINED_HOPS, TUNED_AS, training
@@ -29,11 +29,8 @@ class DepthDial(Study):
     """Experiment 1."""
 
     number = 1
+    fresh_seeds = (5, 6, 7)
     title = "The depth dial: more loops and longer walks than in training"
-    leads: ClassVar[Mapping[str, str]] = {
-        "stepping_and_holding": "Accuracy by hops and loops: a diagonal is a model that steps, a "
-        "plateau one that holds. Below the line: walks longer than any in training."
-    }
 
     def runs(self, scale: str, done: Results) -> Sequence[Run]:
         """See ``Study``."""

@@ -165,9 +165,7 @@ def _print(fits: "dict[str, Fit]", refused: dict[str, str], runs: "Runs") -> Non
         print_table(screen, table)
 
 
-def _simulate(
-    sources: list[str], noise: float, seed: int, out: Path | None, as_json: bool
-) -> None:
+def _simulate(sources: list[str], noise: float, seed: int, out: Path | None, as_json: bool) -> None:
     from openmythos.config.presets import preset
     from openmythos.plan.scaling_law import PARCAE, simulate
 

@@ -23,8 +23,7 @@ Row = dict[str, float]
 def read_runs(paths: list[Path]) -> dict[str, np.ndarray]:
     """The columns of runs; those that not every run has are left out.
 
-    A run folder gives its newest held-out losses, in bits per byte, as one row per number of loops;
-    ``loss`` for the laws of training is that at the training's mean number of loops, or the nearest.
+    A run folder gives its newest held-out losses, in bits per byte: a row per number of loops.
 
     Raises:
         ValueError: A file or folder is none of these, or a value is no positive number.
@@ -56,9 +55,7 @@ def read_table(path: Path) -> list[Row]:
     except (UnicodeDecodeError, json.JSONDecodeError, csv.Error) as error:
         raise ValueError(f"{path} cannot be read as a table: {error}") from None
     if not found or "loss" not in found[0]:
-        raise ValueError(
-            f"{path} holds no runs with a loss; its columns are {', '.join(COLUMNS)}"
-        )
+        raise ValueError(f"{path} holds no runs with a loss; its columns are {', '.join(COLUMNS)}")
     return found
 
 
@@ -103,8 +100,12 @@ def _of_run(folder: Path) -> list[Row]:
     tokens = float(last * rows * length)
     return [
         {
-            **{"once": float(once), "loop": float(loop), "num_loops": mean, "tokens": tokens},
-            **{"test_loops": float(loops), "loss": float(loss)},
+            "once": float(once),
+            "loop": float(loop),
+            "num_loops": mean,
+            "tokens": tokens,
+            "test_loops": float(loops),
+            "loss": float(loss),
         }
         for loops, loss in sorted(losses.items())
     ]

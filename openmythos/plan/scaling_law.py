@@ -162,9 +162,7 @@ def fit(law: str, runs: Runs, *, resamples: int = 0, seed: int = 0) -> Fit:
         ValueError: Columns are missing.
     """
     require(law in LAWS, "law", law, "one of " + ", ".join(LAWS))
-    form = LAWS[law]
-    if "test_loops" in runs and "test_loops" not in form.columns:
-        runs = _at_trained_depth(runs)
+    form, runs = LAWS[law], used_by(law, runs)
     _check_columns(law, form, runs)
     losses = np.asarray(runs["loss"], dtype=np.float64)
     exponents, factors, rest = _best(form, runs, losses[None])
@@ -194,8 +192,11 @@ def fit(law: str, runs: Runs, *, resamples: int = 0, seed: int = 0) -> Fit:
     tail = (1 - INTERVAL) / 2
     low, high = np.quantile(samples, [tail, 1 - tail], axis=0).tolist()
     return Fit(
-        law, named, dict(zip(form.constants, zip(low, high, strict=True), strict=True)),
-        deviation, len(losses),
+        law,
+        named,
+        dict(zip(form.constants, zip(low, high, strict=True), strict=True)),
+        deviation,
+        len(losses),
     )
 
 
@@ -316,9 +317,12 @@ def _models(runs: Runs) -> Array:
     return np.unique(np.stack(known, 1), axis=0, return_inverse=True)[1].ravel()
 
 
-def _at_trained_depth(runs: Runs) -> Runs:
-    """Of each model, the losses at the number of loops nearest to that of its training."""
-    if "num_loops" not in runs:
+def used_by(law: str, runs: Runs) -> Runs:
+    """The runs that a law sees.
+
+    Those of training see, of each model, the losses nearest to its number of loops in training.
+    """
+    if "test_loops" in LAWS[law].columns or not {"test_loops", "num_loops"} <= runs.keys():
         return runs
     models, away = _models(runs), np.abs(runs["test_loops"] - runs["num_loops"])
     nearest = np.full(models.max() + 1, np.inf)

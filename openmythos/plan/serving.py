@@ -24,7 +24,7 @@ from openmythos.config.matched_baseline import baseline, plain_model
 from openmythos.config.schema import as_integer, as_number, require
 
 PHI = 0.46  # a loop's worth in layers, T^phi: arXiv 2604.21106
-GRID = 64  # points at which rates and batches are tried; edges between them are bisected
+GRID = 32  # points at which rates and batches are tried; edges between them are bisected
 
 Measure = Literal["users", "tokens_per_second"]
 MEASURES: tuple[Measure, ...] = ("users", "tokens_per_second")
@@ -292,8 +292,12 @@ class Comparison:
 
     def winning_rates(self) -> tuple[tuple[float, float], ...]:
         """The rates, in tokens per second for each user, at which it is."""
-        fastest = 1 / min(one.step_seconds(1, self.machine) for one in (self.looped, self.plain))
-        slowest = fastest / 1e4
+        steps = [
+            load.step_seconds(users, self.machine)
+            for load in (self.looped, self.plain)
+            for users in (1, max(1, most_users(load, self.machine)))
+        ]
+        fastest, slowest = 1 / min(steps), 1 / max(steps)  # below, memory alone is the limit
         rates = [slowest * (fastest / slowest) ** (i / GRID) for i in range(GRID + 1)]
         found = []
         for low, high in _runs([self.wins(rate=rate) for rate in rates]):

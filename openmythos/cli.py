@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from openmythos.command import (
+    analyze,
     calibrate_exit,
     chat,
     config,
@@ -75,6 +76,7 @@ app.command()(inspect.inspect)
 app.command()(plan.plan)
 app.command("scaling-law")(scaling_law.scaling_law)
 app.command()(report.report)
+app.command()(analyze.analyze)
 app.command()(reproduce.reproduce)
 app.command()(config.config)
 app.command()(export.export)

@@ -114,6 +114,8 @@ def require_verdicts(study: Study, conclusion: Conclusion) -> None:
 
 def write_pages(study: Study) -> None:
     """Draw the study's figures and write its page and the scoreboard."""
+    for scale in (study.page_scale, "fresh"):
+        study.store(scale).tidy()
     finding = Finding(study)
     if finding.conclusion is not None:
         for name, figure in study.draw(finding.conclusion).items():

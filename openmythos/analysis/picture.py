@@ -335,8 +335,9 @@ def curves_by_loop(
             axes.annotate(
                 name,
                 place,
-                (3, under),
+                (-3, under),
                 xycoords=("data", "axes fraction"),
+                ha="right",  # lines are named on the other side
                 color=ORANGE,
                 fontsize=8.5,
                 va="top",

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from experiments.claim import NOT_YET, Claim, Conclusion, Table, Verdict
+from experiments.claim import DECISIONS, NOT_YET, Claim, Conclusion, Table, Verdict
 from experiments.run_store import Results, Run
 from openmythos.folder import write_whole
 
@@ -113,6 +114,8 @@ def require_verdicts(study: Study, conclusion: Conclusion) -> None:
 
 def write_pages(study: Study) -> None:
     """Draw the study's figures and write its page and the scoreboard."""
+    for scale in (study.page_scale, "fresh"):
+        study.store(scale).tidy()
     finding = Finding(study)
     if finding.conclusion is not None:
         for name, figure in study.draw(finding.conclusion).items():
@@ -308,49 +311,53 @@ def scoreboard(findings: Sequence[Finding]) -> str:
         "Claims about looped language models, and what the experiments of this repository found. "
         "Each rule was written before its run. This page is written from the stored results by "
         "`openmythos reproduce`; `openmythos reproduce --check` recomputes it.\n",
+        f"{_tally(findings)}\n",
     ]
     for caption, name, path in leading(findings):
         page = f"../experiments/{name}/README.md"
         lines.append(f"![{caption}](../{path.as_posix()})\n\n{caption} [{name}]({page})\n")
-    header = [
-        "claim",
-        "verdict",
-        "number",
-        "95 % interval",
-        "again: CPU seconds, command",
-        "figure",
-    ]
-    rows: list[Sequence[str]] = []
-    for finding in findings:
-        rows += _board_rows(finding)
-    lines.append(markdown(Table("Scoreboard", header, rows)))
+    lines += [_board_part(finding) for finding in findings]
     lines.append(
-        "An interval is over seeds. CPU seconds are those of the whole experiment, tuning "
-        "included. `--again` deletes the stored results first, which git still has; without it, "
-        "nothing that is stored is done again."
+        "An interval is over seeds; a number links to the results. CPU seconds are those of the "
+        "whole experiment, tuning included. `--again` deletes the stored results first, which git "
+        "still has; without it, nothing that is stored is done again."
     )
     return "\n".join(lines) + "\n"
 
 
-def _board_rows(finding: Finding) -> Iterator[Sequence[str]]:
-    study = finding.study
-    inside = study.folder.relative_to(study.root).as_posix()
-    seconds = f"{sum(result.cpu_seconds for result in finding.results):,.0f} s, "
-    again = f"`openmythos reproduce {study.name} --scale {study.page_scale} --again`"
+def _tally(findings: Sequence[Finding]) -> str:
+    """How many claims there are, and how many of each verdict."""
+    verdicts = [verdict for finding in findings for _, verdict in finding.verdicts]
+    words = Counter(NOT_YET if verdict is None else verdict.decision for verdict in verdicts)
+    counts = ", ".join(f"{words[word]} {word}" for word in (*DECISIONS, NOT_YET) if words[word])
+    return f"{len(verdicts)} claims: {counts}." if verdicts else "No claims."
+
+
+def _board_part(finding: Finding) -> str:
+    """An experiment's part: its question, the command that does it again, and its claims."""
+    study, rows = finding.study, []
+    inside = f"../{study.folder.relative_to(study.root).as_posix()}"
+    data = f"{inside}/results/{study.page_scale}"
+    seconds = f"{sum(result.cpu_seconds for result in finding.results):,.0f}"
+    command = f"`openmythos reproduce {study.name} --scale {study.page_scale} --again`"
+    cost = f"{seconds} CPU seconds" if finding.conclusion else NOT_YET
     for claim, verdict in finding.verdicts:
-        source = f"{claim.article}, [{study.name}](../{inside}/README.md)"
-        cells = [f"“{claim.quote}” {source}", f"**{NOT_YET}**", "", "", "", ""]
+        cells = [f"“{claim.quote}” {claim.article}", f"**{NOT_YET}**", "", "", ""]
         if verdict is not None:
             picture = "" if verdict.figure is None else finding.picture(verdict.figure).name
-            data = f"../{inside}/results/{study.page_scale}"
             cells[1:] = [
                 f"**{verdict.decision}**. {verdict.sentence}",
                 "" if verdict.number is None else f"[{verdict.number:.3g}]({data})",
                 _ends(verdict, ""),
-                seconds + again,
                 f"[{picture.removesuffix('.png')}]({data}/{picture})" if picture else "",
             ]
-        yield cells
+        rows.append(cells)
+    header = ["claim", "verdict", "number", "95 % interval", "figure"]
+    return (
+        f"## {study.number}. {study.title}\n\n"
+        f"[Set-up, rules and tables]({inside}/README.md). Again: {command} ({cost})\n\n"
+        f"{markdown(Table(study.title, header, rows))}"
+    )
 
 
 def markdown(table: Table) -> str:

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from openmythos.command import (
+    analyze,
     calibrate_exit,
     chat,
     config,
@@ -71,6 +72,7 @@ app.command()(retrofit.retrofit)
 app.command()(presets.presets)
 app.command()(inspect.inspect)
 app.command()(report.report)
+app.command()(analyze.analyze)
 app.command()(reproduce.reproduce)
 app.command()(config.config)
 app.command()(export.export)

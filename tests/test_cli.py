@@ -19,6 +19,7 @@ COMMANDS = (
     "config",
     "convert",
     "report",
+    "analyze",
     "retrofit",
     "serve",
 )
@@ -81,6 +82,7 @@ TRIED = {
     "presets": (),
     "inspect": ("FOLDER",),
     "report": ("FOLDER",),
+    "analyze": ("FOLDER",),
     "config": (),
     "export": ("FOLDER", "--out", "OUT"),
     "convert": ("FOLDER", "--out", "OUT"),

@@ -32,6 +32,7 @@ INPUTS = (".yaml", ".json", ".jsonl", ".csv", ".txt")
 SHORTER = {
     "train": sets(*SMALL[1:-4], "train.batch_size=1", "train.max_steps=2", "train.eval_loops=[1]"),
     "generate": ["--max-new-tokens", "2"],
+    "analyze": ["--num-examples", "4", "--max-loops", "2"],
 }
 
 

@@ -229,7 +229,8 @@ def test_a_figure_leads_the_scoreboard_and_the_front_page(
     assert front.read_text().endswith("\nmore\n") and (tmp_path / place).is_file()
     said = page.read_text()
     assert said.index(f"![Good beside poor.](../{place})") < said.index("| claim |")
-    assert "26 s, `openmythos reproduce planted --scale small --again`" in said
+    assert "Again: `openmythos reproduce planted --scale small --again` (26 CPU seconds)" in said
+    assert "\n1 claims: 1 holds.\n" in said and "\n## 1. A planted answer\n" in said
     assert check.complaints([planted], tmp_path) == []
     front.write_text(front.read_text().replace("Good beside poor.", "Poor beside good."))
     assert [line.split()[0] for line in check.complaints([planted], tmp_path)] == ["README.md"]

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 TASKS, ARMS = ("facts", "products", "induction"), ("loop", "shallow", "deep")
 REASONING, RECALL = ("products", "induction"), "facts"
 SEEDS, RATES = (0, 1, 2), (0.003, 0.01, 0.03)
-STEPS = {"facts": 1000, "products": 1000, "induction": 900}
+STEPS = {"facts": 700, "products": 1000, "induction": 900}
 SMOKE = dict(zip(TASKS, ARMS, strict=True))  # one arm per task
 EXAMPLES = 1024  # of each size, held out
 CONTEXT = {"facts": 2, "products": 8, "induction": 13}  # keys that a token sees, on average

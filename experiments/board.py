@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from experiments.claim import NOT_YET, Claim, Conclusion, Table, Verdict
+from experiments.claim import DECISIONS, NOT_YET, Claim, Conclusion, Table, Verdict
 from experiments.run_store import Results, Run
 from openmythos.folder import write_whole
 
@@ -21,7 +22,22 @@ BEGIN = "<!-- From here on written by `openmythos reproduce`. -->"
 END = "<!-- To here. -->"
 SCOREBOARD = Path("docs", "scoreboard.md")
 FRONT = Path("README.md")
-FIRST = ("what_loops_read", "depth_dial", "wins_and_losses")  # whose figures come first
+# The figures that the scoreboard begins with, by study and name, and what each shows; the first is
+# on the front page, too.
+LEADS = {
+    (
+        "what_loops_read",
+        "growing_map",
+    ): "What each loop reads: the same weights run again, on walks "
+    "longer than any in training, and the map grows by a row. Below, other models.",
+    (
+        "depth_dial",
+        "stepping_and_holding",
+    ): "Accuracy by hops and loops: a diagonal is a model that "
+    "steps, a plateau one that holds. Below the line, walks longer than any in training.",
+    ("wins_and_losses", "wins_and_losses"): "Loops against plain stacks of equal parameters and of "
+    "equal FLOPs, puzzle by puzzle.",
+}
 DIGEST = "Data"  # the key of a figure's digest in its PNG file
 
 
@@ -43,6 +59,8 @@ class Finding:
         runs: The known runs of its page's scale.
         results: Of those that have ended.
         conclusion: None while a run is missing.
+        fresh: What seeds conclude that were not used; None while a run of theirs is missing.
+        fresh_results: Their results.
     """
 
     def __init__(self, study: Study) -> None:
@@ -52,6 +70,13 @@ class Finding:
         if self.runs and len(self.results) == len(self.runs):
             self.conclusion = study.conclude(self.results)
             require_verdicts(study, self.conclusion)
+        self.fresh: Conclusion | None = None
+        fresh_runs: list[Run] = []
+        self.fresh_results = Results()
+        if study.fresh_seeds:
+            fresh_runs, self.fresh_results = study.current("fresh")
+        if fresh_runs and len(self.fresh_results) == len(fresh_runs):
+            self.fresh = study.conclude(self.fresh_results)
 
     @property
     def verdicts(self) -> list[tuple[Claim, Verdict | None]]:
@@ -89,6 +114,8 @@ def require_verdicts(study: Study, conclusion: Conclusion) -> None:
 
 def write_pages(study: Study) -> None:
     """Draw the study's figures and write its page and the scoreboard."""
+    for scale in (study.page_scale, "fresh"):
+        study.store(scale).tidy()
     finding = Finding(study)
     if finding.conclusion is not None:
         for name, figure in study.draw(finding.conclusion).items():
@@ -163,8 +190,29 @@ def section(finding: Finding) -> str:
         parts.append(f"![{name.replace('_', ' ')}]({path})\n\nData `{digest}`.\n")
     if finding.conclusion is not None:
         parts += [f"## {table.title}\n\n{markdown(table)}" for table in finding.conclusion.tables]
-    parts.append(_runs(finding.runs, finding.results))
+    parts += [_fresh(finding), _runs(finding.runs, finding.results)]
     return "\n".join(parts)
+
+
+def _fresh(finding: Finding) -> str:
+    """The verdicts of seeds that were not used, beside those of the page."""
+    if finding.fresh is None:
+        return ""
+    given = {verdict.claim: verdict for verdict in finding.fresh.verdicts}
+    rows = [
+        [claim.name, own.decision, given[claim.name].decision, given[claim.name].sentence]
+        for claim, own in finding.verdicts
+        if own is not None
+    ]
+    same = sum(row[1] == row[2] for row in rows)
+    seeds = ", ".join(map(str, finding.study.fresh_seeds))
+    cpu = sum(result.cpu_seconds for result in finding.fresh_results) / 3600
+    said = (
+        f"The same runs with seeds {seeds}, which nothing was chosen by: {same} of {len(rows)} "
+        f"verdicts are the same. {len(finding.fresh_results)} runs, {cpu:.2f} CPU hours.\n"
+    )
+    table = Table("Fresh", ["claim", "verdict", "with fresh seeds", "found with them"], rows)
+    return f"## Seeds that were not used\n\n{said}\n{markdown(table)}"
 
 
 def _claim(claim: Claim, verdict: Verdict | None) -> str:
@@ -174,7 +222,7 @@ def _claim(claim: Claim, verdict: Verdict | None) -> str:
     return (
         f"### {claim.name.replace('-', ' ').capitalize()}\n\n"
         f"> {claim.quote}\n>\n> {claim.article}\n\n{said}\n\n"
-        f"Rule, written before the runs: {claim.rule}\n\n"
+        f"Rule, written before the runs: {claim.rule_in_numbers}\n\n"
         f"What would change it: {claim.would_change}\n"
     )
 
@@ -194,7 +242,7 @@ def _ends(verdict: Verdict, before: str) -> str:
 
 def _runs(runs: Sequence[Run], results: Results) -> str:
     """Rates, seeds, seconds and what was lost, by arm."""
-    header = ["arm", "rate", "rates tried", "seeds", "lost", "longest run, s", "CPU s"]
+    header = ["arm", "rate", "rates tried", "seeds", "lost", "longest run, CPU s", "CPU s"]
     rows = []
     for arm in results.arms:
         own = [result for result in results if result.run.arm == arm]
@@ -209,7 +257,7 @@ def _runs(runs: Sequence[Run], results: Results) -> str:
             ", ".join(f"{rate:.3g}" for rate in tried) or "none",
             str(len({result.run.seed for result in final})),
             str(sum(result.lost is not None for result in own)),
-            f"{max(result.seconds for result in own):.0f}",
+            f"{max(result.cpu_seconds for result in own):.0f}",
             f"{sum(result.cpu_seconds for result in own):.0f}",
         ])  # fmt: skip
     cpu = sum(result.cpu_seconds for result in results)
@@ -224,27 +272,36 @@ def _runs(runs: Sequence[Run], results: Results) -> str:
 
 
 def leading(findings: Sequence[Finding]) -> list[tuple[str, str, Path]]:
-    """What the scoreboard begins with: caption, the study's name and the picture of each figure."""
-    ordered = sorted(
-        (finding for finding in findings if finding.study.name in FIRST),
-        key=lambda finding: FIRST.index(finding.study.name),
-    )
-    return [
-        (caption, finding.study.name, finding.picture(figure).relative_to(finding.study.root))
-        for finding in ordered
-        for figure, caption in finding.study.leads.items()
-        if figure in finding.figures
-    ]
+    """What the scoreboard begins with: caption, the study's name and the picture of each figure.
+
+    Raises:
+        ValueError: A study that is concluded has no such figure.
+    """
+    by_name = {finding.study.name: finding for finding in findings}
+    found = []
+    for (name, figure), caption in LEADS.items():
+        finding = by_name.get(name)
+        if finding is None or finding.conclusion is None:
+            continue
+        if figure not in finding.figures:
+            raise ValueError(f"{name} has no figure {figure}, which should lead the scoreboard")
+        found.append((caption, name, finding.picture(figure).relative_to(finding.study.root)))
+    return found
 
 
 def first_screen(findings: Sequence[Finding]) -> str:
     """The written part of the front page: the figure that leads, and the way to all others."""
-    figures = [f"![{text}]({path.as_posix()})\n\n{text}\n" for text, _, path in leading(findings)]
-    said = (
-        f"[The scoreboard]({SCOREBOARD.as_posix()}): claims about looped models, with verdicts. "
-        "Any line can be run again with one command, whose seconds stand beside it.\n"
+    board = SCOREBOARD.as_posix()
+    parts = [
+        f"[![{caption}]({path.as_posix()})]({board})\n\n{caption}\n"
+        for caption, _, path in leading(findings)[:1]
+    ]
+    parts.append(
+        f"[The scoreboard]({board}): claims about looped models, with verdicts. Whoever disagrees "
+        "runs a line again, `openmythos reproduce NAME --scale small --again`; its seconds stand "
+        "beside it.\n"
     )
-    return "\n".join([*figures[:1], said])
+    return "\n".join(parts)
 
 
 def scoreboard(findings: Sequence[Finding]) -> str:
@@ -254,49 +311,53 @@ def scoreboard(findings: Sequence[Finding]) -> str:
         "Claims about looped language models, and what the experiments of this repository found. "
         "Each rule was written before its run. This page is written from the stored results by "
         "`openmythos reproduce`; `openmythos reproduce --check` recomputes it.\n",
+        f"{_tally(findings)}\n",
     ]
     for caption, name, path in leading(findings):
         page = f"../experiments/{name}/README.md"
         lines.append(f"![{caption}](../{path.as_posix()})\n\n{caption} [{name}]({page})\n")
-    header = [
-        "claim",
-        "verdict",
-        "number",
-        "95 % interval",
-        "again: CPU seconds, command",
-        "figure",
-    ]
-    rows: list[Sequence[str]] = []
-    for finding in findings:
-        rows += _board_rows(finding)
-    lines.append(markdown(Table("Scoreboard", header, rows)))
+    lines += [_board_part(finding) for finding in findings]
     lines.append(
-        "An interval is over seeds. CPU seconds are those of the whole experiment, tuning "
-        "included. `--again` deletes the stored results first, which git still has; without it, "
-        "nothing that is stored is done again."
+        "An interval is over seeds; a number links to the results. CPU seconds are those of the "
+        "whole experiment, tuning included. `--again` deletes the stored results first, which git "
+        "still has; without it, nothing that is stored is done again."
     )
     return "\n".join(lines) + "\n"
 
 
-def _board_rows(finding: Finding) -> Iterator[Sequence[str]]:
-    study = finding.study
-    inside = study.folder.relative_to(study.root).as_posix()
-    seconds = f"{sum(result.cpu_seconds for result in finding.results):,.0f} s, "
-    again = f"`openmythos reproduce {study.name} --scale {study.page_scale} --again`"
+def _tally(findings: Sequence[Finding]) -> str:
+    """How many claims there are, and how many of each verdict."""
+    verdicts = [verdict for finding in findings for _, verdict in finding.verdicts]
+    words = Counter(NOT_YET if verdict is None else verdict.decision for verdict in verdicts)
+    counts = ", ".join(f"{words[word]} {word}" for word in (*DECISIONS, NOT_YET) if words[word])
+    return f"{len(verdicts)} claims: {counts}." if verdicts else "No claims."
+
+
+def _board_part(finding: Finding) -> str:
+    """An experiment's part: its question, the command that does it again, and its claims."""
+    study, rows = finding.study, []
+    inside = f"../{study.folder.relative_to(study.root).as_posix()}"
+    data = f"{inside}/results/{study.page_scale}"
+    seconds = f"{sum(result.cpu_seconds for result in finding.results):,.0f}"
+    command = f"`openmythos reproduce {study.name} --scale {study.page_scale} --again`"
+    cost = f"{seconds} CPU seconds" if finding.conclusion else NOT_YET
     for claim, verdict in finding.verdicts:
-        source = f"{claim.article}, [{study.name}](../{inside}/README.md)"
-        cells = [f"“{claim.quote}” {source}", f"**{NOT_YET}**", "", "", "", ""]
+        cells = [f"“{claim.quote}” {claim.article}", f"**{NOT_YET}**", "", "", ""]
         if verdict is not None:
             picture = "" if verdict.figure is None else finding.picture(verdict.figure).name
-            path = f"../{inside}/results/{study.page_scale}/{picture}"
             cells[1:] = [
                 f"**{verdict.decision}**. {verdict.sentence}",
-                "" if verdict.number is None else f"{verdict.number:.3g}",
+                "" if verdict.number is None else f"[{verdict.number:.3g}]({data})",
                 _ends(verdict, ""),
-                seconds + again,
-                f"[{picture.removesuffix('.png')}]({path})" if picture else "",
+                f"[{picture.removesuffix('.png')}]({data}/{picture})" if picture else "",
             ]
-        yield cells
+        rows.append(cells)
+    header = ["claim", "verdict", "number", "95 % interval", "figure"]
+    return (
+        f"## {study.number}. {study.title}\n\n"
+        f"[Set-up, rules and tables]({inside}/README.md). Again: {command} ({cost})\n\n"
+        f"{markdown(Table(study.title, header, rows))}"
+    )
 
 
 def markdown(table: Table) -> str:

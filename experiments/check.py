@@ -57,6 +57,12 @@ def page_complaints(finding: Finding) -> list[str]:
         f"{path} belongs to no run of {study.name}; delete it"
         for path in study.store(study.page_scale).strangers(finding.runs)
     ]
+    if study.fresh_seeds:
+        runs, _ = study.current("fresh")
+        said += [
+            f"{path} belongs to no fresh run of {study.name}; delete it"
+            for path in study.store("fresh").strangers(runs)
+        ]
     page = _read(study.folder / "README.md")
     if page != with_section(page, section(finding)):
         said.append(f"{study.name}/README.md is not what the results say; {AGAIN}")

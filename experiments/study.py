@@ -26,7 +26,7 @@ from openmythos.folder import holder, in_a_sentence, locked
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-Scale = Literal["smoke", "small", "full"]
+Scale = Literal["smoke", "small", "fresh", "full"]
 SCALES: tuple[Scale, ...] = get_args(Scale)
 WORK = ROOT / "runs" / "experiments"  # what runs keep besides their result: checkpoints
 
@@ -39,14 +39,15 @@ class Study(abc.ABC):
         title: The question, in a few words.
         scales: Those that it has; of a scale that is not here nothing is run.
         page_scale: The one whose results decide.
-        leads: Of the figures those that lead the scoreboard, each with what it shows.
+        fresh_seeds: Seeds that the page's scale does not use. The scale "fresh" does its runs with
+            these, at the rates that it chose, and the page says whether the verdicts are the same.
     """
 
     number: ClassVar[int]
     title: ClassVar[str]
     scales: ClassVar[tuple[Scale, ...]] = ("smoke", "small")
     page_scale: ClassVar[Scale] = "small"
-    leads: ClassVar[Mapping[str, str]] = {}
+    fresh_seeds: ClassVar[tuple[int, ...]] = ()
 
     def __init__(self, folder: Path | None = None) -> None:
         self.folder = folder or Path(inspect.getfile(type(self))).parent
@@ -121,13 +122,26 @@ class Study(abc.ABC):
     def current(self, scale: str, work: Path = WORK) -> tuple[list[Run], Results]:
         """The known runs, and the results of those that have ended."""
         stored = self.store(scale, work).read()
-        runs = list(self.runs(scale, stored))
+        runs = self._fresh() if scale == "fresh" else list(self.runs(scale, stored))
         names = [run.name for run in runs]
         if len(set(names)) < len(names):
             twice = next(run for run in runs if names.count(run.name) > 1)
             raise ValueError(f"{self.name} has two runs of equal settings: {twice}")
         found = (stored.find(run) for run in runs)
         return runs, Results(result for result in found if result is not None)
+
+    def _fresh(self) -> list[Run]:
+        """The page's runs with other seeds; none before those are complete."""
+        runs, done = self.current(self.page_scale)
+        if len(done) < len(runs):
+            return []
+        used = {run.seed for run in runs}
+        if used & set(self.fresh_seeds):
+            raise ValueError(f"{self.name}: fresh_seeds {self.fresh_seeds} are used: {used}")
+        plans = {Run(run.arm, 0, run.settings).name: run for run in runs if not run.tuning}
+        return [
+            Run(run.arm, seed, run.settings) for run in plans.values() for seed in self.fresh_seeds
+        ]
 
 
 # --- carrying it out ------------------------------------------------------------------------------
@@ -261,8 +275,9 @@ def main(study: Study) -> None:
         return
     if given.workers < 1:
         parser.error(f"--workers is {given.workers}; give at least 1")
-    if given.scale not in study.scales:
-        print(f"{study.name}: there is no {given.scale} scale, only {', '.join(study.scales)}")
+    scales = [*study.scales, *(["fresh"] if study.fresh_seeds else [])]
+    if given.scale not in scales:
+        print(f"{study.name}: there is no {given.scale} scale, only {', '.join(scales)}")
         return
     work = given.work.absolute()
     try:
@@ -270,7 +285,7 @@ def main(study: Study) -> None:
         if given.scale == "smoke":
             board.try_out(study, work)
             print(f"{study.name}: a few steps of each arm ran; this scale gives no verdict")
-        elif given.scale == study.page_scale:
+        elif given.scale in (study.page_scale, "fresh"):
             board.write_pages(study)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from openmythos.command import (
+    analyze,
     calibrate_exit,
     chat,
     config,
@@ -18,11 +19,13 @@ from openmythos.command import (
     export,
     generate,
     inspect,
+    plan,
     prepare,
     presets,
     report,
     reproduce,
     retrofit,
+    scaling_law,
     serve,
     train,
 )
@@ -70,7 +73,10 @@ app.command("eval")(evaluate.evaluate)
 app.command()(retrofit.retrofit)
 app.command()(presets.presets)
 app.command()(inspect.inspect)
+app.command()(plan.plan)
+app.command("scaling-law")(scaling_law.scaling_law)
 app.command()(report.report)
+app.command()(analyze.analyze)
 app.command()(reproduce.reproduce)
 app.command()(config.config)
 app.command()(export.export)

@@ -24,7 +24,6 @@ class Arm:
         loops: In training.
         writes: Whether it writes the entities on the way; otherwise the answer alone.
         sums: Whether relations add numbers; otherwise they are permutations.
-        tuned_as: The arm whose tuned rate it uses.
     """
 
     name: str
@@ -33,7 +32,6 @@ class Arm:
     loops: int
     writes: bool
     sums: bool = False
-    tuned_as: str
 
     @property
     def model(self) -> ModelConfig:
@@ -111,7 +109,6 @@ def _arms(sums: bool) -> list[Arm]:
             loops=4,
             writes=False,
             sums=sums,
-            tuned_as="silent",
         ),
         Arm(
             name=f"stack_writes{end}",
@@ -120,7 +117,6 @@ def _arms(sums: bool) -> list[Arm]:
             loops=1,
             writes=True,
             sums=sums,
-            tuned_as="stack_writes",
         ),
         Arm(
             name=f"loop_writes{end}",
@@ -129,7 +125,6 @@ def _arms(sums: bool) -> list[Arm]:
             loops=2,
             writes=True,
             sums=sums,
-            tuned_as="loop_writes",
         ),
     ]
 

@@ -3,12 +3,12 @@
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from experiments.claim import Conclusion
 from experiments.depth_dial.arms import ARMS, SAVE_EVERY, STACKS, TRAINED_HOPS, TUNED_AS, training
 from experiments.run_store import Result, Results, Run
-from experiments.study import Study, main
+from experiments.study import WORK, Study, main
 from experiments.tuning import tuned
 
 if TYPE_CHECKING:
@@ -29,11 +29,8 @@ class DepthDial(Study):
     """Experiment 1."""
 
     number = 1
+    fresh_seeds = (5, 6, 7)
     title = "The depth dial: more loops and longer walks than in training"
-    leads: ClassVar[Mapping[str, str]] = {
-        "stepping_and_holding": "Accuracy by hops and loops: a diagonal is a model that steps, a "
-        "plateau one that holds. Below the line: walks longer than any in training."
-    }
 
     def runs(self, scale: str, done: Results) -> Sequence[Run]:
         """See ``Study``."""
@@ -59,10 +56,10 @@ class DepthDial(Study):
 
         trained = train(run, out)
         model, size = trained.model, run.settings["walks"]
-        walks, loops = trained.task.puzzle, ARMS[run.arm].check_loops
+        walks = trained.task.puzzle
         by_step = _by_step(trained, out, run)
         found: dict[str, Any] = {
-            "progress": _progress(trained, loops, size),
+            "progress": lengths_learnt(trained, size),
             "by_step": by_step["accuracy"],
             "leaks": grid.leaks(walks),
         }
@@ -108,15 +105,24 @@ def train(run: Run, out: Path) -> "Training":
     return found
 
 
+def checkpoint(arm: str, seed: int = 0, work: Path = WORK) -> Path:
+    """The checkpoint of an arm's run, the small scale; trained again if it is not there."""
+    run = next(r.run for r in STUDY.current("small")[1].of(arm) if r.run.seed == seed)
+    found = train(run, STUDY.run_folder(run, "small", work)).folder.last_checkpoint()
+    assert found is not None
+    return found
+
+
 def _score(result: Result) -> float:
     return float(result.data["progress"])
 
 
-def _progress(trained: "Training", loops: int, size: int) -> float:
+def lengths_learnt(trained: "Training", size: int) -> float:
     """Lengths that the curriculum has passed, plus the accuracy on the current one, held out."""
     from openmythos.train.validation import puzzle_accuracy
 
     walks, stage = trained.task.puzzle, trained.task.curriculum.stage
+    loops = trained.config.data.check_loops
     accuracy = puzzle_accuracy(trained.model, walks, stage, loops, size, seed=2)
     return round(stage - 1 + accuracy, 4)
 

@@ -33,8 +33,6 @@ class Arm:
         halting: The head.
         objective: The loss.
         longest_only: Whether each stage of the curriculum trains its longest walks only.
-        tuned_as: The arm whose tuned rate it uses. A ponder cost is the treatment, so that the
-            arms of one kind differ in nothing else.
     """
 
     name: str
@@ -43,7 +41,6 @@ class Arm:
     halting: HaltingConfig | None = None
     objective: ObjectiveConfig = field(default_factory=FinalLoopObjective)
     longest_only: bool = False
-    tuned_as: str
 
     @property
     def cost(self) -> float:
@@ -96,7 +93,6 @@ def _act(depth: Literal["fixed", "variable"], number: int) -> Arm:
         depth=depth,
         halting=ACTConfig(bias_init=-3.0),
         objective=FinalLoopObjective(ponder_weight=cost),
-        tuned_as=f"act_{depth}_0",
     )
 
 
@@ -108,7 +104,6 @@ SHALLOW = Arm(  # begins at two loops: the start that favours a collapse
     in_words="ACT, variable depth, no ponder cost, begins at two loops",
     depth="variable",
     halting=ACTConfig(bias_init=0.0),
-    tuned_as="act_variable_0",
 )
 PONDERNET = Arm(
     name="pondernet",
@@ -116,15 +111,13 @@ PONDERNET = Arm(
     depth="fixed",
     halting=PonderNetConfig(),
     objective=ExitWeightedObjective(kl_weight=0.01, prior_rate=0.2),
-    tuned_as="pondernet",
 )
-PLAIN = Arm(name="plain", in_words="no head, variable depth", depth="variable", tuned_as="plain")
+PLAIN = Arm(name="plain", in_words="no head, variable depth", depth="variable")
 STEPPING = Arm(
     name="stepping",
     in_words="no head, four loops, longest walks only",
     depth="stepping",
     longest_only=True,
-    tuned_as="stepping",
 )
 ARMS = {
     arm.name: arm

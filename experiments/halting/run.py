@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 SEEDS = (0, 1, 2)
 HOPS = (*TRAINED_HOPS, 10, 12)
-SMOKE = (*dict.fromkeys(arm.tuned_as for arm in ARMS.values()), "act_variable_2")  # one per kind
+SMOKE = ("act_fixed_0", "act_variable_0", "act_variable_2", "pondernet", "plain", "stepping")
 SIZES = {"smoke": (2, 8), "small": (1000, 512), "full": (3000, 2048)}  # steps, walks per length
 
 
@@ -27,22 +27,18 @@ class Halting(Study):
     scales = ("smoke", "small", "full")
 
     def runs(self, scale: str, done: Results) -> Sequence[Run]:
-        """Tuning of one arm per kind, then every arm at its kind's rate."""
+        """Of each arm three rates, then three seeds at the best."""
         steps, walks = SIZES[scale]
         settings = {name: arm.settings(steps, walks) for name, arm in ARMS.items()}
         if scale == "smoke":
             return [Run(name, 0, {**settings[name], "rate": 1.0}) for name in SMOKE]
         found: list[Run] = []
-        for head in dict.fromkeys(arm.tuned_as for arm in ARMS.values()):
-            choice = tuned(done, head, settings[head], RATES, lambda r: r.data["learnt"])
+        for name in ARMS:
+            choice = tuned(done, name, settings[name], RATES, lambda r: r.data["learnt"])
             found += choice.runs
             if choice.rate is not None:
-                found += [
-                    Run(name, seed, {**settings[name], "rate": choice.rate})
-                    for name, arm in ARMS.items()
-                    for seed in SEEDS
-                    if arm.tuned_as == head
-                ]
+                chosen = {**settings[name], "rate": choice.rate}
+                found += [Run(name, seed, chosen) for seed in SEEDS]
         return found
 
     def measure(self, run: Run, scale: str, out: Path) -> Mapping[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any
 from experiments.matching import Size
 from openmythos import baseline
 from openmythos.config import ModelConfig, MoEConfig, counts
+from openmythos.config.counts import FORWARD_AND_BACKWARD
 from openmythos.demo.text import text_config
 from openmythos.train.depth_schedule import DepthSchedule, FixedDepth
 from openmythos.train.recipe import RunConfig, TextData
@@ -19,8 +20,10 @@ SEQ_LEN = 256
 MEAN_CONTEXT = (SEQ_LEN + 1) // 2  # tokens that a token of a row attends to on average
 DEMO = text_config(0, 1.0)
 TRAINED_LOOPS = DEMO.model.num_loops  # the mean of what training draws
-# The demo's gradients end at the last loop, to save time. Here every loop is trained.
-DEPTH = replace(DEMO.train.depth, mean_backprop_depth=None)
+# The demo ramps the depth up from one loop and ends gradients at the last, to save time; in so few
+# steps, its loops then gain nothing. Here depth is around 4 from the first step on.
+GRAD_LOOPS = 2
+DEPTH = replace(DEMO.train.depth, ramp=0.0, mean_backprop_depth=GRAD_LOOPS)
 EXPERTS = MoEConfig(num_experts=8, num_experts_per_token=2, d_expert=8)
 
 
@@ -40,12 +43,12 @@ def model_of(arm: str) -> ModelConfig:
         return baseline(looped, match="parameters").config
     if arm == "stack_test_flops":
         return baseline(looped, match="flops", context_length=MEAN_CONTEXT).config
-    as_deep = replace(looped, num_loops=round(mean_loops()))
+    as_deep = replace(looped, num_loops=TRAINED_LOOPS - 1)
     near = baseline(as_deep, match="flops", context_length=MEAN_CONTEXT).config
     widths = range(8, 1281, 8)
     return _of_width(
         [replace(near, feed_forward=near.feed_forward.with_width(w)) for w in widths],
-        lambda config: training_flops(config, 1.0),
+        lambda config: FORWARD_AND_BACKWARD * test_flops(config),
         training_flops(looped, mean_loops()),
     )
 
@@ -57,12 +60,13 @@ def size_of(arm: str) -> Size:
         config=model_of(arm),
         training_loops=mean_loops() if looped else 1.0,
         test_loops=TRAINED_LOOPS if looped else 1,
+        grad_loops=GRAD_LOOPS if looped else None,
     )
 
 
 @cache
 def mean_loops() -> float:
-    """Mean number of loops of a training step, the ramp included."""
+    """Mean number of loops of a training step."""
     steps = 2000
     drawn = [
         DEPTH.sample(seed=0, step=step, progress=step / steps, batch_size=1)[0]
@@ -78,10 +82,13 @@ def test_flops(config: ModelConfig) -> float:
 
 def training_flops(config: ModelConfig, loops: float) -> float:
     """Of a training step, per token, at a mean number of loops."""
-    one, two = (
-        counts.training_flops(config, num_loops=n, context_length=MEAN_CONTEXT) for n in (1, 2)
+    less, more = (
+        counts.training_flops(
+            config, num_loops=n, grad_loops=GRAD_LOOPS, context_length=MEAN_CONTEXT
+        )
+        for n in (GRAD_LOOPS, GRAD_LOOPS + 1)
     )
-    return one + (loops - 1) * (two - one)
+    return less + (loops - GRAD_LOOPS) * (more - less)
 
 
 def run_config(arm: str, seed: int, settings: Mapping[str, Any], source: str) -> RunConfig:

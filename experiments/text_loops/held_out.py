@@ -7,14 +7,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
 
 from experiments.text_loops.bigram import Bigrams
+from openmythos.analysis.expert import jaccard
+from openmythos.analysis.observe import observe
 from openmythos.data.loader import TokenLoader
 from openmythos.data.packing import IGNORED_TARGET, on_device
 from openmythos.demo.walks import rank_correlation
 from openmythos.model.cache import KVCache, LastLoop
-from openmythos.model.feedforward import MoE
 from openmythos.model.inference import inference
 from openmythos.model.loop import readout, start_loops, unroll
 from openmythos.model.recurrent import RecurrentDepthLM
@@ -138,37 +140,23 @@ def expert_sets(
     Of the core's only layer; rows and columns are loops. ``other_*`` compares the token's experts
     with those of another token, half a text away.
     """
-    layer = model.core[0].get_submodule("feed_forward")
-    assert isinstance(layer, MoE) and layer.config.bias_loops == 1
-    routed: list[torch.Tensor] = []
-
-    def watch(experts: MoE, inputs: tuple[Any, ...]) -> None:
-        x = inputs[0].flatten(0, 1)
-        routed.append(experts.route(x, torch.zeros(len(x), dtype=torch.int64))[0])
-
-    hook, chosen = layer.register_forward_pre_hook(watch), []
+    chosen = []
     with inference(model):
         for batch in loader.validation_batches(max_batches):
-            real = (batch.documents >= 0).flatten()
+            real = batch.documents >= 0
             batch, ctx = on_device(model, batch)
-            routed.clear()
-            model(batch.tokens, num_loops=most_loops, ctx=ctx)
-            chosen.append([experts[real] for experts in routed])
-    hook.remove()
+            loops = observe(model, batch.tokens, most_loops, ctx)
+            chosen.append([loop.experts[0][real] for loop in loops])
     sets = [torch.cat(parts) for parts in zip(*chosen, strict=True)]  # per loop [N K]
     shifted = [part.roll(len(part) // 2, dims=0) for part in sets]
     found: dict[str, Any] = {"tokens": len(sets[0])}
     for name, others in (("", sets), ("other_", shifted)):
-        shared = [[_shared(one, two) for two in others] for one in sets]
-        num_chosen = sets[0].shape[1]
-        found[f"{name}same"] = [[float((n == num_chosen).mean()) for n in row] for row in shared]
-        found[f"{name}disjoint"] = [[float((n == 0).mean()) for n in row] for row in shared]
-        found[f"{name}jaccard"] = [
-            [float((n / (2 * num_chosen - n)).mean()) for n in row] for row in shared
-        ]
+        agree = [[jaccard(one, two) for two in others] for one in sets]
+        found[f"{name}jaccard"] = [[float(share.mean()) for share in row] for row in agree]
+        found[f"{name}same"] = [[_share(share == 1) for share in row] for row in agree]
+        found[f"{name}disjoint"] = [[_share(share == 0) for share in row] for row in agree]
     return found
 
 
-def _shared(one: Int[torch.Tensor, "N K"], two: Int[torch.Tensor, "N K"]) -> np.ndarray:
-    """The number of experts that are in both sets, per token."""
-    return (one[:, :, None] == two[:, None, :]).any(dim=-1).sum(dim=-1).numpy()
+def _share(true: Bool[Tensor, " N"]) -> float:
+    return float(true.double().mean())

@@ -32,7 +32,7 @@ SIZES: Mapping[str, Mapping[str, Any]] = {
         "cache_batches": 1,
     },
     "small": {
-        "steps": 480,
+        "steps": 200,
         "batch_size": 12,
         "seq_len": SEQ_LEN,
         "held_out_batches": 8,

@@ -10,7 +10,6 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 SAFE = 0.95  # of the bytes: some small tensors of one batch live on into the next
 
@@ -43,9 +42,9 @@ class LiveBytes(TorchDispatchMode):
     ) -> Any:
         """Run an operation and count what it returns."""
         result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
-                self._count(leaf)
+        for part in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(part, Tensor):
+                self._count(part)
         return result
 
     def _count(self, tensor: Tensor) -> None:

@@ -23,8 +23,8 @@ class LoopTrace:
     """Means over tokens; each tuple has one entry per loop.
 
     D_t = h_t - h_{t-1} is the update of loop t. Where a number is not defined it is None: ``turn``
-    and ``acceleration`` at the first loop, and angles where nothing moves. rho(A) < 1 is a property
-    of A only: whether the state converges is read from ``step_ratio``.
+    and ``acceleration`` at the first loop, and angles where nothing moves. rho(A) < 1 bounds the
+    state at fixed weights; whether it converges is read from ``step_ratio``.
 
     Attributes:
         num_tokens: Number of tokens averaged over.

@@ -9,7 +9,7 @@ import typer
 
 import openmythos
 
-Scale = Literal["smoke", "small", "full"]
+Scale = Literal["smoke", "small", "fresh", "full"]
 
 
 def reproduce(
@@ -17,7 +17,11 @@ def reproduce(
         str | None, typer.Argument(help="An experiment's folder, or all.", show_default=False)
     ] = None,
     scale: Annotated[
-        Scale, typer.Option(help="smoke: a few steps, seconds; small: what the pages say; full.")
+        Scale,
+        typer.Option(
+            help="smoke: a few steps, seconds; small: what the pages say; fresh: the same with "
+            "seeds that were not used; full."
+        ),
     ] = "smoke",
     workers: Annotated[int, typer.Option(help="Runs at once, one thread each.", min=1)] = 1,
     retry: Annotated[bool, typer.Option("--retry", help="Do runs that were lost again.")] = False,

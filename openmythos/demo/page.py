@@ -142,10 +142,10 @@ def _grids(result: HopsResult, original: HopsResult | None) -> str:
 def _trace_alt(result: TextResult | HopsResult) -> str:
     trace = result.trace
     return (
-        f"Four line charts over {trace.num_loops} loops. State norm from {trace.state_norm[0]:.1f} "
+        f"Six line charts over {trace.num_loops} loops. State norm from {trace.state_norm[0]:.1f} "
         f"to {trace.state_norm[-1]:.1f}; relative step from {trace.relative_step[0]:.3f} to "
         f"{trace.relative_step[-1]:.3f}; token correlation from {trace.token_correlation[0]:.2f} "
-        f"to {trace.token_correlation[-1]:.2f}; step ratio beside rho(A)."
+        f"to {trace.token_correlation[-1]:.2f}; step ratio beside rho(A); turn; radial part."
     )
 
 

@@ -26,6 +26,7 @@ from openmythos.analysis.picture import (
     label_place,
     save,
     styled,
+    two_digits,
 )
 from openmythos.demo.result import HopsResult, TextResult
 from openmythos.report.picture import canvas, smoothed
@@ -177,7 +178,9 @@ def _draw_grid(axes: Axes, result: HopsResult) -> None:
             strength = 0.04 + 0.92 * min(max(value, 0.0), 1.0)
             colour = to_rgba(CELL, strength)
             axes.add_patch(Rectangle((x - 0.475, y - 0.46), 0.95, 0.92, fc=colour, lw=0))
-            axes.text(x, y - 0.10, _two(value), ha="center", va="center", fontsize=9, color=INK)
+            axes.text(
+                x, y - 0.10, two_digits(value), ha="center", va="center", fontsize=9, color=INK
+            )
     for first, last, label in ((0, split, "trained"), (split, len(rows), "never trained")):
         if last > first:
             ends = (rows[first] - 0.4, rows[last - 1] + 0.4)
@@ -229,7 +232,7 @@ def _draw_exit_rule(axes: Axes, result: HopsResult, rows: Sequence[float]) -> No
     axes.text(right, -0.82, "accuracy", **head)
     for y, loops, accuracy in zip(rows, result.exit_loops, result.exit_accuracy, strict=True):
         axes.text(left, y, f"{loops:.1f}", ha="center", va="center", color=ORANGE, weight="bold")
-        axes.text(right, y, _two(accuracy), ha="center", va="center")
+        axes.text(right, y, two_digits(accuracy), ha="center", va="center")
 
 
 def stage_curve(result: HopsResult, original: HopsResult | None = None) -> Figure:
@@ -255,8 +258,3 @@ def stage_curve(result: HopsResult, original: HopsResult | None = None) -> Figur
         axes.set_xlabel("training steps")
         axes.set_title("Longest walks in training, in hops")
     return figure
-
-
-def _two(value: float) -> str:
-    """Two digits in as few characters as possible: .07, .95, 1.0."""
-    return f"{value:.2f}".removeprefix("0") if value < 0.995 else "1.0"

@@ -322,7 +322,7 @@ def trace_takeaway(trace: LoopTrace) -> Takeaway:
         else f"tokens stay distinct (correlation {alike:.2f})"
     )
     text = "; ".join(parts)
-    rho = "" if trace.rho is None else f" rho(A) is {trace.rho:.3f}, which bounds A alone."
+    rho = "" if trace.rho is None else f" rho(A) is {trace.rho:.3f}: a bound, no convergence."
     return Takeaway(f"On {trace.num_tokens} tokens: {text}.{rho}", alike <= COLLAPSED)
 
 

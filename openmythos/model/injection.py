@@ -74,7 +74,9 @@ def stable_decay(log_rate: Float[Tensor, "D"], dtype: torch.dtype) -> Float[Tens
 class LTIInjection(Injection):
     """``x = A h + Delta B e``, ``h' = core(x)`` with diagonal A = exp(-Delta exp(a_log)).
 
-    rho(A) < 1 holds for this linear part only; it does not make the whole loop a contraction.
+    rho(A) < 1 does not make the loop a contraction. At fixed weights, with a pre-norm core whose
+    layers add R, it bounds the state by (|Delta B e| + max |R|) / (1 - rho), however many loops
+    run; the bound moves with the weights and is useless near 1.
 
     Source: Parcae (arXiv 2604.12946), equation 3; xllm-loop, looped.py, OrthogonalInputInjection.
     """

@@ -168,7 +168,8 @@ def figure(svg: str, name: str, alt: str, caption: str, kind: str = "fits") -> s
         caption: Text below the picture.
         kind: "fits", or "wide" for a picture that scrolls sideways on a narrow screen.
     """
-    picture = f'<div class="{kind}">{inline_svg(svg, name, alt)}</div>'
+    scrolls = ' tabindex="0"' if kind == "wide" else ""  # by keyboard, too
+    picture = f'<div class="{kind}"{scrolls}>{inline_svg(svg, name, alt)}</div>'
     return f"<figure>{picture}<figcaption>{escape(caption)}</figcaption></figure>"
 
 
@@ -201,7 +202,7 @@ def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
         "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
     )
     whole = f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"
-    return f'<div class="table">{whole}</div>'
+    return f'<div class="table" tabindex="0">{whole}</div>'
 
 
 def duration(seconds: float) -> str:

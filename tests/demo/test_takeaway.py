@@ -149,7 +149,7 @@ def test_trace_says_what_rho_does_not() -> None:
     shrinking = trace_takeaway(loop_trace())
     assert shrinking.holds
     assert "each step is 0.50 times the one before" in shrinking.text
-    assert "rho(A) is 0.450, which bounds A alone" in shrinking.text
+    assert "rho(A) is 0.450: a bound, no convergence" in shrinking.text
     wild = trace_takeaway(
         loop_trace(step_ratio=(None, 1.1, 1.1, 1.1), token_correlation=(0.99,) * 4, rho=None)
     )

@@ -22,6 +22,7 @@ ARMS = {"good": 0.1, "poor": 10.0}  # the rate that suits each
 class Planted(Study):
     number = 1
     title = "A planted answer"
+    fresh_seeds = (3, 4)
 
     def runs(self, scale: str, done: Results) -> Sequence[Run]:
         if scale == "smoke":

@@ -1,6 +1,6 @@
 import numpy as np
 
-from experiments.filmstrip import filmstrip
+from experiments.what_loops_read.filmstrip import filmstrip
 
 
 def test_a_row_is_added_by_each_picture() -> None:

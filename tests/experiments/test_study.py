@@ -119,9 +119,32 @@ def test_rates_are_tuned_and_pages_written(planted: Inside, tmp_path: Path) -> N
     page = (planted.folder / "README.md").read_text()
     assert "**Holds.** By so much. The number that decides: 0.4," in page
     assert "> Good wins." in page and page.endswith("\nafter\n")
-    assert "| poor | 10 | 0.01, 0.1, 1, 10 | 3 | 0 | 1 | 14 |" in page
-    assert "| **holds**. By so much. | 0.4 |" in (tmp_path / "docs" / "scoreboard.md").read_text()
+    assert "| poor | 10 | 0.01, 0.1, 1, 10 | 3 | 0 | 2 | 14 |" in page
+    row = "| **holds**. By so much. | [0.4](../experiments/planted/results/small) |"
+    assert row in (tmp_path / "docs" / "scoreboard.md").read_text()
     assert check.complaints([planted], tmp_path) == []
+
+
+@pytest.mark.usefixtures("here")
+def test_fresh_seeds_are_concluded_from_beside_the_others(
+    planted: Inside, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert planted.current("fresh")[0] == []  # the others come first
+    carry_out(planted, "small", tmp_path / "work")
+    carry_out(planted, "fresh", tmp_path / "work")
+    fresh = planted.store("fresh").read()
+    assert sorted((r.run.arm, r.run.seed) for r in fresh) == [
+        *(("good", seed) for seed in (3, 4)),
+        *(("poor", seed) for seed in (3, 4)),
+    ]
+    board.write_pages(planted)
+    page = (planted.folder / "README.md").read_text()
+    assert "with seeds 3, 4, which nothing was chosen by: 1 of 1 verdicts are the same." in page
+    assert "| wins | holds | holds | By so much. |" in page
+    assert check.complaints([planted], planted.root) == []
+    monkeypatch.setattr(Planted, "fresh_seeds", (2, 3))
+    with pytest.raises(ValueError, match="are used"):
+        planted.current("fresh")
 
 
 @pytest.mark.usefixtures("here")
@@ -185,15 +208,14 @@ def test_command_line(tmp_path: Path) -> None:
         [*command, "--scale", "full"], cwd=ROOT, capture_output=True, text=True, check=True,
         env=os.environ,
     )  # fmt: skip
-    assert ran.stdout.endswith("there is no full scale, only smoke, small\n")
+    assert ran.stdout.endswith("there is no full scale, only smoke, small, fresh\n")
 
 
 @pytest.mark.usefixtures("here")
 def test_a_figure_leads_the_scoreboard_and_the_front_page(
     planted: Inside, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(board, "FIRST", ("planted",))
-    monkeypatch.setattr(Planted, "leads", {"accuracy": "Good beside poor."})
+    monkeypatch.setattr(board, "LEADS", {("planted", "accuracy"): "Good beside poor."})
     board.write_scoreboard(tmp_path)
     front, page = tmp_path / "README.md", tmp_path / "docs" / "scoreboard.md"
     assert (
@@ -203,14 +225,18 @@ def test_a_figure_leads_the_scoreboard_and_the_front_page(
     carry_out(planted, "small", tmp_path / "work")
     board.write_pages(planted)
     place = "experiments/planted/results/small/accuracy.png"
-    assert f"![Good beside poor.]({place})" in front.read_text()
+    assert f"[![Good beside poor.]({place})](docs/scoreboard.md)" in front.read_text()
     assert front.read_text().endswith("\nmore\n") and (tmp_path / place).is_file()
     said = page.read_text()
     assert said.index(f"![Good beside poor.](../{place})") < said.index("| claim |")
-    assert "26 s, `openmythos reproduce planted --scale small --again`" in said
+    assert "Again: `openmythos reproduce planted --scale small --again` (26 CPU seconds)" in said
+    assert "\n1 claims: 1 holds.\n" in said and "\n## 1. A planted answer\n" in said
     assert check.complaints([planted], tmp_path) == []
     front.write_text(front.read_text().replace("Good beside poor.", "Poor beside good."))
     assert [line.split()[0] for line in check.complaints([planted], tmp_path)] == ["README.md"]
+    monkeypatch.setattr(board, "LEADS", {("planted", "other"): "Nothing."})
+    with pytest.raises(ValueError, match="planted has no figure other"):
+        board.write_scoreboard(tmp_path)
 
 
 @pytest.mark.usefixtures("here")

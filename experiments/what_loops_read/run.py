@@ -1,0 +1,98 @@
+"""What each loop reads: is loop t + 1 doing something else than loop t?"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from experiments.claim import Conclusion
+from experiments.depth_dial.run import STUDY as DIAL
+from experiments.depth_dial.run import lengths_learnt, train
+from experiments.run_store import Results, Run
+from experiments.study import Study, main
+from experiments.tuning import tuned
+from experiments.what_loops_read.arms import ARMS, config_of, dial_run
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from openmythos.train.run import Run as Training
+
+SEEDS = (0, 1, 2)
+RATES = (0.0015, 0.003, 0.006)
+SETTINGS = {"steps": 1200, "walks": 512, "most_loops": 32}
+
+
+class WhatLoopsRead(Study):
+    """Experiment 2."""
+
+    number = 2
+    title = "What each loop reads"
+
+    def runs(self, scale: str, done: Results) -> Sequence[Run]:
+        """See ``Study``; none before the depth dial is complete, whose models are read."""
+        if scale == "smoke":
+            few = {"steps": 2, "walks": 8, "most_loops": 4, "rate": RATES[1]}
+            return [Run(arm, 0, few) for arm in ("fixed", "stack", "lora", "coda", "untrained")]
+        dials, of_dial = DIAL.current("small")
+        if len(of_dial) < len(dials):
+            return []
+        found = []
+        for arm, plan in ARMS.items():
+            if not plan.trained:
+                found += [Run(arm, seed, {**SETTINGS, "steps": 0, "rate": 0.0}) for seed in SEEDS]
+            elif plan.change is None:
+                theirs = [result.run for result in of_dial.of(plan.dial)]
+                found += [Run(arm, one.seed, one.settings) for one in theirs if one.seed in SEEDS]
+            else:
+                choice = tuned(done, arm, SETTINGS, RATES, lambda r: float(r.data["progress"]))
+                found += choice.runs
+                if choice.rate is not None:
+                    settings = {**SETTINGS, "rate": choice.rate}
+                    found += [Run(arm, seed, settings) for seed in SEEDS]
+        return found
+
+    def measure(self, run: Run, scale: str, out: Path) -> Mapping[str, Any]:
+        """See ``Study``."""
+        from experiments.what_loops_read.measure import measure
+
+        trained = self._trained(run, scale, out)
+        found: dict[str, Any] = {}
+        size = run.settings["walks"]
+        if ARMS[run.arm].trained:
+            found["progress"] = lengths_learnt(trained, size)
+        if not run.tuning:
+            found |= measure(run.arm, trained.model, trained.task.puzzle, size)
+        return found
+
+    def _trained(self, run: Run, scale: str, out: Path) -> "Training":
+        from openmythos.train.run import set_up
+
+        plan = ARMS[run.arm]
+        if not plan.trained:
+            config = config_of(Run(run.arm, run.seed, {**run.settings, "steps": 1}))
+            return set_up(config, out / "model")
+        if plan.change is None:  # made by the depth dial, or made now in its folder
+            theirs, work = dial_run(run), out.parents[2]
+            return train(theirs, DIAL.run_folder(theirs, scale, work))
+        found = set_up(config_of(run), out / "model")
+        if found.train().interrupted:
+            raise KeyboardInterrupt
+        return found
+
+    def conclude(self, results: Results) -> Conclusion:
+        """See ``Study``."""
+        from experiments.what_loops_read.verdicts import conclude
+
+        return conclude(self.claims, results)
+
+    def draw(self, conclusion: Conclusion) -> "Mapping[str, Figure]":
+        """See ``Study``."""
+        from experiments.what_loops_read.picture import draw
+
+        return draw(conclusion)
+
+
+STUDY = WhatLoopsRead()
+
+if __name__ == "__main__":
+    main(STUDY)

@@ -22,7 +22,7 @@ NAMES = {
 
 def draw_gaps(rows: list[dict[str, Any]]) -> Figure:
     """Bars right of zero are wins of the loop; lines are intervals over seeds."""
-    figure = figure_of(6.4, 3.4)
+    figure = figure_of(6.4, 3.2)
     axes = figure.subplots()
     tasks = [task for task in NAMES if any(row["task"] == task for row in rows)]
     for row in rows:
@@ -47,7 +47,7 @@ def draw_gaps(rows: list[dict[str, Any]]) -> Figure:
     axes.set_ylim(len(tasks) - 0.4, -0.6)
     axes.set_xlim(-1, 1)
     axes.grid(visible=False)
-    axes.legend(loc="lower center", bbox_to_anchor=(0.4, -0.42), frameon=False, fontsize=8)
+    axes.legend(loc="lower center", bbox_to_anchor=(0.4, -0.38), frameon=False, fontsize=8)
     axes.set_title("Accuracy of the loop minus that of the stack")
     figure.tight_layout()
     return figure

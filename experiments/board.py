@@ -222,7 +222,7 @@ def _claim(claim: Claim, verdict: Verdict | None) -> str:
     return (
         f"### {claim.name.replace('-', ' ').capitalize()}\n\n"
         f"> {claim.quote}\n>\n> {claim.article}\n\n{said}\n\n"
-        f"Rule, written before the runs: {claim.rule}\n\n"
+        f"Rule, written before the runs: {claim.rule_in_numbers}\n\n"
         f"What would change it: {claim.would_change}\n"
     )
 

@@ -198,7 +198,7 @@ def _differences(found: Analysis) -> list[str]:
         ]
         if each.num_loops > 1 and not any(each.operators.neighbours):
             said.append("The map is exactly the same at every loop: nothing tells the loops apart.")
-        said += [f"{name} was left out: {why}." for name, why in each.left_out.items()]
+        said += [f"{name.capitalize()} was left out: {why}." for name, why in each.left_out.items()]
         parts.append(f"<p>{escape(' '.join(said))}</p>")
     return [*parts, "</section>"]
 

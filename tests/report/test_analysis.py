@@ -119,7 +119,7 @@ def test_the_page_is_whole_and_the_map_comes_first() -> None:
         "At 2 loops, the fewest that are enough (T*)",
         "At 3 loops, the model's own (T)",
         "surplus loops can repair",
-        "novelty was left out: it did not <fit>",
+        "Novelty was left out: it did not <fit>",
         "no verdict rests on them",
         "independent choices would share 0.25",
         "The map is exactly the same at every loop",

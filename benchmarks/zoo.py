@@ -65,7 +65,7 @@ TEXT_STEPS = 1074
 SAMPLE_BYTES = 64 * 1024
 MIN_SHARED = 60  # characters of a paragraph that is looked for in the training text
 TEXT_LOOPS = (1, 2, 4, 8, 16)
-PUZZLE_STEPS = 1500
+PRODUCT_STEPS, SUM_STEPS = 1500, 4000
 PUZZLE_LOOPS, NUM_PUZZLES = (1, 2, 3, 4, 6, 8, 12, 16), 512
 SCORES = "scores.json"
 BY_HAND = ("README.md", "LICENSE-PYTHON.txt")
@@ -75,13 +75,13 @@ def recipes() -> dict[str, RunConfig]:
     """What is trained: both acts of the demo, the first one for longer, and other puzzles."""
     return {
         "walks": hops_config(seed=0, seconds=150.0),
-        "products": puzzle_config(ProductsConfig(max_train_factors=8)),
-        "addition": puzzle_config(AdditionConfig(max_terms=6)),
+        "products": puzzle_config(ProductsConfig(max_train_factors=8), PRODUCT_STEPS),
+        "addition": puzzle_config(AdditionConfig(num_digits=1, max_terms=6), SUM_STEPS),
         "text": text_config(),
     }
 
 
-def puzzle_config(data: SeededConfig) -> RunConfig:
+def puzzle_config(data: SeededConfig, steps: int) -> RunConfig:
     """One looped layer on a puzzle, with rotary positions and the demo's seed."""
     demo = hops_config(seed=0, seconds=1.0)
     vocab_size = make_puzzle(data, 0).vocab_size
@@ -90,7 +90,7 @@ def puzzle_config(data: SeededConfig) -> RunConfig:
     settings = replace(
         demo.train,
         max_seconds=None,
-        max_steps=PUZZLE_STEPS,
+        max_steps=steps,
         batch_size=64,
         depth=DepthSchedule(sampling=sampling, per_sequence=True),
     )

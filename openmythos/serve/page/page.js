@@ -330,7 +330,7 @@ function startAgain() {
   $("clear").textContent = isChat() ? "New conversation" : "Clear";
   const said = puzzle
     ? `${puzzle.explained} The model was trained on up to ${sized(puzzle.max_train_size)}. Pick one, `
-      + `ask one of each number of ${puzzle.size_word}, or see which loop reads which word.`
+      + `ask one of each number of ${puzzle.size_word}, or see in its reading map which loop reads which word.`
     : isChat() ? "Write a message. Each token of the answer is shaded by the loops that it took."
       : "Write the beginning of a text. Each token that follows is shaded by the loops it took.";
   $("thread").replaceChildren(make("p", { class: "empty" }, said));
@@ -823,7 +823,8 @@ function table(head, rows) {
 const ROW_MS = 350; // between two rows, for who wants movement
 
 // Shares as in print: ".98", "1.00", "-.03"; a column that the answer does not hang on has none.
-const share = (value) => (value === null ? "–" : value.toFixed(2).replace(/^(-?)0\./, "$1."));
+const share = (value) => (value === null ? "–"
+  : value.toFixed(2).replace(/^(-?)0\./, "$1.").replace("-.00", ".00"));
 
 function mapRow(values, index) {
   const cells = values.map((value) => {

@@ -39,7 +39,7 @@ class BoundedState(Study):
                 seed,
                 {"rhos": RHOS.get(kind, [None]), "scales": SCALES, "loops": loops},
             )
-            for kind in KINDS
+            for kind in (("lti", "add") if smoke else KINDS)
             for seed in seeds
         ]
         cells = [(rate, loops) for rate in RATES for loops in TRAIN_LOOPS]

@@ -69,7 +69,7 @@ class TextLoops(Study):
         from openmythos.train.run import set_up
         from openmythos.train.task import TextTask
 
-        source = str(ROOT / "docs") if scale == "smoke" else "python-docs"
+        source = str(ROOT / "docs" / "families") if scale == "smoke" else "python-docs"
         trained = set_up(run_config(run.arm, run.seed, run.settings, source), out / "model")
         if trained.train().interrupted:
             raise KeyboardInterrupt

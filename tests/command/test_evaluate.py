@@ -8,7 +8,7 @@ import pytest
 
 from openmythos.command import option
 from openmythos.eval import python_docs
-from openmythos.folder import WALKS_FILE
+from openmythos.folder import PUZZLE_FILE
 from tests.command.conftest import SMALL, Invoke, refused, sets
 from tests.eval.examples import documents
 
@@ -63,7 +63,7 @@ def test_a_converted_checkpoint_is_evaluated_with_the_data_of_its_run(
     for data in ((), ("--data", hops_run)):  # it has its walks with it
         given = json.loads(invoke("eval", walks, *data, *asked))
         assert given["curves"] == json.loads(invoke("eval", hops_run, *asked))["curves"]
-    (walks / WALKS_FILE).unlink()
+    (walks / PUZZLE_FILE).unlink()
     assert "a checkpoint without a tokenizer" in refused(invoke, "eval", walks)
     assert "a checkpoint without a tokenizer" in refused(invoke, "generate", walks, "--prompt", "a")
 

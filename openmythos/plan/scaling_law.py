@@ -12,8 +12,8 @@ So exponents are searched on a grid, then polished by Gauss-Newton steps on what
 leave (variable projection), for many sets of losses at once: the bootstrap of residuals is one fit.
 What the runs do not determine is refused, by the name of the constant.
 
-Source: Parcae (arXiv 2604.12946), section 5, for all but the second; arXiv 2604.21106 for the
-    second, where phi is what a loop is worth in layers; Golub and Pereyra 1973.
+Source: Parcae (arXiv 2604.12946), tables 11 and 12, for all but the second; arXiv 2604.21106 for
+    the second, where phi is what a loop is worth in layers; Golub and Pereyra 1973.
 """
 
 from collections.abc import Callable, Mapping
@@ -452,7 +452,7 @@ def optimum(
 class Published:
     """A published law of ``unrolled`` and the runs that it was fitted to.
 
-    Source: Parcae (arXiv 2604.12946), table 11 and section 5.1.
+    Source: Parcae (arXiv 2604.12946), table 11; its grid of compute and loops, table 6.
     """
 
     preset: str

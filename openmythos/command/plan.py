@@ -1,5 +1,6 @@
 """``openmythos plan``: what serving a model costs, beside plain models, without its weights."""
 
+import functools
 import json
 from dataclasses import asdict
 from typing import Annotated, Any
@@ -11,6 +12,7 @@ from openmythos.command.inspect import read_config
 from openmythos.command.option import AsJson, set_option
 from openmythos.command.table import human_count, human_flops, number_table
 from openmythos.config import ModelConfig, counts
+from openmythos.config.matched_baseline import plain_model
 from openmythos.config.schema import apply_overrides, as_number, require
 from openmythos.plan.serving import (
     GPUS,
@@ -119,6 +121,10 @@ def serving_plan(
     def load(model: ModelConfig, **looped: Any) -> Load:
         return load_of(model, context_length=context_length, **size, **looped)
 
+    @functools.cache
+    def plain_load(layers: int) -> Load:
+        return load(plain_model(config, layers))
+
     layouts: dict[int, list[str]] = {}
     for layout, kept in counts.loops_kept_by_layout(config.num_loops).items():
         layouts.setdefault(kept, []).append(layout)
@@ -142,7 +148,7 @@ def serving_plan(
                     "layouts": layout.split(", "),
                     "ratios": {name: each.ratio(rate) for name, each in against.items()},
                     "wins": {name: each.wins(rate=rate) for name, each in against.items()},
-                    "turns": asdict(turns(config, against["equal loss"], load, rate)),
+                    "turns": asdict(turns(config, against["equal loss"], plain_load, rate)),
                 }
             )
     return {

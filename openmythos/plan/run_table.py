@@ -15,7 +15,7 @@ from openmythos.folder import in_a_sentence
 from openmythos.plan.scaling_law import sizes
 
 COLUMNS = ("once", "loop", "num_loops", "tokens", "test_loops", "loss")
-MAX_ROWS = 1_000_000
+MAX_LOSSES = 5000  # the search holds all of them at every exponent that it tries
 
 Row = dict[str, float]
 
@@ -32,6 +32,8 @@ def read_runs(paths: list[Path]) -> dict[str, np.ndarray]:
     if tables and len(paths) > 1:
         raise ValueError(f"{tables[0]} is a table; give it alone, or give run folders")
     rows = read_table(tables[0]) if tables else [row for path in paths for row in _of_run(path)]
+    if len(rows) > MAX_LOSSES:
+        raise ValueError(f"these are {len(rows):,} losses; a fit takes at most {MAX_LOSSES:,}")
     names = [name for name in COLUMNS if all(name in row for row in rows)]
     return {name: np.array([row[name] for row in rows], dtype=np.float64) for name in names}
 

@@ -30,6 +30,7 @@ from openmythos.config.schema import require
 Runs = Mapping[str, Array]  # columns: once, loop, num_loops, tokens, test_loops, loss
 
 STEPS = 60  # of the polishing; it ends earlier where nothing improves
+SMALLEST_STEP = 1e-9  # of an exponent
 WORST_CONDITION = 1e9  # of the derivatives, each of unit length; above, constants trade freely
 LEAST_SIGNAL = 2.0  # an exponent must be this many standard errors from 0
 WIDEST_PHI = 0.25  # standard error: phi lies between 0 and about 1
@@ -206,7 +207,7 @@ def fit(law: str, runs: Runs, *, resamples: int = 0, seed: int = 0) -> Fit:
 def _basis(form: Law, exponents: Array, runs: Runs) -> tuple[Array, Array]:
     """The constant and the terms [G N 1+m], each divided by its largest value, and these [G m]."""
     terms = np.stack(form.terms(exponents, runs), -1)
-    scales = terms.max(axis=1)
+    scales = np.maximum(terms.max(axis=1), 1e-300)  # a fast decay may be 0 at every run
     ones = np.ones((*terms.shape[:2], 1))
     return np.concatenate([ones, terms / scales[:, None]], -1), scales
 
@@ -228,16 +229,17 @@ def _best(
     grid = _grid(form)
     basis, _ = _basis(form, grid, runs)
     q, r = np.linalg.qr(basis)
-    centred = losses - losses.mean(axis=1, keepdims=True)  # the constant takes the mean up
-    inside = np.einsum("gnm,rn->grm", q, losses)
-    rest = (centred**2).sum(1) - (np.einsum("gnm,rn->grm", q, centred) ** 2).sum(-1)
-    with np.errstate(all="ignore"):
-        factors = np.linalg.solve(_regular(r)[:, None], inside[..., None])[..., 0]
+    across = q.swapaxes(1, 2)
+    mean = losses.mean(axis=1)  # apart, so that what is left of losses near each other is exact
+    centred = losses - mean[:, None]
+    inside = across @ centred.T  # [G M R]
+    rest = (centred**2).sum(1) - (inside**2).sum(1)
+    inside += (across @ np.ones((losses.shape[1], 1))) * mean
+    factors = (np.linalg.inv(_regular(r)) @ inside).swapaxes(1, 2)
     rest = np.where((factors > 0).all(-1), rest, np.inf)
     start = rest.argmin(0)
     found = np.isfinite(rest.min(0))
-    exponents = grid[start]
-    return _polish(form, runs, losses, exponents, found)
+    return _polish(form, runs, losses, grid[start], found)
 
 
 def _regular(r: Array) -> Array:
@@ -291,7 +293,7 @@ def _polish(
         new = _project(form, runs, losses, tried)
         better = new[-1] < square
         damping = np.where(better, damping / 5, np.minimum(damping * 4, 1e12))
-        moved = np.abs(tried - exponents).max(1) * better
+        moving = np.abs(tried - exponents).max() > SMALLEST_STEP
         pick = better.reshape(-1, 1)
         exponents = np.where(pick, tried, exponents)
         scales, factors, left = (
@@ -300,7 +302,7 @@ def _polish(
         )
         q = np.where(pick[..., None], new[1], q)
         square = np.where(better, new[-1], square)
-        if not ((moved > 1e-10) | (~better & (damping < 1e9))).any():
+        if not moving:
             break
     unscaled = np.concatenate([factors[:, :1], factors[:, 1:] / scales], 1)
     return exponents, unscaled, np.where(found, square, np.inf)

@@ -333,7 +333,7 @@ class Comparison:
 def turns(
     config: ModelConfig,
     comparison: Comparison,
-    load: Callable[[ModelConfig], Load],
+    plain_load: Callable[[int], Load],
     rate: float,
 ) -> Turns:
     """What would let a looped model be served better than the plain one of equal predicted loss.
@@ -341,13 +341,13 @@ def turns(
     Args:
         config: The looped model's.
         comparison: Of it and that plain model.
-        load: The load of a plain model.
+        plain_load: The load of the plain model with so many layers in the looped ones' place.
         rate: Tokens per second that every user gets at least, where phi is asked for.
     """
     loops, core = config.num_loops, config.num_core_layers
 
     def loses(layers: int) -> bool:
-        other = replace(comparison, plain=load(plain_model(config, layers)))
+        other = replace(comparison, plain=plain_load(layers))
         return not other.wins(rate=rate)
 
     phi = None

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from openmythos.plan.run_table import read_runs
 from openmythos.plan.scaling_law import PARCAE
 from tests.command.conftest import Invoke, refused
 
@@ -75,3 +76,11 @@ def test_refused_in_one_line(
     given = [str(table) if word == "TABLE" else word for word in arguments]
     message = refused(invoke, "scaling-law", *given)
     assert said in message and "\n" not in message
+
+
+def test_a_runs_folder_is_read(invoke: Invoke, text_run: Path) -> None:
+    runs = read_runs([text_run])
+    assert runs["test_loops"].tolist() == [1.0, 2.0] and (runs["loss"] > 0).all()
+    assert runs["tokens"].tolist() == [4.0 * 4 * 32] * 2
+    message = refused(invoke, "scaling-law", "fit", text_run, "--law", "test_time")
+    assert message == "test_time: 2 losses cannot determine 3 constants (E, Z, z)"

@@ -98,5 +98,8 @@ def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
     (run / "config.json").write_text("{}", encoding="utf-8")
     with pytest.raises(ValueError, match="is not the folder of a run on text"):
         read_runs([run])
+    table.write_text("loss\n" + 5001 * "1\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"^these are 5,001 losses; a fit takes at most 5,000$"):
+        read_runs([table])
     with pytest.raises(FileNotFoundError):
         read_runs([tmp_path / "absent.csv"])

@@ -1,6 +1,11 @@
+import json
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
+from benchmarks.scaling_law import PHI_LAW, RESULT, calibrate, iso_depth_runs
 from openmythos.config.presets import preset
 from openmythos.plan import scaling_law
 from openmythos.plan.scaling_law import (
@@ -18,27 +23,9 @@ from openmythos.plan.scaling_law import (
     used_by,
 )
 
-PHI_LAW = {"E": 1.9, "A": 60.0, "B": 1400.0, "a": 0.24, "b": 0.33, "phi": 0.46}
-
 
 def parcae(name: str = "parcae-140m", noise: float = 0.0, seed: int = 0) -> dict[str, np.ndarray]:
     return simulate(PARCAE[name], preset(name), noise=noise, seed=seed)
-
-
-def iso_depth_runs(noise: float, seed: int) -> dict[str, np.ndarray]:
-    """116 runs of 20 layers: 2 + r x 16/r + 2 of width 64 s, r in 1, 2, 4, 8, about 50x compute."""
-    rows = []
-    for size in (4, 6, 8, 10, 12, 16):
-        layer = 12 * (64 * size) ** 2
-        once = 4 * layer + 32_768 * 64 * size
-        for budget in np.geomspace(4e17, 2e19, 5):
-            for loops in (1, 2, 4, 8):
-                flops = 6 * (once + 16 * layer)
-                rows.append((once, 16 * layer / loops, loops, budget / flops))
-    table = np.array(rows[4:], dtype=float)  # 29 of the 30 pairs of size and budget
-    runs = dict(zip(("once", "loop", "num_loops", "tokens"), table.T, strict=True))
-    losses = Fit("iso_depth", PHI_LAW, {}, 0.0, len(table)).predict(runs)
-    return {**runs, "loss": losses + np.random.default_rng(seed).normal(0, noise, len(table))}
 
 
 # --- recovery -------------------------------------------------------------------------------------
@@ -71,7 +58,7 @@ def test_phi_comes_back_from_simulated_runs() -> None:
     exact = fit("iso_depth", runs)
     assert exact.values == pytest.approx(PHI_LAW, rel=1e-3)
     for seed in range(3):
-        found = fit("iso_depth", iso_depth_runs(0.001, seed), resamples=50)
+        found = fit("iso_depth", iso_depth_runs(0.002, seed), resamples=50)
         assert found.values["phi"] == pytest.approx(0.46, abs=0.01)
         low, high = found.intervals["phi"]
         assert low < found.values["phi"] < high and high - low < 0.03
@@ -146,6 +133,17 @@ def test_bootstrap_is_that_of_single_fits() -> None:
         assert low < first.values[name] < high
 
 
+def test_intervals_hold_the_truth_about_as_often_as_they_say() -> None:
+    """The stored result of ``python -m benchmarks.scaling_law``, and that it can be made."""
+    stored = json.loads(RESULT.read_text(encoding="utf-8"))["laws"]
+    assert stored.keys() == {*PARCAE, "iso_depth"}
+    for law in stored.values():
+        assert law["num_sets"] == 100 and law["refused"] == 0
+        assert all(80 <= number <= 98 for number in law["held"].values()), law
+    again = calibrate("parcae-370m", 2)
+    assert again["num_runs"] == 18 and all(0 <= held <= 2 for held in again["held"].values())
+
+
 # --- refusals -------------------------------------------------------------------------------------
 
 
@@ -190,6 +188,22 @@ def test_a_term_within_the_noise_is_refused() -> None:
         parcae(), loss=2 + 1e4 * parcae()["tokens"] ** -0.5 + 0.001 * flat["loss"]
     )
     assert refusal("unrolled", tokens_only)
+
+
+def test_decays_that_vanish_at_every_run_are_harmless() -> None:
+    """Large numbers of loops make most of the searched decays 0 everywhere."""
+    loops = np.array([200.0, 400.0, 600.0, 900.0, 1200.0])
+    runs = {"test_loops": loops, "loss": 2 + 5 * np.exp(-0.02 * loops)}
+    assert fit("test_time", runs).values == pytest.approx({"E": 2, "Z": 5, "z": 0.02}, rel=1e-3)
+    assert "z runs to the end" in refusal("test_time", {**runs, "loss": 2 + np.exp(-loops / 400)})
+
+
+def test_plans_need_no_torch() -> None:
+    names = ("memory", "run_table", "scaling_law", "serving")
+    program = "import sys\n" + "".join(f"import openmythos.plan.{name}\n" for name in names)
+    subprocess.run(
+        [sys.executable, "-c", f"{program}assert 'torch' not in sys.modules"], check=True
+    )
 
 
 # --- the optimum ----------------------------------------------------------------------------------

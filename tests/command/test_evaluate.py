@@ -9,6 +9,7 @@ import pytest
 from openmythos.command import option
 from openmythos.eval import python_docs
 from openmythos.folder import PUZZLE_FILE
+from openmythos.interop.hub import zoo_names
 from tests.command.conftest import SMALL, Invoke, refused, sets
 from tests.eval.examples import documents
 
@@ -213,7 +214,7 @@ def test_data_may_be_a_model_that_ships(
             "--data absent does not exist; give prepared data, a run, or zoo:",
         ),
         (text_run, text_file, f"openmythos prepare {text_file} --out FOLDER"),
-        (text_run, "zoo:absent", "these do: zoo:text, zoo:walks"),
+        (text_run, "zoo:absent", f"these do: {', '.join(zoo_names())}"),
         (text_run, "zoo:walks", "reads text; give text as --data"),
         (hops_run, "zoo:text", "is of a run on a puzzle (hops)"),
     ):

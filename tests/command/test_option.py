@@ -55,6 +55,7 @@ def test_help_names_fields_that_the_command_has() -> None:
     accepts = {
         "train": lambda given: resolve("tiny", None, None, given, None),
         "inspect": lambda given: apply_overrides(preset("tiny"), given),
+        "plan": lambda given: apply_overrides(preset("tiny"), given),
         "demo": lambda given: configs(0, 1.0, 1.0, given),
         "generate": decode,
         "chat": decode,

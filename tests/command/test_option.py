@@ -35,7 +35,7 @@ def examples_of_set() -> dict[str, list[str]]:
     for command in app.registered_commands:
         name = command.name or command.callback.__name__
         words = CliRunner().invoke(app, [name, "--help"]).output.split()
-        given = [word.strip(".,()") for word in words if word.count("=") == 1]
+        given = [word.strip(".,()") for word in words if re.fullmatch(r"[^<>=]+=[^=]+", word)]
         found[name] = [
             word for word in given if "--set" in words and not word.rpartition("=")[2].isupper()
         ]

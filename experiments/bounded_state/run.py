@@ -29,6 +29,7 @@ STEPS = 500
 class BoundedState(Study):
     number = 4
     title = "Does rho(A) < 1 keep the state finite?"
+    fresh_seeds = (3, 4)
 
     def runs(self, scale: str, done: Results) -> Sequence[Run]:
         smoke = scale == "smoke"

@@ -1,15 +1,19 @@
 """Train the models that ship with the package, and write them into ``openmythos/zoo``.
 
-``make zoo`` trains both; ``make zoo ARGS="walks"`` one of them, ``ARGS=--plan`` only says what
-would be trained. Weights are stored in bf16; the scores beside them are of the weights as stored. A
-model's card, its README.md, is written by hand.
+``make zoo`` trains all; ``make zoo ARGS="walks"`` one of them, ``ARGS="walks --trained RUN"`` ships
+a run that has been trained elsewhere, ``ARGS=--plan`` only says what would be trained. Weights are
+stored in bf16; the scores beside them are of the weights as stored. A model's card, its README.md,
+is written by hand, with the table of scores that is printed at the end.
+
+Another model is an entry in ``recipes`` and the folder that this writes: commands, the server and
+its page read from the folder which puzzle it knows.
 """
 
 import argparse
 import json
 import re
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,12 +23,15 @@ import torch
 from openmythos.checkpoint.save import OWN_FILES, write_checkpoint
 from openmythos.command.demo import keep_freed_memory
 from openmythos.command.origin import puzzle_of
-from openmythos.config import presets
+from openmythos.config import RopeConfig, presets
 from openmythos.config.schema import to_dict
+from openmythos.data.addition import AdditionConfig
 from openmythos.data.file import Document
 from openmythos.data.hashing import hash_bytes
 from openmythos.data.loader import TokenLoader
-from openmythos.data.puzzle_table import read_puzzle
+from openmythos.data.products import ProductsConfig
+from openmythos.data.puzzle import Puzzle
+from openmythos.data.puzzle_table import SeededConfig, make_puzzle, read_puzzle
 from openmythos.data.source import PYTHON_DOCS, load_documents
 from openmythos.demo.text import marks
 from openmythos.demo.walks import hops_config
@@ -47,25 +54,47 @@ from openmythos.model.recurrent import RecurrentDepthLM
 from openmythos.terminal import console
 from openmythos.tokenizer import Tokenizer
 from openmythos.tokenizer_folder import has_tokenizer
-from openmythos.train.depth_schedule import DepthSchedule, PoissonDepth
+from openmythos.train.depth_schedule import ClippedPoissonDepth, DepthSchedule, PoissonDepth
 from openmythos.train.display import TrainDisplay
 from openmythos.train.optim import OptimizerConfig
 from openmythos.train.recipe import RunConfig, TextData, TrainConfig
 from openmythos.train.run import set_up
-from openmythos.train.validation import puzzle_right
+from openmythos.train.validation import puzzle_accuracy
 
 TEXT_STEPS = 1074
 SAMPLE_BYTES = 64 * 1024
 MIN_SHARED = 60  # characters of a paragraph that is looked for in the training text
 TEXT_LOOPS = (1, 2, 4, 8, 16)
-WALK_LOOPS, WALK_HOPS, NUM_WALKS = (1, 2, 3, 4, 6, 8, 12, 16), (1, 2, 4, 6, 8, 10, 12), 512
+PRODUCT_STEPS, SUM_STEPS = 1500, 4000
+PUZZLE_LOOPS, NUM_PUZZLES = (1, 2, 3, 4, 6, 8, 12, 16), 512
 SCORES = "scores.json"
 BY_HAND = ("README.md", "LICENSE-PYTHON.txt")
 
 
 def recipes() -> dict[str, RunConfig]:
-    """What is trained: act 2 of the demo with the demo's seed, and a longer act 1."""
-    return {"walks": hops_config(seed=0, seconds=150.0), "text": text_config()}
+    """What is trained: both acts of the demo, the first one for longer, and other puzzles."""
+    return {
+        "walks": hops_config(seed=0, seconds=150.0),
+        "products": puzzle_config(ProductsConfig(max_train_factors=8), PRODUCT_STEPS),
+        "addition": puzzle_config(AdditionConfig(num_digits=1, max_terms=6), SUM_STEPS),
+        "text": text_config(),
+    }
+
+
+def puzzle_config(data: SeededConfig, steps: int) -> RunConfig:
+    """One looped layer on a puzzle, with rotary positions and the demo's seed."""
+    demo = hops_config(seed=0, seconds=1.0)
+    vocab_size = make_puzzle(data, 0).vocab_size
+    model = replace(demo.model, vocab_size=vocab_size, num_core_layers=1, rope=RopeConfig())
+    sampling = ClippedPoissonDepth(mean_recurrence=6, low=4, high=8)
+    settings = replace(
+        demo.train,
+        max_seconds=None,
+        max_steps=steps,
+        batch_size=64,
+        depth=DepthSchedule(sampling=sampling, per_sequence=True),
+    )
+    return RunConfig(model=model, train=settings, data=data)
 
 
 def text_config() -> RunConfig:
@@ -128,12 +157,12 @@ def ship(run: Path, target: Path) -> None:
     model = load_pretrained(run).to(torch.bfloat16)
     newest = max((run / "checkpoints").glob("step-*"))
     tokenizer = Tokenizer.load(newest) if has_tokenizer(newest) else None
-    walks, others = puzzle_of(newest), {}
+    puzzle, others = puzzle_of(newest), {}
     own = {*OWN_FILES, PUZZLE_FILE, WALKS_FILE, HELD_OUT_FILE, SCORES, *BY_HAND}
     with replaced_folder(target, own) as fresh:
         write_checkpoint(model, fresh, tokenizer)
-        if walks is not None:
-            walks.save(fresh)
+        if puzzle is not None:
+            puzzle.save(fresh)
         else:
             training = TokenLoader(run / "data", "train", seq_len=512, batch_size=1).text()
             others = bring_text(fresh, training)
@@ -160,11 +189,11 @@ def scores(
     model: RecurrentDepthLM,
     folder: Path,
     loops: Sequence[int] | None = None,
-    hops: Sequence[int] | None = None,
+    sizes: Sequence[int] | None = None,
 ) -> dict[str, Any]:
-    """A model's scores by loops, as its folder keeps them: accuracy by hops, or bits per byte."""
-    walks = read_puzzle(folder)
-    if walks is None:
+    """A model's scores by loops, as its folder keeps them: accuracy by size, or bits per byte."""
+    puzzle = read_puzzle(folder)
+    if puzzle is None:
         codec, measured = Tokenizer.load(folder), {}
         task = shipped_task(HELD_OUT, None, folder)
         assert task is not None
@@ -175,22 +204,37 @@ def scores(
         return {"bits_per_byte": measured}
     return {
         "accuracy": {
-            str(h): {
-                str(n): round(
-                    float(puzzle_right(model, walks, h, n, NUM_WALKS, seed=1).float().mean()), 4
-                )
-                for n in loops or WALK_LOOPS
+            str(size): {
+                str(n): round(puzzle_accuracy(model, puzzle, size, n, NUM_PUZZLES, seed=1), 4)
+                for n in loops or PUZZLE_LOOPS
             }
-            for h in hops or WALK_HOPS
+            for size in sizes or scored_sizes(puzzle)
         }
     }
 
 
+def scored_sizes(puzzle: Puzzle) -> list[int]:
+    """The least size, and those of each quarter of training's largest, to half as much again."""
+    largest = puzzle.max_train_size
+    step, most = max(1, largest // 4), largest + largest // 2
+    sizes = {puzzle.least_size, *range(step, most + 1, step)}
+    return [n for n in sorted(sizes) if puzzle.least_size <= n <= (puzzle.max_size or most)]
+
+
+def score_table(accuracy: Mapping[str, Mapping[str, float]], size_word: str) -> str:
+    """Accuracy by size and loops, as it stands in a card."""
+    loops = [*next(iter(accuracy.values()))]
+    head = [size_word, f"{loops[0]} loop{'s' * (loops[0] != '1')}", *loops[1:]]
+    rows = [[size, *(f"{100 * v:.1f} %" for v in row.values())] for size, row in accuracy.items()]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows))
+
+
 def main() -> None:
-    """Train the models that are named, or both, and write them into the package."""
+    """Train the models that are named, or all, and write them into the package."""
     known = recipes()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*", choices=[*known, []], help="default: both")
+    parser.add_argument("names", nargs="*", choices=[*known, []], help="default: all")
+    parser.add_argument("--trained", type=Path, help="ship this run of the model that is named")
     parser.add_argument("--out", type=Path, default=Path("runs/zoo"), help="folder of the runs")
     parser.add_argument("--plan", action="store_true", help="say what would be trained, as JSON")
     given = parser.parse_args()
@@ -198,17 +242,26 @@ def main() -> None:
     if given.plan:
         print(json.dumps({name: to_dict(config) for name, config in chosen.items()}, indent=2))
         return
+    if given.trained is not None and len(given.names) != 1:
+        parser.error("--trained is one model's run; name that model")
     keep_freed_memory()
     screen = console()
     for name, config in chosen.items():
-        run = set_up(config, given.out / name)
-        screen.print(run.in_words(config.data.in_words))
-        with TrainDisplay(screen, name) as display:
-            result = run.train(display)
-        if result.interrupted:
-            raise SystemExit(130)
-        ship(given.out / name, ZOO_FOLDER / name)
-        screen.print(f"{name}: step {result.step}, {result.seconds:.0f} s, {ZOO_FOLDER / name}")
+        if given.trained is None:
+            run = set_up(config, given.out / name)
+            screen.print(run.in_words(config.data.in_words))
+            with TrainDisplay(screen, name) as display:
+                result = run.train(display)
+            if result.interrupted:
+                raise SystemExit(130)
+            screen.print(f"{name}: step {result.step}, {result.seconds:.0f} s")
+        folder = ZOO_FOLDER / name
+        ship(given.trained or given.out / name, folder)
+        screen.print(str(folder))
+        puzzle = read_puzzle(folder)
+        if puzzle is not None:
+            stored = json.loads((folder / SCORES).read_text(encoding="utf-8"))
+            print(score_table(stored["accuracy"], puzzle.size_word))
 
 
 if __name__ == "__main__":

@@ -114,6 +114,8 @@ def require_verdicts(study: Study, conclusion: Conclusion) -> None:
 
 def write_pages(study: Study) -> None:
     """Draw the study's figures and write its page and the scoreboard."""
+    for scale in (study.page_scale, "fresh"):
+        study.store(scale).tidy()
     finding = Finding(study)
     if finding.conclusion is not None:
         for name, figure in study.draw(finding.conclusion).items():
@@ -220,7 +222,7 @@ def _claim(claim: Claim, verdict: Verdict | None) -> str:
     return (
         f"### {claim.name.replace('-', ' ').capitalize()}\n\n"
         f"> {claim.quote}\n>\n> {claim.article}\n\n{said}\n\n"
-        f"Rule, written before the runs: {claim.rule}\n\n"
+        f"Rule, written before the runs: {claim.rule_in_numbers}\n\n"
         f"What would change it: {claim.would_change}\n"
     )
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +35,12 @@ class Claim:
     rule: str
     thresholds: Mapping[str, float]
     would_change: str
+
+    @property
+    def rule_in_numbers(self) -> str:
+        """The rule, with the number in place of each threshold's name in backticks."""
+        named = re.compile("|".join(f"`{re.escape(name)}`" for name in self.thresholds) or "$^")
+        return named.sub(lambda found: f"{self.thresholds[found[0][1:-1]]:g}", self.rule)
 
 
 @dataclass(frozen=True, kw_only=True)

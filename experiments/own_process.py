@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from experiments.run_store import Result, Run
-from openmythos.folder import write_json
+from openmythos.folder import locked, write_json
 
 if TYPE_CHECKING:
     from experiments.study import Study
@@ -101,7 +101,8 @@ def measure_here(study: Study, scale: str, out: Path) -> None:
     run = Run(**json.loads((out / RUN_FILE).read_text(encoding="utf-8")))
     data, lost, started = {}, None, time.perf_counter()
     try:
-        data = study.measure(run, scale, out)
+        with locked(out):  # so that a next parent waits until this process has ended
+            data = study.measure(run, scale, out)
     except Exception as error:
         traceback.print_exc()
         lost = f"{type(error).__name__}: {error}"

@@ -10,7 +10,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from openmythos.folder import write_json
+from openmythos.folder import write_whole
+
+NUMBERS = re.compile(r"\[\n[-+.\deEnul,\s]*\]")  # a line break cannot be inside of a string
 
 
 def canonical(data: object) -> str:
@@ -108,8 +110,14 @@ class RunStore:
         return self.folder / f"{run.name}.json"
 
     def add(self, result: Result) -> None:
-        """Write a result, atomically."""
-        write_json(self.path(result.run), asdict(result))
+        """Write a result, atomically; each list of numbers is one line."""
+        text = json.dumps(asdict(result), indent=1) + "\n"
+        write_whole(self.path(result.run), NUMBERS.sub(_on_one_line, text))
+
+    def tidy(self) -> None:
+        """Write every result in the form of ``add``."""
+        for result in self.read():
+            self.add(result)
 
     def read(self) -> Results:
         """Every stored result, ordered by file name.
@@ -128,6 +136,10 @@ class RunStore:
         """Files that belong to none of the runs."""
         own = {self.path(run) for run in runs}
         return (path for path in sorted(self.folder.glob("*.json")) if path not in own)
+
+
+def _on_one_line(numbers: re.Match[str]) -> str:
+    return "[" + ", ".join(part.strip() for part in numbers[0][1:-1].split(",")) + "]"
 
 
 def _read(path: Path) -> Result:

@@ -19,11 +19,13 @@ from openmythos.command import (
     export,
     generate,
     inspect,
+    plan,
     prepare,
     presets,
     report,
     reproduce,
     retrofit,
+    scaling_law,
     serve,
     train,
 )
@@ -71,6 +73,8 @@ app.command("eval")(evaluate.evaluate)
 app.command()(retrofit.retrofit)
 app.command()(presets.presets)
 app.command()(inspect.inspect)
+app.command()(plan.plan)
+app.command("scaling-law")(scaling_law.scaling_law)
 app.command()(report.report)
 app.command()(analyze.analyze)
 app.command()(reproduce.reproduce)

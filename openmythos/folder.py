@@ -24,9 +24,9 @@ PathLike = str | os.PathLike[str]
 MAX_LISTED = 30  # the most names in one list of an error message
 MANIFEST_FILE = "manifest.json"
 LOCK_FILE = ".lock"
-# Beside the weights of a checkpoint: the settings of the walks that it was trained on, and texts
-# that it was not trained on.
-WALKS_FILE, PUZZLE_FILE, HELD_OUT_FILE = "walks.json", "puzzle.json", "held_out.jsonl"
+# Beside the weights of a checkpoint: the settings of the puzzle that it was trained on, and texts
+# that it was not trained on. Older versions wrote the settings of walks into a file of their own.
+PUZZLE_FILE, WALKS_FILE, HELD_OUT_FILE = "puzzle.json", "walks.json", "held_out.jsonl"
 
 
 @contextlib.contextmanager

@@ -18,9 +18,12 @@ COMMANDS = (
     "calibrate-exit",
     "config",
     "convert",
+    "plan",
     "report",
+    "reproduce",
     "analyze",
     "retrofit",
+    "scaling-law",
     "serve",
 )
 
@@ -81,7 +84,10 @@ TRIED = {
     "eval": ("FOLDER",),
     "presets": (),
     "inspect": ("FOLDER",),
+    "plan": ("tiny", "--serve"),
     "report": ("FOLDER",),
+    "reproduce": (),
+    "scaling-law": ("fit", "FOLDER"),
     "analyze": ("FOLDER",),
     "config": (),
     "export": ("FOLDER", "--out", "OUT"),
@@ -126,17 +132,23 @@ def test_every_command_speaks_before_it_loads_anything_slow(tmp_path: Path) -> N
     command = [sys.executable, "-c", FIRST_WORDS, json.dumps(tried)]
     ran = subprocess.run(command, capture_output=True, text=True, check=True)
     said = json.loads(ran.stdout)
-    assert {name for name, (slow, *_) in said.items() if not slow} == {"presets"}
+    assert {name for name, (slow, *_) in said.items() if not slow} == {
+        "plan",
+        "presets",
+        "reproduce",
+    }
     for name, (slow, status, stdout, stderr) in said.items():
         assert stderr.endswith(" ...\n") or not slow, (name, stderr)
-        assert stdout == "" or (name == "presets" and status == 0)
+        assert stdout == "" or (name in ("plan", "presets") and status == 0)
 
 
 def test_every_command_that_reports_takes_json() -> None:
     for command in cli.app.registered_commands:
         assert command.callback is not None
         takes = "as_json" in inspect.signature(command.callback).parameters
-        assert takes != (command.callback.__name__ in ("chat", "serve")), command.callback.__name__
+        assert takes != (command.callback.__name__ in ("chat", "reproduce", "serve")), (
+            command.callback.__name__
+        )
 
 
 def test_help_is_quick() -> None:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +102,11 @@ def run_command(line: str, folder: Path, demo: Path) -> None:
     words = shlex.split(line, comments=True)
     if words[0] == "openmythos":
         parsed(words[1:])
-        given = [word for word in words[2:] if word.endswith(INPUTS)]
+        given = [
+            word
+            for before, word in pairwise(words[1:])
+            if word.endswith(INPUTS) and before != "--out"
+        ]
         assert not [name for name in given if not Path(name).exists()], line
         invoke_app(*shortened(words[1:]), stdin="hello\n/quit\n")
     elif words[:2] == ["make", "demo"]:

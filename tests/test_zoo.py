@@ -14,8 +14,11 @@ from openmythos.command.demo import configs
 from openmythos.command.origin import puzzle_of
 from openmythos.config import ModelConfig
 from openmythos.config.schema import apply_overrides, from_dict, to_dict
+from openmythos.data.addition import AdditionConfig
 from openmythos.data.file import Document
+from openmythos.data.puzzle_table import make_puzzle
 from openmythos.data.source import load_documents
+from openmythos.data.synthetic import HopsConfig, Walks
 from openmythos.demo.text import marks
 from openmythos.eval.python_docs import held_out
 from openmythos.folder import HELD_OUT_FILE
@@ -24,8 +27,9 @@ from openmythos.interop.loading import load_config
 from openmythos.tokenizer_folder import has_tokenizer
 from openmythos.train.run import set_up
 
-NAMES = ("zoo:walks", "zoo:text")
-MOST_BYTES = 8_000_000
+NAMES = zoo_names()
+PUZZLES = [name for name in NAMES if puzzle_of(local_folder(name)) is not None]
+MOST_BYTES, MOST_BYTES_OF_A_PUZZLE = 8_000_000, 1_000_000
 
 
 def card(name: str) -> str:
@@ -37,7 +41,7 @@ def stored_scores(name: str) -> dict[str, dict[str, dict[str, float]]]:
 
 
 def test_what_ships_is_small_and_whole() -> None:
-    assert sorted(zoo_names()) == sorted(NAMES)
+    assert {"zoo:walks", "zoo:text"} <= set(NAMES) <= {f"zoo:{name}" for name in zoo.recipes()}
     files = [path for path in ZOO_FOLDER.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) < MOST_BYTES
     for name in NAMES:
@@ -45,6 +49,9 @@ def test_what_ships_is_small_and_whole() -> None:
         assert checkpoint_damage(folder) is None
         assert (puzzle_of(folder) is None) == has_tokenizer(folder)
         assert "## Limits" in card(name) and "make zoo" in card(name)
+    for name in PUZZLES:
+        sizes = [path.stat().st_size for path in local_folder(name).iterdir()]
+        assert sum(sizes) < MOST_BYTES_OF_A_PUZZLE
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -57,16 +64,29 @@ def test_weights_are_stored_in_half_and_loaded_in_full(name: str) -> None:
     assert size < 2.1 * sum(tensor.numel() for tensor in stored.values()) + 10_000
 
 
-def test_walks_are_followed_as_the_card_says() -> None:
-    model = openmythos.load_pretrained("zoo:walks")
-    expected = stored_scores("zoo:walks")["accuracy"]
-    found = zoo.scores(model, local_folder("zoo:walks"), loops=(2, 6), hops=(4, 8, 10))["accuracy"]
-    for hops, row in found.items():
+@pytest.mark.parametrize("name", PUZZLES)
+def test_puzzles_are_solved_as_the_card_says(name: str) -> None:
+    folder, puzzle = local_folder(name), puzzle_of(local_folder(name))
+    assert puzzle is not None
+    expected = stored_scores(name)["accuracy"]
+    assert [*expected] == [str(size) for size in zoo.scored_sizes(puzzle)]
+    sizes = [puzzle.max_train_size // 2, puzzle.max_train_size]
+    model = openmythos.load_pretrained(name)
+    found = zoo.scores(model, folder, loops=(2, 6), sizes=sizes)["accuracy"]
+    for size, row in found.items():
         for loops, value in row.items():
-            assert math.isclose(value, expected[hops][loops], abs_tol=0.005), (hops, loops)
-    for hops, row in expected.items():
-        cells = " | ".join(f"{100 * value:.1f} %" for value in row.values())
-        assert f"| {hops} | {cells} |" in card("zoo:walks")
+            assert math.isclose(value, expected[size][loops], abs_tol=0.005), (size, loops)
+    for line in zoo.score_table(expected, puzzle.size_word).splitlines()[2:]:
+        assert line in card(name)
+
+
+def test_the_sizes_that_are_scored_go_beyond_training() -> None:
+    assert zoo.scored_sizes(Walks(HopsConfig())) == [1, 2, 4, 6, 8, 10, 12]
+    sums = make_puzzle(AdditionConfig(max_terms=5), seed=0)
+    assert zoo.scored_sizes(sums) == [2, 3, 4, 5]
+    table = zoo.score_table({"1": {"1": 1.0, "2": 0.25}, "2": {"1": 0.5, "2": 0.0}}, "hops")
+    assert table.splitlines()[0] == "| hops | 1 loop | 2 |"
+    assert table.splitlines()[2:] == ["| 1 | 100.0 % | 25.0 % |", "| 2 | 50.0 % | 0.0 % |"]
 
 
 def test_text_is_predicted_as_the_card_says() -> None:
@@ -112,21 +132,30 @@ def test_the_plan_is_the_demos_and_says_where_it_ends(
         assert load_config(name) == planned
 
 
-def test_a_run_becomes_a_folder_of_the_zoo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A card that is there stays; the settings of the walks come along."""
+@pytest.mark.parametrize("name", ["walks", "products"])
+def test_a_run_becomes_a_folder_of_the_zoo(
+    name: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A card that is there stays; the settings of the puzzle come along."""
     small = ["model.d_model=16", "model.attention.num_heads=4", "train.max_steps=1"]
     small += ["train.batch_size=2", "model.feed_forward.d_ff=16"]
-    run = set_up(apply_overrides(zoo.recipes()["walks"], small), tmp_path / "run")
+    run = set_up(apply_overrides(zoo.recipes()[name], small), tmp_path / "run")
     run.train()
-    target = tmp_path / "zoo" / "walks"
+    target = tmp_path / "zoo" / name
     target.mkdir(parents=True)
     (target / "README.md").write_text("a card")
-    for name, value in (("NUM_WALKS", 4), ("WALK_HOPS", (1, 2)), ("WALK_LOOPS", (1, 2))):
-        monkeypatch.setattr(zoo, name, value)
-    zoo.ship(tmp_path / "run", target)
+    for setting, value in (("NUM_PUZZLES", 4), ("PUZZLE_LOOPS", (1, 2))):
+        monkeypatch.setattr(zoo, setting, value)
+    monkeypatch.setattr(zoo, "ZOO_FOLDER", tmp_path / "zoo")
+    monkeypatch.setattr("sys.argv", ["zoo", name, "--trained", str(tmp_path / "run")])
+    zoo.main()
     assert checkpoint_damage(target) is None and (target / "README.md").read_text() == "a card"
-    walks = puzzle_of(target)
-    assert walks is not None and walks.config == run.task.puzzle.config
+    puzzle = puzzle_of(target)
+    assert puzzle is not None and puzzle.settings == run.task.puzzle.settings
+    assert f"| {puzzle.size_word} | 1 loop | 2 |" in capsys.readouterr().out
     assert openmythos.load_pretrained(target).embed.weight.dtype == torch.bfloat16
     assert (target / zoo.SCORES).is_file() and not (target / "training_state.json").exists()
 

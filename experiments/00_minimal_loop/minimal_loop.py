@@ -212,7 +212,7 @@ def main(arguments: list[str] | None = None) -> Tensor:
         print(f"{hops:8} hops " + "".join(f"{share:10.0%}" for share in right))
     loops = LOOPS[right.index(max(right))]  # the fewest that suffice; more would hide what one does
     print(f"\nwhat each loop reads, at {hops} hops, never trained, and {loops} loops\n")
-    shares = reading_map(model, walks, hops, loops, 32 if given.smoke else 512)
+    shares = reading_map(model, walks, hops, loops, 8 if given.smoke else 512)
     print("        start" + "".join(f"   r{k}" for k in range(1, hops)))
     for t, row in enumerate(shares.tolist(), start=1):
         print(f"loop {t}  " + "".join(f"{x:5.2f}" if abs(x) >= 0.05 else "    ." for x in row))

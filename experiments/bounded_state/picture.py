@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 from openmythos.analysis.picture import BLUE, INK, MUTED, ORANGE, figure_of
@@ -10,33 +11,40 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLOURS = {"lti": BLUE, "add": ORANGE, "linear": MUTED}
+MOST_SHOWN, APART = 1e8, 0.32  # of a norm; between labels, in powers of ten
 
 
 def draw_norms(curves: list[dict[str, Any]]) -> Figure:
-    """Log norms over log loops; blue LTI by rho, orange addition, grey a free W_h."""
+    """Log norms over log loops; blue LTI by rho, orange addition, grey a free W_h past 1."""
     figure = figure_of(6.4, 4.0)
     axes = figure.subplots()
+    ends = []
     for curve in curves:
-        if curve["kind"] not in COLOURS:
+        free = curve["kind"] == "linear"
+        if curve["kind"] not in COLOURS or (free and curve["rho"] <= 1):
             continue
-        points = [
-            (loops, norm)
-            for loops, norm in zip(curve["loops"], curve["norms"], strict=True)
-            if norm is not None and norm < 1e9
-        ]
-        name = "addition" if curve["kind"] == "add" else f"{curve['kind']} {curve['rho']:g}"
-        style = "--" if curve["kind"] == "linear" else "-"
+        pairs = zip(curve["loops"], curve["norms"], strict=True)
+        points = [(loops, norm) for loops, norm in pairs if norm is not None and norm < MOST_SHOWN]
         loops, norms = zip(*points, strict=True)
-        axes.plot(loops, norms, style, color=COLOURS[curve["kind"]], linewidth=1.4)
+        colour = COLOURS[curve["kind"]]
+        axes.plot(loops, norms, "--" if free else "-", color=colour, linewidth=1.4)
+        names = {"add": "plain addition", "linear": "free W_h"}
+        rho = "" if curve["rho"] is None else f" {curve['rho']:g}"
+        name = names.get(curve["kind"], "LTI") + rho
+        ends.append((math.log10(norms[-1]), loops[-1], name, colour))
+    lowest = -math.inf
+    for height, loops_shown, name, colour in sorted(ends):
+        place = max(height, lowest + APART)
+        lowest = place
         axes.annotate(
-            name, (loops[-1], norms[-1]), xytext=(4, 0), textcoords="offset points",
-            color=COLOURS[curve["kind"]], fontsize=7, va="center",
+            name, (loops_shown, 10**place), xytext=(5, 0), textcoords="offset points",
+            color=colour, fontsize=8, va="center",
         )  # fmt: skip
     axes.set_xscale("log")
     axes.set_yscale("log")
-    axes.set_xlim(right=30_000)
+    axes.set_xlim(right=40_000)
     axes.set_xlabel("loops")
-    axes.set_title("Norm of the state, fixed weights: what rho decides")
+    axes.set_title("Norm of the state at fixed weights, by rho")
     figure.tight_layout()
     return figure
 
@@ -50,10 +58,11 @@ def draw_outcomes(rows: list[dict[str, Any]]) -> Figure:
     for row in rows:
         x, y = cells.index((row["loops"], row["rate"])), kinds.index(row["kind"])
         value = row["accuracy"]
-        shade = 0.0 if value is None else value
-        axes.scatter(x, y, s=900, marker="s", color=BLUE, alpha=max(0.05, shade))
-        lost = f"\n{row['lost']} lost" if row["lost"] else ""
-        text = f"{'' if value is None else f'{value:.2f}'}{lost}"
+        shade = 0.0 if value is None else 0.9 * value
+        corners = [x - 0.48, x + 0.48, x + 0.48, x - 0.48], [y - 0.46, y - 0.46, y + 0.46, y + 0.46]
+        axes.fill(*corners, color=BLUE, alpha=max(0.05, shade), linewidth=0)
+        lost = f"{row['lost']} of {row['runs']} lost" if row["lost"] else ""
+        text = "\n".join(part for part in ("" if value is None else f"{value:.2f}", lost) if part)
         axes.annotate(text, (x, y), ha="center", va="center", fontsize=7, color=INK)
     axes.set_xticks(range(len(cells)), [f"{loops} loops\n{rate:g}" for loops, rate in cells])
     axes.set_yticks(range(len(kinds)), kinds)

@@ -29,6 +29,7 @@ STEPS = 500
 class BoundedState(Study):
     number = 4
     title = "Does rho(A) < 1 keep the state finite?"
+    fresh_seeds = (3, 4)
 
     def runs(self, scale: str, done: Results) -> Sequence[Run]:
         smoke = scale == "smoke"
@@ -39,7 +40,7 @@ class BoundedState(Study):
                 seed,
                 {"rhos": RHOS.get(kind, [None]), "scales": SCALES, "loops": loops},
             )
-            for kind in KINDS
+            for kind in (("lti", "add") if smoke else KINDS)
             for seed in seeds
         ]
         cells = [(rate, loops) for rate in RATES for loops in TRAIN_LOOPS]

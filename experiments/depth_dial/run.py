@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from experiments.claim import Conclusion
 from experiments.depth_dial.arms import ARMS, SAVE_EVERY, STACKS, TRAINED_HOPS, TUNED_AS, training
 from experiments.run_store import Result, Results, Run
-from experiments.study import Study, main
+from experiments.study import WORK, Study, main
 from experiments.tuning import tuned
 
 if TYPE_CHECKING:
@@ -102,6 +102,14 @@ def train(run: Run, out: Path) -> "Training":
     found = training(run, out)
     if found.train().interrupted:
         raise KeyboardInterrupt
+    return found
+
+
+def checkpoint(arm: str, seed: int = 0, work: Path = WORK) -> Path:
+    """The checkpoint of an arm's run, the small scale; trained again if it is not there."""
+    run = next(r.run for r in STUDY.current("small")[1].of(arm) if r.run.seed == seed)
+    found = train(run, STUDY.run_folder(run, "small", work)).folder.last_checkpoint()
+    assert found is not None
     return found
 
 

@@ -16,6 +16,7 @@ from openmythos.train.recipe import RunConfig, TextData
 LOOP, MOE = "loop", "loop_moe"
 STACKS = ("stack_parameters", "stack_training_flops", "stack_test_flops")
 ARMS = (LOOP, MOE, *STACKS)
+ZOO = "zoo_text"  # the model that ships; shown beside the arms, and decides nothing
 SEQ_LEN = 256
 MEAN_CONTEXT = (SEQ_LEN + 1) // 2  # tokens that a token of a row attends to on average
 DEMO = text_config(0, 1.0)

@@ -16,7 +16,7 @@ from experiments.claim import Conclusion
 from experiments.run_store import Result, Results, Run
 from experiments.study import ROOT, Study, main
 from experiments.text_loops import verdicts
-from experiments.text_loops.arm import ARMS, MOE, SEQ_LEN, STACKS, TRAINED_LOOPS, run_config
+from experiments.text_loops.arm import ARMS, MOE, SEQ_LEN, STACKS, TRAINED_LOOPS, ZOO, run_config
 from experiments.tuning import tuned
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ SIZES: Mapping[str, Mapping[str, Any]] = {
     },
 }
 DEPTHS = (*verdicts.FITTED, 12, 16, verdicts.FAR)
+TEXT = "python-docs"
 EXPERT_LOOPS = max(verdicts.CLAIMED)
 
 
@@ -53,7 +54,7 @@ class TextLoops(Study):
         settings = SIZES[scale]
         if scale == "smoke":
             return [Run(arm, 0, {**settings, "rate": RATES[1]}) for arm in ARMS]
-        found = []
+        found = [Run(ZOO, 0, {"held_out_batches": settings["held_out_batches"]})]
         for arm in ARMS:
             choice = tuned(done, arm, settings, RATES, _score)
             found += choice.runs
@@ -63,13 +64,15 @@ class TextLoops(Study):
 
     def measure(self, run: Run, scale: str, out: Path) -> dict[str, Any]:
         """Train, then measure on held-out text."""
+        if run.arm == ZOO:
+            return measure_zoo(run, out)
         from experiments.text_loops import held_out
         from experiments.text_loops.bigram import Bigrams
         from openmythos.train.metrics import read_metrics
         from openmythos.train.run import set_up
         from openmythos.train.task import TextTask
 
-        source = str(ROOT / "docs") if scale == "smoke" else "python-docs"
+        source = str(ROOT / "docs" / "families") if scale == "smoke" else TEXT
         trained = set_up(run_config(run.arm, run.seed, run.settings, source), out / "model")
         if trained.train().interrupted:
             raise KeyboardInterrupt
@@ -120,6 +123,24 @@ class TextLoops(Study):
             "surprisal": picture.surprisal(data["surprisal"]),
             "experts": picture.experts(data["experts"]),
         }
+
+
+def measure_zoo(run: Run, out: Path, source: str = TEXT) -> dict[str, Any]:
+    """The curve of zoo:text, which was trained eight times as long, on text held out from it."""
+    from experiments.text_loops.held_out import token_losses
+    from openmythos import load_pretrained
+    from openmythos.data.loader import TokenLoader
+    from openmythos.data.prepare import prepare
+    from openmythos.interop.hub import local_folder
+    from openmythos.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.load(local_folder("zoo:text"))
+    prepare(source, out / "data", tokenizer=tokenizer)
+    loader = TokenLoader(out / "data", "val", seq_len=SEQ_LEN, batch_size=12)
+    batches = run.settings["held_out_batches"]
+    most = max(verdicts.FITTED)
+    losses = token_losses(load_pretrained("zoo:text"), loader, DEPTHS, most, batches)
+    return {"by_loops": {str(n): losses.bits_per_byte(n) for n in DEPTHS}}
 
 
 def _score(result: Result) -> float:

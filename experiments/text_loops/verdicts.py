@@ -17,6 +17,7 @@ from experiments.text_loops.arm import (
     MOE,
     STACKS,
     TRAINED_LOOPS,
+    ZOO,
     model_of,
     size_of,
 )
@@ -43,7 +44,7 @@ def conclude(claims: Mapping[str, Claim], results: Results) -> Conclusion:
         tables=[
             matching({arm: size_of(arm) for arm in ARMS}, LOOP, MEAN_CONTEXT),
             bits_table(results),
-            fits_table(results.of(LOOP)),
+            fits_table([*results.of(LOOP), *results.of(ZOO)]),
             surprisal_table(results.of(LOOP)),
         ],
         figures={
@@ -252,13 +253,14 @@ def bits_table(results: Results) -> Table:
 
 
 def fits_table(seeds: Sequence[Result]) -> Table:
-    """Per seed: the gain, both laws, and the loss past the trained depth."""
+    """Per model: the gain, both laws, and the loss past the trained depth."""
     rows = []
     for result in seeds:
         found = laws(result)
         shares = (f"{found[name]:.1%}" for name in ("exponential", "power", "fall"))
-        rows.append([str(result.run.seed), f"{found['gain']:.4f}", *shares])
-    header = ["seed", "gain, bits per byte", "largest residual of the exponential", "power law"]
+        name = "zoo:text" if result.run.arm == ZOO else f"seed {result.run.seed}"
+        rows.append([name, f"{found['gain']:.4f}", *shares])
+    header = ["model", "gain, bits per byte", "largest residual of the exponential", "power law"]
     return Table(
         "The test-time curve, 1 to 8 loops, as shares of the gain",
         [*header, f"lost again at {FAR} loops"],

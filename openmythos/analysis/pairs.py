@@ -12,6 +12,8 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from openmythos.data.packing import IGNORED_TARGET
+from openmythos.data.puzzle import Puzzle
 from openmythos.data.synthetic import Walks
 
 
@@ -81,42 +83,78 @@ class Pairs:
                 counted=self.counted[:, rows],
             )
 
+    def each_column(self) -> Iterator["Pairs"]:
+        """The pairs of one column after the other."""
+        for number, name in enumerate(self.columns):
+            part = slice(number, number + 1)
+            yield replace(
+                self,
+                columns=(name,),
+                corrupted=self.corrupted[part],
+                counterfactual_answers=self.counterfactual_answers[part],
+                counted=self.counted[part],
+            )
+
     def to(self, device: torch.device) -> "Pairs":
         """The same pairs on another device."""
         tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "columns"}
         return replace(self, **{name: tensor.to(device) for name, tensor in tensors.items()})
 
 
+def puzzle_pairs(puzzle: Puzzle, size: int, num_examples: int = 512, seed: int = 0) -> Pairs:
+    """Held-out questions; the columns are their tokens but the last, which is read.
+
+    A corrupted token is drawn from the others of its kind; where there is no other, as for a plus
+    sign, there is no column. Of an answer of several tokens the first one is looked at. A pair
+    counts if it changes.
+
+    Raises:
+        ValueError: A number is out of range, or no token can be replaced.
+    """
+    asked, kinds = puzzle.question_len(size), np.asarray(puzzle.kinds)
+    clean = puzzle.held_out_batch(size, num_examples, seed).tokens.numpy()
+    ends = kinds.cumsum()
+    draw = np.random.default_rng(seed)
+    names, corrupted = [], []
+    for column, name in enumerate(puzzle.places(size)[: asked - 1]):
+        kind = int(np.searchsorted(ends, clean[0, column], side="right"))
+        count, first = int(kinds[kind]), int(ends[kind] - kinds[kind])
+        if name is None or count == 1:
+            continue
+        texts = clean.copy()
+        moved = texts[:, column] - first + draw.integers(1, count, len(clean))
+        texts[:, column] = first + moved % count
+        names.append(name)
+        corrupted.append(texts)
+    if not names:
+        raise ValueError(
+            f"in a {puzzle.noun} of {size} {puzzle.size_word} nothing can be replaced before the "
+            "last token, which is read; give a larger one"
+        )
+    answers = puzzle.targets(clean)[:, asked - 1]
+    others = np.stack([puzzle.targets(texts)[:, asked - 1] for texts in corrupted])
+    known = others != IGNORED_TARGET
+    return Pairs(
+        columns=tuple(names),
+        tokens=torch.from_numpy(clean[:, :asked]),
+        corrupted=torch.from_numpy(np.stack(corrupted)[:, :, :asked]),
+        answers=torch.from_numpy(answers),
+        # Where there is no answer, any token: such a pair does not count.
+        counterfactual_answers=torch.from_numpy(np.where(known, others, 0)),
+        counted=torch.from_numpy(known & (others != answers)),
+    )
+
+
 def walk_pairs(walks: Walks, num_hops: int, num_examples: int = 512, seed: int = 0) -> Pairs:
     """Held-out walks; the columns are the start and all relations but the last, which is read.
-
-    A corrupted token is drawn from the others of its kind. A pair counts if the answer changes.
 
     Raises:
         ValueError: A number is out of range, or there is only one relation.
     """
-    entities, relations = walks.config.num_entities, walks.config.num_relations
+    relations = walks.config.num_relations
     if relations < 2:
         raise ValueError(f"num_relations is {relations}; to replace one there must be at least 2")
-    clean = walks.held_out_batch(num_hops, num_examples, seed).tokens.numpy()
-    draw = np.random.default_rng(seed)
-    corrupted = np.repeat(clean[None], num_hops, axis=0)
-    first, kinds = 0, entities
-    for column in range(num_hops):
-        kind = clean[:, column] - first
-        kind = (kind + draw.integers(1, kinds, len(clean))) % kinds
-        corrupted[column, :, column] = first + kind
-        first, kinds = entities, relations
-    answers = walks.entities_along(clean)[:, -1]
-    others = np.stack([walks.entities_along(texts)[:, -1] for texts in corrupted])
-    return Pairs(
-        columns=("start", *(f"relation {hop}" for hop in range(1, num_hops))),
-        tokens=torch.from_numpy(clean),
-        corrupted=torch.from_numpy(corrupted),
-        answers=torch.from_numpy(answers),
-        counterfactual_answers=torch.from_numpy(others),
-        counted=torch.from_numpy(others != answers),
-    )
+    return puzzle_pairs(walks, num_hops, num_examples, seed)
 
 
 def text_pairs(

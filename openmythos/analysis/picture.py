@@ -335,8 +335,9 @@ def curves_by_loop(
             axes.annotate(
                 name,
                 place,
-                (3, under),
+                (-3, under),
                 xycoords=("data", "axes fraction"),
+                ha="right",  # lines are named on the other side
                 color=ORANGE,
                 fontsize=8.5,
                 va="top",
@@ -365,7 +366,7 @@ def _set_heights(axes: Axes, known: Sequence[float], ranks: bool) -> None:
         return
     low, high = min([0.0, *known]), max(known, default=1.0)
     room = 0.22 * ((high - low) or 1.0)  # for the names of marks
-    axes.set_ylim(low, high + room)
+    axes.set_ylim(low if low == 0 else low - 0.3 * room, high + room)
     axes.set_yticks([tick for tick in axes.get_yticks() if low <= tick <= high + 0.02 * room])
 
 

@@ -22,6 +22,7 @@ from openmythos.model.inference import inference
 from openmythos.model.loop import LoopState, advance, readout, start_loops, unroll
 from openmythos.model.recurrent import RecurrentDepthLM
 
+OF_COLUMNS = ("corrupted_at", "clean_at", "always", "whole", "counted")
 CLEAR = 3.0  # standard errors above 0 from which on a column counts as read
 
 
@@ -140,9 +141,16 @@ def reading_map(
             found.append(_Batch(model, part.to(device), num_loops, list(seeds)).map())
     joined = {
         name: torch.cat([getattr(part, name).cpu() for part in found], dim=-1)
-        for name in ("corrupted_at", "clean_at", "always", "whole", "counted", "correct")
+        for name in (*OF_COLUMNS, "correct")
     }
     return ReadingMap(columns=pairs.columns, **joined)
+
+
+def side_by_side(maps: Sequence[ReadingMap]) -> ReadingMap:
+    """The columns of several maps of the same texts and loops in one map."""
+    joined = {name: torch.cat([getattr(part, name) for part in maps], -2) for name in OF_COLUMNS}
+    columns = tuple(name for part in maps for name in part.columns)
+    return ReadingMap(columns=columns, correct=maps[0].correct, **joined)
 
 
 class _Batch:

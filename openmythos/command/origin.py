@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from openmythos.folder import PUZZLE_FILE, WALKS_FILE
 from openmythos.terminal import note
 
 if TYPE_CHECKING:
@@ -152,8 +153,9 @@ def companions_of(folder: Path, *, measured: bool) -> dict[str, bytes]:
     from openmythos.checkpoint.save import EXIT_FILE, read_companions
 
     found, puzzle = read_companions(folder, measured=measured), puzzle_of(folder)
-    if puzzle is not None and puzzle.file not in found:
-        found[puzzle.file] = (json.dumps(puzzle.settings, indent=2) + "\n").encode()
+    if puzzle is not None:
+        found.pop(WALKS_FILE, None)  # from here on as it is written now
+        found[PUZZLE_FILE] = (json.dumps(puzzle.settings, indent=2) + "\n").encode()
     if not measured and (folder / EXIT_FILE).is_file():
         note(f"note: {EXIT_FILE} is left out: it was measured before this change; measure again")
     return found

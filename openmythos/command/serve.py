@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from openmythos.model.recurrent import RecurrentDepthLM
 
 KEY_VARIABLE = "OPENMYTHOS_API_KEY"
-SHIPPED = ("zoo:walks", "zoo:text")  # the page begins with the first
+FIRST = "zoo:walks"  # of the models that ship, on the page
 
 Paths = Annotated[
     list[Path] | None,
@@ -81,7 +81,7 @@ def serve(
     weights: Weights = "stored",
 ) -> None:
     """Serve models over HTTP as OpenAI's API does, with depth per request."""
-    paths = paths or [Path(name) for name in SHIPPED]
+    paths = paths or shipped()
     names = [path.resolve().name.removeprefix("zoo:") for path in paths]
     if len(set(names)) < len(names):
         raise ValueError(f"two of the folders have the same name: {', '.join(sorted(names))}")
@@ -129,6 +129,13 @@ def serve(
         typer.echo(f"warning: anyone who reaches {host} can use it; give keys", err=True)
     typer.echo(f"listening on http://{host}:{port}", err=True)
     run(models, metrics, host=host, port=port, keys=keys)
+
+
+def shipped() -> list[Path]:
+    """The models that ship."""
+    from openmythos.interop.hub import zoo_names
+
+    return [Path(name) for name in sorted(zoo_names(), key=lambda name: (name != FIRST, name))]
 
 
 def choice_for(path: Path, model: "RecurrentDepthLM") -> "ExitChoice | None":

@@ -73,8 +73,8 @@ def baseline(config: ModelConfig, *, match: Match, context_length: int | None = 
         return _size(candidate, match, length)
 
     target = size(config)
-    number = _nearest(lambda n: size(_plain(config, n)), target)
-    rough = _plain(config, number)
+    number = _nearest(lambda n: size(plain_model(config, n)), target)
+    rough = plain_model(config, number)
     steps = _nearest(lambda n: size(_with_width(rough, WIDTH_STEP * n)), target)
     fine = _with_width(rough, WIDTH_STEP * steps)
     found = min(rough, fine, key=lambda candidate: abs(size(candidate) - target))
@@ -90,7 +90,7 @@ def _size(config: ModelConfig, match: Match, context_length: int) -> int:
     return counts.weight_bytes(config, DTYPE_BYTES) + cache
 
 
-def _plain(config: ModelConfig, num_core_layers: int) -> ModelConfig:
+def plain_model(config: ModelConfig, num_core_layers: int) -> ModelConfig:
     """The unlooped model with another number of core layers."""
     return replace(
         config.unlooped(),

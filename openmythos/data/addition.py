@@ -90,6 +90,27 @@ class Addition(SeededPuzzle):
         )
 
     @property
+    def explained(self) -> str:
+        """See ``Puzzle``."""
+        digits = " ".join("472598"[: self.config.num_digits])
+        number = digits.replace(" ", "")[::-1]
+        return (
+            f"Numbers are written with their lowest digit first, {digits} for {number}; the answer "
+            "is their sum, written the same way."
+        )
+
+    def places(self, size: int) -> Sequence[str | None]:
+        """Digits have the value of a 1 there; the signs stay."""
+        values = [f"{10**place:,}s" for place in range(self.config.num_digits)]
+        rows = [[f"{value} of number {row}" for value in values] for row in range(1, size + 1)]
+        return [place for row in rows for place in (*row, None)]
+
+    @property
+    def kinds(self) -> Sequence[int]:
+        """Digits, + and =."""
+        return 10, 1, 1
+
+    @property
     def max_train_size(self) -> int:
         """See ``Puzzle``."""
         return self.config.max_train_terms

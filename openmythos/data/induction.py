@@ -86,6 +86,23 @@ class Induction(SeededPuzzle):
         )
 
     @property
+    def explained(self) -> str:
+        """See ``Puzzle``."""
+        return (
+            "Begin at the last letter and, as often as the first word says, go back to where the "
+            "same letter stood before and one to the right; the answer is the letter there."
+        )
+
+    def places(self, size: int) -> Sequence[str | None]:
+        """See ``Puzzle``."""
+        return ["hops", *(f"letter {number}" for number in range(1, self.config.length + 1))]
+
+    @property
+    def kinds(self) -> Sequence[int]:
+        """Letters and numbers of hops."""
+        return self.config.num_letters, self.config.max_train_hops
+
+    @property
     def max_train_size(self) -> int:
         """See ``Puzzle``."""
         return self.config.max_train_hops

@@ -89,6 +89,26 @@ class Products(SeededPuzzle):
         )
 
     @property
+    def explained(self) -> str:
+        """See ``Puzzle``."""
+        images = self.words[-2]
+        moves = [f"{point} to {image}" for point, image in enumerate(images, start=1)]
+        return (
+            f"Each word moves {self.config.num_points} points, {images} the point "
+            f"{', '.join(moves[:-1])} and {moves[-1]}; the answer is the one word that does what "
+            "all of them do one after the other."
+        )
+
+    def places(self, size: int) -> Sequence[str | None]:
+        """See ``Puzzle``."""
+        return [f"factor {number}" for number in range(1, size + 1)]
+
+    @property
+    def kinds(self) -> Sequence[int]:
+        """The permutations."""
+        return (len(self.words),)
+
+    @property
     def max_train_size(self) -> int:
         """See ``Puzzle``."""
         return self.config.max_train_factors

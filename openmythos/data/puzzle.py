@@ -57,13 +57,11 @@ class Puzzle(ABC):
         kind: The puzzle's name, as in the names of its evaluation tasks.
         noun: What an example is called.
         size_word: What the size counts.
-        file: The file of its settings in a checkpoint.
     """
 
     kind: ClassVar[str]
     noun: ClassVar[str]
     size_word: ClassVar[str]
-    file: ClassVar[str] = PUZZLE_FILE
     least_size: ClassVar[int] = 1
 
     def __init__(self, held_out_fraction: float, seed: int) -> None:
@@ -80,6 +78,20 @@ class Puzzle(ABC):
     @abstractmethod
     def form(self) -> str:
         """How a question is written, with an example at its end."""
+
+    @property
+    @abstractmethod
+    def explained(self) -> str:
+        """One plain sentence: how a question is written, and what its answer is."""
+
+    @abstractmethod
+    def places(self, size: int) -> Sequence[str | None]:
+        """What stands at each token of a question; None where no other word could stand."""
+
+    @property
+    @abstractmethod
+    def kinds(self) -> Sequence[int]:
+        """How many words each kind has, in the order of ids: they can stand for each other."""
 
     @property
     @abstractmethod
@@ -142,7 +154,7 @@ class Puzzle(ABC):
 
     def save(self, folder: Path) -> None:
         """Write the settings into a checkpoint's folder; ``read_puzzle`` reads them."""
-        write_json(folder / self.file, self.settings)
+        write_json(folder / PUZZLE_FILE, self.settings)
 
     # --- what follows from it ---------------------------------------------------------------------
 

@@ -81,6 +81,24 @@ class Recall(SeededPuzzle):
         )
 
     @property
+    def explained(self) -> str:
+        """See ``Puzzle``."""
+        return (
+            "Keys stand before their values, and one of the keys stands at the end again; the "
+            "answer is its value."
+        )
+
+    def places(self, size: int) -> Sequence[str | None]:
+        """The values; without its key, a question has no answer."""
+        pairs = [(None, f"value {number}") for number in range(1, size + 1)]
+        return [*(place for pair in pairs for place in pair), None]
+
+    @property
+    def kinds(self) -> Sequence[int]:
+        """Keys and values."""
+        return self.config.num_keys, self.config.num_values
+
+    @property
     def max_train_size(self) -> int:
         """See ``Puzzle``."""
         return self.config.max_train_pairs
@@ -201,6 +219,23 @@ class Facts(SeededPuzzle):
             f"a question is a subject, s0 to s{subjects - 1}, and a relation, "
             f"r0 to r{relations - 1}, such as s0 r0"
         )
+
+    @property
+    def explained(self) -> str:
+        """See ``Puzzle``."""
+        return (
+            "A question is a subject and a relation; the answer is the value that was learnt for "
+            "the two, which follows from nothing else."
+        )
+
+    def places(self, size: int) -> Sequence[str | None]:
+        """See ``Puzzle``."""
+        return ["subject", "relation"]
+
+    @property
+    def kinds(self) -> Sequence[int]:
+        """Subjects, relations and values."""
+        return self.config.num_subjects, self.config.num_relations, self.config.num_values
 
     @property
     def max_train_size(self) -> int:

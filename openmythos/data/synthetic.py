@@ -34,7 +34,6 @@ from openmythos.config.schema import as_seed, to_dict
 from openmythos.data.hashing import mix, permutation
 from openmythos.data.packing import IGNORED_TARGET, Batch
 from openmythos.data.puzzle import CHOICE, GUESS, POSITIONS, TABLE, Puzzle, below, draw, last_only
-from openmythos.folder import WALKS_FILE
 
 _MAX_ENUMERATED_WORDS = 4096
 
@@ -109,7 +108,6 @@ class Walks(Puzzle):
     """
 
     kind, noun, size_word = "hops", "walk", "hops"
-    file = WALKS_FILE
 
     def __init__(self, config: HopsConfig) -> None:
         super().__init__(config.held_out_fraction, config.seed)
@@ -152,6 +150,23 @@ class Walks(Puzzle):
             f"a walk is a start, e0 to e{entities - 1}, and relations, r0 to r{relations - 1}, "
             f"such as e{min(3, entities - 1)} r{min(1, relations - 1)} r0"
         )
+
+    @property
+    def explained(self) -> str:
+        """See ``Puzzle``."""
+        return (
+            "A walk names where it starts and which relations to follow from there; the answer is "
+            "where it ends."
+        )
+
+    def places(self, size: int) -> Sequence[str | None]:
+        """See ``Puzzle``."""
+        return ["start", *(f"relation {hop}" for hop in range(1, size + 1))]
+
+    @property
+    def kinds(self) -> Sequence[int]:
+        """Entities and relations."""
+        return self.config.num_entities, self.config.num_relations
 
     @property
     def max_train_size(self) -> int:

@@ -57,41 +57,49 @@ class CallCosts:
         """Seconds of one crossing of so many rows."""
         return self._tables[1][num_rows * PARTS]
 
-    def rows_to_await(
+    def loops_between(
         self,
         looping: Sequence[Ends],
         loops: Sequence[float],
         step: float = 0.0,
-        cross: float = 0.0,
-    ) -> int:
-        """The number of tokens at the boundary that should be there before they cross it.
+        slower: float = 1.0,
+    ) -> tuple[int, int]:
+        """The loops to run from one crossing to the next, and how many tokens should cross it.
 
-        The longer they wait, the more of them one crossing serves, and the fewer rows loop
-        meanwhile. From now to the crossing, loops and crossing take some time, in which a number of
-        loops gets done; the crossing is best after the loop that makes most of them per second.
+        The longer tokens wait at the boundary, the more of them one crossing serves, and the fewer
+        rows loop meanwhile. The crossing is best after the loop that makes most loops per second of
+        those until then, and of what a crossing costs whatever its rows. What it costs by the row
+        every token pays, whenever it crosses.
 
         Args:
-            looping: When the rows that loop, all but those at the boundary, will have ended.
+            looping: When the rows will have ended.
             loops: The loops that each row's tokens take on average: a loop is worth that share of
                 a token.
             step: Seconds that each loop takes besides its call, whatever its rows.
-            cross: The same of a crossing.
+            slower: How many times as long as its calls a crossing takes.
         """
-        core, boundary = self._tables
+        core, _ = self._tables
         worth = [1 / each for each in loops]
         num_looping, left = len(looping), sum(worth)
-        seconds, gained, joined, done, most, found = 0.0, 0.0, 0.0, 0.0, 0.0, 1.0
-        for ended in zip(*looping, strict=True):
+        seconds, gained, joined, done, most, found = 0.0, 0.0, 0.0, 0.0, 0.0, (1, 1)
+        for number, ended in enumerate(zip(*looping, strict=True), start=1):
             seconds += core[int((num_looping - joined) * PARTS)] + step
             gained += left - done
-            before, joined = joined, sum(ended)
-            done = sum(map(mul, ended, worth))
-            rate = gained / (seconds + cross + boundary[int(max(1, joined) * PARTS)])
-            if joined > before and rate > most:
-                most, found = rate, joined
+            joined, done = sum(ended), sum(map(mul, ended, worth))
+            rate = gained / (seconds + slower * self._crossing_at_all)
+            if joined and rate > most:
+                most, found = rate, (number, round(joined))
             if joined == num_looping:
                 break
-        return max(1, round(found))
+        return found
+
+    @functools.cached_property
+    def _crossing_at_all(self) -> float:
+        """Seconds of a crossing that do not depend on its rows, by a line through its costs."""
+        most = max(self.boundary)
+        if most == 1:
+            return self.crossing(1)
+        return max(0.0, (most * self.crossing(1) - self.crossing(most)) / (most - 1))
 
     @functools.cached_property
     def _tables(self) -> tuple[list[float], list[float]]:

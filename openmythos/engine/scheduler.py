@@ -164,10 +164,12 @@ class Scheduler:
         self.running: list[Job] = []
         self.copies: list[tuple[int, int]] = []  # pages to copy before anything is read or written
         self.costs: CallCosts | None = None
-        # Of a step and of a crossing besides the model's calls, as the latest ones were:
-        self.step_seconds, self.cross_seconds = 10e-6, 100e-6
+        self.step_seconds = 10e-6  # of a step besides the model's calls, as the latest ones were
+        # How many times as long as its measured calls a crossing takes: tokens are drawn and given
+        # out, and its weights have left the caches.
+        self.slower = 1.5
         self.num_preempted = 0
-        self._awaited = 1  # tokens that cross the boundary together
+        self._num_to_run, self._num_together = 0, 1  # loops before tokens cross, and how many do
         self._seats = list(range(num_seats - 1, -1, -1))
 
     def num_pages(self, num_tokens: int) -> int:
@@ -304,7 +306,7 @@ class Scheduler:
             return self.fair == "sum"
         if self.fair == "deep" and max(j.depth for j in held) > max(j.depth for j in looping):
             return True  # it does not wait for shallower ones
-        if len(held) < self._awaited:
+        if self._num_to_run > 0 or len(held) < self._num_together:
             return False
         return self.fair == "sum" or self._is_affordable(held, looping, self.costs)
 
@@ -315,8 +317,7 @@ class Scheduler:
     def has_crossed(self, num_rows: int, seconds: float) -> None:
         """So many tokens have crossed the boundary in so many seconds."""
         if self.costs is not None:
-            besides = seconds - self.costs.crossing(num_rows)
-            self.cross_seconds *= _towards(besides, self.cross_seconds)
+            self.slower *= _towards(seconds / self.costs.crossing(num_rows), self.slower)
 
     def _is_affordable(self, held: list[Job], looping: list[Job], costs: CallCosts) -> bool:
         """Whether those held may go on without holding up deeper jobs too much.
@@ -350,13 +351,14 @@ class Scheduler:
         if self.costs is not None and self.hold is None:
             looping = [job for job in self.running if job.stage == "core"]
             ends, loops = [job.ends for job in looping], [job.mean_loops for job in looping]
-            self._awaited = self.costs.rows_to_await(
-                ends, loops, self.step_seconds, self.cross_seconds
+            self._num_to_run, self._num_together = self.costs.loops_between(
+                ends, loops, self.step_seconds, self.slower
             )
         return [job for job in entered if job.stage == "core"]
 
     def has_looped(self, jobs: Iterable[Job], ended: Iterable[Job], now: float) -> None:
         """The jobs' tokens have run a loop, which was the last of those that ``ended``."""
+        self._num_to_run -= 1
         for job in jobs:
             job.num_looped += 1
         for job in ended:

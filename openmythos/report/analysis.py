@@ -67,7 +67,11 @@ def headline(found: Analysis) -> str:
         return f"{said} Neighbours read different tokens: {numbers}, where 1 is nothing in common."
     if gap.mean_interval[1] < 0.05:
         return f"{said} Neighbours read the same tokens: {numbers}."
-    return f"{said} Neighbours differ by {numbers}, no more than loops in any order."
+    null = f"{gap.null[1]:.2f}"
+    return (
+        f"{said} These examples show no difference between neighbours: {numbers}, and loops in any "
+        f"order differ by up to {null}."
+    )
 
 
 def _facts(found: Analysis) -> dict[str, str]:
@@ -194,7 +198,7 @@ def _differences(found: Analysis) -> list[str]:
         ]
         if each.num_loops > 1 and not any(each.operators.neighbours):
             said.append("The map is exactly the same at every loop: nothing tells the loops apart.")
-        said += [f"{name} was left out: {why}." for name, why in each.left_out.items()]
+        said += [f"{name.capitalize()} was left out: {why}." for name, why in each.left_out.items()]
         parts.append(f"<p>{escape(' '.join(said))}</p>")
     return [*parts, "</section>"]
 
@@ -227,16 +231,18 @@ def _novelty_cells(new: Novelty | None, loop: int) -> list[str]:
 def _depth(found: Analysis) -> list[str]:
     depth = found.depth
     values = depth.log_prob if depth.of_text else depth.accuracy
-    what = "log-probability of the right token, nats" if depth.of_text else "accuracy"
+    what = "log-probability of the right token" if depth.of_text else "accuracy"
+    unit = ", in nats" if depth.of_text else ""
     rule = "within one per cent" if depth.of_text else "within one point"
     chart = picture.curves_by_loop(
-        {"": values}, title=f"{what.capitalize()} by loops", marks=marks_of(found)
+        {"": values}, title=f"{what.capitalize()} by loops{unit}", marks=marks_of(found)
     )
     listed = ", ".join(f"{value:.3f} at {n}" for n, value in enumerate(values, 1))
     alt = f"Line chart, {what} by loops: {listed}."
     caption = (
         f"Orange: T*, the fewest loops {rule} of the best, and T, the model's own. "
         "Surplus loops hide what a loop does, so everything above is measured at T*."
+        + (" The axis does not begin at zero." if depth.of_text else "")
     )
     rows = [
         [str(n), f"{accuracy:.3f}", f"{nats:.3f}"]

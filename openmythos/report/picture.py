@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from openmythos.analysis.picture import BLUE, INK, MUTED, OFF, figure_of, styled
+from openmythos.plan.scaling_law import Fit, Runs, used_by
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -40,6 +41,24 @@ def loss_curve(curve: Curve, title: str) -> Figure:
         _below_start(axes, [curve])
         axes.set_xlabel("training steps")
         axes.set_title(title)
+    return figure
+
+
+def laws(fits: Mapping[str, Fit], runs: Runs) -> Figure:
+    """Losses of runs over those that fitted laws give them, a panel per law."""
+    with styled():
+        figure = figure_of(3.1 * len(fits), 3.1)
+        for place, (name, found) in enumerate(fits.items(), start=1):
+            axes = figure.add_subplot(1, len(fits), place)
+            used = used_by(name, runs)
+            given, seen = found.predict(used), used["loss"]
+            ends = [min(*given, *seen), max(*given, *seen)]
+            axes.plot(ends, ends, color=MUTED, linewidth=1.0)
+            axes.plot(given, seen, "o", color=BLUE, markersize=4.0, alpha=0.7)
+            axes.set_title(name)
+            axes.set_xlabel("loss of the law")
+            axes.set_ylabel("loss of the run")
+        figure.tight_layout()
     return figure
 
 

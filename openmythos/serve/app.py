@@ -16,10 +16,18 @@ from openmythos.serve.describe import described
 from openmythos.serve.error import APIError
 from openmythos.serve.metrics import Metrics
 from openmythos.serve.page import offer, page_files
+from openmythos.serve.reading import Readings
 from openmythos.serve.responses import ResponsesBody, respond
-from openmythos.serve.schema import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
+from openmythos.serve.schema import (
+    ChatBody,
+    CompletionBody,
+    DetokenizeBody,
+    ReadingAnswer,
+    ReadingBody,
+    TokenizeBody,
+)
 from openmythos.serve.served import ServedModel
-from openmythos.serve.stream import ClientGone
+from openmythos.serve.stream import ClientGone, unless_gone
 
 HUNG_UP = 499  # nginx' word for it; nobody sees it
 
@@ -27,7 +35,7 @@ HUNG_UP = 499  # nginx' word for it; nobody sees it
 def make_app(models: Sequence[ServedModel], metrics: Metrics) -> FastAPI:
     """The application that serves these models; the first answers where no model is named."""
     app = FastAPI(title="OpenMythos", version=__version__, docs_url=None, redoc_url=None)
-    by_name = {model.name: model for model in models}
+    by_name, readings = {model.name: model for model in models}, Readings()
     app.openapi = lambda: described(app, list(by_name))  # type: ignore[method-assign]
 
     def model_named(name: str | None) -> ServedModel:
@@ -71,6 +79,11 @@ def make_app(models: Sequence[ServedModel], metrics: Metrics) -> FastAPI:
     async def responses(body: ResponsesBody, request: Request) -> Response:
         """Answer a conversation, in the newer form; nothing is stored."""
         return await respond(model_named(body.model), body, request)
+
+    @app.post("/v1/reading")
+    async def reading(body: ReadingBody, request: Request) -> ReadingAnswer:
+        """Which loop of a puzzle's model reads which token of its question."""
+        return await unless_gone(readings.read(model_named(body.model), body), request.receive)
 
     @app.post("/tokenize")
     async def tokenize(body: TokenizeBody) -> dict[str, Any]:

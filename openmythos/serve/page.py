@@ -10,12 +10,12 @@ from typing import Any
 
 from fastapi import APIRouter, Response
 
-from openmythos.data.synthetic import Walks
-from openmythos.eval.puzzle import PuzzleCodec, puzzle_documents
+from openmythos.data.puzzle import Puzzle
+from openmythos.eval.puzzle import puzzle_documents
 from openmythos.model.exit import EXIT_RULES, Rule
 from openmythos.serve.served import ServedModel
 
-MOST_HOPS, WALKS_EACH = 12, 4
+NUM_SIZES, EACH_SIZE = 12, 4
 COMMON = {field.name for field in fields(Rule)}  # what every rule has
 FILES = {
     "/": ("index.html", "text/html; charset=utf-8"),
@@ -59,25 +59,55 @@ def offer(served: ServedModel) -> dict[str, Any]:
         "model": served.name,
         "default_rule": served.default_rule and served.default_rule.kind,
         "exit_rules": [{"kind": rule.kind, "fields": _fields(rule)} for rule in rules],
+        "puzzle": puzzle_of(served),
         "puzzles": puzzles(served),
     }
 
 
+def puzzle_of(served: ServedModel) -> dict[str, Any] | None:
+    """What the page says of the puzzle that a model knows; None if it reads text."""
+    puzzle = served.puzzle
+    if puzzle is None:
+        return None
+    return {
+        "kind": puzzle.kind,
+        "noun": puzzle.noun,
+        "size_word": puzzle.size_word,
+        "explained": puzzle.explained,
+        "max_train_size": puzzle.max_train_size,
+    }
+
+
 def puzzles(served: ServedModel) -> list[dict[str, Any]]:
-    """Walks of 1 to 12 hops with their answers, held out from training; empty: no walks here."""
-    walks = served.codec.puzzle if isinstance(served.codec, PuzzleCodec) else None
-    if not isinstance(walks, Walks):
+    """Puzzles of growing size with their answers, held out from training; empty: none here."""
+    puzzle = served.puzzle
+    if puzzle is None:
         return []
     return [
         {
-            "hops": hops,
-            "trained": hops <= walks.config.max_train_hops,
+            "size": size,
+            "trained": size <= puzzle.max_train_size,
             "prompt": document["context"],
             "answer": document["target"].strip(),
         }
-        for hops in range(1, min(MOST_HOPS, served.max_len - 2) + 1)
-        for document in puzzle_documents(walks, hops, WALKS_EACH)
+        for size in sizes_of(puzzle, served.max_len)
+        for document in puzzle_documents(puzzle, size, EACH_SIZE)
     ]
+
+
+def sizes_of(puzzle: Puzzle, max_len: int) -> list[int]:
+    """About a dozen sizes, from the least to half as large again as training's, that fit."""
+    most = -(-3 * puzzle.max_train_size // 2)
+    most = most if puzzle.max_size is None else min(most, puzzle.max_size)
+    fit = [
+        size
+        for size in range(puzzle.least_size, most + 1)
+        if puzzle.num_tokens(size) < max_len  # the answer's last token comes, too
+    ]
+    if len(fit) <= NUM_SIZES:
+        return fit
+    spread = {fit[place * (len(fit) - 1) // (NUM_SIZES - 1)] for place in range(NUM_SIZES)}
+    return sorted(spread | {puzzle.max_train_size} & {*fit})
 
 
 def _fields(rule: type[Rule]) -> list[dict[str, Any]]:

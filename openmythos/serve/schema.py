@@ -19,6 +19,7 @@ Role = Literal["system", "developer", "user", "assistant", "tool", "function"]
 ROLES = get_args(Role)
 MAX_CHOICES, MAX_TOP, MAX_BIASES, MAX_STOPS, MAX_STOP_CHARACTERS = 128, 20, 1024, 16, 1000
 MAX_PRIORITY, MAX_SALT = 1000, 1000  # characters of a salt
+LEAST_EXAMPLES, MOST_EXAMPLES = 8, 64  # of a reading map
 
 
 def _few(biases: Any) -> Any:
@@ -217,6 +218,69 @@ class DetokenizeBody(Body):
 
     model: str | None = None
     tokens: ListOf[int]
+
+
+class ReadingBody(Body):
+    """``POST /v1/reading``: the reading map of a puzzle.
+
+    Attributes:
+        size: Its difficulty: hops of a walk, factors of a product ...
+        num_loops: Loops to run; null: the model's default.
+        num_examples: Held-out examples; null: as many as may be computed, up to the most.
+        seed: Chooses the examples.
+    """
+
+    model: str | None = None
+    size: Count
+    num_loops: Count | None = None
+    num_examples: Annotated[int, Field(ge=LEAST_EXAMPLES, le=MOST_EXAMPLES)] | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+
+
+class Difference(BaseModel):
+    """How much consecutive loops differ in what they read.
+
+    Attributes:
+        working: The loops, from 0, that read anything.
+        bits: Between each loop and the next: 0 if they read the same in the same shares, 1 if they
+            read nothing in common; null unless both work.
+        mean_bits: Their mean.
+        mean_interval: 95 % of it when the examples are drawn again.
+        null: 95 % of it when the loops are shuffled.
+    """
+
+    working: list[int]
+    bits: list[float | None]
+    mean_bits: float | None
+    mean_interval: tuple[float, float] | None
+    null: tuple[float, float] | None
+
+
+class ReadingAnswer(BaseModel):
+    """A reading map; rows are loops, and what cannot be known is null.
+
+    Attributes:
+        puzzle: Its kind.
+        columns: The tokens of the question, without the last one, which is read.
+        num_examples: Per column, the examples in which corrupting it changes the answer.
+        accuracy: Share of the examples that are answered right at this number of loops.
+        necessity: The share of the answer that is lost if a column is corrupted at one loop only.
+        sufficiency: The share that is kept if a column is clean at one loop only.
+    """
+
+    object: Literal["reading_map"] = "reading_map"
+    model: str
+    puzzle: str
+    size: int
+    num_loops: int
+    columns: list[str]
+    num_examples: list[int]
+    accuracy: float
+    necessity: list[list[float | None]]
+    necessity_interval: list[list[tuple[float, float] | None]]
+    sufficiency: list[list[float | None]]
+    sufficiency_interval: list[list[tuple[float, float] | None]]
+    difference: Difference
 
 
 def text_of(content: str | list[ContentPart] | None) -> str:

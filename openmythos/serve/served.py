@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 
 from openmythos.config.schema import to_dict
+from openmythos.data.puzzle import Puzzle
 from openmythos.engine.request import Request
 from openmythos.engine.sampling import Logprobs, SamplingConfig, token_logprobs
 from openmythos.eval.puzzle import PuzzleCodec
@@ -90,6 +91,11 @@ class ServedModel:
     def max_len(self) -> int:
         """The most tokens of a prompt and its answer."""
         return min(self.worker.engine.capacity.max_len + 1, self.model.config.max_seq_len)
+
+    @property
+    def puzzle(self) -> Puzzle | None:
+        """The puzzle that the model knows; None if it reads text."""
+        return self.codec.puzzle if isinstance(self.codec, PuzzleCodec) else None
 
     @cached_property
     def efforts(self) -> dict[str, int]:
@@ -215,8 +221,8 @@ class ServedModel:
             raise APIError(400, said, param="max_tokens", code="context_length_exceeded")
         loops, rule = self.depth_of(body)
         usual = room
-        if isinstance(self.codec, PuzzleCodec):
-            usual = max(1, self.codec.puzzle.answer_len(len(tokens)))
+        if self.puzzle is not None:
+            usual = max(1, self.puzzle.answer_len(len(tokens)))
         seed = secrets.randbits(63) if body.seed is None else body.seed % 2**64
         try:
             return [

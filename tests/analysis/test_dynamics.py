@@ -6,16 +6,18 @@ from openmythos.analysis.dynamics import measure_dynamics
 from openmythos.analysis.example import text_examples
 from openmythos.analysis.lens import CHOICE, measure_lenses
 from openmythos.analysis.trace import trace_loops
-from tests.analysis.family import KINDS, model_of
-from tests.strategies import random_tokens
+from tests.analysis.family import OURS, model_of
+from tests.strategies import random_tokens, unchecked
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_family_in_batches_of_any_size(kind: str) -> None:
+@pytest.mark.parametrize("kind", [*OURS, "ifm-moe"])
+def test_every_kind_in_batches_of_any_size(kind: str) -> None:
     model = model_of(kind)
     tokens = random_tokens(model.config, 4, 6)
     examples = text_examples(tokens.tolist(), "random tokens")
-    found = measure_dynamics(model, examples, 3, 1 << 30)
+    with unchecked():
+        found = measure_dynamics(model, examples, 3, 1 << 30)
+        halves = [measure_dynamics(model, half, 3, 1 << 30) for half in examples.batches(2)]
     trace = trace_loops(model, examples.tokens, 3, examples.context(model))
     assert found.trace.state_norm == pytest.approx(trace.state_norm)
     assert found.trace.num_tokens == 20
@@ -23,7 +25,6 @@ def test_every_family_in_batches_of_any_size(kind: str) -> None:
     assert [layer.layer for layer in found.experts] == [
         layer for layer, block in enumerate(model.core) if hasattr(block.feed_forward, "router")
     ]
-    halves = [measure_dynamics(model, half, 3, 1 << 30) for half in examples.batches(2)]
     for name in ("turn", "radial_fraction", "acceleration", "relative_step"):
         mean = sum(getattr(half.trace, name)[-1] for half in halves) / 2
         assert getattr(found.trace, name)[-1] == pytest.approx(mean, rel=1e-3, abs=1e-4)

@@ -1,9 +1,12 @@
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
-from openmythos.analysis.pairs import Pairs, text_pairs, walk_pairs
+from openmythos.analysis.pairs import Pairs, puzzle_pairs, text_pairs, walk_pairs
+from openmythos.data.packing import IGNORED_TARGET
+from openmythos.data.puzzle_table import CONFIGS, make_puzzle
 from openmythos.data.synthetic import HopsConfig, Walks
 from tests.strategies import unchecked
 
@@ -73,3 +76,48 @@ def test_bad_input_is_named() -> None:
     with pytest.raises(ValueError, match="length is 8"):
         text_pairs(torch.arange(8), length=8)
     assert isinstance(text_pairs(torch.arange(9), length=8), Pairs)
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_any_puzzle_is_corrupted_within_its_kinds_of_words(kind: str) -> None:
+    puzzle = make_puzzle(CONFIGS[kind](), seed=5)
+    size = puzzle.max_train_size
+    assert sum(puzzle.kinds) == puzzle.vocab_size
+    assert len(puzzle.places(size)) == puzzle.question_len(size)
+    pairs = puzzle_pairs(puzzle, size, num_examples=24, seed=2)
+    clean = puzzle.held_out_batch(size, 24, 2)
+    asked = puzzle.question_len(size)
+    assert torch.equal(pairs.tokens, clean.tokens[:, :asked])
+    assert torch.equal(pairs.answers, clean.targets[:, asked - 1])
+    edges = torch.tensor(puzzle.kinds).cumsum(0)
+    for texts, others, counted in zip(
+        pairs.corrupted, pairs.counterfactual_answers, pairs.counted, strict=True
+    ):
+        changed = texts != pairs.tokens
+        assert changed.sum(dim=1).tolist() == [1] * 24
+        assert len(changed.nonzero()[:, 1].unique()) == 1
+        kinds = [(edges <= tokens[..., None]).sum(dim=-1) for tokens in (texts, pairs.tokens)]
+        assert torch.equal(*kinds)
+        whole = np.concatenate([texts.numpy(), clean.tokens[:, asked:].numpy()], axis=1)
+        right = torch.from_numpy(puzzle.targets(whole)[:, asked - 1])
+        assert torch.equal(counted, (right != pairs.answers) & (right != IGNORED_TARGET))
+        assert torch.equal(others[counted], right[counted])
+    named = {name for name in puzzle.places(size)[:-1] if name is not None}
+    assert set(pairs.columns) == named and bool(pairs.counted.any())
+    parts = list(pairs.each_column())
+    assert [part.columns for part in parts] == [(name,) for name in pairs.columns]
+    assert torch.equal(torch.cat([part.corrupted for part in parts]), pairs.corrupted)
+
+
+def test_products_and_sums_hang_on_what_they_should() -> None:
+    products = puzzle_pairs(make_puzzle(CONFIGS["products"](), seed=0), 6, num_examples=20)
+    assert bool(products.counted.all())  # in a group, every factor decides
+    sums = puzzle_pairs(make_puzzle(CONFIGS["addition"](), seed=0), 3, num_examples=20)
+    ones = torch.tensor([name.startswith("1s") for name in sums.columns])
+    assert sums.columns[:2] == ("1s of number 1", "10s of number 1")
+    assert bool(sums.counted[ones].all()) and not bool(sums.counted[~ones].any())
+
+
+def test_a_question_of_one_token_has_no_pairs() -> None:
+    with pytest.raises(ValueError, match="nothing can be replaced before the last token"):
+        puzzle_pairs(make_puzzle(CONFIGS["products"](), seed=0), 1)

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from openmythos.command.analyze import cut_to_read, measured, name_of, read_tokens
+from openmythos.command.analyze import cut_to_read, measured, name_of, read_tokens, walks_of
+from openmythos.data.recall import Recall, RecallConfig
 from tests.analysis.family import FAMILIES, GOLDEN, model_of
 from tests.command.conftest import Invoke, refused
 from tests.report.parser import Page
@@ -116,3 +117,9 @@ def test_tokens_are_lists_of_ids(wrong: str, tmp_path: Path) -> None:
 def test_the_folder_has_the_name_of_the_model(tmp_path: Path) -> None:
     assert name_of(Path("zoo:walks")) == "walks"
     assert name_of(tmp_path / "runs" / "mine") == "mine"
+
+
+def test_other_puzzles_are_named(tmp_path: Path) -> None:
+    Recall(RecallConfig(), 0).save(tmp_path)
+    with pytest.raises(ValueError, match=r"is of recall; walks and text are analysed"):
+        walks_of(tmp_path)

@@ -58,7 +58,7 @@ def test_every_line_is_a_walk_of_its_own() -> None:
     lines = "e3 r1\nhello\n\ne3 r1\n/loops 2\ne3\n"
     ran = CliRunner().invoke(app, ["chat", "zoo:walks", "--temperature", "0"], input=lines)
     assert ran.exit_code == 0
-    assert "each line is a walk, such as e3 r1 r0" in ran.stderr
+    assert "each line is a question: a walk is a start, e0 to e15" in ran.stderr
     assert "'hello' is no word of a walk" in ran.stderr and "there is no walk" in ran.stderr
     first, again, start = ran.stdout.split()
     assert first == again and start == "e3"

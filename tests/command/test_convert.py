@@ -10,7 +10,7 @@ import torch
 from openmythos.checkpoint.load import checkpoint_damage
 from openmythos.checkpoint.save import EXIT_FILE, EXIT_PICTURE, save_pretrained
 from openmythos.command.origin import puzzle_of
-from openmythos.folder import HELD_OUT_FILE, WALKS_FILE
+from openmythos.folder import HELD_OUT_FILE, PUZZLE_FILE, WALKS_FILE
 from openmythos.interop.hub import local_folder
 from openmythos.interop.loading import load_pretrained
 from openmythos.tokenizer import Tokenizer
@@ -94,18 +94,18 @@ def test_walks_go_where_their_model_goes(invoke: Invoke, tmp_path: Path, command
 def test_walks_go_to_other_families_and_from_older_runs(
     invoke: Invoke, golden_dir: Callable[[str], Path], hops_run: Path, tmp_path: Path
 ) -> None:
-    settings = (local_folder("zoo:walks") / WALKS_FILE).read_bytes()
+    settings = (local_folder("zoo:walks") / PUZZLE_FILE).read_bytes()
     source, out = tmp_path / "source", tmp_path / "out"
     invoke("convert", golden_dir("openmythos-mla"), "--out", source)
-    (source / WALKS_FILE).write_bytes(settings)
+    (source / WALKS_FILE).write_bytes(settings)  # where an older version wrote them
     invoke("convert", source, "--to", "original-openmythos", "--out", out)
-    assert (out / WALKS_FILE).read_bytes() == settings
+    assert (out / PUZZLE_FILE).read_bytes() == settings and not (out / WALKS_FILE).exists()
     older = shutil.copytree(hops_run, tmp_path / "older")
     (newest,) = older.glob("checkpoints/step-*")
-    stored_walks = (newest / WALKS_FILE).read_bytes()
-    (newest / WALKS_FILE).unlink()
+    stored_walks = (newest / PUZZLE_FILE).read_bytes()
+    (newest / PUZZLE_FILE).unlink()
     invoke("convert", older, "--no-verify", "--out", tmp_path / "new")
-    assert (tmp_path / "new" / WALKS_FILE).read_bytes() == stored_walks
+    assert (tmp_path / "new" / PUZZLE_FILE).read_bytes() == stored_walks
 
 
 def test_held_out_text_goes_along_with_its_licence(invoke: Invoke, tmp_path: Path) -> None:

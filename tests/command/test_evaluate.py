@@ -8,7 +8,8 @@ import pytest
 
 from openmythos.command import option
 from openmythos.eval import python_docs
-from openmythos.folder import WALKS_FILE
+from openmythos.folder import PUZZLE_FILE
+from openmythos.interop.hub import zoo_names
 from tests.command.conftest import SMALL, Invoke, refused, sets
 from tests.eval.examples import documents
 
@@ -63,7 +64,7 @@ def test_a_converted_checkpoint_is_evaluated_with_the_data_of_its_run(
     for data in ((), ("--data", hops_run)):  # it has its walks with it
         given = json.loads(invoke("eval", walks, *data, *asked))
         assert given["curves"] == json.loads(invoke("eval", hops_run, *asked))["curves"]
-    (walks / WALKS_FILE).unlink()
+    (walks / PUZZLE_FILE).unlink()
     assert "a checkpoint without a tokenizer" in refused(invoke, "eval", walks)
     assert "a checkpoint without a tokenizer" in refused(invoke, "generate", walks, "--prompt", "a")
 
@@ -213,7 +214,7 @@ def test_data_may_be_a_model_that_ships(
             "--data absent does not exist; give prepared data, a run, or zoo:",
         ),
         (text_run, text_file, f"openmythos prepare {text_file} --out FOLDER"),
-        (text_run, "zoo:absent", "these do: zoo:text, zoo:walks"),
+        (text_run, "zoo:absent", f"these do: {', '.join(zoo_names())}"),
         (text_run, "zoo:walks", "reads text; give text as --data"),
         (hops_run, "zoo:text", "is of a run on a puzzle (hops)"),
     ):

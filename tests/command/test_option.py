@@ -35,7 +35,7 @@ def examples_of_set() -> dict[str, list[str]]:
     for command in app.registered_commands:
         name = command.name or command.callback.__name__
         words = CliRunner().invoke(app, [name, "--help"]).output.split()
-        given = [word.strip(".,()") for word in words if word.count("=") == 1]
+        given = [word.strip(".,()") for word in words if re.fullmatch(r"[^<>=]+=[^=]+", word)]
         found[name] = [
             word for word in given if "--set" in words and not word.rpartition("=")[2].isupper()
         ]
@@ -55,6 +55,7 @@ def test_help_names_fields_that_the_command_has() -> None:
     accepts = {
         "train": lambda given: resolve("tiny", None, None, given, None),
         "inspect": lambda given: apply_overrides(preset("tiny"), given),
+        "plan": lambda given: apply_overrides(preset("tiny"), given),
         "demo": lambda given: configs(0, 1.0, 1.0, given),
         "generate": decode,
         "chat": decode,

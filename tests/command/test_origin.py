@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from openmythos.command.origin import data_of, puzzle_of, require_text, run_config, run_of
-from openmythos.folder import WALKS_FILE
+from openmythos.folder import PUZZLE_FILE
 
 
 def test_a_run_is_found_from_its_checkpoint_alone(text_run: Path, hops_run: Path) -> None:
@@ -43,14 +43,14 @@ def test_a_copied_checkpoint_knows_its_run(hops_run: Path, tmp_path: Path) -> No
 
 def test_a_checkpoint_on_walks_brings_them(hops_run: Path, tmp_path: Path) -> None:
     newest = next((hops_run / "checkpoints").glob("step-*"))
-    for name in ("config.json", "model.safetensors", WALKS_FILE):
+    for name in ("config.json", "model.safetensors", PUZZLE_FILE):
         shutil.copy(newest / name, tmp_path)
     walks, of_run = puzzle_of(tmp_path), puzzle_of(hops_run)
     assert walks is not None and of_run is not None and walks.config == of_run.config
     # As an older version wrote it.
     run = shutil.copytree(hops_run, tmp_path / "run")
     (older,) = run.glob("checkpoints/step-*")
-    (older / WALKS_FILE).unlink()
+    (older / PUZZLE_FILE).unlink()
     for folder in (run, older):
         found = puzzle_of(folder)
         assert found is not None and found.config == walks.config

@@ -15,6 +15,7 @@ import pytest
 
 from openmythos.checkpoint.save import save_pretrained
 from openmythos.eval.puzzle import PuzzleCodec
+from openmythos.interop.hub import zoo_names
 from openmythos.serve import server
 from openmythos.serve.served import ServedModel
 from openmythos.tokenizer import Tokenizer, byte_tokenizer
@@ -73,10 +74,11 @@ def test_without_a_path_the_models_that_ship_are_served(
     served: list[ServedModel] = []
     monkeypatch.setattr(server, "serve", lambda models, *_, **__: served.extend(models))
     invoke("serve", "--max-rows", 2)
-    walks, text = served
-    assert (walks.name, text.name) == ("walks", "text")
-    assert isinstance(walks.codec, PuzzleCodec) and isinstance(text.codec, Tokenizer)
-    assert walks.worker is not text.worker and walks.worker.engine is not text.worker.engine
+    names = [f"zoo:{model.name}" for model in served]
+    assert names[0] == "zoo:walks" and sorted(names) == zoo_names()
+    for model in served:
+        assert isinstance(model.codec, Tokenizer if model.name == "text" else PuzzleCodec)
+    assert len({id(model.worker.engine) for model in served}) == len(served)
 
 
 def test_options_reach_the_engine(

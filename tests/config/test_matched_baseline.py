@@ -20,7 +20,7 @@ from openmythos.config import (
     WeightLoRAConfig,
     counts,
 )
-from openmythos.config.matched_baseline import MATCHES, _plain, baseline
+from openmythos.config.matched_baseline import MATCHES, baseline, plain_model
 from openmythos.config.model import LOOP_ONLY
 from openmythos.config.presets import PRESETS, preset
 from openmythos.config.schema import from_dict, to_dict
@@ -159,7 +159,7 @@ def test_no_other_number_of_layers_is_nearer(fields: Json) -> None:
             RecurrentDepthLM(found.config)
         distance = abs(found.value - found.target)
         for number in range(1, 9):
-            other = size(_plain(config, number), match, found.context_length)
+            other = size(plain_model(config, number), match, found.context_length)
             assert abs(other - found.target) >= distance
 
 

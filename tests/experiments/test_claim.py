@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ CLAIM = {
     "name": "a",
     "article": "x.txt",
     "quote": "q",
-    "rule": "r",
+    "rule": "Holds from `least` on, not at `most`.",
     "thresholds": {"least": 1},
     "would_change": "w",
 }
@@ -19,7 +20,10 @@ CLAIM = {
 def test_claims_are_read(tmp_path: Path) -> None:
     path = tmp_path / "expected.json"
     path.write_text(json.dumps({"claims": [CLAIM]}))
-    assert read_claims(path)["a"].thresholds == {"least": 1}
+    claim = read_claims(path)["a"]
+    assert claim.thresholds == {"least": 1}
+    assert claim.rule_in_numbers == "Holds from 1 on, not at `most`."
+    assert replace(claim, thresholds={}).rule_in_numbers == claim.rule
     for content in ({}, {"claims": [{"name": "a"}]}, {"claims": [CLAIM, CLAIM]}):
         path.write_text(json.dumps(content))
         with pytest.raises(ValueError, match=r"does not hold|twice"):

@@ -33,6 +33,13 @@ def test_results_are_read_back_and_alterations_refused(tmp_path: Path) -> None:
     store.forget(found.lost)
     assert len(store.read()) == 2
     path = store.path(run)
+    rows = {"rows": [[0.5, None, -1e-05], [1, 2]], "words": ["a [ 1, 2 ]"], "none": []}
+    store.add(replace(done, data=rows))
+    assert '"rows": [\n   [0.5, null, -1e-05],\n   [1, 2]\n  ]' in path.read_text()
+    assert store.read().find(run) == replace(done, data=rows)
+    path.write_text(json.dumps(json.loads(path.read_text())))
+    store.tidy()
+    assert "[1, 2]\n" in path.read_text() and store.read().find(run) == replace(done, data=rows)
     stored = json.loads(path.read_text())
     stored["run"]["seed"] = 2
     path.write_text(json.dumps(stored))

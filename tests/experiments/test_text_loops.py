@@ -11,7 +11,7 @@ from experiments.claim import Conclusion
 from experiments.run_store import Result, Results, Run
 from experiments.text_loops import arm, curve, held_out, verdicts
 from experiments.text_loops.bigram import Bigrams
-from experiments.text_loops.run import DEPTHS, RATES, SIZES, STUDY
+from experiments.text_loops.run import DEPTHS, RATES, SIZES, STUDY, measure_zoo
 from openmythos.config import MoEConfig, counts
 from openmythos.data.prepare import prepare
 from openmythos.engine.reference import generate
@@ -262,4 +262,16 @@ def test_a_smoke_run_measures_what_the_verdicts_read(name: str, tmp_path: Path) 
 
 def test_every_arm_is_tuned_before_its_seeds() -> None:
     runs = STUDY.runs("small", Results())
-    assert len(runs) == 15 and all(run.tuning for run in runs)
+    assert runs[0].arm == arm.ZOO and not runs[0].tuning
+    assert len(runs) == 16 and all(run.tuning for run in runs[1:])
+
+
+def test_the_model_of_the_zoo_is_measured_and_stands_in_the_table(tmp_path: Path) -> None:
+    run = Run(arm.ZOO, 0, {"held_out_batches": 1})
+    data = measure_zoo(run, tmp_path, str(write_text(tmp_path)))
+    assert [int(loops) for loops in data["by_loops"]] == list(DEPTHS)
+    assert all(0 < bits < 8 for bits in data["by_loops"].values())
+    result = Result(run, data, None, 1.0, 1.0, "a processor", "2.13")
+    found = STUDY.conclude(Results([*results_of(), result]))
+    (table,) = (table for table in found.tables if "test-time" in table.title)
+    assert [row[0] for row in table.rows] == ["seed 0", "seed 1", "seed 2", "zoo:text"]

@@ -35,8 +35,8 @@ async function open(browser, { scheme = "light", viewport = WIDE, url = given.ur
 
 async function choose(page, model) {
   if (await page.inputValue("#model") !== model) await page.selectOption("#model", model);
-  await page.waitForFunction((walks) => document.getElementById("puzzles").hidden !== walks,
-    model === "walks");
+  await page.waitForFunction((puzzle) => document.getElementById("puzzles").hidden !== puzzle,
+    model !== "text");
 }
 
 const finished = (page) => page.waitForSelector("#send:enabled", { timeout: 60_000 });
@@ -235,14 +235,15 @@ const checks = {
   async "walks: picked, judged, and one of each length"(browser) {
     const page = await open(browser);
     await choose(page, "walks");
-    await page.selectOption("#hops", "5");
+    assert.match(await page.textContent(".empty"), /^A walk names where it starts .* up to 8 hops/);
+    await page.selectOption("#size", "5");
     assert.match(await page.inputValue("#prompt"), /^e\d+( r\d+){5}$/);
     const before = await page.inputValue("#prompt");
     await page.click("#another");
     assert.notEqual(await page.inputValue("#prompt"), before);
     await page.press("#prompt", "Enter");
     await finished(page);
-    assert.match(await page.textContent(".verdict"), /^[✓✗] (right|wrong): the walk ends at e\d+/);
+    assert.match(await page.textContent(".verdict"), /^[✓✗] (right|wrong): the answer is e\d+, answered after \d+ loops?$/);
     await page.check("#compare");
     await page.click("#ask-all");
     await finished(page);
@@ -254,6 +255,54 @@ const checks = {
     await page.press("#prompt", "Enter");
     await finished(page);
     assert.match(await page.textContent(".turn:last-child .error"), /no word of a walk/);
+    return page;
+  },
+
+  async "sums: an answer of several tokens is judged as a whole"(browser) {
+    const page = await open(browser);
+    await choose(page, "addition");
+    assert.equal(await page.textContent("#prompt-label"), "Sum");
+    await page.selectOption("#size", "3");
+    assert.match(await page.inputValue("#prompt"), /^\d \d \+ \d \d \+ \d \d =$/);
+    await page.press("#prompt", "Enter");
+    await finished(page);
+    assert.equal((await loopsOf(page)).length, 3);
+    assert.match(await page.textContent(".verdict"), /the answer is \d \d \d, answered after \d, \d, \d loops$/);
+    await page.click("#ask-all");
+    await finished(page);
+    const rows = page.locator(".turn:last-child tbody tr");
+    assert.equal(await rows.count(), 5);
+    assert.equal(await page.locator(".turn:last-child td .t").count(), 15);
+    return page;
+  },
+
+  async "the reading map of a puzzle: a table of loops and words, by keyboard"(browser) {
+    const page = await open(browser);
+    await choose(page, "walks");
+    await page.selectOption("#size", "4");
+    await slide(page, "#loops-a", 3);
+    await page.focus("#read");
+    await page.keyboard.press("Enter");
+    await page.waitForSelector(".map tbody tr:nth-child(3)");
+    await finished(page);
+    assert.deepEqual(page.bodies, [{ model: "walks", size: 4, num_loops: 3 }]);
+    const lost = page.locator(".turn .map").first();
+    assert.deepEqual(await lost.locator("thead th").allTextContents(),
+      ["start", "relation 1", "relation 2", "relation 3"]);
+    assert.deepEqual(await lost.locator("tbody th").allTextContents(), ["loop 1", "loop 2", "loop 3"]);
+    const cells = await lost.locator("tbody td").allTextContents();
+    assert.equal(cells.length, 12);
+    for (const cell of cells) assert.match(cell, /^(–|-?\d*\.\d\d)$/);
+    assert.match(await page.textContent("#live"), /^With 3 loops, \d+ % of these are answered right/);
+    assert(!await page.isVisible(".turn details .map"));
+    await page.click(".turn details summary");
+    assert.equal(await page.locator(".turn details .map tbody td").count(), 12);
+    // A region that may scroll is reached by Tab.
+    assert.equal(await page.locator(".turn .table").first().getAttribute("tabindex"), "0");
+    await page.route("**/v1/reading", (route) => route.abort());
+    await page.click("#read");
+    await finished(page);
+    assert.match(await page.textContent(".turn:last-child .error"), /does not answer/);
     return page;
   },
 
@@ -314,6 +363,13 @@ for (const scheme of ["light", "dark"]) {
       await page.click("#ask-all");
       await finished(page);
       assert.deepEqual(await violations(page), []);
+      await page.selectOption("#size", "12");
+      await slide(page, "#loops-a", 2);
+      await page.click("#read");
+      await page.waitForSelector(".map tbody tr:nth-child(2)");
+      await finished(page);
+      await page.click(".turn details summary");
+      assert.deepEqual(await violations(page), []);
       for (const width of [viewport.width, 320]) {
         await page.setViewportSize({ width, height: viewport.height });
         const wide = await page.evaluate(() => document.documentElement.scrollWidth);
@@ -354,6 +410,14 @@ async function pictures(browser) {
   await page.click("#ask-all");
   await finished(page);
   await save(page, "dark");
+  const reading = await open(browser, { viewport: { width: 1280, height: 760 } });
+  await choose(reading, "walks");
+  await reading.selectOption("#size", "8");
+  await slide(reading, "#loops-a", 4);
+  await reading.click("#read");
+  await reading.waitForSelector(".map tbody tr:nth-child(4)");
+  await finished(reading);
+  await save(reading, "reading");
 }
 
 const args = process.getuid() === 0 ? ["--no-sandbox"] : []; // Chromium refuses root a sandbox

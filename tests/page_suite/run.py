@@ -19,6 +19,8 @@ from typing import Any
 from PIL import Image
 
 from openmythos.command.decoding import load
+from openmythos.command.serve import shipped
+from openmythos.data.addition import Addition, AdditionConfig
 from openmythos.data.synthetic import HopsConfig, Walks
 from openmythos.eval.puzzle import PuzzleCodec
 from openmythos.tokenizer import byte_tokenizer
@@ -29,19 +31,21 @@ KEY = "the right key"
 
 
 def random_models() -> dict[str, Any]:
-    """Text with room for long answers, and walks; they are slow enough to be stopped."""
+    """Text with room for long answers, and puzzles; they are slow enough to be stopped."""
     walks, bytes_ = Walks(HopsConfig()), byte_tokenizer()
+    sums = Addition(AdditionConfig(max_terms=6), seed=0)
     bytes_.end_ids = frozenset()  # an answer ends when it is stopped
     sizes = {"d_model": 64, "num_loops": 8, "max_seq_len": 4096}
     return {
         "text": (small_model(**sizes), bytes_),
         "walks": (small_model(vocab_size=walks.vocab_size), PuzzleCodec(walks)),
+        "addition": (small_model(vocab_size=sums.vocab_size), PuzzleCodec(sums)),
     }
 
 
 def trained_models() -> dict[str, Any]:
     """The models that ship."""
-    return {name: load(Path(f"zoo:{name}"), "cpu") for name in ("walks", "text")}
+    return {path.name.removeprefix("zoo:"): load(path, "cpu") for path in shipped()}
 
 
 def shrink(pictures: Path) -> None:

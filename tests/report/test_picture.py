@@ -1,6 +1,10 @@
 from itertools import pairwise
 
+import numpy as np
+
 from openmythos.analysis.picture import to_svg
+from openmythos.config.presets import preset
+from openmythos.plan.scaling_law import PARCAE, fit, simulate
 from openmythos.report import picture
 
 
@@ -40,3 +44,13 @@ def test_one_point_is_drawn() -> None:
     (axes,) = picture.loss_curve([(1.0, 2.0)], "title").axes
     assert any(line.get_marker() == "o" for line in axes.lines)
     assert to_svg(picture.depth_curve({1: 2.0}, None, "title"))
+
+
+def test_laws_are_drawn_over_the_losses_that_they_see() -> None:
+    runs = simulate(PARCAE["parcae-370m"], preset("parcae-370m"), noise=0.002)
+    found = fit("unrolled", runs)
+    (axes,) = picture.laws({"unrolled": found}, runs).axes
+    points = axes.get_lines()[1]
+    np.testing.assert_allclose(points.get_xdata(), found.predict(runs))
+    np.testing.assert_allclose(points.get_ydata(), runs["loss"])
+    assert axes.get_title(loc="left") == "unrolled"

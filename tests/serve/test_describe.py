@@ -29,6 +29,9 @@ def test_errors_are_described_in_their_own_form(server: Running) -> None:
     )
     body = made["components"]["schemas"]["CompletionBody"]["properties"]
     assert body["model"]["enum"] == ["small"]
+    assert {"200", "400", "404", "429", "503"} <= set(answers_of(made, "/v1/reading", "post"))
+    reading = made["components"]["schemas"]["ReadingAnswer"]["properties"]
+    assert {"columns", "necessity", "sufficiency", "difference"} <= set(reading)
     assert set(answers_of(made, "/health", "get")) == {"200", "503"}
 
 

@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from openmythos.data.puzzle_table import CONFIGS, make_puzzle
 from openmythos.data.synthetic import HopsConfig, Walks
-from openmythos.eval.puzzle import PuzzleCodec
+from openmythos.eval.puzzle import PuzzleCodec, puzzle_documents
 from openmythos.model.exit import EXIT_RULES, make_exit_rule
 from openmythos.serve import page
 from openmythos.tokenizer import byte_tokenizer
@@ -121,16 +122,23 @@ def test_other_paths_are_not_found(server: Running) -> None:
 
 def test_puzzles_are_walks_with_their_ends(server: Running) -> None:
     offered = server.client.get("/v1/page", params={"model": "walks"}).json()
+    assert offered["puzzle"] == {
+        "kind": "hops",
+        "noun": "walk",
+        "size_word": "hops",
+        "explained": WALKS.explained,
+        "max_train_size": 8,
+    }
     codec, hops = PuzzleCodec(WALKS), []
     for puzzle in offered["puzzles"]:
         walk = np.array([codec.encode(puzzle["prompt"])])
         assert puzzle["answer"] == codec.words[WALKS.entities_along(walk)[0, -1]]
         assert WALKS.is_held_out(walk, walk.shape[1] - 1)[0] == WALKS.holds_out(walk.shape[1] - 1)
-        assert puzzle["trained"] == (puzzle["hops"] <= 8)
-        assert puzzle["hops"] == walk.shape[1] - 1
-        hops.append(puzzle["hops"])
-    assert sorted(hops) == sorted([*range(1, 13)] * page.WALKS_EACH)
-    longest = max(offered["puzzles"], key=lambda puzzle: puzzle["hops"])["prompt"]
+        assert puzzle["trained"] == (puzzle["size"] <= 8)
+        assert puzzle["size"] == walk.shape[1] - 1
+        hops.append(puzzle["size"])
+    assert sorted(hops) == sorted([*range(1, 13)] * page.EACH_SIZE)
+    longest = max(offered["puzzles"], key=lambda puzzle: puzzle["size"])["prompt"]
     answer = server.post("/v1/completions", model="walks", prompt=longest, max_tokens=1)
     assert answer.status_code == 200
 
@@ -138,13 +146,32 @@ def test_puzzles_are_walks_with_their_ends(server: Running) -> None:
 def test_a_short_model_gets_walks_that_fit(server: Running) -> None:
     puzzles = server.client.get("/v1/page", params={"model": "short"}).json()["puzzles"]
     longest = puzzles[-1]
-    assert longest["hops"] == 6
+    assert longest["size"] == 6
     answer = server.post("/v1/completions", model="short", prompt=longest["prompt"], max_tokens=1)
     assert answer.status_code == 200
 
 
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_every_puzzle_is_offered_with_its_answer(kind: str) -> None:
+    """In words that its model reads, in sizes that fit, and the answer is the generator's."""
+    puzzle = make_puzzle(CONFIGS[kind](), seed=3)
+    codec = PuzzleCodec(puzzle)
+    sizes = page.sizes_of(puzzle, max_len=200)
+    assert puzzle.max_train_size in sizes and len(sizes) <= page.NUM_SIZES + 1
+    assert sizes == sorted(set(sizes)) and sizes[0] == puzzle.least_size
+    longest = puzzle.num_tokens(puzzle.max_train_size)
+    assert max(page.sizes_of(puzzle, max_len=longest), default=0) < max(2, puzzle.max_train_size)
+    for document in puzzle_documents(puzzle, puzzle.max_train_size, 3):
+        question, answer = (codec.encode(document[name]) for name in ("context", "target"))
+        whole = np.array([[*question, *answer[:-1]]])
+        assert puzzle.targets(whole)[0, len(question) - 1 :].tolist() == answer
+    sentence = puzzle.explained
+    assert sentence[0].isupper() and sentence.endswith(".") and sentence.count(". ") == 0
+
+
 def test_a_model_of_text_has_no_puzzles(server: Running) -> None:
-    assert server.client.get("/v1/page", params={"model": "small"}).json()["puzzles"] == []
+    offered = server.client.get("/v1/page", params={"model": "small"}).json()
+    assert (offered["puzzle"], offered["puzzles"]) == (None, [])
     first = server.client.get("/v1/page").json()
     assert first["model"] == "small"
     assert server.client.get("/v1/page", params={"model": "none"}).status_code == 404

@@ -16,8 +16,8 @@ const RULES = {
 };
 
 const state = {
-  key: "", models: [], model: null, offer: { exit_rules: [], puzzles: [] },
-  conversation: { histories: [[], []] }, running: null, walk: 0,
+  key: "", models: [], model: null, offer: { exit_rules: [], puzzle: null, puzzles: [] },
+  conversation: { histories: [[], []] }, running: null, nth: 0,
 };
 
 // --- elements ----------------------------------------------------------------------------------
@@ -38,10 +38,11 @@ function draw(tag, attributes = {}, ...children) {
 
 // The heading of an answer; its letter is empty if there is only one.
 function named(letter, depth) {
-  return letter ? `${letter}: ${depth.words}` : depth.words[0].toUpperCase() + depth.words.slice(1);
+  return letter ? `${letter}: ${depth.words}` : capital(depth.words);
 }
 
 const letters = (count) => (count > 1 ? ["A", "B"] : [""]);
+const capital = (words) => words[0].toUpperCase() + words.slice(1);
 const plural = (count, word) => `${count} ${word}${count === 1 ? "" : "s"}`;
 const sum = (numbers) => numbers.reduce((total, number) => total + number, 0);
 
@@ -274,56 +275,68 @@ async function chooseModel() {
   const offer = await answer.json();
   if (name !== $("model").value) return; // another one was chosen meanwhile
   const model = state.models.find(({ id }) => id === name);
-  Object.assign(state, { model, offer, walk: 0 });
+  Object.assign(state, { model, offer, nth: 0 });
   const template = model.chat_template ? "has a chat template" : "base model, no chat template";
-  const walks = offer.puzzles.length > 0;
+  const { puzzle } = offer;
   $("model-facts").textContent =
     `trained at ${plural(model.num_loops, "loop")}, ${model.max_model_len} tokens, `
-    + (walks ? "follows walks" : template);
+    + (puzzle ? `knows a puzzle: ${puzzle.kind}` : template);
   state.depths = state.depths ?? [new Depth("a"), new Depth("b")];
   state.depths[0].offer(model, model.num_loops);
   state.depths[1].offer(model, Math.max(1, Math.floor(model.num_loops / 4)));
   showRules(offer.default_rule ? OWN_RULE : "entropy_kl");
-  $("temperature").value = walks ? 0 : 0.8;
-  $("max-tokens").value = walks ? 1 : Math.min(200, Math.floor(model.max_model_len / 2));
-  $("modes").hidden = walks;
-  $("puzzles").hidden = !walks;
-  const mode = model.chat_template && !walks ? "chat" : "continue";
+  $("temperature").value = puzzle ? 0 : 0.8;
+  $("max-tokens").value = puzzle
+    ? answerLength(offer.puzzles) : Math.min(200, Math.floor(model.max_model_len / 2));
+  $("modes").hidden = Boolean(puzzle);
+  $("puzzles").hidden = !puzzle;
+  const mode = model.chat_template && !puzzle ? "chat" : "continue";
   document.querySelector(`input[name=mode][value=${mode}]`).checked = true;
-  showWalks();
+  showSizes();
   showLegend();
   startAgain();
 }
 
-function showWalks() {
-  const hops = [...new Set(state.offer.puzzles.map((puzzle) => puzzle.hops))];
-  $("hops").replaceChildren(...hops.map((count) => {
-    const unseen = state.offer.puzzles.find((p) => p.hops === count).trained ? "" : " (not trained)";
-    return make("option", { value: count }, `${plural(count, "hop")}${unseen}`);
-  }));
-  if (hops.length) $("hops").value = hops[Math.min(2, hops.length - 1)];
+const sizes = () => [...new Set(state.offer.puzzles.map(({ size }) => size))];
+const ofSize = (wanted) => state.offer.puzzles.filter(({ size }) => size === wanted);
+const answerLength = (puzzles) =>
+  Math.max(1, ...puzzles.map(({ answer }) => answer.split(" ").length));
+
+// "1 hop", "3 hops": the name of a size is that of many.
+function sized(size) {
+  const word = state.offer.puzzle.size_word;
+  return plural(size, word.replace(/s$/, ""));
 }
 
-function pickWalk() {
-  const walks = state.offer.puzzles.filter(({ hops }) => hops === Number($("hops").value));
-  $("prompt").value = walks[state.walk++ % walks.length].prompt;
+function showSizes() {
+  $("size").replaceChildren(...sizes().map((size) => {
+    const unseen = ofSize(size)[0].trained ? "" : " (not trained)";
+    return make("option", { value: size }, `${sized(size)}${unseen}`);
+  }));
+  if (sizes().length) $("size").value = sizes()[Math.min(2, sizes().length - 1)];
+}
+
+function pickPuzzle() {
+  const puzzles = ofSize(Number($("size").value));
+  if (puzzles.length) $("prompt").value = puzzles[state.nth++ % puzzles.length].prompt;
 }
 
 function startAgain() {
   state.running?.abort();
   state.conversation = { histories: [[], []] };
-  const walks = state.offer.puzzles.length > 0;
-  $("prompt-label").textContent = walks ? "Walk" : isChat() ? "Message" : "Text to continue";
+  const { puzzle } = state.offer;
+  $("prompt-label").textContent = puzzle ? capital(puzzle.noun)
+    : isChat() ? "Message" : "Text to continue";
   $("clear").textContent = isChat() ? "New conversation" : "Clear";
-  const said = walks
-    ? "A walk names where it starts and which relations to follow; the model answers where it ends. "
-      + "Each relation more is one step of thought more. Pick one, or ask one of each length."
+  const said = puzzle
+    ? `${puzzle.explained} The model was trained on up to ${sized(puzzle.max_train_size)}. Pick one, `
+      + `ask one of each number of ${puzzle.size_word}, or see in its reading map which loop reads which word.`
     : isChat() ? "Write a message. Each token of the answer is shaded by the loops that it took."
       : "Write the beginning of a text. Each token that follows is shaded by the loops it took.";
   $("thread").replaceChildren(make("p", { class: "empty" }, said));
   $("prompt").value = "";
-  $("prompt").rows = walks ? 1 : 2;
-  if (walks) pickWalk();
+  $("prompt").rows = puzzle ? 1 : 2;
+  if (puzzle) pickPuzzle();
 }
 
 // --- an answer ---------------------------------------------------------------------------------
@@ -582,7 +595,8 @@ function drawHistogram(svg, loops, most) {
   svg.replaceChildren(...parts);
 }
 
-function drawWalks(svg, rows, most) {
+// Loops of the answers, their mean if one has several tokens, by size.
+function drawSizes(svg, rows, most) {
   const { right, bottom, y } = frame(svg, most);
   const step = (right - LEFT) / rows.length;
   const parts = ticks(most).flatMap((n) => [
@@ -590,7 +604,7 @@ function drawWalks(svg, rows, most) {
     text(LEFT - 6, y(n) + 4, n, "end"),
   ]);
   rows.forEach(({ puzzle }, index) =>
-    parts.push(text(LEFT + (index + 0.5) * step, HEIGHT - 4, puzzle.hops, "middle")));
+    parts.push(text(LEFT + (index + 0.5) * step, HEIGHT - 4, puzzle.size, "middle")));
   for (const [lane, letter] of [[1, "b"], [0, "a"]]) {
     const points = rows.map((row, index) => [LEFT + (index + 0.5) * step, row.loops[lane]])
       .filter(([, loops]) => loops).map(([x, loops]) => [x, y(loops)]);
@@ -648,9 +662,11 @@ async function follow(lane, ...asked) {
   }
 }
 
+const BEGINNERS = ["send", "ask-all", "read"];
+
 async function run(work) {
   const control = state.running = new AbortController();
-  $("send").disabled = $("ask-all").disabled = true;
+  for (const id of BEGINNERS) $(id).disabled = true;
   $("stop").disabled = false;
   try {
     await work(control.signal);
@@ -661,7 +677,7 @@ async function run(work) {
       const stopFocused = document.activeElement === $("stop");
       state.running = null;
       $("stop").disabled = true;
-      $("send").disabled = $("ask-all").disabled = false;
+      for (const id of BEGINNERS) $(id).disabled = false;
       if (stopFocused) $("prompt").focus();
     }
   }
@@ -671,10 +687,11 @@ async function send() {
   const prompt = $("prompt").value;
   if (!prompt.trim() || state.running) return;
   const chat = isChat();
-  const walk = state.offer.puzzles.find((puzzle) => puzzle.prompt === prompt.trim());
+  const puzzle = state.offer.puzzles.find((known) => known.prompt === prompt.trim());
   const shared = { model: state.model.id, ...ruleBody(), ...sampling() };
   const depths = depthsAsked();
-  const { element, lanes } = turn(prompt, chat ? "You" : walk ? "Walk" : "Text", depths);
+  const { element, lanes } = turn(prompt,
+    chat ? "You" : state.offer.puzzle ? capital(state.offer.puzzle.noun) : "Text", depths);
   if (!chat) element.classList.add("continue");
   if (chat) $("prompt").value = "";
   reveal(element);
@@ -688,7 +705,7 @@ async function send() {
     const body = { ...shared, ...depths[index].body };
     if (!chat) {
       await follow(lane, "v1/completions", { ...body, prompt }, signal);
-      if (walk && lane.text) judge(lane, walk);
+      if (puzzle && lane.text) judge(lane, puzzle);
       return;
     }
     const messages = [...before[index], { role: "user", content: prompt }];
@@ -700,12 +717,16 @@ async function send() {
   reveal(element);
 }
 
-function judge(lane, walk) {
-  const right = lane.text.trim().split(/\s+/)[0] === walk.answer;
-  const words = right ? `✓ right: the walk ends at ${walk.answer}`
-    : `✗ wrong: the walk ends at ${walk.answer}`;
-  const taken = `, answered after ${plural(lane.loops[0], "loop")}`;
-  lane.said.textContent = ""; // of course it ended after one token
+function isRight(said, { answer }) {
+  return said.trim().split(/\s+/).slice(0, answer.split(" ").length).join(" ") === answer;
+}
+
+function judge(lane, puzzle) {
+  const right = isRight(lane.text, puzzle);
+  const words = `${right ? "✓ right" : "✗ wrong"}: the answer is ${puzzle.answer}`;
+  const counts = lane.loops.length > 1 ? `${lane.loops.join(", ")} loops` : plural(lane.loops[0], "loop");
+  const taken = `, answered after ${counts}`;
+  lane.said.textContent = ""; // of course it ended after so many tokens
   lane.said.before(make("p", { class: `verdict ${right ? "right" : "wrong"}` }, words + taken));
 }
 
@@ -717,65 +738,163 @@ function summary(lane, letter) {
     + `average; ${lane.said.textContent}.`;
 }
 
-// One walk of each length, at every depth that is asked for: a table and a chart.
+// One puzzle of each size, at every depth that is asked for: a table and a chart.
 async function askAll() {
   if (state.running) return;
   const depths = depthsAsked();
   const most = Math.max(...depths.map((depth) => depth.loops));
-  const shared = { model: state.model.id, ...ruleBody(), ...sampling(), max_tokens: 1 };
-  const lengths = [...new Set(state.offer.puzzles.map(({ hops }) => hops))];
-  const nth = state.walk++;
-  const rows = lengths.map((hops) => {
-    const walks = state.offer.puzzles.filter((puzzle) => puzzle.hops === hops);
-    const puzzle = walks[nth % walks.length];
+  const { noun, size_word: word } = state.offer.puzzle;
+  const shared = { model: state.model.id, ...ruleBody(), ...sampling() };
+  const nth = state.nth++;
+  const rows = sizes().map((size) => {
+    const puzzles = ofSize(size);
+    const puzzle = puzzles[nth % puzzles.length];
     return { puzzle, loops: [], cells: depths.map(() => make("td", {}, "…")) };
   });
   const names = depths.map((depth, index) => named(letters(depths.length)[index], depth));
-  const head = ["hops", "walk", "ends at", ...names];
+  const head = [word, noun, "answer", ...names];
   const body = rows.map(({ puzzle, cells }) => make("tr", {},
-    make("td", {}, `${puzzle.hops}${puzzle.trained ? "" : " *"}`), make("td", {}, puzzle.prompt),
-    make("td", {}, puzzle.answer), ...cells));
-  const chart = draw("svg", { role: "img", "aria-label": "Loops by hops; the table has the numbers" });
+    make("td", {}, `${puzzle.size}${puzzle.trained ? "" : " *"}`), make("td", {}, puzzle.prompt),
+    make("td", { class: "nowrap" }, puzzle.answer), ...cells));
+  const chart = draw("svg", { role: "img", "aria-label": `Loops by ${word}; the table has the numbers` });
   const note = rows.some(({ puzzle }) => !puzzle.trained)
-    ? [make("p", { class: "quiet" }, "* longer than any walk in training")] : [];
+    ? [make("p", { class: "quiet" }, "* larger than any in training")] : [];
   const line = depths.length > 1 ? "; solid: A, dashed: B" : "";
-  const element = make("article", { class: "turn" },
-    make("h2", { "data-said": "Walks" }, "One walk of each length"),
-    make("figure", {}, make("figcaption", {}, `Loops of the answer by hops${line}`), chart),
-    make("div", { class: "table" }, make("table", {},
-      make("thead", {}, make("tr", {}, ...head.map((name) => make("th", { scope: "col" }, name)))),
-      make("tbody", {}, ...body))), ...note);
-  const error = make("p", { class: "error", role: "alert", hidden: "" });
-  element.append(error);
-  $("thread").querySelector(".empty")?.remove();
-  $("thread").append(element);
-  reveal(element);
-  announce(`Asking ${plural(rows.length, "walk")}.`);
+  const element = article(`One of each number of ${word}`,
+    make("figure", {}, make("figcaption", {}, `Loops of the answer by ${word}${line}`), chart),
+    make("div", { class: "table" }, table(head, body)), ...note);
+  announce(`Asking ${plural(rows.length, noun)}.`);
   const answer = async (row, index, signal) => {
     const depth = depths[index];
     try {
-      const asked = { ...shared, ...depth.body, prompt: row.puzzle.prompt, include_loops: true };
+      const { prompt, answer: right } = row.puzzle;
+      const asked = { ...shared, ...depth.body, prompt, include_loops: true,
+        max_tokens: right.split(" ").length };
       const [choice] = (await (await ask("v1/completions", asked, signal)).json()).choices;
-      [row.loops[index]] = choice.loops;
-      const right = choice.text.trim() === row.puzzle.answer;
-      const badge = make("span", { class: "t" }, plural(row.loops[index], "loop"));
-      shade(badge, row.loops[index], state.model.max_loops);
-      const verdict = make("span", { class: right ? "right" : "wrong" },
-        ` ${right ? "✓ right" : `✗ ${choice.text.trim()}`}`);
-      row.right = [...(row.right ?? []), right];
-      row.cells[index].replaceChildren(badge, verdict);
+      row.loops[index] = sum(choice.loops) / choice.loops.length;
+      const badges = choice.loops.map((loops) => {
+        const badge = make("span", { class: "t" },
+          choice.loops.length > 1 ? String(loops) : plural(loops, "loop"));
+        shade(badge, loops, state.model.max_loops);
+        return badge;
+      });
+      const correct = isRight(choice.text, row.puzzle);
+      const verdict = make("span", { class: correct ? "right" : "wrong" },
+        ` ${correct ? "✓ right" : `✗ ${choice.text.trim()}`}`);
+      row.right = [...(row.right ?? []), correct];
+      row.cells[index].replaceChildren(...badges, verdict);
     } catch (failure) {
       row.cells[index].textContent = "–";
       if (signal.aborted) return;
-      error.textContent = failure.message;
-      error.hidden = false;
+      element.fail(failure);
     }
-    drawWalks(chart, rows, most);
+    drawSizes(chart, rows, most);
   };
   await run((signal) => Promise.all(
     rows.flatMap((row) => depths.map((_, index) => answer(row, index, signal)))));
   const marks = rows.flatMap((row) => row.right ?? []);
   announce(`${sum(marks.map(Number))} of ${marks.length} right.`);
+  reveal(element);
+}
+
+// A turn of the thread that is no answer; `fail` shows an error in it.
+function article(title, ...parts) {
+  const error = make("p", { class: "error", role: "alert", hidden: "" });
+  const element = make("article", { class: "turn" },
+    make("h2", { "data-said": capital(state.offer.puzzle.noun) }, title), ...parts, error);
+  element.fail = ({ message }) => {
+    error.textContent = message;
+    error.hidden = false;
+  };
+  $("thread").querySelector(".empty")?.remove();
+  $("thread").append(element);
+  reveal(element);
+  return element;
+}
+
+function table(head, rows) {
+  return make("table", {},
+    make("thead", {}, make("tr", {}, ...head.map((name) => make("th", { scope: "col" }, name)))),
+    make("tbody", {}, ...rows));
+}
+
+// --- the reading map ---------------------------------------------------------------------------
+
+const ROW_MS = 350; // between two rows, for who wants movement
+
+// Shares as in print: ".98", "1.00", "-.03"; a column that the answer does not hang on has none.
+const share = (value) => (value === null ? "–"
+  : value.toFixed(2).replace(/^(-?)0\./, "$1.").replace("-.00", ".00"));
+
+function mapRow(values, index) {
+  const cells = values.map((value) => {
+    const cell = make("td", {}, share(value));
+    cell.style.setProperty("--strength", Math.min(Math.max(value ?? 0, 0), 1).toFixed(2));
+    return cell;
+  });
+  return make("tr", {}, make("th", { scope: "row" }, `loop ${index + 1}`), ...cells);
+}
+
+function mapTable(name, columns, values) {
+  const head = ["", ...columns].map((column) =>
+    make(column ? "th" : "td", column ? { scope: "col" } : {}, make("span", {}, column)));
+  const body = make("tbody");
+  const grid = make("table", { class: "map" }, make("caption", { class: "unseen" }, name),
+    make("thead", {}, make("tr", {}, ...head)), body);
+  const box = make("div", { class: "table", role: "region", tabindex: "0", "aria-label": name }, grid);
+  return { box, grow: async (signal) => {
+    const still = matchMedia("(prefers-reduced-motion: reduce)").matches;
+    for (const [index, row] of values.entries()) {
+      if (!still && index) await new Promise((done) => setTimeout(done, ROW_MS));
+      if (signal.aborted) return;
+      body.append(mapRow(row, index));
+    }
+  } };
+}
+
+function mapWords({ accuracy, difference, num_loops: loops }) {
+  const percent = Math.round(100 * accuracy);
+  const right = `With ${plural(loops, "loop")}, ${percent} % of these are answered right.`;
+  const bits = difference.mean_bits;
+  const apart = bits === null ? "No two neighbouring loops read anything, so they are not compared."
+    : `Neighbouring loops differ by ${share(bits)} bits in what they read: 0 if they read the same `
+      + "words, 1 if they have none in common.";
+  return `${right} ${apart} Loops that are left over repair what one has misread: the map is `
+    + "clearest at the fewest loops that still answer right.";
+}
+
+async function readMap() {
+  if (state.running) return;
+  const size = Number($("size").value), [depth] = state.depths;
+  const { noun } = state.offer.puzzle;
+  const waiting = make("p", { class: "quiet" }, "computing the map …");
+  const element = article(`Which loop reads what: ${sized(size)}, ${plural(depth.loops, "loop")}`,
+    waiting);
+  announce("Computing the reading map.");
+  await run(async (signal) => {
+    try {
+      const body = { model: state.model.id, size, num_loops: depth.loops };
+      const map = await (await ask("v1/reading", body, signal)).json();
+      const lost = mapTable("Share of the answer that is lost when a word is wrong during one loop only",
+        map.columns, map.necessity);
+      const kept = mapTable("Share of the answer that is kept when a word is right during one loop only",
+        map.columns, map.sufficiency);
+      const words = mapWords(map);
+      waiting.replaceWith(
+        make("p", { class: "quiet lead" }, `A word of the ${noun} is replaced by another one during one `
+          + "loop only. Each number is the share of the answer that is lost by that, the average over "
+          + `${Math.max(...map.num_examples)} examples; – where the answer does not hang on the word.`),
+        lost.box, make("p", { class: "lead" }, words),
+        make("details", {}, make("summary", {}, "The other way round: right during one loop only"),
+          kept.box));
+      await Promise.all([lost.grow(signal), kept.grow(signal)]);
+      announce(words);
+    } catch (failure) {
+      waiting.remove();
+      if (signal.aborted) element.fail({ message: "stopped" });
+      else element.fail(failure);
+    }
+  });
   reveal(element);
 }
 
@@ -811,9 +930,10 @@ function listen() {
   for (const radio of document.querySelectorAll("input[name=mode]")) {
     radio.addEventListener("change", startAgain);
   }
-  $("hops").addEventListener("change", pickWalk);
-  $("another").addEventListener("click", pickWalk);
+  $("size").addEventListener("change", pickPuzzle);
+  $("another").addEventListener("click", pickPuzzle);
   $("ask-all").addEventListener("click", askAll);
+  $("read").addEventListener("click", readMap);
   $("clear").addEventListener("click", () => {
     startAgain();
     $("prompt").focus();

@@ -12,6 +12,7 @@ from itertools import accumulate, pairwise
 from operator import mul
 
 HORIZON = 16  # loops that are looked ahead
+TOGETHER = 0.92  # of the best rate at which rows stay in step, which later cycles keep up
 PARTS = 8  # of a row that the expected number of rows is rounded down to
 Ends = tuple[float, ...]  # the probabilities to have ended after 1, 2 ... HORIZON more loops
 
@@ -69,7 +70,8 @@ class CallCosts:
         The longer tokens wait at the boundary, the more of them one crossing serves, and the fewer
         rows loop meanwhile. The crossing is best after the loop that makes most loops per second of
         those until then, and of what a crossing costs whatever its rows. What it costs by the row
-        every token pays, whenever it crosses.
+        every token pays, whenever it crosses. Rows that are out of step afterwards do worse in the
+        next cycles than in this one, so that staying in step is chosen if it is nearly as good.
 
         Args:
             looping: When the rows will have ended.
@@ -90,6 +92,8 @@ class CallCosts:
             if joined and rate > most:
                 most, found = rate, (number, round(joined))
             if joined == num_looping:
+                if rate >= TOGETHER * most:
+                    found = number, num_looping
                 break
         return found
 

@@ -39,35 +39,31 @@ def test_rows_of_nobody_cost_less() -> None:
 
 
 def test_a_crossing_waits_until_most_loops_get_done_per_second() -> None:
-    """One of eight tokens ends after 1 loop, the others after 3; loops take 2, 1.875 and 1.875.
+    """One of eight tokens ends after 1 loop, the others after 3; a loop takes a second.
 
-    With a crossing of b, crossing after one loop makes 2 tokens' worth in 2 + b seconds, after two
-    3.75 in 3.875 + b, after three 5.5 in 5.75 + b: as much as after two where b is 0.143 = 1 / 7.
+    With a crossing of b, crossing after one loop makes 2 tokens' worth in 1 + b seconds, after two
+    3.75 in 2 + b, after three, all together, 5.5 in 3 + b: 0.92 as much as after one at b = 0.005.
     """
     ends, loops = [after(1), *[after(3)] * 7], [4.0] * 8
-    for fixed, wanted in ((0.14, (1, 1)), (0.15, (3, 8))):
-        assert linear((1.0, 0.125), (fixed, 0.5)).loops_between(ends, loops) == wanted
+    for fixed, wanted in ((0.0, (1, 1)), (0.1, (3, 8))):
+        assert linear((1.0, 0.0), (fixed, 0.5)).loops_between(ends, loops) == wanted
 
 
 def test_what_a_crossing_costs_by_the_row_is_not_saved_by_waiting() -> None:
-    """Half of the rows end after 1 loop, half after 2: 2 / (1.8 + b) against 3 / (3.2 + b)."""
+    """Half of the rows end after 1 loop, half after 2: 3 / (2 + b), 2 / (1 + b); 0.92 at 0.586."""
     ends, loops = [*[after(1)] * 4, *[after(2)] * 4], [4.0] * 8
     for by_row in (0.0, 3.0):
-        for fixed, wanted in ((0.9, (1, 4)), (1.1, (2, 8))):
-            assert linear((1.0, 0.1), (fixed, by_row)).loops_between(ends, loops) == wanted
+        for fixed, wanted in ((0.0, (1, 4)), (0.5, (1, 4)), (0.7, (2, 8))):
+            assert linear((1.0, 0.0), (fixed, by_row)).loops_between(ends, loops) == wanted
 
 
 def test_steps_and_crossings_that_take_longer_than_their_calls() -> None:
-    """As above: 2 / (1.8 + step + b) is 3 / (3.2 + 2 step + b) where b is 1 + step."""
+    """As above, where b is 0.586 (1 + step)."""
     ends, loops = [*[after(1)] * 4, *[after(2)] * 4], [4.0] * 8
-    costs = linear((1.0, 0.1), (1.1, 0.5))
+    costs = linear((1.0, 0.0), (0.65, 0.5))
+    assert costs.loops_between(ends, loops) == (2, 8)
     assert costs.loops_between(ends, loops, 0.2) == (1, 4)
     assert costs.loops_between(ends, loops, 0.2, 1.2) == (2, 8)
-
-
-def test_a_crossing_that_costs_by_the_row_alone_is_not_waited_for() -> None:
-    costs = linear((1.0, 0.1), (0.0, 3.0))
-    assert costs.loops_between([after(1), *[after(2)] * 7], [4.0] * 8) == (1, 1)
 
 
 def test_one_row_costs_a_whole_crossing() -> None:

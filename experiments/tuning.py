@@ -24,6 +24,13 @@ class Tuned:
     rate: float | None
     scores: Mapping[float, float]
 
+    def then(self, arm: str, settings: Mapping[str, Any], seeds: Sequence[int]) -> list[Run]:
+        """The tuning runs and, once the rate is chosen, the arm's runs with it, one per seed."""
+        if self.rate is None:
+            return self.runs
+        chosen = {**settings, "rate": self.rate}
+        return [*self.runs, *(Run(arm, seed, chosen) for seed in seeds)]
+
 
 def tuned(
     done: Results,

@@ -35,10 +35,7 @@ class ChainOfThought(Study):
         found: list[Run] = []
         for name in ARMS:
             choice = tuned(done, name, settings[name], RATES, lambda r: r.data["learnt"])
-            found += choice.runs
-            if choice.rate is not None:
-                chosen = {**settings[name], "rate": choice.rate}
-                found += [Run(name, seed, chosen) for seed in SEEDS]
+            found += choice.then(name, settings[name], SEEDS)
         return found
 
     def measure(self, run: Run, scale: str, out: Path) -> Mapping[str, Any]:

@@ -86,7 +86,6 @@ ARMS: Mapping[str, Arm] = {
 }  # fmt: skip
 MAIN = ("fixed_longest", "fixed_mixed", "sampled_longest", "sampled_mixed")
 STACKS = tuple(name for name, arm in ARMS.items() if arm.depth == "stack")
-TUNED_AS = {"stack_long": "stack_training"}  # has that arm's rate
 
 
 def model_of(arm: Arm) -> ModelConfig:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experiments.claim import Conclusion
-from experiments.depth_dial.arms import ARMS, SAVE_EVERY, STACKS, TRAINED_HOPS, TUNED_AS, training
+from experiments.depth_dial.arms import ARMS, SAVE_EVERY, STACKS, TRAINED_HOPS, training
 from experiments.run_store import Result, Results, Run
 from experiments.study import WORK, Study, main
 from experiments.tuning import tuned
@@ -37,17 +37,10 @@ class DepthDial(Study):
         if scale == "smoke":
             few = {"steps": 2, "walks": 4, "most_loops": 4, "rate": RATES[1]}
             return [Run(arm, 0, few) for arm in SMOKE_ARMS]
-        found, rates = [], {}
+        found: list[Run] = []
         for arm, plan in ARMS.items():
             settings = {"steps": STEPS * plan.steps, "walks": WALKS, "most_loops": 32}
-            if arm in TUNED_AS:
-                rates[arm] = rates[TUNED_AS[arm]]
-            else:
-                choice = tuned(done, arm, settings, RATES, _score)
-                found += choice.runs
-                rates[arm] = choice.rate
-            if rates[arm] is not None:
-                found += [Run(arm, seed, {**settings, "rate": rates[arm]}) for seed in SEEDS]
+            found += tuned(done, arm, settings, RATES, _score).then(arm, settings, SEEDS)
         return found
 
     def measure(self, run: Run, scale: str, out: Path) -> Mapping[str, Any]:

@@ -57,9 +57,7 @@ class TextLoops(Study):
         found = [Run(ZOO, 0, {"held_out_batches": settings["held_out_batches"]})]
         for arm in ARMS:
             choice = tuned(done, arm, settings, RATES, _score)
-            found += choice.runs
-            if choice.rate is not None:
-                found += [Run(arm, seed, {**settings, "rate": choice.rate}) for seed in SEEDS]
+            found += choice.then(arm, settings, SEEDS)
         return found
 
     def measure(self, run: Run, scale: str, out: Path) -> dict[str, Any]:

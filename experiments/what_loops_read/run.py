@@ -45,10 +45,7 @@ class WhatLoopsRead(Study):
                 found += [Run(arm, one.seed, one.settings) for one in theirs if one.seed in SEEDS]
             else:
                 choice = tuned(done, arm, SETTINGS, RATES, lambda r: float(r.data["progress"]))
-                found += choice.runs
-                if choice.rate is not None:
-                    settings = {**SETTINGS, "rate": choice.rate}
-                    found += [Run(arm, seed, settings) for seed in SEEDS]
+                found += choice.then(arm, SETTINGS, SEEDS)
         return found
 
     def measure(self, run: Run, scale: str, out: Path) -> Mapping[str, Any]:

@@ -43,10 +43,7 @@ class WinsAndLosses(Study):
                     continue
                 settings = {"steps": STEPS[task], "examples": EXAMPLES}
                 choice = tuned(done, name, settings, RATES, score)
-                found += choice.runs
-                if choice.rate is not None:
-                    chosen = {**settings, "rate": choice.rate}
-                    found += [Run(name, seed, chosen) for seed in SEEDS]
+                found += choice.then(name, settings, SEEDS)
         return found
 
     def measure(self, run: Run, scale: str, out: Path) -> Mapping[str, Any]:

@@ -226,12 +226,12 @@ def test_smoke_runs_are_measured(tmp_path: Path) -> None:
     assert set(found[0].data["leaks"].values()) == {0.0625}
 
 
-def test_rates_are_known_before_the_long_stack_is_trained() -> None:
+def test_every_arm_is_tuned_by_itself_before_its_seeds() -> None:
     first = STUDY.runs("small", Results())
-    assert all(run.tuning for run in first) and len(first) == 3 * (len(ARMS) - 1)
+    assert all(run.tuning for run in first) and len(first) == 3 * len(ARMS)
     scores = [{"progress": float(run.settings["rate"] == RATES[1])} for run in first]
     ended = zip(first, scores, strict=True)
     done = Results(Result(run, score, None, 1.0, 1.0, "p", "t") for run, score in ended)
     runs = STUDY.runs("small", done)
     assert len([run for run in runs if not run.tuning]) == 5 * len(ARMS)
-    assert {run.settings["rate"] for run in runs if run.arm == "stack_long"} == {RATES[1]}
+    assert {run.settings["rate"] for run in runs if not run.tuning} == {RATES[1]}

@@ -15,7 +15,8 @@ from openmythos.config.counts import training_bytes
 from openmythos.config.schema import apply_overrides, from_dict, to_dict
 from openmythos.data.index import INDEX_FILE, read_index
 from openmythos.data.loader import TokenLoader
-from openmythos.data.prepare import prepare
+from openmythos.data.mixture import MixtureLoader, tokenizer_texts
+from openmythos.data.prepare import MAX_BPE_TRAINING_BYTES, prepare
 from openmythos.data.puzzle_table import CONFIGS, SeededConfig, make_puzzle
 from openmythos.data.synthetic import Curriculum, HopsConfig, Walks
 from openmythos.folder import in_a_sentence, locked
@@ -23,14 +24,14 @@ from openmythos.interop.hub import local_folder
 from openmythos.interop.loading import load_config, load_pretrained
 from openmythos.model.recurrent import RecurrentDepthLM
 from openmythos.plan.memory import require_memory
-from openmythos.tokenizer import Tokenizer
+from openmythos.tokenizer import Tokenizer, train_bpe
 from openmythos.train import loop
 from openmythos.train.display import TrainDisplay
 from openmythos.train.loop import TrainResult
 from openmythos.train.metrics import Recorder
-from openmythos.train.recipe import HopsData, RunConfig, TextData, TrainConfig
+from openmythos.train.recipe import HopsData, MixtureData, RunConfig, TextData, TrainConfig
 from openmythos.train.run_folder import RunFolder, refuse_foreign
-from openmythos.train.task import PuzzleTask, Task, TextTask
+from openmythos.train.task import MixtureTask, PuzzleTask, Task, TextTask
 
 DEFAULT_PRESET, DEFAULT_DATA = "tiny", "python-docs"
 PUZZLE_DATA: Mapping[str, Callable[[], HopsData | SeededConfig]] = {"hops": HopsData, **CONFIGS}
@@ -74,7 +75,7 @@ class Run:
 
 def resolve(
     preset: str | None,
-    data: str | None,
+    data: str | MixtureData | None,
     config: Path | None,
     overrides: list[str],
     init_from: Path | None = None,
@@ -109,11 +110,19 @@ def resolve(
         else:
             model = load_config(init_from)
         seq_len = min(TextData.seq_len, model.max_seq_len)
-        puzzle = PUZZLE_DATA.get(data or DEFAULT_DATA)
-        text = TextData(source=data or DEFAULT_DATA, seq_len=seq_len)
-        source = text if puzzle is None else puzzle()
-        base = RunConfig(model=model, train=settings, data=source)
+        base = RunConfig(model=model, train=settings, data=_data_of(data, seq_len))
     return apply_overrides(base, overrides)
+
+
+def _data_of(
+    data: str | MixtureData | None, seq_len: int
+) -> TextData | MixtureData | HopsData | SeededConfig:
+    """What an option names: a mixture, a puzzle, or a source of text."""
+    if isinstance(data, MixtureData):
+        return replace(data, seq_len=seq_len)
+    if (puzzle := PUZZLE_DATA.get(data or DEFAULT_DATA)) is not None:
+        return puzzle()
+    return TextData(source=data or DEFAULT_DATA, seq_len=seq_len)
 
 
 def set_up(config: RunConfig, out: Path, device: str = "cpu") -> Run:
@@ -144,7 +153,7 @@ def _set_up(config: RunConfig, out: Path, device: str) -> Run:
     task: Task
     # Checked before the data is prepared, so that another run's data is not replaced.
     changed = RunFolder(out).changes(to_dict(config), ignore=("model.vocab_size",))
-    if isinstance(config.data, TextData):
+    if isinstance(config.data, TextData | MixtureData):
         task = text_task(config.data, config, out)
         tokenizer = task.train.tokenizer
         vocab_size = tokenizer.vocab_size
@@ -173,11 +182,18 @@ def _set_up(config: RunConfig, out: Path, device: str) -> Run:
 def _with_full_paths(config: RunConfig) -> RunConfig:
     """The same with absolute paths, which mean the same from every working directory."""
     data, start = config.data, config.train.init_from
-    if isinstance(data, TextData) and Path(data.source).exists():
-        data = replace(data, source=os.path.realpath(data.source))
-    if start is not None and Path(start).exists():
-        start = os.path.realpath(start)
+    if isinstance(data, TextData):
+        data = replace(data, source=_full_path(data.source))
+    if isinstance(data, MixtureData):
+        full = (replace(part, source=_full_path(part.source)) for part in data.sources)
+        data = replace(data, sources=tuple(full))
+    start = None if start is None else _full_path(start)
     return replace(config, data=data, train=replace(config.train, init_from=start))
+
+
+def _full_path(name: str) -> str:
+    """The absolute path, if the name is one of a file or folder."""
+    return os.path.realpath(name) if Path(name).exists() else name
 
 
 def _changes_in_words(
@@ -227,36 +243,80 @@ def initial_model(
     return fill_model(model, weights.items(), folder, torch.float32, device)
 
 
-def text_task(data: TextData, config: RunConfig, out: Path) -> TextTask:
+def text_task(data: TextData | MixtureData, config: RunConfig, out: Path) -> TextTask:
     """Loaders over the run's own data in ``out/data``, which is made if the run has no checkpoint.
 
     The shards' SHA-256 are checked before the first step, at about 1 GB/s.
     """
-    folder = own_data(data, config, out)
-    loaders = {
+    if isinstance(data, TextData):
+        loaders = _loaders(own_data(data, config, out, out / "data"), config)
+        return TextTask(loaders["train"], loaders.get("val"))
+    tokenizer = _mixture_tokenizer(data, config, out)
+    own = [out / "data" / str(number) for number in range(len(data.sources))]
+    each = [
+        _loaders(own_data(part, config, out, folder, tokenizer), config)
+        for part, folder in zip(data.parts, own, strict=True)
+    ]
+    weights = [part.weight for part in data.sources]
+    held_out = [
+        (part.source, part.weight, loaders["val"])
+        for part, loaders in zip(data.sources, each, strict=True)
+        if "val" in loaders
+    ]
+    return MixtureTask(MixtureLoader([of["train"] for of in each], weights), held_out)
+
+
+def _loaders(folder: Path, config: RunConfig) -> dict[str, TokenLoader]:
+    """A loader for each split of a prepared folder that has one."""
+    return {
         split: TokenLoader(
             folder,
             split,
-            seq_len=data.seq_len,
+            seq_len=config.data.seq_len,
             batch_size=config.train.batch_size,
             seed=config.train.seed,
         )
         for split, content in read_index(folder).splits.items()
         if split == "train" or content.num_documents
     }
-    return TextTask(loaders["train"], loaders.get("val"))
 
 
-def own_data(data: TextData, config: RunConfig, out: Path) -> Path:
-    """The folder of prepared data that a run reads.
+def _mixture_tokenizer(data: MixtureData, config: RunConfig, out: Path) -> Tokenizer | None:
+    """What a mixture is prepared with: the tokenizer of the checkpoint, or of what is prepared.
 
-    That is ``out/data``: hard links to a source that is prepared already, or else made from the
-    source. Where links are impossible, prepared data is read at its source.
+    Without either it is trained on the beginnings of the sources, each by its weight. None if the
+    run has its data already.
+    """
+    if RunFolder(out).last_checkpoint() is not None:
+        return None
+    if config.train.init_from is not None:
+        return Tokenizer.load(local_folder(config.train.init_from))
+    for part in data.sources:
+        if (Path(part.source) / INDEX_FILE).is_file():
+            return read_index(part.source).load_tokenizer()
+    texts = tokenizer_texts(
+        [(part.source, part.column) for part in data.sources],
+        [part.weight for part in data.sources],
+        val_fraction=data.val_fraction,
+        seed=0,
+        max_bytes=MAX_BPE_TRAINING_BYTES,
+    )
+    return train_bpe(texts, config.model.vocab_size)
+
+
+def own_data(
+    data: TextData, config: RunConfig, out: Path, own: Path, tokenizer: Tokenizer | None = None
+) -> Path:
+    """The folder of prepared data that a run reads of a source.
+
+    That is ``own``: hard links to a source that is prepared already, or else made from the source
+    with ``tokenizer``, or with the checkpoint's, or with a new one. Where links are impossible,
+    prepared data is read at its source.
 
     Raises:
         ValueError: The source cannot be used, or the run has a checkpoint and no data any more.
     """
-    source, own = Path(data.source), out / "data"
+    source = Path(data.source)
     is_prepared = (source / INDEX_FILE).is_file()
     if RunFolder(out).last_checkpoint() is not None:
         if (own / INDEX_FILE).is_file():
@@ -268,12 +328,15 @@ def own_data(data: TextData, config: RunConfig, out: Path) -> Path:
             f"another --out (--from {out} starts from this run's weights)"
         )
     if is_prepared:
+        own.parent.mkdir(exist_ok=True)
         return own if read_index(source).link(own) else source
     start = config.train.init_from
+    if tokenizer is None and start is not None:
+        tokenizer = Tokenizer.load(local_folder(start))
     prepare(
         data.source,
         own,
-        tokenizer=None if start is None else Tokenizer.load(local_folder(start)),
+        tokenizer=tokenizer,
         vocab_size=config.model.vocab_size,
         val_fraction=data.val_fraction,
         column=data.column,

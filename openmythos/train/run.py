@@ -29,6 +29,7 @@ from openmythos.train import loop
 from openmythos.train.display import TrainDisplay
 from openmythos.train.loop import TrainResult
 from openmythos.train.metrics import Recorder
+from openmythos.train.parallel import Ranks
 from openmythos.train.recipe import HopsData, MixtureData, RunConfig, TextData, TrainConfig
 from openmythos.train.run_folder import RunFolder, refuse_foreign
 from openmythos.train.task import MixtureTask, PuzzleTask, Task, TextTask
@@ -154,7 +155,7 @@ def _set_up(config: RunConfig, out: Path, device: str) -> Run:
     # Checked before the data is prepared, so that another run's data is not replaced.
     changed = RunFolder(out).changes(to_dict(config), ignore=("model.vocab_size",))
     if isinstance(config.data, TextData | MixtureData):
-        task = text_task(config.data, config, out)
+        task = text_task(config.data, config, out, Ranks.alone(device))
         tokenizer = task.train.tokenizer
         vocab_size = tokenizer.vocab_size
     else:
@@ -243,20 +244,23 @@ def initial_model(
     return fill_model(model, weights.items(), folder, torch.float32, device)
 
 
-def text_task(data: TextData | MixtureData, config: RunConfig, out: Path) -> TextTask:
-    """Loaders over the run's own data in ``out/data``, which is made if the run has no checkpoint.
+def text_task(data: TextData | MixtureData, config: RunConfig, out: Path, ranks: Ranks) -> TextTask:
+    """Loaders over the run's own data in ``out/data``, which the first rank makes.
 
     The shards' SHA-256 are checked before the first step, at about 1 GB/s.
     """
+    own, parts = [out / "data"], [data] if isinstance(data, TextData) else data.parts
+    if isinstance(data, MixtureData):
+        own = [out / "data" / str(number) for number in range(len(parts))]
+    if ranks.first and RunFolder(out).last_checkpoint() is None:
+        tokenizer = _tokenizer(data, config)
+        for part, folder in zip(parts, own, strict=True):
+            make_own_data(part, folder, tokenizer, config.model.vocab_size)
+    ranks.wait()
+    folders = [_own_data(part, folder, out) for part, folder in zip(parts, own, strict=True)]
+    each = [_loaders(folder, config, ranks) for folder in folders]
     if isinstance(data, TextData):
-        loaders = _loaders(own_data(data, config, out, out / "data"), config)
-        return TextTask(loaders["train"], loaders.get("val"))
-    tokenizer = _mixture_tokenizer(data, config, out)
-    own = [out / "data" / str(number) for number in range(len(data.sources))]
-    each = [
-        _loaders(own_data(part, config, out, folder, tokenizer), config)
-        for part, folder in zip(data.parts, own, strict=True)
-    ]
+        return TextTask(each[0]["train"], each[0].get("val"))
     weights = [part.weight for part in data.sources]
     held_out = [
         (part.source, part.weight, loaders["val"])
@@ -266,7 +270,7 @@ def text_task(data: TextData | MixtureData, config: RunConfig, out: Path) -> Tex
     return MixtureTask(MixtureLoader([of["train"] for of in each], weights), held_out)
 
 
-def _loaders(folder: Path, config: RunConfig) -> dict[str, TokenLoader]:
+def _loaders(folder: Path, config: RunConfig, ranks: Ranks) -> dict[str, TokenLoader]:
     """A loader for each split of a prepared folder that has one."""
     return {
         split: TokenLoader(
@@ -275,25 +279,31 @@ def _loaders(folder: Path, config: RunConfig) -> dict[str, TokenLoader]:
             seq_len=config.data.seq_len,
             batch_size=config.train.batch_size,
             seed=config.train.seed,
+            rank=ranks.row_rank,
+            world_size=ranks.num_row_ranks,
         )
         for split, content in read_index(folder).splits.items()
         if split == "train" or content.num_documents
     }
 
 
-def _mixture_tokenizer(data: MixtureData, config: RunConfig, out: Path) -> Tokenizer | None:
-    """What a mixture is prepared with: the tokenizer of the checkpoint, or of what is prepared.
+def _tokenizer(data: TextData | MixtureData, config: RunConfig) -> Tokenizer | None:
+    """What a run's data is prepared with; None: it is prepared, or one source trains its own.
 
-    Without either it is trained on the beginnings of the sources, each by its weight. None if the
-    run has its data already.
+    That is the tokenizer of the checkpoint that the run starts from; else, of a mixture, that of a
+    source which is prepared already; else one that is trained on the beginnings of the sources,
+    each by its weight.
     """
-    if RunFolder(out).last_checkpoint() is not None:
+    sources = [data.source] if isinstance(data, TextData) else [p.source for p in data.sources]
+    prepared = [source for source in sources if _is_prepared(source)]
+    if prepared == sources:
         return None
     if config.train.init_from is not None:
         return Tokenizer.load(local_folder(config.train.init_from))
-    for part in data.sources:
-        if (Path(part.source) / INDEX_FILE).is_file():
-            return read_index(part.source).load_tokenizer()
+    if isinstance(data, TextData):
+        return None
+    if prepared:
+        return read_index(prepared[0]).load_tokenizer()
     texts = tokenizer_texts(
         [(part.source, part.column) for part in data.sources],
         [part.weight for part in data.sources],
@@ -304,45 +314,47 @@ def _mixture_tokenizer(data: MixtureData, config: RunConfig, out: Path) -> Token
     return train_bpe(texts, config.model.vocab_size)
 
 
-def own_data(
-    data: TextData, config: RunConfig, out: Path, own: Path, tokenizer: Tokenizer | None = None
-) -> Path:
-    """The folder of prepared data that a run reads of a source.
+def _is_prepared(source: str) -> bool:
+    return (Path(source) / INDEX_FILE).is_file()
 
-    That is ``own``: hard links to a source that is prepared already, or else made from the source
-    with ``tokenizer``, or with the checkpoint's, or with a new one. Where links are impossible,
-    prepared data is read at its source.
+
+def make_own_data(data: TextData, own: Path, tokenizer: Tokenizer | None, vocab_size: int) -> None:
+    """Fill ``own`` with a source's tokens: hard links if it is prepared already.
+
+    Where links are impossible, nothing is written: prepared data is then read at its source.
 
     Raises:
-        ValueError: The source cannot be used, or the run has a checkpoint and no data any more.
+        ValueError: The source cannot be used.
     """
-    source = Path(data.source)
-    is_prepared = (source / INDEX_FILE).is_file()
-    if RunFolder(out).last_checkpoint() is not None:
-        if (own / INDEX_FILE).is_file():
-            return own
-        if is_prepared:  # there were no links, or an older version began the run
-            return source
-        raise ValueError(
-            f"{own} is missing, and a run goes on with its own data only; restore it, or choose "
-            f"another --out (--from {out} starts from this run's weights)"
-        )
-    if is_prepared:
-        own.parent.mkdir(exist_ok=True)
-        return own if read_index(source).link(own) else source
-    start = config.train.init_from
-    if tokenizer is None and start is not None:
-        tokenizer = Tokenizer.load(local_folder(start))
+    if _is_prepared(data.source):
+        own.parent.mkdir(parents=True, exist_ok=True)
+        read_index(data.source).link(own)
+        return
     prepare(
         data.source,
         own,
         tokenizer=tokenizer,
-        vocab_size=config.model.vocab_size,
+        vocab_size=vocab_size,
         val_fraction=data.val_fraction,
         column=data.column,
         skip_bad=data.skip_bad,
     )
-    return own
+
+
+def _own_data(data: TextData, own: Path, out: Path) -> Path:
+    """The folder of prepared data that a run reads of a source; see ``make_own_data``.
+
+    Raises:
+        ValueError: The run has no data any more.
+    """
+    if _is_prepared(str(own)):
+        return own
+    if _is_prepared(data.source):  # there were no links
+        return Path(data.source)
+    raise ValueError(
+        f"{own} is missing, and a run goes on with its own data only; restore it, or choose "
+        f"another --out (--from {out} starts from this run's weights)"
+    )
 
 
 def puzzle_task(data: HopsData | SeededConfig, seed: int) -> PuzzleTask:

@@ -266,18 +266,19 @@ def test_dataset_errors_are_one_line(hub, monkeypatch):
 
 def test_parquet_is_read_a_little_at_a_time(tmp_path):
     """A row group larger than what is read at once stays on the disk, as do other columns."""
-    noise = np.random.default_rng(0).integers(32, 127, 2**21, dtype=np.uint8).tobytes().decode()
-    rows = [f"{i:04}" + noise[i * 997 : i * 997 + 20_000] for i in range(2000)]
-    table = pa.table({"text": rows, "other": ["x" * 20_000] * 2000})
-    pq.write_table(table, tmp_path / "a.parquet", row_group_size=2000, use_dictionary=False)
+    noise = np.random.default_rng(0).integers(32, 127, 2**20, dtype=np.uint8).tobytes().decode()
+    rows = [f"{i:04}" + noise[i * 997 : i * 997 + 20_000] for i in range(800)]
+    table = pa.table({"text": rows, "other": rows})
+    pages = {"use_dictionary": False, "write_batch_size": 16}  # 2**20 bytes each
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=800, **pages)
     del table
     before = pa.total_allocated_bytes()
     most, count = 0, 0
-    for number, text in enumerate(load_documents(str(tmp_path / "a.parquet"))):
+    for number, document in enumerate(load_documents(str(tmp_path / "a.parquet"))):
         most = max(most, pa.total_allocated_bytes() - before)
-        count += text.text == rows[number]
-    assert count == 2000
-    assert most < 8 * 2**20 < sum(map(len, rows)) // 4
+        count += document.text == rows[number]
+    assert count == 800
+    assert most < 5 * 2**20 < sum(map(len, rows)) // 3  # 25 MB without these settings
 
 
 def test_version_changes_with_the_files(tmp_path):

@@ -1,14 +1,20 @@
 """``openmythos prepare``: tokenise text into shards on disk."""
 
 import json
+from collections.abc import Iterator
+from itertools import groupby
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
 from openmythos.command.option import AsJson, Out, Seed
 from openmythos.terminal import console, note, print_table
+
+if TYPE_CHECKING:
+    from openmythos.tokenizer import Tokenizer
 
 
 def prepare(
@@ -33,10 +39,24 @@ def prepare(
     skip_bad: Annotated[
         bool, typer.Option("--skip-bad", help="Leave out files and rows that cannot be read.")
     ] = False,
+    conversations: Annotated[
+        str | None,
+        typer.Option(
+            help="Rows are conversations (messages, or prompt and completion): answers or all, "
+            "which of their tokens count in the loss."
+        ),
+    ] = None,
+    show: Annotated[
+        int, typer.Option(help="Print so many examples, the tokens that count in colour.")
+    ] = 0,
     seed: Seed = 0,
     as_json: AsJson = False,
 ) -> None:
     """Tokenise a source into memory-mapped shards."""
+    if conversations not in (None, "answers", "all"):
+        raise ValueError(f"--conversations is {conversations!r}; allowed: answers, all")
+    if show < 0:
+        raise ValueError(f"--show is {show}; it must be at least 0")
     note("reading the source ...")
     from openmythos.data.prepare import prepare as write
     from openmythos.interop.hub import local_folder
@@ -56,8 +76,13 @@ def prepare(
         val_fraction=val_fraction,
         column=column,
         skip_bad=skip_bad,
+        conversations=conversations,  # type: ignore[arg-type]
         seed=seed,
     )
+    screen = console(notes=as_json)
+    if show:
+        for example in examples(out, show):
+            screen.print(example)
     splits = {
         name: {"documents": s.num_documents, "tokens": s.num_tokens, "bytes": s.num_bytes}
         for name, s in data.splits.items()
@@ -75,3 +100,38 @@ def prepare(
         table.add_row(name, f"{s['documents']:,}", f"{s['tokens']:,}", f"{s['bytes']:,}", per_token)
     print_table(console(), table)
     typer.echo(data.summary(), err=True)
+
+
+def examples(folder: Path, count: int) -> Iterator[Text]:
+    """The first training documents; what counts in the loss is coloured, and in brackets if piped.
+
+    Special tokens are written out. The first token of a document never counts.
+    """
+    import numpy as np
+
+    from openmythos.data.index import read_index
+    from openmythos.data.loader import TokenLoader
+
+    split = read_index(folder).splits["train"]
+    loader = TokenLoader(folder, seq_len=split.num_tokens - 1, batch_size=1, verify=False)
+    colours, tokenizer = console().is_terminal, loader.tokenizer
+    for number in range(min(count, split.num_documents)):
+        ids, counted = loader.document(number)
+        example = Text(f"example {number + 1}, {counted.sum():,} of {len(ids):,} tokens count: ")
+        borders = np.flatnonzero(np.diff(counted)) + 1
+        for run in np.split(np.arange(len(ids)), borders):
+            text = written_out(ids[run].tolist(), tokenizer)
+            if counted[run[0]]:
+                example.append(text if colours else f"[{text}]", style="bold green")
+            else:
+                example.append(text, style="dim")
+        yield example
+
+
+def written_out(ids: list[int], tokenizer: "Tokenizer") -> str:
+    """The text of tokens, special tokens included."""
+    text = ""
+    for special, group in groupby(ids, key=tokenizer.special_text):
+        run = list(group)
+        text += special * len(run) if special else tokenizer.decode(run)
+    return text

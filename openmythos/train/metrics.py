@@ -8,6 +8,8 @@ import contextlib
 import importlib.util
 import json
 import math
+import os
+import warnings
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ class Recorder:
     def __init__(self, folder: Path, display: TrainDisplay | None = None) -> None:
         self.folder, self.path, self.display = folder, folder / "metrics.jsonl", display
         self.board: Any = None
+        self.unwritten: list[str] = []  # lines that a full disk refused
 
     def start(self, step: int, validation: Collection[int] = ()) -> bool:
         """Continue after ``step``: later rows, which a killed run logged, are dropped.
@@ -45,6 +48,26 @@ class Recorder:
 
             self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=step + 1)
         return complete
+
+    def flush(self) -> None:
+        """Write the rows that a full disk refused; every later row tries that, too.
+
+        Raises:
+            OSError: They still cannot be written.
+        """
+        left = "".join(self.unwritten).encode()
+        if not left:
+            return
+        with writing(self.path), self.path.open("ab", buffering=0) as file:
+            end = os.fstat(file.fileno()).st_size
+            try:
+                while left:
+                    left = left[file.write(left) :]
+            except OSError:
+                with contextlib.suppress(OSError):  # what is no file cannot be cut
+                    file.truncate(end)
+                raise
+        self.unwritten.clear()
 
     def close(self) -> None:
         """Close TensorBoard's writer, which flushes it."""
@@ -74,9 +97,13 @@ class Recorder:
             self.display.validation(rows)
 
     def _write(self, rows: list[dict[str, Any]]) -> None:
-        lines = [json.dumps(_finite(row), allow_nan=False) + "\n" for row in rows]
-        with writing(self.path), self.path.open("a", encoding="utf-8") as file:
-            file.write("".join(lines))
+        is_first = not self.unwritten
+        self.unwritten += [json.dumps(_finite(row), allow_nan=False) + "\n" for row in rows]
+        try:
+            self.flush()
+        except OSError as error:
+            if is_first:
+                warnings.warn(f"{error}; its rows are kept until there is room", stacklevel=3)
         if self.board is None:
             return
         for row in rows:

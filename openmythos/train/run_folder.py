@@ -20,7 +20,7 @@ from torch import Tensor
 
 from openmythos.checkpoint.load import NEEDED, load_weights, newest_checkpoint, run_checkpoints
 from openmythos.checkpoint.save import OWN_FILES, save_tensors, write_checkpoint
-from openmythos.checkpoint.weights import CONFIG_FILE
+from openmythos.checkpoint.weights import COMPILED, CONFIG_FILE
 from openmythos.config.schema import from_dict, to_dict
 from openmythos.folder import (
     PUZZLE_FILE,
@@ -173,8 +173,7 @@ class RunFolder:
     ) -> Path:
         """Write a checkpoint atomically, then delete all but the newest ``keep``."""
         target = self.path / "checkpoints" / f"step-{state.step:08d}"
-        tensors, plain = _pack_optimizers(optimizers)
-        record = {"state": asdict(state), "optimizers": plain, "task": task.state_dict()}
+        record = {"state": asdict(state), "task": task.state_dict()}
         if self.config is not None:
             record["run"] = self.config
         own = {*OWN_FILES, WALKS_FILE, PUZZLE_FILE, STATE_TENSORS, STATE_RECORD}
@@ -182,7 +181,7 @@ class RunFolder:
             write_checkpoint(model, fresh, self.tokenizer)
             if isinstance(task, PuzzleTask):
                 task.puzzle.save(fresh)
-            save_tensors(tensors, fresh / STATE_TENSORS)
+            save_tensors(_optimizer_state(model, optimizers), fresh / STATE_TENSORS)
             write_json(fresh / STATE_RECORD, record)
             write_manifest(fresh)
         for old in self.checkpoints()[: -self.keep]:
@@ -213,7 +212,9 @@ class RunFolder:
                 f"{folder} cannot be resumed: {in_a_sentence(error)}; delete it or the run"
             ) from None
         task.load_state_dict(record["task"])
-        _unpack_optimizers(optimizers, tensors, record["optimizers"])
+        if "optimizers" in record:  # older versions numbered the parameters
+            tensors = _named(model, optimizers, tensors)
+        _load_optimizer_state(model, optimizers, tensors)
         for damaged in self.checkpoints():
             if damaged > folder:  # or it would be taken for the newest again
                 aside = damaged.with_name(f"damaged-{damaged.name}")
@@ -273,28 +274,58 @@ def _shown(leaves: dict[str, Any], name: str) -> str:
     return json.dumps(leaves[name]) if name in leaves else "absent"
 
 
-def _pack_optimizers(
-    optimizers: list[torch.optim.Optimizer],
-) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-    """State tensors under keys ``optimizer.parameter.name``; everything else ready for JSON."""
-    tensors, plain = {}, []
-    for number, optimizer in enumerate(optimizers):
-        packed = optimizer.state_dict()
-        for param, values in packed["state"].items():
-            for name, value in values.items():
-                tensors[f"{number}.{param}.{name}"] = value.contiguous()
-        plain.append({"param_groups": packed["param_groups"]})
-    return tensors, plain
+def _parameter_names(model: RecurrentDepthLM) -> dict[Tensor, str]:
+    """The name of every parameter, also where a part of the model is compiled."""
+    return {param: name.replace(COMPILED, "") for name, param in model.named_parameters()}
 
 
-def _unpack_optimizers(
-    optimizers: list[torch.optim.Optimizer],
-    tensors: dict[str, Tensor],
-    plain: list[dict[str, Any]],
+def _optimizer_state(
+    model: RecurrentDepthLM, optimizers: list[torch.optim.Optimizer]
+) -> dict[str, Tensor]:
+    """The optimisers' tensors by the names of parameters: ``embed.weight.exp_avg``.
+
+    Rates and the like are not among them: they follow from the configuration and the step.
+    """
+    names = _parameter_names(model)
+    return {
+        f"{names[param]}.{key}": value.contiguous()
+        for optimizer in optimizers
+        for param, values in optimizer.state.items()
+        for key, value in values.items()
+    }
+
+
+def _load_optimizer_state(
+    model: RecurrentDepthLM, optimizers: list[torch.optim.Optimizer], tensors: dict[str, Tensor]
 ) -> None:
-    states: list[dict[int, dict[str, Tensor]]] = [{} for _ in optimizers]
+    """Inverse of ``_optimizer_state``.
+
+    Raises:
+        ValueError: A tensor belongs to no parameter.
+    """
+    states: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
-        number, param, name = key.split(".", 2)
-        states[int(number)].setdefault(int(param), {})[name] = tensor
-    for optimizer, state, record in zip(optimizers, states, plain, strict=True):
-        optimizer.load_state_dict({"state": state, "param_groups": record["param_groups"]})
+        name, _, part = key.rpartition(".")
+        states.setdefault(name, {})[part] = tensor
+    names = _parameter_names(model)
+    for optimizer in optimizers:
+        params = (param for group in optimizer.param_groups for param in group["params"])
+        found = {i: states.pop(names[param], None) for i, param in enumerate(params)}
+        state = {i: values for i, values in found.items() if values is not None}
+        groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict({"state": state, "param_groups": groups})
+    if states:
+        raise ValueError(f"the training state is of other parameters: {listed(sorted(states))}")
+
+
+def _named(
+    model: RecurrentDepthLM, optimizers: list[torch.optim.Optimizer], tensors: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """Tensors of older versions, ``OPTIMISER.NUMBER.exp_avg``, by the names of parameters."""
+    names = _parameter_names(model)
+    params = [[p for group in opt.param_groups for p in group["params"]] for opt in optimizers]
+    found = {}
+    for key, tensor in tensors.items():
+        optimizer, number, part = key.split(".", 2)
+        found[f"{names[params[int(optimizer)][int(number)]]}.{part}"] = tensor
+    return found

@@ -8,22 +8,28 @@ import contextlib
 import importlib.util
 import json
 import math
-import os
 import warnings
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-from openmythos.folder import write_whole, writing
+from openmythos.folder import append, write_whole
 from openmythos.train.display import TrainDisplay
+from openmythos.train.tracking import Tracker, scalars
 from openmythos.train.validation import Row
 
 
 class Recorder:
-    """Appends rows to ``metrics.jsonl``, shows them, and logs to TensorBoard if it is installed."""
+    """Appends rows to ``metrics.jsonl``, shows them, and logs to TensorBoard if it is installed.
 
-    def __init__(self, folder: Path, display: TrainDisplay | None = None) -> None:
+    They are sent to the tracker, too, if there is one.
+    """
+
+    def __init__(
+        self, folder: Path, display: TrainDisplay | None = None, *, tracker: Tracker | None = None
+    ) -> None:
         self.folder, self.path, self.display = folder, folder / "metrics.jsonl", display
+        self.tracker = tracker
         self.board: Any = None
         self.unwritten: list[str] = []  # lines that a full disk refused
 
@@ -55,22 +61,14 @@ class Recorder:
         Raises:
             OSError: They still cannot be written.
         """
-        left = "".join(self.unwritten).encode()
-        if not left:
-            return
-        with writing(self.path), self.path.open("ab", buffering=0) as file:
-            end = os.fstat(file.fileno()).st_size
-            try:
-                while left:
-                    left = left[file.write(left) :]
-            except OSError:
-                with contextlib.suppress(OSError):  # what is no file cannot be cut
-                    file.truncate(end)
-                raise
-        self.unwritten.clear()
+        if self.unwritten:
+            append(self.path, "".join(self.unwritten))
+            self.unwritten.clear()
 
     def close(self) -> None:
-        """Close TensorBoard's writer, which flushes it."""
+        """Close TensorBoard's writer, which flushes it, and the tracker."""
+        if self.tracker is not None:
+            self.tracker.close()
         if self.board is not None:
             self.board.close()
             self.board = None
@@ -104,13 +102,12 @@ class Recorder:
         except OSError as error:
             if is_first:
                 warnings.warn(f"{error}; its rows are kept until there is room", stacklevel=3)
-        if self.board is None:
-            return
         for row in rows:
-            suffix = f"/loops_{row['num_loops']}" if row["kind"] == "validation" else ""
-            for name, value in row.items():
-                if isinstance(value, float):
-                    self.board.add_scalar(f"{row['kind']}/{name}{suffix}", value, row["step"])
+            if self.tracker is not None:
+                self.tracker.add(row)
+            if self.board is not None:
+                for name, value in scalars(row):
+                    self.board.add_scalar(name, value, row["step"])
 
 
 def _finite(row: dict[str, Any]) -> dict[str, Any]:

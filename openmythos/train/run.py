@@ -255,11 +255,14 @@ def text_task(data: TextData | MixtureData, config: RunConfig, out: Path, ranks:
     own, parts = [out / "data"], [data] if isinstance(data, TextData) else data.parts
     if isinstance(data, MixtureData):
         own = [out / "data" / str(number) for number in range(len(parts))]
-    if ranks.first and RunFolder(out).last_checkpoint() is None:
-        tokenizer = _tokenizer(data, config)
-        for part, folder in zip(parts, own, strict=True):
-            make_own_data(part, folder, tokenizer, config.model.vocab_size)
-    ranks.wait()
+
+    def make() -> None:
+        if RunFolder(out).last_checkpoint() is None:
+            tokenizer = _tokenizer(data, config)
+            for part, folder in zip(parts, own, strict=True):
+                make_own_data(part, folder, tokenizer, config.model.vocab_size)
+
+    ranks.on_first(make)
     folders = [_own_data(part, folder, out) for part, folder in zip(parts, own, strict=True)]
     each = [_loaders(folder, config, ranks) for folder in folders]
     if isinstance(data, TextData):

@@ -70,7 +70,8 @@ def test_rows_that_are_refused(row: object, said: str) -> None:
 def test_which_tokens_count(tokenizer: Tokenizer) -> None:
     text = conversation({"messages": TALK}, "row")
     ids, answers = encode_conversation(text, tokenizer, "answers")
-    assert tokenizer.decode(ids[answers].tolist()) == "two\n"  # and the mark of the end, which has no text
+    # And the mark of the end, which has no text.
+    assert tokenizer.decode(ids[answers].tolist()) == "two\n"
     everything, counted = encode_conversation(text, tokenizer, "all")
     assert np.array_equal(everything, ids) and counted.all()
     plain, counted = encode_conversation(conversation({"text": "one"}, "r"), tokenizer, "answers")

@@ -44,6 +44,7 @@ class TrainConfig:
         eval_batches: Batches of held-out text in an evaluation.
         save_every: Steps between two checkpoints; 0: not by number of steps.
         keep_checkpoints: Newest checkpoints that are kept.
+        track: Where the rows of metrics.jsonl are sent as well.
         parallel: How the run is laid out over processes.
     """
 
@@ -68,6 +69,7 @@ class TrainConfig:
     eval_batches: int = 16
     save_every: int = 200
     keep_checkpoints: int = 2
+    track: Literal["none", "trackio", "wandb"] = "none"
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def __post_init__(self) -> None:
@@ -109,7 +111,7 @@ FREE_FIELDS = frozenset(
     f"train.{name}"
     for name in (
         *("max_steps", "max_seconds", "grad_accumulation", "compile", "log_every", "save_every"),
-        *("keep_checkpoints", "eval_every", "eval_loops", "eval_batches", "recompute"),
+        *("keep_checkpoints", "eval_every", "eval_loops", "eval_batches", "recompute", "track"),
         *(f"parallel.{name}" for name in ("dp_replicate", "dp_shard", "ep", "tp", "core_gather")),
     )
 )
@@ -222,6 +224,7 @@ class HopsData:
         num_entities: Nodes of the graph.
         num_relations: Permutations of the nodes.
         max_train_hops: Longest walks of the training, in hops.
+        held_out_facts: Fraction of the facts that are trained alone only, in no longer walk.
         check_loops: Loops at which the curriculum measures whether a stage is learnt.
         shifts: Whether each relation adds a number to the entity's, modulo the number of entities.
         written_out: Whether the entities that a walk passes are written after it, and all of them
@@ -236,6 +239,7 @@ class HopsData:
     num_entities: int = 16
     num_relations: int = 4
     max_train_hops: int = 8
+    held_out_facts: float = 0.0
     check_loops: int = 8
     shifts: bool = False
     written_out: bool = False

@@ -14,6 +14,7 @@ from openmythos.command.option import AsJson, Out, Seed
 from openmythos.terminal import console, note, print_table
 
 if TYPE_CHECKING:
+    from openmythos.data.index import PreparedData
     from openmythos.tokenizer import Tokenizer
 
 
@@ -83,23 +84,27 @@ def prepare(
     if show:
         for example in examples(out, show):
             screen.print(example)
-    splits = {
-        name: {"documents": s.num_documents, "tokens": s.num_tokens, "bytes": s.num_bytes}
-        for name, s in data.splits.items()
-    }
     if as_json:
         names = ("vocab_size", "num_duplicates", "num_replaced", "num_left_out", "left_out")
         counts = {name: getattr(data, name) for name in names}
-        typer.echo(json.dumps({"folder": str(out), **counts, **splits}))
+        typer.echo(json.dumps({"folder": str(out), **counts, **sizes(data)}))
         return
     table = Table(title=f"{source} in {out}, vocabulary {data.vocab_size:,}")
     for heading in ("split", "documents", "tokens", "bytes", "bytes/token"):
         table.add_column(heading, justify="left" if heading == "split" else "right")
-    for name, s in splits.items():
+    for name, s in sizes(data).items():
         per_token = f"{s['bytes'] / max(1, s['tokens']):.2f}"
         table.add_row(name, f"{s['documents']:,}", f"{s['tokens']:,}", f"{s['bytes']:,}", per_token)
     print_table(console(), table)
     typer.echo(data.summary(), err=True)
+
+
+def sizes(data: "PreparedData") -> dict[str, dict[str, int]]:
+    """How much each split holds."""
+    return {
+        name: {"documents": s.num_documents, "tokens": s.num_tokens, "bytes": s.num_bytes}
+        for name, s in data.splits.items()
+    }
 
 
 def examples(folder: Path, count: int) -> Iterator[Text]:

@@ -145,15 +145,28 @@ def prepare(
     if old is not None and is_known and _is_intact(old):
         return dataclasses.replace(old, reused=True)
 
+    return _build(folder, items, settings, tokenizer, conversations)
+
+
+def _build(
+    folder: Path,
+    items: Iterable[Document | LeftOut],
+    settings: dict[str, Any],
+    tokenizer: Tokenizer | None,
+    conversations: Counted | None,
+) -> PreparedData:
+    """Write the items as data with these settings, and put it in place."""
     folder.mkdir(parents=True, exist_ok=True)
     building = folder / f"{_BUILDING_PREFIX}{os.getpid()}"
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir()
     try:
-        spool = _Spool(building / "spool", items, skip_bad)
-        is_val = spool.arrange(seed, val_fraction, cut=conversations is None)
+        spool = _Spool(building / "spool", items, settings["skip_bad"])
+        cut = conversations is None
+        is_val = spool.arrange(settings["seed"], settings["val_fraction"], cut=cut)
         if tokenizer is None:
-            tokenizer = train_bpe(spool.texts(~is_val, MAX_BPE_TRAINING_BYTES), vocab_size)
+            texts = spool.texts(~is_val, MAX_BPE_TRAINING_BYTES)
+            tokenizer = train_bpe(texts, settings["vocab_size"])
         tokenizer.marking_begin().save(building)  # as every document has it from here on
         splits = {
             split: _write_split(
@@ -161,7 +174,7 @@ def prepare(
                 tokenizer,
                 building,
                 split,
-                max_shard_tokens,
+                settings["max_shard_tokens"],
             )
             for split, chosen in zip(SPLITS, (~is_val, is_val), strict=True)
         }

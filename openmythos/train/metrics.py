@@ -18,10 +18,16 @@ from openmythos.train.validation import Row
 
 
 class Recorder:
-    """Appends rows to ``metrics.jsonl``, shows them, and logs to TensorBoard if it is installed."""
+    """Appends rows to ``metrics.jsonl``, shows them, and logs to TensorBoard if it is installed.
 
-    def __init__(self, folder: Path, display: TrainDisplay | None = None) -> None:
+    Over ranks one of them ``writes``.
+    """
+
+    def __init__(
+        self, folder: Path, display: TrainDisplay | None = None, *, writes: bool = True
+    ) -> None:
         self.folder, self.path, self.display = folder, folder / "metrics.jsonl", display
+        self.writes = writes
         self.board: Any = None
 
     def start(self, step: int, validation: Collection[int] = ()) -> bool:
@@ -74,6 +80,8 @@ class Recorder:
             self.display.validation(rows)
 
     def _write(self, rows: list[dict[str, Any]]) -> None:
+        if not self.writes:
+            return
         lines = [json.dumps(_finite(row), allow_nan=False) + "\n" for row in rows]
         with writing(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write("".join(lines))

@@ -6,7 +6,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import closing, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -58,7 +58,7 @@ class Here:
     """
 
     before: float = 0.0
-    started: float = field(default_factory=time.perf_counter)
+    started: float = 0.0
     stop: bool = False
 
     @property
@@ -106,7 +106,11 @@ def train(
     keeping = choice.keeping(state.kernels) if own else nullcontext(state.kernels)
     model.train()
     batches = task.batches(state.step, config.batch_size)
-    guard, here, saved = DivergenceGuard(state), Here(state.seconds), state.step
+    guard, here, saved = (
+        DivergenceGuard(state),
+        Here(state.seconds, time.perf_counter()),
+        state.step,
+    )
     done, stopping = config.progress(state.step, state.seconds), False
     due = config.eval_loops if _evaluates(config, state.step, done) else ()
     with keeping as kernels, closing(recorder), closing(batches), _interruptible(recorder, here):

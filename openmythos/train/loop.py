@@ -4,6 +4,7 @@ import contextlib
 import math
 import signal
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
@@ -40,11 +41,19 @@ class TrainingStopped(RuntimeError):
 
 @dataclass(frozen=True)
 class TrainResult:
-    """How a run ended: steps and seconds done, and whether it was interrupted (Ctrl-C)."""
+    """How a run ended: steps and seconds done, and the signal that stopped it before its end.
+
+    ``signal`` is 0 at the run's end; Ctrl-C sends SIGINT, schedulers and launchers SIGTERM.
+    """
 
     step: int
     seconds: float
-    interrupted: bool
+    signal: int = 0
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether the run was stopped before its end."""
+        return self.signal != 0
 
 
 @dataclass
@@ -54,12 +63,12 @@ class Here:
     Attributes:
         before: Seconds of training before this process began.
         started: When it began.
-        stop: Whether a signal asked it to stop.
+        signal: The signal that asked it to stop; 0: none.
     """
 
     before: float = 0.0
     started: float = 0.0
-    stop: bool = False
+    signal: int = 0
 
     @property
     def seconds(self) -> float:
@@ -69,10 +78,13 @@ class Here:
 
 @dataclass(frozen=True)
 class Agreed:
-    """What all ranks go by: the first one's seconds of training, and whether any is to stop."""
+    """What all ranks go by: the first one's seconds of training, and the signal to stop, or 0.
+
+    A rank that was not asked itself takes the signal for SIGTERM.
+    """
 
     seconds: float
-    stop: bool
+    signal: int
 
 
 def train(
@@ -111,11 +123,11 @@ def train(
         Here(state.seconds, time.perf_counter()),
         state.step,
     )
-    done, stopping = config.progress(state.step, state.seconds), False
+    done, stopping = config.progress(state.step, state.seconds), 0
     due = config.eval_loops if _evaluates(config, state.step, done) else ()
     with keeping as kernels, closing(recorder), closing(batches), _interruptible(recorder, here):
         # The run may have been killed after it had saved.
-        if not ranks.once(lambda: recorder.start(state.step, due)):
+        if not ranks.on_first(lambda: recorder.start(state.step, due)):
             recorder.validation(state.step, state.seconds, _evaluate(model, task, config))
         while done < 1 and not stopping:
             step_started = time.perf_counter()
@@ -141,20 +153,29 @@ def train(
             done = config.progress(step, seconds)
             logged = step % config.log_every == 0 or step == 1 or done == 1
             recorder.step(step, seconds, done, metrics, logged)
-            stopping = here.stop if agreed is None else agreed.stop
+            stopping = here.signal if agreed is None else agreed.signal
             # Saved first: an evaluation can fail. No checkpoint while the loss is bad, though: it
             # would push out an older, better one.
             evaluates = _evaluates(config, step, done)
             by_steps = config.save_every and step % config.save_every == 0
-            if done == 1 or stopping or ((evaluates or by_steps) and not guard.bad):
-                run.save(model, optimizers, task, state)
-                saved = step
-            if evaluates:
+            is_last = done == 1 or stopping
+            if is_last or ((evaluates or by_steps) and not guard.bad):
+                try:
+                    ranks.each(recorder.flush)  # a run that goes on from here finds its rows
+                    run.save(model, optimizers, task, state)
+                    saved = step
+                except OSError as error:
+                    if is_last:
+                        raise
+                    if ranks.first:
+                        warnings.warn(f"{error}; training goes on", stacklevel=2)
+            if evaluates and (done == 1 or not stopping):  # else the next start does it
                 recorder.validation(step, seconds, _evaluate(model, task, config))
-                stopping = here.stop if agreed is None else agreed.stop
+                stopping = here.signal if agreed is None else stopping
+        ranks.each(recorder.flush)
         if state.step > saved:
             run.save(model, optimizers, task, state)
-    return TrainResult(state.step, state.seconds, interrupted=done < 1)
+    return TrainResult(state.step, state.seconds, stopping if done < 1 else 0)
 
 
 def _evaluates(config: TrainConfig, step: int, done: float) -> bool:
@@ -186,6 +207,7 @@ def _gradients(
         The step's metrics, and what the ranks agree on; None: there is one process.
     """
     ranks = Ranks.alone(model.embed.weight.device) if ranks is None else ranks
+    here = Here() if here is None else here
     num_rows = len(batch.tokens) * ranks.num_row_ranks
     rows = torch.arange(ranks.row_rank, num_rows, ranks.num_row_ranks)
     depths, grad_loops = config.depth.sample(
@@ -207,7 +229,7 @@ def _gradients(
         numbers = torch.cat((measured, last)).tolist()
     else:
         reshard(model)  # before the norm, or it misses the units that were kept
-        sums = _over_ranks(model, measured, (total, num_bytes), rho, ranks, here or Here())
+        sums = _over_ranks(model, measured, (total, num_bytes), rho, ranks, here)
         *numbers, targets, size, seconds, stops, squares = sums[:8]
         total, num_bytes = max(1, int(targets)), int(size)
         factor = divisor / total
@@ -215,7 +237,7 @@ def _gradients(
         clip = min(1.0, config.optimizer.clip_norm / (numbers[3] + 1e-6))
         scale_gradients(model, factor * clip)
         numbers += sums[8:]
-        agreed = Agreed(seconds, stops > 0)
+        agreed = Agreed(seconds, (here.signal or signal.SIGTERM) if stops else 0)
     names = ("loss", "nats_per_token", "state_norm", "grad_norm", "rho")
     metrics = dict(zip(names, numbers, strict=False))  # an injection without A has no rho
     metrics["num_loops"] = float(depths.float().mean())
@@ -295,7 +317,7 @@ def _over_ranks(
     loads = [layer.load.flatten() for layer in layers]
     by_row = torch.cat([measured.to(exact), *(load.to(exact) for load in loads)])
     on_host = torch.tensor(counts, dtype=exact, device=device)
-    said = torch.tensor([here.seconds * ranks.first, here.stop], dtype=exact, device=device)
+    said = torch.tensor([here.seconds * ranks.first, here.signal > 0], dtype=exact, device=device)
     counted = torch.cat((on_host, by_row)) * ranks.counts_rows
     sums = ranks.sum(torch.cat((said, square_sum(model, ranks)[None], counted)))
     said, (squares, *_), on_host, by_row = sums.split((2, 1, 2, len(by_row)))
@@ -407,12 +429,15 @@ class DivergenceGuard:
 
 @contextlib.contextmanager
 def _interruptible(recorder: Recorder, here: Here) -> Iterator[None]:
-    """Ctrl-C and SIGTERM request that the loop saves and ends; a second Ctrl-C ends at once."""
+    """Ctrl-C and SIGTERM request that the loop saves and ends; a second Ctrl-C ends at once.
+
+    A second SIGTERM does not: a scheduler and the launcher under it each send one.
+    """
 
     def request(signum: int, frame: object) -> None:
-        if here.stop:
+        if here.signal and signum == signal.SIGINT:
             raise KeyboardInterrupt
-        here.stop = True
+        here.signal = here.signal or signum
         recorder.note("saving after this step; Ctrl-C again stops at once")
 
     kept = {}

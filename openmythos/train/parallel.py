@@ -19,7 +19,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from openmythos.config.parallel import ParallelConfig
+from openmythos.config.parallel import ParallelConfig, started_rank
 from openmythos.model.feedforward import Router
 from openmythos.model.init import whole_part
 from openmythos.model.recurrent import RecurrentDepthLM
@@ -76,42 +76,56 @@ class Ranks:
         """The sum over the ranks with different rows."""
         return self.sum(numbers if self.counts_rows else torch.zeros_like(numbers))
 
-    def once(self, make: Callable[[], Any]) -> Any:
-        """What ``make`` returns on the first rank, which alone calls it; the others wait for it.
+    def each(self, make: Callable[[], Any]) -> list[Any]:
+        """What ``make`` returns on every rank, in their order; all call it and wait for all.
 
         It must be plain data: it is sent as JSON.
 
         Raises:
-            ValueError, OSError: What ``make`` raised; the other ranks end without a word.
+            OSError, ValueError: ``make`` raised it, on this rank or on another.
         """
         if self.mesh is None:
-            return make()
+            return [make()]
         error, said = None, {}
-        if self.first:
-            try:
-                said = {"made": make()}
-            except (ValueError, OSError) as raised:
-                error, said = raised, {"failed": True}
-        text = torch.frombuffer(bytearray(json.dumps(said), "utf-8"), dtype=torch.uint8)
-        length = torch.tensor(len(text))
-        dist.broadcast(length, 0)
-        text = text if self.first else torch.empty(int(length), dtype=torch.uint8)
-        dist.broadcast(text, 0)
+        try:
+            said = {"made": make()}
+        except (OSError, ValueError) as raised:
+            kind = "ValueError" if isinstance(raised, ValueError) else "OSError"
+            error, said = raised, {kind: str(raised)}
+        answers = _gathered(said)
         if error is not None:
             raise error
-        said = json.loads(bytes(text.tolist()))
-        if "failed" in said:
-            raise SystemExit(2)
-        return said["made"]
+        for answer in answers:
+            if "OSError" in answer:
+                raise OSError(answer["OSError"])
+            if "ValueError" in answer:
+                raise ValueError(answer["ValueError"])
+        return [answer["made"] for answer in answers]
+
+    def on_first(self, make: Callable[[], Any]) -> Any:
+        """As ``each``, but only the first rank calls ``make``, and all get what it returns."""
+        return self.each(lambda: make() if self.first else None)[0]
 
     def wait(self) -> None:
         """Wait until all ranks are here."""
-        self.once(lambda: None)
+        self.on_first(lambda: None)
 
     def leave(self) -> None:
         """End the process group, if this process is in one."""
         if self.mesh is not None:
             dist.destroy_process_group()
+
+
+def _gathered(said: Any) -> list[Any]:
+    """What every rank says; never pickled."""
+    text = torch.frombuffer(bytearray(json.dumps(said), "utf-8"), dtype=torch.uint8)
+    lengths = [torch.tensor(0) for _ in range(dist.get_world_size())]
+    dist.all_gather(lengths, torch.tensor(len(text)))
+    longest = max(map(int, lengths))
+    texts = [torch.empty(longest, dtype=torch.uint8) for _ in lengths]
+    dist.all_gather(texts, torch.cat((text, text.new_zeros(longest - len(text)))))
+    pairs = zip(texts, lengths, strict=True)
+    return [json.loads(bytes(each[: int(length)].tolist())) for each, length in pairs]
 
 
 def join(config: ParallelConfig, device: torch.device | str = "cpu") -> Ranks:
@@ -121,7 +135,7 @@ def join(config: ParallelConfig, device: torch.device | str = "cpu") -> Ranks:
         ValueError: The number of processes is not the layout's.
     """
     place = torch.device(device)
-    started = dist.is_available() and (dist.is_initialized() or "RANK" in os.environ)
+    started = dist.is_available() and (dist.is_initialized() or started_rank() is not None)
     if started and not dist.is_initialized():
         # Two groups in one: what the host has to say needs no accelerator.
         dist.init_process_group("cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo")

@@ -33,6 +33,7 @@ from openmythos.train.recipe import HopsData, MixtureData, RunConfig, TextData, 
 from openmythos.train.run_folder import RunFolder, refuse_foreign
 from openmythos.train.setup import initial_model, new_model
 from openmythos.train.task import MixtureTask, PuzzleTask, Task, TextTask
+from openmythos.train.tracking import Tracker
 
 DEFAULT_PRESET, DEFAULT_DATA = "tiny", "python-docs"
 PUZZLE_DATA: Mapping[str, Callable[[], HopsData | SeededConfig]] = {"hops": HopsData, **CONFIGS}
@@ -72,7 +73,10 @@ class Run:
         if display is not None:
             display.max_steps = self.config.train.max_steps
         ranks, path = self.ranks, self.folder.path
-        recorder = Recorder(path, display if ranks.first else None, writes=ranks.first)
+        library = self.config.train.track if ranks.first else "none"
+        tracker = None if library == "none" else Tracker(library, path, to_dict(self.config))
+        shown = display if ranks.first else None
+        recorder = Recorder(path, shown, tracker=tracker, writes=ranks.first)
         with _locked_once(path, ranks):
             config = self.config.train
             return loop.train(self.model, self.task, config, self.folder, recorder, ranks)
@@ -149,7 +153,7 @@ def set_up(config: RunConfig, out: Path, device: str = "cpu") -> Run:
         advice = "lower train.batch_size and raise train.grad_accumulation"
         require_memory(needed + states, f"training on {rows} rows at once", advice)
     ranks = join(config.train.parallel, device)
-    ranks.once(lambda: refuse_foreign(out))
+    ranks.on_first(lambda: refuse_foreign(out))
     with _locked_once(out, ranks):
         return _set_up(config, out, ranks)
 
@@ -158,7 +162,7 @@ def set_up(config: RunConfig, out: Path, device: str = "cpu") -> Run:
 def _locked_once(path: Path, ranks: Ranks) -> Iterator[None]:
     """The folder's lock, held by the first rank for all."""
     with contextlib.ExitStack() as stack:
-        ranks.once(lambda: bool(stack.enter_context(locked(path))))
+        ranks.on_first(lambda: bool(stack.enter_context(locked(path))))
         yield
 
 
@@ -166,7 +170,7 @@ def _set_up(config: RunConfig, out: Path, ranks: Ranks) -> Run:
     tokenizer: Tokenizer | None = None
     task: Task
     # Checked before the data is prepared, so that another run's data is not replaced.
-    changed = ranks.once(
+    changed = ranks.on_first(
         lambda: RunFolder(out).changes(to_dict(config), ignore=("model.vocab_size",))
     )
     if isinstance(config.data, TextData | MixtureData):
@@ -184,14 +188,14 @@ def _set_up(config: RunConfig, out: Path, ranks: Ranks) -> Run:
             f"the data has {vocab_size} token ids, the model in {source} "
             f"{config.model.vocab_size}; prepare the data with --tokenizer {source}"
         )
-    folder = RunFolder(out, config.train.keep_checkpoints, tokenizer)
+    folder = RunFolder(out, config.train.keep_checkpoints, tokenizer, ranks)
     if source is None or folder.last_checkpoint() is not None:
         model = new_model(config.model, config.train, ranks)
     else:
         model = initial_model(Path(source), config.model, tokenizer, config.train, ranks)
     config = _with_full_paths(config)
     said = _changes_in_words(folder, changed, config.train)
-    ranks.once(lambda: folder.write_config(to_dict(config)))
+    ranks.on_first(lambda: folder.write_config(to_dict(config)))
     return Run(config, model, task, folder, ranks, said)
 
 
@@ -252,7 +256,7 @@ def text_task(data: TextData | MixtureData, config: RunConfig, out: Path, ranks:
             for part, folder in zip(parts, own, strict=True):
                 make_own_data(part, folder, tokenizer, config.model.vocab_size)
 
-    ranks.once(make)
+    ranks.on_first(make)
     folders = [_own_data(part, folder, out) for part, folder in zip(parts, own, strict=True)]
     each = [_loaders(folder, config, ranks) for folder in folders]
     if isinstance(data, TextData):

@@ -43,7 +43,7 @@ from openmythos.train.recipe import TrainConfig
 from openmythos.train.task import Batches
 from tests.strategies import MLA, randomise, seeded, small_config
 
-STEPS = int(os.environ.get("RANKS_STEPS", "5"))
+STEPS = int(os.environ.get("RANKS_STEPS", "2"))  # make stress-ranks: 50, and all arms
 BATCH = 8
 EXPERTS = MoEConfig(
     num_experts=6,
@@ -110,6 +110,7 @@ ARMS = {
     ),
     "replicated": Arm(MOE, layout=REPLICATED),
 }
+QUICK = ("experts", "tied", "accumulation", "per loop", "exit gain", "gathered by loop")
 
 
 # --- a run without files -------------------------------------------------------------------------
@@ -169,6 +170,9 @@ class Kept:
         pass
 
     def note(self, text: str) -> None:
+        pass
+
+    def flush(self) -> None:
         pass
 
     def step(self, step: int, seconds: float, done: float, metrics: Any, logged: bool) -> None:
@@ -236,7 +240,8 @@ def layout_of(arm: Arm) -> Arm:
 
 def every_arm_trains_as_one_process() -> dict[str, dict[str, float]]:
     found = {}
-    for name, arm in ARMS.items():
+    for name in ARMS if STEPS > 2 else QUICK:
+        arm = ARMS[name]
         try:
             found[name] = differences(layout_of(arm))
         except Exception as error:
@@ -250,7 +255,7 @@ def in_single_precision() -> dict[str, dict[str, float]]:
     found = {}
     for name, limit in (("dense", 5e-6), ("experts", 2e-4)):
         with patch.object(torch, "set_default_dtype"):
-            found[name] = differences(ARMS[name], steps=5 if name == "dense" else 1)
+            found[name] = differences(ARMS[name], steps=STEPS if name == "dense" else 1)
         assert found[name]["loss"] <= limit, (name, found[name])
     return found
 
@@ -444,7 +449,7 @@ def at_depth(loops: int, **changes: Any) -> Arm:
 def gathers_do_not_grow_with_the_loops() -> dict[str, dict[str, int]]:
     found = {}
     for core in (2, 3):
-        for loops in (1, 4, 16):
+        for loops in (1, 4, 16) if core == 2 else (4,):
             arm = at_depth(loops, model={"num_core_layers": core})
             found[f"{core} core layers, {loops} loops"] = got = counted(arm)
             assert _named(got) == (5 + core, 3 + core, 1), (loops, got)
@@ -502,7 +507,7 @@ class Signalled(Rows):
 def all_stop_after_the_same_step() -> int:
     ranks = join(Arm().recipe().parallel)
     _, rows, result = run(Arm(), ranks, Signalled(ranks), steps=30)
-    assert result.interrupted and result.step == len(rows) == 4
+    assert result.signal == signal.SIGTERM and result.step == len(rows) == 4
     return result.step
 
 
@@ -581,17 +586,20 @@ def every_rank_has_its_place() -> None:
     assert total.tolist() == [world, world * (world - 1) / 2]
     with pytest.raises(ValueError, match=f"torchrun --nproc-per-node {2 * world}"):
         join(ParallelConfig(dp_shard=2 * world))
-    assert ranks.once(lambda: {"rank": ranks.rank}) == {"rank": 0}
+    assert ranks.on_first(lambda: {"rank": ranks.rank}) == {"rank": 0}
 
 
-def an_error_of_the_first_rank_ends_all() -> None:
+def an_error_of_one_rank_ends_all() -> None:
     ranks = join(ParallelConfig(dp_shard=dist.get_world_size()))
 
-    def fails() -> None:
-        raise ValueError("the folder is taken")
+    def fails() -> int:
+        if ranks.rank == ranks.world - 1:
+            raise ValueError("the folder is taken")
+        return ranks.rank
 
-    with pytest.raises(ValueError if ranks.first else SystemExit):
-        ranks.once(fails)
+    with pytest.raises(ValueError, match="the folder is taken"):
+        ranks.each(fails)
+    assert ranks.each(lambda: ranks.rank) == list(range(ranks.world))
 
 
 def initial_values_are_those_of_one_process() -> int:
@@ -618,7 +626,7 @@ def initial_values_are_those_of_one_process() -> int:
 
 CASES = [
     every_rank_has_its_place,
-    an_error_of_the_first_rank_ends_all,
+    an_error_of_one_rank_ends_all,
     initial_values_are_those_of_one_process,
     every_arm_trains_as_one_process,
     in_single_precision,

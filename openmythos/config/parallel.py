@@ -1,5 +1,6 @@
 """How a training run is laid out over processes. No torch."""
 
+import os
 from dataclasses import dataclass
 from typing import Literal
 
@@ -49,3 +50,9 @@ class ParallelConfig:
     def same_loops(self) -> bool:
         """Whether all ranks must run the same number of loops: they exchange in every loop."""
         return self.ep > 1 or self.tp > 1 or (self.core_gather == "loop" and self.dp_shard > 1)
+
+
+def started_rank() -> int | None:
+    """This process's rank if ``torchrun`` started it; else None."""
+    rank = os.environ.get("RANK")
+    return None if rank is None else int(rank)

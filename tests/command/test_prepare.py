@@ -7,9 +7,6 @@ from typer.testing import CliRunner
 from openmythos import Tokenizer
 from openmythos.cli import app
 from openmythos.data.index import read_index
-from typer.testing import CliRunner
-
-from openmythos.cli import app
 from tests.command.conftest import Invoke, refused
 from tests.foreign import END, backend, write_folder
 
@@ -26,20 +23,6 @@ def test_prepare_as_json_and_as_a_table(invoke: Invoke, tmp_path: Path, text_fil
         "prepare", text_file, "--out", tmp_path / "all", "--bytes", "--val-fraction", 0
     )
     assert "val" in everything
-
-
-def test_prepare_from_standard_input_and_with_bad_rows(invoke: Invoke, tmp_path: Path) -> None:
-    rows = tmp_path / "rows.jsonl"
-    rows.write_text("".join(f'{{"text": "row {i}"}}\n' for i in range(30)) + '{"te')
-    command = ("prepare", rows, "--out", tmp_path / "rows", "--bytes", "--json")
-    assert "line 31 is not JSON" in refused(invoke, *command)
-    report = json.loads(invoke(*command, "--skip-bad"))
-    assert (report["num_duplicates"], report["num_replaced"], report["num_left_out"]) == (0, 0, 1)
-    assert report["left_out"][0].startswith(f"{rows} line 31")
-    piped = ("prepare", "-", "--out", tmp_path / "piped", "--bytes")
-    result = CliRunner().invoke(app, [*map(str, piped)], input="One sentence. " * 300)
-    assert result.exit_code == 0 and "vocabulary 259" in result.stdout
-    assert "documents, " in result.stderr and "0 left out" in result.stderr
 
 
 def test_prepare_from_standard_input_and_with_bad_rows(invoke: Invoke, tmp_path: Path) -> None:

@@ -263,49 +263,6 @@ def test_standard_input_is_read_every_time(tmp_path, monkeypatch):
         assert not data.reused and stored_documents(data, "train") == [text]
 
 
-def test_what_cannot_be_read_is_left_out_on_request_and_counted(corpus, tmp_path):
-    (corpus / "bad.txt").write_bytes(b"\xff")
-    (corpus / "copy.txt").write_bytes((corpus / "00.txt").read_bytes())
-    rows = ['{"text": "a lone surrogate: \\ud800, and ? is none"}', '{"te', '{"text": 3}']
-    (corpus / "rows.jsonl").write_text("\n".join(rows))
-    with pytest.raises(ValueError, match=r"bad\.txt is not UTF-8.*--skip-bad.*skip_bad=true"):
-        prepare(str(corpus), tmp_path / "out", tokenizer=byte_tokenizer())
-    data = prepare(str(corpus), tmp_path / "out", tokenizer=byte_tokenizer(), skip_bad=True)
-    texts = stored_documents(data, "train") + stored_documents(data, "val")
-    assert len(texts) == 61 and "a lone surrogate: ?, and ? is none" in texts
-    assert (data.num_duplicates, data.num_replaced, data.num_left_out) == (1, 1, 3)
-    said = data.summary()
-    assert said.startswith("61 documents, 1 duplicates dropped, 1 characters replaced, 3 left out:")
-    assert all(part in said for part in ("bad.txt is not UTF-8", "line 2 is not JSON", "line 3"))
-    again = prepare(str(corpus), tmp_path / "out", tokenizer=byte_tokenizer(), skip_bad=True)
-    assert again.reused and again.summary() == said
-
-
-def test_a_summary_shows_the_first_reasons(tmp_path):
-    rows = ['{"text": "fine %d"}' % i for i in range(40)] + ["bad"] * 300
-    (tmp_path / "a.jsonl").write_text("\n".join(rows))
-    data = prepare(str(tmp_path / "a.jsonl"), tmp_path / "out", vocab_size=300, skip_bad=True)
-    assert data.num_left_out == 300 and len(data.left_out) == 100
-    assert data.summary().endswith("is not JSON: Expecting value at column 1; and 295 more")
-
-
-def test_data_of_an_older_version_is_read(corpus, tmp_path):
-    data = prepare(str(corpus), tmp_path / "out", vocab_size=300)
-    index = json.loads((tmp_path / "out" / "index.json").read_text())
-    for name in ("num_replaced", "num_left_out", "left_out"):
-        del index[name]
-    (tmp_path / "out" / "index.json").write_text(json.dumps(index))
-    assert read_index(tmp_path / "out") == data
-
-
-def test_standard_input_is_read_every_time(tmp_path, monkeypatch):
-    for word in ("one", "two"):
-        text = f"{word} said. " * 400
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
-        data = prepare("-", tmp_path / "out", tokenizer=byte_tokenizer(), val_fraction=0.0)
-        assert not data.reused and stored_documents(data, "train") == [text]
-
-
 # Ends its own process, as a kill would, at the n-th thing that it does to the file system.
 KILLED = """
 import os, sys

@@ -1,6 +1,5 @@
 import gzip
 import io
-import io
 import json
 import os
 import re
@@ -12,7 +11,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from openmythos.data.file import Document, LeftOut
-from openmythos.data.prepare import prepare
 from openmythos.data.prepare import prepare
 from openmythos.data.source import load_documents, read_source, source_version
 
@@ -163,91 +161,6 @@ def test_tables_in_a_folder_may_be_something_else(tmp_path):
 
 def test_our_own_folders_are_no_text(tmp_path):
     (tmp_path / "a.txt").write_text(" ".join(f"word{i}" for i in range(2000)))
-    alone = texts(tmp_path), source_version(str(tmp_path))
-    prepare(str(tmp_path / "a.txt"), tmp_path / "shards", vocab_size=300)
-    for folder in ("runs/x/checkpoints/step-00000001", "runs/x/samples", "export"):
-        (tmp_path / folder).mkdir(parents=True)
-    (tmp_path / "runs" / "x" / "metrics.jsonl").write_text('{"kind": "train", "step": 1}\n')
-    (tmp_path / "export" / "config.json").write_text("{}")
-    (tmp_path / "export" / "model.safetensors").write_bytes(b"")
-    (tmp_path / "export" / "modeling.py").write_text("code")
-    assert (texts(tmp_path), source_version(str(tmp_path))) == alone
-    assert sorted(item.reason for item in left_out(tmp_path)) == [
-        f"{tmp_path / 'export'} is a checkpoint",
-        f"{tmp_path / 'runs' / 'x'} is a run",
-        f"{tmp_path / 'shards'} is prepared data",
-    ]
-    with pytest.raises(ValueError, match="x is a run, not text: give a folder of text"):
-        load_documents(str(tmp_path / "runs" / "x"))
-    with pytest.raises(ValueError, match="shards is prepared data, not text: give it to `train"):
-        load_documents(str(tmp_path / "shards"))
-
-
-def test_a_folder_of_that_form_by_chance_is_read(tmp_path):
-    (tmp_path / "site").mkdir()
-    (tmp_path / "site" / "index.json").write_text('{"text": "mine"}')
-    (tmp_path / "site" / "config.json").write_text('{"text": "yours"}')
-    assert texts(tmp_path) == ["yours", "mine"]
-
-
-def test_standard_input_is_one_text(monkeypatch):
-    def given(data):
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
-
-    given("\ufeffone\r\n\r\nzwei é".encode())
-    assert list(load_documents("-")) == [Document("standard input", "one\r\n\r\nzwei é")]
-    assert source_version("-") == "-"
-    given(b"")
-    with pytest.raises(ValueError, match="standard input is empty"):
-        texts("-")
-    given(b"\xff")
-    with pytest.raises(ValueError, match="standard input is not UTF-8: byte 0xff at offset 0"):
-        texts("-")
-
-
-def left_out(source):
-    return [item for item in read_source(str(source)) if isinstance(item, LeftOut)]
-
-
-def test_a_folder_goes_on_after_what_it_cannot_read(tmp_path):
-    (tmp_path / "a.txt").write_text("one")
-    (tmp_path / "b.txt").write_bytes(b"\xff")
-    (tmp_path / "c.jsonl").write_text('{"text": "two"}\n{"te')
-    (tmp_path / "d.txt").symlink_to("missing")
-    (tmp_path / "e.txt").write_text("three")
-    items = list(read_source(str(tmp_path)))
-    assert [item.text for item in items if isinstance(item, Document)] == ["one", "two", "three"]
-    assert [item.reason.split(" ")[0] for item in items if isinstance(item, LeftOut)] == [
-        str(tmp_path / name) for name in ("b.txt", "c.jsonl", "d.txt")
-    ]
-    assert all(item.is_bad for item in left_out(tmp_path))
-    assert source_version(str(tmp_path)) == source_version(str(tmp_path))
-    with pytest.raises(ValueError, match=r"b\.txt is not UTF-8"):
-        texts(tmp_path)
-
-
-def test_tables_in_a_folder_may_be_something_else(tmp_path):
-    (tmp_path / "rows.csv").write_text("text\none\n")
-    (tmp_path / "package.json").write_text('{"name": "x"}')
-    (tmp_path / "tsconfig.json").write_text("// comments\n{}")
-    (tmp_path / "photo.jpg").write_bytes(b"x")
-    (tmp_path / "paper.pdf").write_bytes(b"x")
-    (tmp_path / "more.pdf").write_bytes(b"x")
-    assert texts(tmp_path) == ["one"]
-    found = left_out(tmp_path)
-    assert not any(item.is_bad for item in found)
-    assert [item.reason.removeprefix(f"{tmp_path}/") for item in found] == [
-        "3 files of other kinds (.pdf .jpg)",
-        "package.json has no column 'text'; its columns are: name: choose one with --column",
-        "tsconfig.json is not JSON: Expecting value at line 1 column 1",
-    ]
-    (tmp_path / "rows.csv").unlink()
-    with pytest.raises(ValueError, match=r"hold no \.txt|are empty.*\(left out: 3 files of other"):
-        texts(tmp_path)
-
-
-def test_our_own_folders_are_no_text(tmp_path):
-    (tmp_path / "a.txt").write_text("one " * 2000)
     alone = texts(tmp_path), source_version(str(tmp_path))
     prepare(str(tmp_path / "a.txt"), tmp_path / "shards", vocab_size=300)
     for folder in ("runs/x/checkpoints/step-00000001", "runs/x/samples", "export"):

@@ -107,41 +107,6 @@ def test_bad_rows_stop_a_run_unless_it_skips_them(tmp_path: Path) -> None:
     assert "bad.txt is not UTF-8" in first and run_itself.endswith("is a run")
 
 
-def test_a_run_inside_its_own_data_folder_goes_on(tmp_path: Path) -> None:
-    config = changed(text_config(write_text(tmp_path).parent), max_steps=1)
-    run = set_up(config, tmp_path / "runs" / "x")
-    run.train()
-    fingerprint = run.task.state_dict()
-    assert set_up(config, tmp_path / "runs" / "x").task.state_dict() == fingerprint
-    assert set_up(config, tmp_path / "runs" / "y").task.state_dict() == fingerprint
-
-
-def test_a_run_does_not_mix_with_other_files(tmp_path: Path) -> None:
-    config = text_config(write_text(tmp_path))
-    before = sorted(tmp_path.iterdir())
-    with pytest.raises(ValueError, match=r"other files than a run's \(text\.txt\): choose"):
-        set_up(config, tmp_path)
-    with pytest.raises(ValueError, match=r"text\.txt is a file; a run is a folder"):
-        set_up(config, tmp_path / "text.txt")
-    assert sorted(tmp_path.iterdir()) == before
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / ".gitignore").write_text("*")  # hidden files are not in the way
-    set_up(config, tmp_path / "run")
-    (tmp_path / "run" / "notes.md").write_text("mine")  # nor what was added to a run
-    set_up(config, tmp_path / "run")
-
-
-def test_bad_rows_stop_a_run_unless_it_skips_them(tmp_path: Path) -> None:
-    config = text_config(write_text(tmp_path).parent)
-    (tmp_path / "bad.txt").write_bytes(b"\xff")
-    with pytest.raises(ValueError, match="skip_bad=true"):
-        set_up(config, tmp_path / "run")
-    config = replace(config, data=replace(config.data, skip_bad=True))
-    run = set_up(config, tmp_path / "run")
-    assert isinstance(run.task, TextTask)
-    assert run.task.train.data.num_left_out == 1
-
-
 def test_the_written_configuration_makes_the_same_run(tmp_path: Path) -> None:
     first = set_up(text_config(write_text(tmp_path)), tmp_path / "one")
     second = set_up(first.config, tmp_path / "two")

@@ -27,6 +27,13 @@ from openmythos.train.recipe import TrainConfig
 
 AXES = ("dp_replicate", "efsdp", "ep", "tp")
 JOINT_AXES = {"dp_shard": ("efsdp", "ep")}  # names of several axes together
+# A graph for one row and one for more, with and without gradients, per shape of a call: with a
+# depth per sequence more than the 8 that torch allows.
+COMPILING: dict[str, Any] = {
+    "fullgraph": True,
+    "recompile_limit": 64,
+    "isolate_recompiles": True,
+}
 
 
 @dataclass(frozen=True)
@@ -194,7 +201,7 @@ def parallelize(model: RecurrentDepthLM, config: TrainConfig, ranks: Ranks) -> N
     layout = config.parallel
     if config.compile:
         for block in blocks(model):
-            block.compile(fullgraph=True, recompile_limit=64, isolate_recompiles=True)
+            block.compile(**COMPILING)
     axes = ("dp_replicate", "dp_shard") if layout.dp_replicate > 1 else ("dp_shard",)
     mesh = ranks.mesh[axes]
     own = MixedPrecisionPolicy()

@@ -128,8 +128,7 @@ def train(
             step_started = time.perf_counter()
             batch = next(batches)
             metrics, agreed = _gradients(model, batch, config, state.step, done, ranks, here)
-            reason = guard.check(metrics)
-            if reason:
+            if reason := guard.check(metrics):
                 run.finish()
                 kept = run.last_checkpoint() or "none was written yet"
                 raise TrainingStopped(f"{reason} at step {state.step + 1}; last checkpoint: {kept}")
@@ -157,8 +156,7 @@ def train(
             if is_last or ((evaluates or by_steps) and not guard.bad):
                 try:
                     ranks.each(recorder.flush)  # a run that goes on from here finds its rows
-                    background = config.save_in_background and not is_last
-                    run.save(model, optimizers, task, state, background)
+                    run.save(model, optimizers, task, state, wait=bool(is_last))
                     saved = step
                 except OSError as error:
                     if is_last:

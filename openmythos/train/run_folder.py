@@ -114,8 +114,10 @@ class RunFolder:
         keep: int = 2,
         tokenizer: Tokenizer | None = None,
         ranks: Ranks | None = None,
+        in_background: bool = False,
     ) -> None:
         self.path, self.keep, self.tokenizer = path, keep, tokenizer
+        self.in_background = in_background
         self.ranks = Ranks.alone() if ranks is None else ranks
         self.config: dict[str, Any] | None = None
         self._writer: tuple[ThreadPoolExecutor, Ranks] | None = None
@@ -202,13 +204,13 @@ class RunFolder:
         optimizers: list[torch.optim.Optimizer],
         task: Task,
         state: RunState,
-        in_background: bool = False,
+        wait: bool = True,
     ) -> Path:
         """Write a checkpoint atomically, then delete all but the newest ``keep``.
 
-        Over ranks, each of them writes what it holds of the model and of the optimisers. In the
-        background, everything is copied to the host's memory and written by another thread, while
-        training goes on; ``finish`` waits for it.
+        Over ranks, each of them writes what it holds of the model and of the optimisers. Unless it
+        is waited for, a folder that saves ``in_background`` copies everything to the host's memory
+        and lets another thread write it while training goes on; see ``finish``.
 
         Raises:
             OSError: It cannot be written, by this rank or another; what was there before stays.
@@ -227,7 +229,7 @@ class RunFolder:
             puzzle=task.puzzle if isinstance(task, PuzzleTask) else None,
         )
         self.finish()
-        if in_background:
+        if self.in_background and not wait:
             if self._writer is None:
                 self._writer = ThreadPoolExecutor(1), self.ranks.apart()
             thread, ranks = self._writer

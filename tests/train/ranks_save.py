@@ -188,10 +188,11 @@ def a_damaged_part_is_passed_over_by_all(folder: Path, ranks: Ranks) -> None:
 @in_a_folder
 def training_goes_on_while_a_checkpoint_is_written(folder: Path, ranks: Ranks) -> None:
     """The writer's messages are in a group of their own: both threads send, in any order."""
-    run, mine, expected = RunFolder(folder, ranks=ranks), trained(0, ranks), trained(0, ranks)
+    run = RunFolder(folder, ranks=ranks, in_background=True)
+    mine, expected = trained(0, ranks), trained(0, ranks)
     rng = random.Random(ranks.rank)
     for step in range(1, 5):
-        run.save(*mine, Remembering(stage=step), RunState(step, 0.0), in_background=True)
+        run.save(*mine, Remembering(stage=step), RunState(step, 0.0), wait=False)
         with torch.no_grad():
             for param in mine[0].parameters():
                 param.add_(1.0)  # what is written is of before
@@ -211,7 +212,7 @@ def training_goes_on_while_a_checkpoint_is_written(folder: Path, ranks: Ranks) -
     limit = full_disk(2000) if ranks.first else contextlib.nullcontext()
     with limit, warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        run.save(*mine, Remembering(), RunState(9, 0.0), in_background=True)
+        run.save(*mine, Remembering(), RunState(9, 0.0), wait=False)
         assert not run.finish()
     words = [str(warning.message) for warning in said if "training goes on" in str(warning.message)]
     assert len(words) == int(ranks.first) and all("too large" in each for each in words)

@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
-from openmythos.config.loop_signal import WeightLoRAConfig, loop_linear
+from openmythos.config.loop_signal import WeightLoRAConfig, loop_linear, loop_linear_shapes
 from openmythos.config.member import Member, Whole
 from openmythos.config.schema import require, require_literals, require_positive
-from openmythos.config.weights import Weights, matrix, table, vector
+from openmythos.config.weights import Shapes, Weights, matrix, table, vector, within
 
 
 class AttentionMember(Member):
@@ -69,6 +69,18 @@ class GQAConfig(AttentionMember):
             result += vector(2 * self.head_dim)
         return result
 
+    def shapes(self, d_model: int, lora: WeightLoRAConfig | None) -> Shapes:
+        """The parameters of one layer, including the norms of queries and keys."""
+        inner, num_qk_heads = self.num_heads * self.head_dim, self.num_heads + self.num_kv_heads
+        width = inner + 2 * self.num_kv_heads * self.head_dim
+        shapes = within("qkv", loop_linear_shapes(d_model, width, lora))
+        shapes |= within("out", loop_linear_shapes(inner, d_model, lora))
+        if self.qk_bias:
+            shapes["qk_bias"] = (num_qk_heads, self.head_dim)
+        if self.qk_norm == "weighted":
+            shapes |= {"q_norm_weight": (self.head_dim,), "k_norm_weight": (self.head_dim,)}
+        return shapes
+
     def macs_per_key(self, *, cached: bool) -> int:
         """Multiply-adds for one query and one key, in the score and in the weighted sum."""
         return self.num_heads * 2 * self.head_dim
@@ -124,6 +136,23 @@ class MLAConfig(AttentionMember):
             + loop_linear(heads * self.v_head_dim, d_model, lora)
         )
 
+    def shapes(self, d_model: int, lora: WeightLoRAConfig | None) -> Shapes:
+        """The parameters of one layer, including the norms of the latents."""
+        heads, latent, rope_dim = self.num_heads, self.kv_lora_rank, self.qk_rope_head_dim
+        widths = {
+            "down": (d_model, self.q_lora_rank + latent + rope_dim),
+            "q_up": (self.q_lora_rank, heads * (self.qk_nope_head_dim + rope_dim)),
+            "out": (heads * self.v_head_dim, d_model),
+        }
+        shapes: Shapes = {
+            "q_norm.weight": (self.q_lora_rank,),
+            "kv_norm.weight": (latent,),
+            "kv_up.weight": (heads * (self.qk_nope_head_dim + self.v_head_dim), latent),
+        }
+        for name, (num_in, num_out) in widths.items():
+            shapes |= within(name, loop_linear_shapes(num_in, num_out, lora))
+        return shapes
+
     def macs_per_key(self, *, cached: bool) -> int:
         """Multiply-adds for one query and one key; ``cached``: absorbed, for one cached latent."""
         if cached:
@@ -162,6 +191,13 @@ class ValueEmbeddingConfig(Member):
     def weights(self, vocab_size: int, num_kv_heads: int, head_dim: int) -> Weights:
         """The weights of one layer's table and gate."""
         return table(vocab_size, num_kv_heads * head_dim) + matrix(self.gate_channels, num_kv_heads)
+
+    def shapes(self, vocab_size: int, num_kv_heads: int, head_dim: int) -> Shapes:
+        """The parameters of one layer's table and gate, which belong to its attention."""
+        return {
+            "value_table.weight": (vocab_size, num_kv_heads * head_dim),
+            "value_gate.weight": (num_kv_heads, self.gate_channels),
+        }
 
 
 @dataclass(frozen=True, kw_only=True)

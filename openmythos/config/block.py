@@ -5,7 +5,7 @@ from typing import Literal
 
 from openmythos.config.member import Member
 from openmythos.config.schema import require, require_literals
-from openmythos.config.weights import Weights, vector
+from openmythos.config.weights import Shapes, Weights, vector
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,3 +31,10 @@ class BlockConfig(Member):
         """The weights of one block's norms and scales."""
         num_norms = 2 if self.norm == "pre" else 4
         return vector(d_model) * (num_norms + (0 if self.layer_scale is None else 2))
+
+    def shapes(self, d_model: int) -> Shapes:
+        """The parameters of one block's norms and scales."""
+        names = ["norm.weight"] if self.norm == "pre" else ["norm.weight", "out_norm.weight"]
+        names += [] if self.layer_scale is None else ["scale"]
+        branches = ("attention", "feed_forward")
+        return {f"{branch}_{name}": (d_model,) for branch in branches for name in names}

@@ -1,6 +1,7 @@
 """Parameters, FLOPs, cache and memory of a model by its number of loops. No torch, no weights.
 
-``parts`` lists everything that has weights; all other functions sum over it.
+``parts`` lists everything that has weights; the sums are over it. ``parameter_shapes`` lists the
+model's parameters by name.
 
 Conventions:
 
@@ -21,7 +22,7 @@ from dataclasses import dataclass
 
 from openmythos.config import ModelConfig
 from openmythos.config.schema import as_integer
-from openmythos.config.weights import Weights, matrix, table, vector
+from openmythos.config.weights import Shapes, Weights, matrix, table, vector, within
 
 # Per product in the forward, the backward has two: the gradients of the input and of the weight.
 FORWARD_AND_BACKWARD = 3
@@ -95,6 +96,48 @@ def _blocks(config: ModelConfig, stage: str, layers: range) -> Iterator[Part]:
         num_tables = len(set(values.layers) & set(layers))
         weights = values.weights(config.vocab_size, *value_shape) * num_tables
         yield Part(f"{stage}.value_embedding", weights, looped)
+
+
+def parameter_shapes(config: ModelConfig) -> Shapes:
+    """The shape of every parameter, by the name that it has in the model."""
+    dim, core_start = config.d_model, config.num_prelude_layers
+    coda_start, halting = core_start + config.num_core_layers, config.halting
+    shapes: Shapes = {"embed.weight": (config.vocab_size, dim)}
+    shapes |= _block_shapes(config, "prelude", range(core_start))
+    shapes |= within("injection", config.injection.shapes(dim))
+    if config.loop_embedding is not None:
+        shapes |= within("loop_embedding", config.loop_embedding.shapes(dim))
+    shapes |= _block_shapes(config, "core", range(core_start, coda_start))
+    if config.loop_adapter is not None:
+        shapes |= within(config.loop_adapter.kind, config.loop_adapter.shapes(dim))
+    shapes |= {} if halting is None else within("halting", halting.shapes(dim))
+    shapes |= _block_shapes(config, "coda", range(coda_start, config.num_layers))
+    for norm in ("prelude_norm", "loop_norm", "final_norm"):
+        if getattr(config, norm):
+            shapes[f"{norm}.weight"] = (dim,)
+    if config.readout == "linear":
+        shapes["readout.weight"] = (dim, dim)
+    if not config.tie_embeddings:
+        shapes["head.weight"] = (config.vocab_size, dim)
+    return shapes
+
+
+def _block_shapes(config: ModelConfig, stage: str, layers: range) -> Shapes:
+    """Those of one stage; ``layers`` are their global numbers."""
+    dim, lora, values = config.d_model, config.lora(stage), config.value_embedding
+    feed_forward = config.core_ff if stage == "core" else config.feed_forward
+    block = {
+        **within("attention", config.attention.shapes(dim, lora)),
+        **within("feed_forward", feed_forward.shapes(dim, lora)),
+        **config.block.shapes(dim),
+    }
+    shapes: Shapes = {}
+    for index, layer in enumerate(layers):
+        shapes |= within(f"{stage}.{index}", block)
+        if values is not None and layer in values.layers:
+            table_shapes = values.shapes(config.vocab_size, *config.attention.cache_shapes[1])
+            shapes |= within(f"{stage}.{index}.attention", table_shapes)
+    return shapes
 
 
 # --- the sums -------------------------------------------------------------------------------------

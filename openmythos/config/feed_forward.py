@@ -3,10 +3,10 @@
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
-from openmythos.config.loop_signal import WeightLoRAConfig, loop_linear
+from openmythos.config.loop_signal import WeightLoRAConfig, loop_linear, loop_linear_shapes
 from openmythos.config.member import Member
 from openmythos.config.schema import require, require_literals, require_positive
-from openmythos.config.weights import Weights, matrix
+from openmythos.config.weights import Shapes, Weights, matrix, within
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +35,10 @@ class SwiGLUConfig(Member):
     def weights(self, d_model: int, lora: WeightLoRAConfig | None) -> dict[str, Weights]:
         """The weights of one layer, by part."""
         return {"feed_forward": _swiglu(d_model, self.d_ff, lora)}
+
+    def shapes(self, d_model: int, lora: WeightLoRAConfig | None) -> Shapes:
+        """The parameters of one layer."""
+        return _swiglu_shapes(d_model, self.d_ff, lora)
 
     def unlooped(self) -> "SwiGLUConfig":
         """The config for a model that runs once: the same."""
@@ -70,6 +74,11 @@ class ReLUSquaredConfig(Member):
         """The weights of one layer, by part."""
         up, down = loop_linear(d_model, self.d_ff, lora), loop_linear(self.d_ff, d_model, lora)
         return {"feed_forward": up + down}
+
+    def shapes(self, d_model: int, lora: WeightLoRAConfig | None) -> Shapes:
+        """The parameters of one layer."""
+        up = loop_linear_shapes(d_model, self.d_ff, lora)
+        return within("up", up) | within("down", loop_linear_shapes(self.d_ff, d_model, lora))
 
     def unlooped(self) -> "ReLUSquaredConfig":
         """The config for a model that runs once: the same."""
@@ -137,6 +146,16 @@ class MoEConfig(Member):
             "shared_experts": _swiglu(d_model, shared, lora) if shared else Weights(),
         }
 
+    def shapes(self, d_model: int, lora: WeightLoRAConfig | None) -> Shapes:
+        """The parameters of one layer; those of all routed experts are stacked."""
+        shared = self.num_shared_experts * self.shared_width
+        return {
+            "router.weight": (self.num_experts, d_model),
+            "gate_up": (self.num_experts, 2 * self.d_expert, d_model),
+            "down": (self.num_experts, d_model, self.d_expert),
+            **(within("shared", _swiglu_shapes(d_model, shared, lora)) if shared else {}),
+        }
+
     def unlooped(self) -> "MoEConfig":
         """The config for a model that runs once: with a single balancing bias."""
         return replace(self, bias_loops=1)
@@ -149,3 +168,8 @@ FeedForwardConfig = SwiGLUConfig | ReLUSquaredConfig | MoEConfig
 
 def _swiglu(d_model: int, width: int, lora: WeightLoRAConfig | None) -> Weights:
     return loop_linear(d_model, 2 * width, lora) + loop_linear(width, d_model, lora)
+
+
+def _swiglu_shapes(d_model: int, width: int, lora: WeightLoRAConfig | None) -> Shapes:
+    gate_up = loop_linear_shapes(d_model, 2 * width, lora)
+    return within("gate_up", gate_up) | within("down", loop_linear_shapes(width, d_model, lora))

@@ -5,7 +5,7 @@ from typing import ClassVar, Literal
 
 from openmythos.config.member import Member
 from openmythos.config.schema import require, require_literals
-from openmythos.config.weights import Weights, matrix, vector
+from openmythos.config.weights import Shapes, Weights, matrix, vector
 
 
 class HaltingMember(Member):
@@ -14,6 +14,10 @@ class HaltingMember(Member):
     def weights(self, d_model: int) -> Weights:
         """The weights of the head: a linear map from the state to one logit, with a bias."""
         return matrix(d_model, 1) + vector(1)
+
+    def shapes(self, d_model: int) -> Shapes:
+        """The parameters of the head."""
+        return {"proj.weight": (1, d_model), "proj.bias": (1,)}
 
 
 @dataclass(frozen=True, kw_only=True)

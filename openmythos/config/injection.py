@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from openmythos.config.member import Member, Whole
 from openmythos.config.schema import require
-from openmythos.config.weights import Weights, matrix, vector
+from openmythos.config.weights import Shapes, Weights, matrix, vector
 
 
 class InjectionMember(Member):
@@ -25,6 +25,10 @@ class InjectionMember(Member):
     def weights(self, d_model: int) -> Weights:
         """The weights that are applied at every loop."""
         return Weights()
+
+    def shapes(self, d_model: int) -> Shapes:
+        """All of its parameters."""
+        return {}
 
     def check(self, model: Whole) -> None:
         """See ``Member.check``."""
@@ -58,6 +62,10 @@ class LTIInjectionConfig(InjectionMember):
         """A and Delta."""
         return vector(2 * d_model)
 
+    def shapes(self, d_model: int) -> Shapes:
+        """See ``InjectionMember.shapes``."""
+        return {"a_log": (d_model,), "dt_bias": (d_model,), "weight": (d_model, d_model)}
+
 
 @dataclass(frozen=True, kw_only=True)
 class OriginalLTIInjectionConfig(InjectionMember):
@@ -71,6 +79,11 @@ class OriginalLTIInjectionConfig(InjectionMember):
     def weights(self, d_model: int) -> Weights:
         """A, B, the norm and one step size."""
         return vector(3 * d_model + 1)
+
+    def shapes(self, d_model: int) -> Shapes:
+        """See ``InjectionMember.shapes``."""
+        vectors = dict.fromkeys(("log_a", "weight", "norm.weight"), (d_model,))
+        return {**vectors, "log_dt": (1,)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +104,11 @@ class LinearInjectionConfig(InjectionMember):
     def weights(self, d_model: int) -> Weights:
         """W_h."""
         return matrix(d_model, d_model)
+
+    def shapes(self, d_model: int) -> Shapes:
+        """See ``InjectionMember.shapes``."""
+        bias: Shapes = {"bias": (d_model,)} if self.bias else {}
+        return {"h_weight": (d_model, d_model), "e_weight": (d_model, d_model)} | bias
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,6 +156,10 @@ class GateInjectionConfig(InjectionMember):
     def weights(self, d_model: int) -> Weights:
         """W and its bias."""
         return matrix(2 * d_model, d_model) + vector(d_model)
+
+    def shapes(self, d_model: int) -> Shapes:
+        """See ``InjectionMember.shapes``."""
+        return {"gate.weight": (d_model, 2 * d_model), "gate.bias": (d_model,)}
 
     def check(self, model: Whole) -> None:
         """See ``Member.check``."""

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from openmythos.config.member import Member, Whole
 from openmythos.config.schema import require, require_positive
-from openmythos.config.weights import Weights, matrix, table
+from openmythos.config.weights import Shapes, Weights, matrix, table, within
 
 
 class LoopEmbeddingMember(Member):
@@ -14,6 +14,10 @@ class LoopEmbeddingMember(Member):
     def weights(self, d_model: int) -> Weights:
         """The weights that are applied at every loop."""
         return Weights()
+
+    def shapes(self, d_model: int) -> Shapes:
+        """Its parameters."""
+        return {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +60,10 @@ class LearnedLoopConfig(LoopEmbeddingMember):
         """The weights of the vectors; one token and loop uses one of them."""
         return table(self.num_loops, d_model)
 
+    def shapes(self, d_model: int) -> Shapes:
+        """See ``LoopEmbeddingMember.shapes``."""
+        return {"table": (self.num_loops, d_model)}
+
 
 class LoopAdapterMember(Member):
     """What every loop adapter states beside its fields."""
@@ -63,6 +71,10 @@ class LoopAdapterMember(Member):
     def weights(self, d_model: int) -> Weights:
         """The weights that are applied to the core's output at every loop."""
         return Weights()
+
+    def shapes(self, d_model: int) -> Shapes:
+        """The parameters that are applied to the core's output."""
+        return {}
 
     @property
     def core_lora(self) -> "WeightLoRAConfig | None":
@@ -117,6 +129,12 @@ class OutputLoRAConfig(LoopAdapterMember):
         """The weights of the projections down and up, and the scales."""
         return matrix(d_model, self.rank) * 2 + table(self.num_loops, self.rank)
 
+    def shapes(self, d_model: int) -> Shapes:
+        """See ``LoopAdapterMember.shapes``."""
+        down, up = {"weight": (self.rank, d_model)}, {"weight": (d_model, self.rank)}
+        scale = {"scale": (self.num_loops, self.rank)}
+        return within("down", down) | within("up", up) | scale
+
 
 @dataclass(frozen=True, kw_only=True)
 class LoopScaleConfig(LoopAdapterMember):
@@ -138,6 +156,10 @@ class LoopScaleConfig(LoopAdapterMember):
         """One vector per loop, of which a token reads one."""
         return table(self.num_loops, d_model)
 
+    def shapes(self, d_model: int) -> Shapes:
+        """See ``LoopAdapterMember.shapes``."""
+        return {"scale": (self.num_loops, d_model)}
+
 
 LoopEmbeddingConfig = SinusoidalLoopConfig | LearnedLoopConfig
 
@@ -151,3 +173,12 @@ def loop_linear(num_in: int, num_out: int, lora: WeightLoRAConfig | None) -> Wei
         return plain
     row = lora.rank * (num_in + num_out)
     return plain + Weights(lora.num_loops * row, row, row)
+
+
+def loop_linear_shapes(num_in: int, num_out: int, lora: WeightLoRAConfig | None) -> Shapes:
+    """The parameters that ``loop_linear`` counts."""
+    shapes: Shapes = {"weight": (num_out, num_in)}
+    if lora is not None:
+        shapes["lora_down"] = (lora.num_loops, lora.rank, num_in)
+        shapes["lora_up"] = (lora.num_loops, num_out, lora.rank)
+    return shapes

@@ -1,6 +1,12 @@
-"""Counts of a part's weights: all, active per token, and multiply-adds per token. No torch."""
+"""Counts of a part's weights: all, active per token, and multiply-adds per token. No torch.
 
+``Shapes`` are those of its parameters by the name that each has in the part's module.
+"""
+
+from collections.abc import Mapping
 from dataclasses import dataclass
+
+Shapes = dict[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -39,3 +45,8 @@ def vector(size: int) -> Weights:
 def table(rows: int, width: int) -> Weights:
     """A lookup table, of which one token uses one row."""
     return Weights(rows * width, width)
+
+
+def within(name: str, shapes: Mapping[str, tuple[int, ...]]) -> Shapes:
+    """The shapes of the module ``name``, as its parent names them."""
+    return {f"{name}.{inner}": shape for inner, shape in shapes.items()}

@@ -1,3 +1,4 @@
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from unittest.mock import patch
@@ -38,14 +39,19 @@ from tests.strategies import GQA, MLA, MOE, Json, model_fields, random_tokens, s
 BATCH, TOKENS = 2, 5
 
 
-def meta_params(config: ModelConfig) -> dict[str, int]:
-    """Parameters of the model itself, by the name of its first module."""
+def meta_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Shapes of the parameters of the model itself."""
     with torch.device("meta"):
         model = RecurrentDepthLM(config)
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+def meta_params(config: ModelConfig) -> dict[str, int]:
+    """Parameters of the model itself, by the name of its first module."""
     sizes: dict[str, int] = {}
-    for name, parameter in model.named_parameters():
+    for name, shape in meta_shapes(config).items():
         part = name.split(".")[0]
-        sizes[part] = sizes.get(part, 0) + parameter.numel()
+        sizes[part] = sizes.get(part, 0) + math.prod(shape)
     return sizes
 
 
@@ -53,8 +59,10 @@ def meta_params(config: ModelConfig) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_total_of_a_preset_is_the_models(name: str) -> None:
-    assert counts.total_params(preset(name)) == sum(meta_params(preset(name)).values())
+def test_parameters_of_a_preset_are_the_models(name: str) -> None:
+    shapes = meta_shapes(preset(name))
+    assert counts.parameter_shapes(preset(name)) == shapes
+    assert counts.total_params(preset(name)) == sum(map(math.prod, shapes.values()))
 
 
 @settings(max_examples=150)
@@ -69,6 +77,7 @@ def test_total_and_breakdown_are_the_models(fields: Json) -> None:
     module = {"embedding": "embed", "loop_adapter": "" if adapter is None else adapter.kind}
     found = {module.get(name, name): size for name, size in sizes.items() if size}
     assert found == meta_params(config)
+    assert counts.parameter_shapes(config) == meta_shapes(config)
     assert counts.active_params(config) <= counts.total_params(config)
 
 

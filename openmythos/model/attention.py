@@ -176,7 +176,8 @@ class MLA(Attention):
             y = self.kv_up(mixed=mixed.transpose(1, 2))
         else:
             q = torch.cat((q_nope, q_rope), dim=-1).transpose(1, 2)
-            y = ctx.attend(q, *self.kv_up(*kv.read()), self.scale).transpose(1, 2)
+            k, v = self.kv_up(*kv.read())
+            y = ctx.attend(q, k, v, self.scale).transpose(1, 2)
         return self.out(y.reshape(num_rows, num_tokens, -1), loop_idx)
 
     def absorbs(self, num_tokens: int, ctx: ForwardContext) -> bool:

@@ -25,11 +25,14 @@ from torch.distributed.fsdp._fully_shard._fsdp_common import (  # private until 
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn import functional
 
+from openmythos.config import ModelConfig, MoEConfig
 from openmythos.model.context import ForwardContext
 from openmythos.model.feedforward import MoE
 from openmythos.model.recurrent import RecurrentDepthLM
 from openmythos.ops.moe import Gather, LoopedExperts, Spread, moe_experts, sorted_pairs
 from openmythos.train.tensor import become, copied, summed
+
+EXPERT_SHARD = "efsdp_tp"  # the axes ``efsdp`` and ``tp`` of a mesh together
 
 
 class DistributedExperts:
@@ -110,17 +113,35 @@ class ExpertParallel(MoE):
         return DistributedExperts(experts, self.group, self.tensor)
 
 
+def check_expert_parallel(config: ModelConfig, size: int) -> None:
+    """Check that a model's experts can be divided over ``size`` ranks.
+
+    Raises:
+        ValueError: It has no experts, or a number of them that cannot be divided.
+    """
+    part = config.core_ff
+    if size == 1:
+        return
+    if not isinstance(part, MoEConfig):
+        raise ValueError(f"parallel.ep is {size}, and the model has no experts: set it to 1")
+    if part.num_experts % size:
+        raise ValueError(
+            f"model.core_feed_forward.num_experts is {part.num_experts}; ep={size} divides the "
+            "experts: choose an ep that divides their number"
+        )
+
+
 def divide_experts(model: RecurrentDepthLM, mesh: DeviceMesh) -> None:
     """Divide every layer's routed experts over the axis ``ep`` of a mesh.
 
     Raises:
-        ValueError: The model has no experts, or a number of them that cannot be divided.
+        ValueError: See ``check_expert_parallel``.
     """
     axis, tensor = mesh["ep"], mesh["tp"]
     if axis.size() == 1:
         return
-    layers = [module for module in model.modules() if isinstance(module, MoE)]
-    for layer in layers:
+    check_expert_parallel(model.config, axis.size())
+    for layer in [module for module in model.modules() if isinstance(module, MoE)]:
         for name in ("gate_up", "down"):
             whole = getattr(layer, name).data
             part = distribute_tensor(whole, axis, [Shard(0)], src_data_rank=None)
@@ -135,11 +156,9 @@ def expert_placement(mesh: DeviceMesh) -> Callable[[nn.Parameter], Any]:
     Only parameters that ``divide_experts`` divided are experts'. They are sharded over all ranks
     that hold the same experts and see other tokens, also those along ``tp``.
     """
-    axes = ("efsdp", "tp")
-    shard = mesh[axes]._flatten("efsdp_tp") if mesh["tp"].size() > 1 else mesh["efsdp"]
-    info: FSDPMeshInfo = FSDPMeshInfo(shard, shard_mesh_dim=0)
+    info: FSDPMeshInfo = FSDPMeshInfo(mesh[EXPERT_SHARD], shard_mesh_dim=0)
     if mesh["dp_replicate"].size() > 1:
-        both = mesh["dp_replicate", shard.mesh_dim_names[0]]
+        both = mesh["dp_replicate", EXPERT_SHARD]
         info = HSDPMeshInfo(both, shard_mesh_dim=1, replicate_mesh_dim=0)
 
     def place(parameter: nn.Parameter) -> ShardPlacementResult | None:

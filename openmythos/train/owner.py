@@ -16,6 +16,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from openmythos.train.shard import divisions
+
 
 @dataclass(frozen=True)
 class Axis:
@@ -57,27 +59,15 @@ class Axis:
 
 
 def axes_of(parameter: Tensor) -> tuple[Axis, ...]:
-    """The axes along which a parameter's matrices are divided; none where whole ones are local.
-
-    FSDP shards what tensor parallelism has left on a rank, so that its axis comes first.
-    """
+    """The axes along which a parameter's matrices are divided; none where whole ones are local."""
     if not isinstance(parameter, DTensor):
         return ()
-    mesh, place = parameter.device_mesh, parameter.device_mesh.get_coordinate()
-    assert place is not None
-    left, axes = list(parameter.shape), list[Axis]()
-    first = parameter.ndim - 2
-    for number in reversed(range(mesh.ndim)):
-        placement = parameter.placements[number]
-        if placement.is_replicate() or mesh.size(number) == 1:
-            continue
-        dim: int = placement.dim  # type: ignore[attr-defined]
-        chunks = [len(part) for part in torch.arange(left[dim]).chunk(mesh.size(number))]
-        sizes = (*chunks, *[0] * (mesh.size(number) - len(chunks)))
-        left[dim] = sizes[place[number]]
-        if dim >= first:
-            axes.append(Axis(mesh.get_group(number), dim - first + 1, sizes))
-    assert tuple(left) == tuple(parameter.to_local().shape)
+    mesh, first = parameter.device_mesh, parameter.ndim - 2
+    axes = [
+        Axis(mesh.get_group(each.axis), each.dim - first + 1, each.sizes)
+        for each in divisions(parameter)
+        if each.dim >= first
+    ]
     return tuple(reversed(axes))
 
 

@@ -9,7 +9,6 @@ Source: Shoeybi et al. 2019, Megatron-LM (arXiv 1909.08053), section 3.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache
 from typing import Any
 
 import torch
@@ -106,14 +105,15 @@ class Second(Local):
         return summed(super().forward(x, *others), self.group)
 
 
-@cache
-def _joined(kind: type[nn.Module], of: type[nn.Module]) -> type[nn.Module]:
-    return type(f"{kind.__name__}{of.__name__}", (kind, of), {})
+_JOINED: dict[tuple[Any, Any], Any] = {}  # the classes that ``become`` has made
 
 
 def become(module: nn.Module, kind: type[nn.Module], **attributes: Any) -> None:
     """Make a module one of ``kind``, too, with these attributes; it keeps all that it has."""
-    module.__class__ = _joined(kind, type(module))
+    both = kind, type(module)
+    if both not in _JOINED:
+        _JOINED[both] = type("".join(each.__name__ for each in both), both, {})
+    module.__class__ = _JOINED[both]
     for name, value in attributes.items():
         setattr(module, name, value)
 
@@ -240,8 +240,8 @@ def check_tensor_parallel(config: ModelConfig, size: int) -> None:
             raise ValueError(f"{name} is {number}; {allowed}: choose a tp that divides it")
     if config.num_recent_loops:
         raise ValueError(
-            f"model.loop_memory keeps keys of {config.num_recent_loops} loops; tp={size} does not "
-            "divide them: set train.parallel.tp=1"
+            f"model.depth_attention attends to {config.num_recent_loops} loops; tp={size} does not "
+            "divide their keys: set train.parallel.tp=1"
         )
 
 
@@ -255,8 +255,9 @@ def _numbers(config: ModelConfig) -> Iterator[tuple[str, int]]:
         if hasattr(part, "d_ff"):
             yield f"model.{field}.d_ff", part.d_ff
         elif part.num_shared_experts:
-            yield f"the width of model.{field}'s shared experts", (
-                part.num_shared_experts * part.shared_width
+            yield (
+                f"the width of model.{field}'s shared experts",
+                (part.num_shared_experts * part.shared_width),
             )
 
 

@@ -26,7 +26,7 @@ def mesh(request: pytest.FixtureRequest) -> Iterator[DeviceMesh]:
 def sharded(mesh: DeviceMesh, shape: tuple[int, ...], dim: int | None) -> DTensor:
     """A parameter that tensor parallelism has divided along ``dim``, and then FSDP by rows."""
     layer, whole = nn.Module(), torch.zeros(shape)
-    local = whole if dim is None else whole.chunk(3, dim)[0]
+    local = whole if dim is None else whole.chunk(3, dim)[0].contiguous()
     place = Replicate() if dim is None else Shard(dim)
     layer.weight = nn.Parameter(
         DTensor.from_local(

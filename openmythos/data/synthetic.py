@@ -219,6 +219,11 @@ class Walks(Puzzle):
             reached[:, hop] = self.relations[relation, reached[:, hop - 1]]
         return reached
 
+    def on_the_way(self, questions: Int[np.ndarray, "B T"]) -> dict[str, Int[np.ndarray, " B"]]:
+        """The entities that a walk passes."""
+        along = self.entities_along(questions).T
+        return {f"entity after hop {hop}": along[hop] for hop in range(1, len(along) - 1)}
+
     def positions(self, walks: Int[np.ndarray, "B T"]) -> Int[np.ndarray, "B T"]:
         """The positions of the tokens of walks that are not written out, a function of the walk.
 

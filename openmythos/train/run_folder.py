@@ -6,6 +6,7 @@ Training state is stored as safetensors and JSON, never as a pickle.
 import contextlib
 import json
 import os
+import re
 import shutil
 import warnings
 from collections.abc import Sequence
@@ -254,7 +255,9 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _flatten(config: Any, name: str = "") -> dict[str, Any]:
-    """The leaves of nested dictionaries by their dotted names."""
+    """The leaves of nested dictionaries, and of lists of them, by their dotted names."""
+    if isinstance(config, list) and any(isinstance(item, dict) for item in config):
+        config = {str(number): item for number, item in enumerate(config)}
     if not isinstance(config, dict):
         return {name: config}
     leaves: dict[str, Any] = {}
@@ -266,7 +269,8 @@ def _flatten(config: Any, name: str = "") -> dict[str, Any]:
 def _place(leaves: dict[str, Any], name: str) -> str:
     """As ``_shown``; of a path, where it leads to."""
     path = leaves.get(name)
-    return os.path.realpath(path) if name in PATH_FIELDS and path else _shown(leaves, name)
+    field = re.sub(r"\.\d+\.", ".", name)  # of one item of a list
+    return os.path.realpath(path) if field in PATH_FIELDS and path else _shown(leaves, name)
 
 
 def _shown(leaves: dict[str, Any], name: str) -> str:

@@ -25,7 +25,6 @@ from torch.distributed.fsdp._fully_shard._fsdp_common import (  # private until 
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn import functional
 
-from openmythos.config import ModelConfig, MoEConfig
 from openmythos.model.context import ForwardContext
 from openmythos.model.feedforward import MoE
 from openmythos.model.recurrent import RecurrentDepthLM
@@ -113,34 +112,11 @@ class ExpertParallel(MoE):
         return DistributedExperts(experts, self.group, self.tensor)
 
 
-def check_expert_parallel(config: ModelConfig, size: int) -> None:
-    """Check that a model's experts can be divided over ``size`` ranks.
-
-    Raises:
-        ValueError: It has no experts, or a number of them that cannot be divided.
-    """
-    part = config.core_ff
-    if size == 1:
-        return
-    if not isinstance(part, MoEConfig):
-        raise ValueError(f"parallel.ep is {size}, and the model has no experts: set it to 1")
-    if part.num_experts % size:
-        raise ValueError(
-            f"model.core_feed_forward.num_experts is {part.num_experts}; ep={size} divides the "
-            "experts: choose an ep that divides their number"
-        )
-
-
 def divide_experts(model: RecurrentDepthLM, mesh: DeviceMesh) -> None:
-    """Divide every layer's routed experts over the axis ``ep`` of a mesh.
-
-    Raises:
-        ValueError: See ``check_expert_parallel``.
-    """
+    """Divide every layer's routed experts over the axis ``ep`` of a mesh."""
     axis, tensor = mesh["ep"], mesh["tp"]
     if axis.size() == 1:
         return
-    check_expert_parallel(model.config, axis.size())
     for layer in [module for module in model.modules() if isinstance(module, MoE)]:
         for name in ("gate_up", "down"):
             whole = getattr(layer, name).data

@@ -8,7 +8,7 @@ compute on local tensors: a parameter is a DTensor, and reading it gives this ra
 Source: Shoeybi et al. 2019, Megatron-LM (arXiv 1909.08053), section 3.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,6 @@ from torch.autograd.function import FunctionCtx
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
-from openmythos.config import ModelConfig
 from openmythos.model.attention import GQA, MLA, Attention
 from openmythos.model.feedforward import FeedForward, MoE, ReLUSquared, SwiGLU
 from openmythos.model.loop_signal import LoopLinear
@@ -226,57 +225,14 @@ DIVISIONS: dict[type[nn.Module], Callable[[_Divider, Any], None]] = {
 }
 
 
-def check_tensor_parallel(config: ModelConfig, size: int) -> None:
-    """Check that a model can be divided over ``size`` ranks.
-
-    Raises:
-        ValueError: Its attention or feed-forward cannot; it says which number does not divide.
-    """
-    if size == 1:
-        return
-    allowed = f"tp={size} divides heads and hidden channels"
-    for name, number in _numbers(config):
-        if number % size:
-            raise ValueError(f"{name} is {number}; {allowed}: choose a tp that divides it")
-    if config.num_recent_loops:
-        raise ValueError(
-            f"model.depth_attention attends to {config.num_recent_loops} loops; tp={size} does not "
-            "divide their keys: set train.parallel.tp=1"
-        )
-
-
-def _numbers(config: ModelConfig) -> Iterator[tuple[str, int]]:
-    """What is divided, by its field's name."""
-    for name in ("num_heads", "num_kv_heads"):
-        if hasattr(config.attention, name):
-            yield f"model.attention.{name}", getattr(config.attention, name)
-    for field in ("feed_forward", "core_ff"):
-        part = getattr(config, field)
-        if hasattr(part, "d_ff"):
-            yield f"model.{field}.d_ff", part.d_ff
-        elif part.num_shared_experts:
-            yield (
-                f"the width of model.{field}'s shared experts",
-                (part.num_shared_experts * part.shared_width),
-            )
-
-
 def divide_tensors(model: RecurrentDepthLM, mesh: DeviceMesh) -> None:
-    """Divide the blocks' matrices over the ranks of a mesh of one axis.
-
-    Raises:
-        ValueError: The model has a layer, or a number of heads or channels, that cannot be divided.
-    """
+    """Divide the blocks' matrices over the ranks of a mesh of one axis; see ``DIVISIONS``."""
     if mesh.size() == 1:
         return
-    check_tensor_parallel(model.config, mesh.size())
     divider = _Divider(mesh)
-    for name, module in list(model.named_modules()):
+    for module in list(model.modules()):
         if isinstance(module, Attention | FeedForward):
-            divide = DIVISIONS.get(type(module))
-            if divide is None:
-                raise ValueError(f"{name} is a {type(module).__name__}, which tp does not divide")
-            divide(divider, module)
+            DIVISIONS[type(module)](divider, module)
 
 
 def fused_orders(model: nn.Module) -> dict[str, tuple[int, Int[Tensor, "R"]]]:

@@ -14,10 +14,9 @@ from openmythos.ops.moe import LoopedExperts
 from openmythos.train.experts import (
     EXPERT_SHARD,
     DistributedExperts,
-    check_expert_parallel,
     expert_placement,
 )
-from tests.strategies import MOE, seeded, small_config
+from tests.strategies import seeded
 
 
 @pytest.fixture(scope="module")
@@ -68,12 +67,3 @@ def test_only_experts_have_a_place_of_their_own(group: dist.ProcessGroup) -> Non
     found = place(torch.nn.Parameter(distribute_tensor(whole, mesh["ep"], [Shard(0)])))
     assert isinstance(found, ShardPlacementResult)
     assert found.placement == Shard(1) and found.mesh_info.mesh == shard
-
-
-def test_what_cannot_be_divided_is_refused() -> None:
-    check_expert_parallel(small_config(), 1)
-    check_expert_parallel(small_config(core_feed_forward=MOE), 2)
-    with pytest.raises(ValueError, match=r"parallel\.ep is 2.*no experts"):
-        check_expert_parallel(small_config(), 2)
-    with pytest.raises(ValueError, match="num_experts is 4; ep=3"):
-        check_expert_parallel(small_config(core_feed_forward=MOE), 3)

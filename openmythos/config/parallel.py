@@ -72,7 +72,7 @@ class ParallelConfig:
             require(number % self.tp == 0, name, number, allowed)
         if self.tp > 1 and model.depth_attention is not None:
             raise ValueError(
-                f"parallel.tp is {self.tp}, and the keys of model.depth_attention cannot be divided:"
+                f"parallel.tp is {self.tp}, and model.depth_attention cannot be divided over ranks:"
                 " set it to 1"
             )
 

@@ -103,7 +103,7 @@ def train(
     if as_json:
         typer.echo(json.dumps(summary))
     if result.interrupted:
-        raise typer.Exit(130)
+        raise typer.Exit(128 + result.signal)  # 130 or 143, as shells say it; 0: the run is done
 
 
 def chosen_data(sources: list[str], weights: list[float]) -> "str | MixtureData | None":
@@ -165,7 +165,8 @@ def ended(run: "Run", result: "TrainResult", screen: Console) -> dict[str, Any]:
         screen.print(f"page: {page}")
     held_out = last_validation(folder / "metrics.jsonl")
     places = {"folder": str(folder), "checkpoint": str(kept), "page": page and str(page)}
-    return {**places, **vars(result), "held_out": held_out}
+    ending = {"step": result.step, "seconds": result.seconds, "interrupted": result.interrupted}
+    return {**places, **ending, "held_out": held_out}
 
 
 def write_page(run: "Run", with_samples: bool) -> Path | None:

@@ -4,7 +4,9 @@ The engine is PyTorch's: one mesh of devices, and FSDP2 with a unit per block. O
 ``torchrun`` did not start has no process group and no mesh; nothing changes for it.
 """
 
+import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,10 +65,47 @@ class Ranks:
         dist.all_reduce(total)
         return total
 
+    def each(self, make: Callable[[], Any]) -> list[Any]:
+        """What ``make`` returns on every rank, in their order; all call it and wait for all.
+
+        It must be plain data: it is sent as JSON.
+
+        Raises:
+            OSError: ``make`` raised it, on this rank or on another.
+        """
+        error, said = None, {}
+        try:
+            said = {"made": make()}
+        except OSError as raised:
+            error, said = raised, {"failed": str(raised)}
+        answers = [said] if self.mesh is None else _gathered(said)
+        if error is not None:
+            raise error
+        failed = [answer["failed"] for answer in answers if "failed" in answer]
+        if failed:
+            raise OSError(failed[0])
+        return [answer["made"] for answer in answers]
+
+    def on_first(self, make: Callable[[], Any]) -> Any:
+        """As ``each``, but only the first rank calls ``make``, and all get what it returns."""
+        return self.each(lambda: make() if self.first else None)[0]
+
     def wait(self) -> None:
         """Wait until all ranks are here."""
         if self.mesh is not None:
             dist.barrier()
+
+
+def _gathered(said: Any) -> list[Any]:
+    """What every rank says; never pickled."""
+    text = torch.frombuffer(bytearray(json.dumps(said), "utf-8"), dtype=torch.uint8)
+    lengths = [torch.tensor(0) for _ in range(dist.get_world_size())]
+    dist.all_gather(lengths, torch.tensor(len(text)))
+    longest = max(map(int, lengths))
+    texts = [torch.empty(longest, dtype=torch.uint8) for _ in lengths]
+    dist.all_gather(texts, torch.cat((text, text.new_zeros(longest - len(text)))))
+    pairs = zip(texts, lengths, strict=True)
+    return [json.loads(bytes(each[: int(length)].tolist())) for each, length in pairs]
 
 
 def join(config: ParallelConfig, device: torch.device | str = "cpu") -> Ranks:

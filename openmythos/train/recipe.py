@@ -44,6 +44,7 @@ class TrainConfig:
         eval_batches: Batches of held-out text in an evaluation.
         save_every: Steps between two checkpoints; 0: not by number of steps.
         keep_checkpoints: Newest checkpoints that are kept.
+        track: Where the rows of metrics.jsonl are sent as well.
         parallel: How the run is laid out over processes.
     """
 
@@ -68,6 +69,7 @@ class TrainConfig:
     eval_batches: int = 16
     save_every: int = 200
     keep_checkpoints: int = 2
+    track: Literal["none", "trackio", "wandb"] = "none"
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def __post_init__(self) -> None:
@@ -109,7 +111,7 @@ FREE_FIELDS = frozenset(
     f"train.{name}"
     for name in (
         *("max_steps", "max_seconds", "grad_accumulation", "compile", "log_every", "save_every"),
-        *("keep_checkpoints", "eval_every", "eval_loops", "eval_batches", "recompute"),
+        *("keep_checkpoints", "eval_every", "eval_loops", "eval_batches", "recompute", "track"),
         *(f"parallel.{name}" for name in ("dp_replicate", "dp_shard", "ep", "tp", "core_gather")),
     )
 )

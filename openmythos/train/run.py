@@ -33,6 +33,7 @@ from openmythos.train.parallel import Ranks
 from openmythos.train.recipe import HopsData, MixtureData, RunConfig, TextData, TrainConfig
 from openmythos.train.run_folder import RunFolder, refuse_foreign
 from openmythos.train.task import MixtureTask, PuzzleTask, Task, TextTask
+from openmythos.train.tracking import Tracker
 
 DEFAULT_PRESET, DEFAULT_DATA = "tiny", "python-docs"
 PUZZLE_DATA: Mapping[str, Callable[[], HopsData | SeededConfig]] = {"hops": HopsData, **CONFIGS}
@@ -69,8 +70,10 @@ class Run:
         """
         if display is not None:
             display.max_steps = self.config.train.max_steps
-        recorder = Recorder(self.folder.path, display)
-        with locked(self.folder.path):
+        library, folder = self.config.train.track, self.folder.path
+        tracker = None if library == "none" else Tracker(library, folder, to_dict(self.config))
+        recorder = Recorder(folder, display, tracker=tracker)
+        with locked(folder):
             return loop.train(self.model, self.task, self.config.train, self.folder, recorder)
 
 

@@ -14,6 +14,7 @@ from openmythos.model.attention import LatentExpansion
 from openmythos.model.feedforward import MoE
 from openmythos.model.loop_signal import LoopLinear
 from openmythos.train.owner import Axis, axes_of, by_owner
+from openmythos.train.shard import local_part
 
 # Source: the Polar Express (arXiv 2505.16932), algorithm 1, five steps with safety factor 2e-2.
 POLAR_COEFFICIENTS = (
@@ -99,11 +100,6 @@ class Muon(torch.optim.Optimizer):
             part = local_part(param)
             part.mul_(1 - group["lr"] * group["weight_decay"])
             part.add_(update.view_as(part), alpha=-scale)
-
-
-def local_part(tensor: Tensor) -> Tensor:
-    """This rank's part of a sharded tensor, in the same memory; of another tensor, all of it."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -46,6 +46,11 @@ def divisions(parameter: DTensor) -> Iterator[Division]:
         yield Division(axis, dim, sizes, place[axis])
 
 
+def local_part(tensor: Tensor) -> Tensor:
+    """This rank's part of a sharded tensor, in the same memory; of another tensor, all of it."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def own_indices(
     parameter: DTensor, order: tuple[int, Int[Tensor, "R"]] | None = None
 ) -> list[Int[Tensor, "_"]]:
@@ -61,3 +66,18 @@ def own_indices(
     for each in divisions(parameter):
         indices[each.dim] = indices[each.dim].split(list(each.sizes))[each.rank]
     return indices
+
+
+def rearranged(tensor: DTensor, dim: int, index: Int[Tensor, "R"]) -> DTensor:
+    """``tensor.index_select(dim, index)``, laid out as the tensor is; all its ranks call it."""
+    part = tensor.full_tensor().index_select(dim, index.to(tensor.device))
+    for number, own in enumerate(own_indices(tensor)):
+        part = part.index_select(number, own.to(part.device))
+    return DTensor.from_local(
+        part,
+        tensor.device_mesh,
+        tensor.placements,
+        run_check=False,
+        shape=tensor.shape,
+        stride=tensor.stride(),
+    )

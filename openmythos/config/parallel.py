@@ -1,5 +1,6 @@
 """How a training run is laid out over processes. No torch."""
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -35,8 +36,6 @@ class ParallelConfig:
         require_literals(self)
         allowed = f"a divisor of parallel.dp_shard={self.dp_shard}"
         require(self.dp_shard % self.ep == 0, "parallel.ep", self.ep, allowed)
-        for name in ("ep", "tp"):  # neither is there yet
-            require(getattr(self, name) == 1, f"parallel.{name}", getattr(self, name), "1")
 
     @property
     def num_ranks(self) -> int:
@@ -89,3 +88,9 @@ def _divided_by_tp(model: ModelConfig) -> Iterator[tuple[str, int]]:
             yield f"the width of model.{name}'s shared experts", shared
         elif part is not None:
             yield f"model.{name}.d_ff", part.d_ff
+
+
+def started_rank() -> int | None:
+    """This process's rank if ``torchrun`` started it; else None."""
+    rank = os.environ.get("RANK")
+    return None if rank is None else int(rank)

@@ -26,7 +26,7 @@ from openmythos.folder import PUZZLE_FILE, write_json
 MIN_TO_HOLD_OUT = 1000  # examples of a size; of fewer, all are trained
 
 # One random stream per purpose, so that two uses of the same seed never share a draw.
-TABLE, HELD_OUT, TRAIN, EVAL, GUESS, CHOICE, POSITIONS = range(7)
+TABLE, HELD_OUT, TRAIN, EVAL, GUESS, CHOICE, POSITIONS, ALONE = range(8)
 
 
 @dataclass(frozen=True, kw_only=True)

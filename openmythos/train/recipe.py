@@ -227,6 +227,7 @@ class HopsData:
         num_entities: Nodes of the graph.
         num_relations: Permutations of the nodes.
         max_train_hops: Longest walks of the training, in hops.
+        held_out_facts: Fraction of the facts that are trained alone only, in no longer walk.
         check_loops: Loops at which the curriculum measures whether a stage is learnt.
         shifts: Whether each relation adds a number to the entity's, modulo the number of entities.
         written_out: Whether the entities that a walk passes are written after it, and all of them
@@ -241,6 +242,7 @@ class HopsData:
     num_entities: int = 16
     num_relations: int = 4
     max_train_hops: int = 8
+    held_out_facts: float = 0.0
     check_loops: int = 8
     shifts: bool = False
     written_out: bool = False

@@ -365,6 +365,7 @@ def puzzle_task(data: HopsData | SeededConfig, seed: int, ranks: Ranks | None = 
         num_entities=data.num_entities,
         num_relations=data.num_relations,
         max_train_hops=data.max_train_hops,
+        held_out_facts=data.held_out_facts,
         shifts=data.shifts,
         written_out=data.written_out,
         position_range=data.position_range,

@@ -32,8 +32,8 @@ def main() -> int:
     lines = [
         "# Results of `make stress-ranks`",
         "",
-        f"fp64, {arguments.steps} steps on gloo; the largest difference to one process in any step,",
-        "relative where the number is above 1. *weights*: after the last step, absolute.",
+        f"fp64, {arguments.steps} steps on gloo; the largest difference to one process in any",
+        "step, relative where the number is above 1. *weights*: after the last step, absolute.",
         "",
     ]
     failures = []
@@ -43,10 +43,13 @@ def main() -> int:
         failed = [f"{world} ranks: {o.error}" for o in outcomes.values() if o.error is not None]
         failures += failed
         took = time.monotonic() - started
-        print(f"{world} ranks: {len(outcomes)} cases, {len(failed)} failed, {took:.0f} s", flush=True)
+        print(
+            f"{world} ranks: {len(outcomes)} cases, {len(failed)} failed, {took:.0f} s", flush=True
+        )
         lines += [f"## {world} ranks: {len(outcomes)} cases, {len(failed)} failed", ""]
-        arms = next(c for c in CASES if c.__name__ == "every_arm_trains_as_one_process")
-        lines += table_of(outcomes[name_of(arms)].results)
+        for case in CASES:
+            if case.__name__.startswith("every_arm"):
+                lines += table_of(outcomes[name_of(case)].results)
     arguments.out.write_text("\n".join(lines) + "\n", encoding="utf-8")
     for failure in failures:
         print(failure, file=sys.stderr)
@@ -55,7 +58,7 @@ def main() -> int:
 
 def table_of(results: tuple[Any, ...]) -> list[str]:
     """The differences of each arm on the first rank, as lines of Markdown."""
-    if not results:
+    if not results or not results[0]:
         return []
     head = ["", "| arm | " + " | ".join(CLASS_OF.values()) + " |", "|---" * 4 + "|"]
     rows = [

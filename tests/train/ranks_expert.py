@@ -3,7 +3,9 @@
 import shutil
 import tempfile
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
+from functools import wraps
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -26,6 +28,7 @@ from tests.train.ranks_shard import (
     BATCH,
     BY_ROW,
     EXPERTS,
+    STEPS,
     Arm,
     Rows,
     differences,
@@ -81,18 +84,34 @@ ON_FOUR = {
 }
 
 
-def every_arm_trains_as_one_process() -> dict[str, dict[str, float]]:
+QUICK = ("tp", "tp, mla, experts", "ep", "muon, tp", "muon, ep")
+
+
+def every_arm_of_tp_ep_and_muon() -> dict[str, dict[str, float]]:
     found = {}
-    for name, arm in (ON_TWO if dist.get_world_size() == 2 else ON_FOUR).items():
+    arms = {2: ON_TWO, 4: ON_FOUR}.get(dist.get_world_size(), {})
+    for name, arm in arms.items():
+        if STEPS <= 2 and name in ON_TWO and name not in QUICK:
+            continue
         try:
             found[name] = differences(arm)
         except Exception as error:
             raise AssertionError(f"{name}: {error}") from error
         # Muon makes all singular values equal, and with them the rounding of the smallest.
-        limits = {"grad_norm": 1e-10, "weights": 1e-10} if name.startswith("muon") else {}
+        limits = {"grad_norm": 1e-9, "weights": 1e-9} if name.startswith("muon") else {}
         wrong = {k: v for k, v in found[name].items() if v > limits.get(k, 1e-12)}
         assert not wrong, (name, wrong)
     return found
+
+
+def on_two(case: Callable[[], Any]) -> Callable[[], Any]:
+    """A case whose layout is of two ranks; others have nothing to do."""
+
+    @wraps(case)
+    def run() -> Any:
+        return case() if dist.get_world_size() == 2 else None
+
+    return run
 
 
 # --- what must make a comparison fail ------------------------------------------------------------
@@ -150,6 +169,7 @@ def first_forward(self: Any, x: Tensor, *others: Any, **named: Any) -> Any:
     return super(tensor.First, self).forward(x, *others, **named)
 
 
+@on_two
 def a_fused_matrix_is_divided_by_its_parts() -> list[float]:
     """Trap: gate and up are one matrix; halves of it give wrong logits, without a word."""
     right = logits_and_gradients(ON_TWO["tp"])
@@ -162,6 +182,7 @@ def a_fused_matrix_is_divided_by_its_parts() -> list[float]:
     return [*right, wrong]
 
 
+@on_two
 def one_gradient_that_is_not_summed_is_noticed() -> list[float]:
     arm = ON_TWO["tp, mla, experts"]
     right = logits_and_gradients(arm)
@@ -178,6 +199,7 @@ def one_gradient_that_is_not_summed_is_noticed() -> list[float]:
     return [*found, wrong]
 
 
+@on_two
 def an_expert_whose_gradient_is_lost_is_noticed() -> list[float]:
     right = logits_and_gradients(ON_TWO["ep"])
     assert max(right) <= 1e-12, right
@@ -192,6 +214,7 @@ def an_expert_whose_gradient_is_lost_is_noticed() -> list[float]:
     return [*right, wrong]
 
 
+@on_two
 def loads_are_summed_over_the_ranks() -> list[float]:
     """Trap: with its own rows' loads alone, each rank moves the routers' biases apart."""
 
@@ -217,6 +240,7 @@ def loads_are_summed_over_the_ranks() -> list[float]:
     return [right, wrong]
 
 
+@on_two
 def gradients_are_summed_and_not_averaged() -> list[str]:
     """Trap: gloo refuses a factor of 1 unless its sum is forced."""
     arm, said = ON_TWO["ep"], ""
@@ -229,6 +253,7 @@ def gradients_are_summed_and_not_averaged() -> list[str]:
     return [said]
 
 
+@on_two
 def the_norm_is_taken_over_both_meshes() -> list[str]:
     """Trap: PyTorch's ``clip_grad_norm_`` raises where gradients lie on two meshes."""
     arm, said = ON_TWO["ep"], ""
@@ -247,6 +272,7 @@ def the_norm_is_taken_over_both_meshes() -> list[str]:
 # --- Muon ----------------------------------------------------------------------------------------
 
 
+@on_two
 def each_matrix_has_one_owner() -> dict[str, int]:
     """Over all ranks every matrix is orthogonalised once, with two exchanges per shape."""
     arm, counts = ON_TWO["muon"], Counter[str]()
@@ -284,7 +310,10 @@ def each_matrix_has_one_owner() -> dict[str, int]:
 def a_checkpoint_has_the_order_of_one_process() -> None:
     """What ranks with parts of fused matrices have written, one process reads; and back."""
     torch.set_default_dtype(torch.float64)
-    arm = ON_TWO["muon, tp"] if dist.get_world_size() == 2 else ON_FOUR["muon, ep + tp"]
+    arms = {2: ON_TWO["muon, tp"], 4: ON_FOUR["muon, ep + tp"]}
+    if dist.get_world_size() not in arms:
+        return
+    arm = arms[dist.get_world_size()]
     recipe = arm.recipe()
     ranks = join(recipe.parallel)
 
@@ -327,7 +356,7 @@ def close(expected: dict[str, Tensor], got: dict[str, Tensor]) -> bool:
 
 
 CASES = [
-    every_arm_trains_as_one_process,
+    every_arm_of_tp_ep_and_muon,
     a_fused_matrix_is_divided_by_its_parts,
     one_gradient_that_is_not_summed_is_noticed,
     an_expert_whose_gradient_is_lost_is_noticed,

@@ -24,7 +24,8 @@ from openmythos.train.metrics import Recorder
 from openmythos.train.optim import make_optimizers
 from openmythos.train.parallel import (
     Ranks,
-    reduce_gradients,
+    hold_gradients,
+    release_gradients,
     reshard,
     scale_gradients,
     square_sum,
@@ -266,12 +267,13 @@ def _backward(
     counted = (batch.targets != IGNORED_TARGET).sum(dim=1)
     wide = torch.promote_types(model.embed.weight.dtype, torch.float32)
     measured = torch.zeros(3, dtype=wide, device=device)
+    if micro_size < num_rows:
+        hold_gradients(model)
     for start in range(0, num_rows, micro_size):
         rows = slice(start, start + micro_size)
         micro, ctx = on_device(model, batch.rows(rows.start, rows.stop), seeds[rows])
         # The micro-batch's share of all tokens with a loss: the sum then equals one large batch.
         share = int(counted[rows].sum()) / divisor
-        reduce_gradients(model, rows.stop == num_rows)
         with autocast(config, device):
             with torch.set_grad_enabled(not config.objective.trains_gate_only):
                 output = model(
@@ -287,6 +289,8 @@ def _backward(
         norm = torch.linalg.vector_norm(output.h.detach().to(wide), dim=-1).mean()
         sums = (loss.detach().to(wide) * share, nats.to(wide) * share)
         measured += torch.stack((*sums, norm * (micro_size / num_rows)))
+    if micro_size < num_rows:
+        release_gradients(model)
     return measured
 
 

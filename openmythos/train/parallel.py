@@ -248,11 +248,24 @@ def reshard(model: nn.Module) -> None:
         module.reshard()
 
 
-def reduce_gradients(model: nn.Module, wanted: bool) -> None:
-    """Whether the next backward pass sums its gradients over the ranks, or only keeps them."""
+def hold_gradients(model: nn.Module) -> None:
+    """Let the next backward passes keep their whole gradients, without summing them over ranks."""
     if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(wanted)
-        model.set_is_last_backward(wanted)
+        model.set_requires_gradient_sync(False)
+
+
+def release_gradients(model: nn.Module) -> None:
+    """Sum what was held over the ranks, once.
+
+    Not in the last backward pass itself: a block that loops ends a pass in every loop, and would
+    first sum what the passes before have left, and then the rest.
+    """
+    for module in units(model):
+        module.set_requires_gradient_sync(True, recurse=False)
+        # Not public in torch 2.13: what the engine calls at the end of a backward pass.
+        for group in module._get_fsdp_state()._fsdp_param_groups:
+            group.post_backward()
+            group.finalize_backward()
 
 
 def own_parts(model: nn.Module) -> Callable[[str, Tensor], Part]:

@@ -2,7 +2,7 @@
 
     make stress-ranks                     or   python -m tests.stress.ranks --steps 50
 
-All cases of ``tests/train/test_ranks.py``, with all arms. The differences are printed and written
+The cases of ``tests/train/test_ranks.py`` and more of them, with all arms. The differences are printed and written
 to ``ranks.md`` beside this file. Not part of the test suite, which has two steps on two ranks.
 """
 
@@ -27,19 +27,20 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=HERE / "ranks.md", help="file of the table")
     arguments = parser.parse_args()
     os.environ["RANKS_STEPS"] = str(arguments.steps)
-    from tests.train.test_ranks import CASES
+    from tests.train.test_ranks import MODULES
 
+    cases = [case for module in MODULES for case in [*module.CASES, *getattr(module, "MORE", [])]]
     lines = [
         "# Results of `make stress-ranks`",
         "",
-        f"fp64, {arguments.steps} steps on gloo; the largest difference to one process in any",
-        "step, relative where the number is above 1. *weights*: after the last step, absolute.",
+        f"fp64, {arguments.steps} steps, gloo: the largest difference to one process in any step,",
+        "relative where the number is above 1. *weights*: after the last step, absolute.",
         "",
     ]
     failures = []
     for world in arguments.ranks:
         started = time.monotonic()
-        outcomes = launch(world, CASES, arguments.seconds)
+        outcomes = launch(world, cases, arguments.seconds)
         failed = [f"{world} ranks: {o.error}" for o in outcomes.values() if o.error is not None]
         failures += failed
         took = time.monotonic() - started
@@ -47,7 +48,7 @@ def main() -> int:
             f"{world} ranks: {len(outcomes)} cases, {len(failed)} failed, {took:.0f} s", flush=True
         )
         lines += [f"## {world} ranks: {len(outcomes)} cases, {len(failed)} failed", ""]
-        for case in CASES:
+        for case in cases:
             if case.__name__.startswith("every_arm"):
                 lines += table_of(outcomes[name_of(case)].results)
     arguments.out.write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -3,8 +3,8 @@
     make stress-ranks                     or   python -m tests.stress.ranks --steps 50
 
 The cases of ``tests/train/test_ranks.py`` and more of them, with all arms. The differences are
-printed and written to ``ranks.md`` beside this file. Not part of the test suite, which has two
-steps on two ranks.
+written to ``ranks.md`` beside this file. Not part of the test suite, which has two steps on two
+ranks.
 """
 
 import argparse

@@ -269,6 +269,23 @@ def the_norm_is_taken_over_both_meshes() -> list[str]:
     return [said]
 
 
+@on_two
+def five_hundred_sampled_steps_never_disagree() -> int:
+    """Each rank runs the same loops in the same order, or their exchanges would not meet."""
+    arm, depths, real = ON_TWO["ep"], list[list[int]](), loop._backward
+
+    def noted(model: Any, batch: Any, seeds: Tensor, drawn: Tensor, *others: Any) -> Any:
+        depths.append(drawn.tolist())
+        return real(model, batch, seeds, drawn, *others)
+
+    ranks = join(arm.recipe().parallel)
+    with patch.object(loop, "_backward", noted):
+        run(arm, ranks, steps=500)
+    first, second = ranks.each(lambda: depths)
+    assert first == second and len(first) == 500
+    return len({tuple(each) for each in first})
+
+
 # --- Muon ----------------------------------------------------------------------------------------
 
 
@@ -366,3 +383,4 @@ CASES = [
     each_matrix_has_one_owner,
     a_checkpoint_has_the_order_of_one_process,
 ]
+MORE = [five_hundred_sampled_steps_never_disagree]  # by `make stress-ranks` only

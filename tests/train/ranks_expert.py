@@ -31,6 +31,9 @@ from tests.train.ranks_shard import (
     STEPS,
     Arm,
     Rows,
+    _named,
+    at_depth,
+    counted,
     differences,
     first_step,
     make,
@@ -286,6 +289,20 @@ def five_hundred_sampled_steps_never_disagree() -> int:
     return len({tuple(each) for each in first})
 
 
+def gathers_with_experts_do_not_grow_with_the_loops() -> dict[str, dict[str, int]]:
+    """Experts are a gather of their own in each core block; exchanges are five per loop of each."""
+    found: dict[str, dict[str, int]] = {}
+    if dist.get_world_size() != 4:
+        return found
+    for loops in (1, 4, 16):
+        arm = at_depth(loops, model=MOE, layout={"dp_shard": 4, "ep": 2})
+        found[f"{loops} loops"] = got = counted(arm)
+        exchanges = sum(n for name, n in got.items() if "alltoall" in name.replace("_", ""))
+        assert _named(got)[0] == 5 + 2 * 2, (loops, got)
+        assert exchanges == 5 * 2 * loops, (loops, got)
+    return found
+
+
 # --- Muon ----------------------------------------------------------------------------------------
 
 
@@ -383,4 +400,7 @@ CASES = [
     each_matrix_has_one_owner,
     a_checkpoint_has_the_order_of_one_process,
 ]
-MORE = [five_hundred_sampled_steps_never_disagree]  # by `make stress-ranks` only
+MORE = [  # by `make stress-ranks` only
+    five_hundred_sampled_steps_never_disagree,
+    gathers_with_experts_do_not_grow_with_the_loops,
+]

@@ -38,6 +38,11 @@ LEADS = {
     "steps, a plateau one that holds. Below the line, walks longer than any in training.",
     ("wins_and_losses", "wins_and_losses"): "Loops against plain stacks of equal parameters and of "
     "equal FLOPs, puzzle by puzzle.",
+    (
+        "bounded_state",
+        "norms",
+    ): "The norm of the state over 4,000 loops at fixed weights: with rho below 1 it stops "
+    "growing, with plain addition it grows linearly, and near 1 the two are the same.",
 }
 DIGEST = "Data"  # the key of a figure's digest in its PNG file
 

@@ -283,7 +283,7 @@ def own_parts(model: nn.Module) -> Callable[[str, Tensor], Part]:
         rows = torch.arange(parameter.shape[:-1].numel()).view(parameter.shape[:-1])
         for axis, index in enumerate(indices[:-1]):
             rows = rows.index_select(axis, index)
-        return parameter.to_local().view(rows.numel(), -1), rows.flatten(), indices[-1]
+        return parameter.to_local().view(rows.numel(), len(indices[-1])), rows.flatten(), indices[-1]
 
     return own_part
 

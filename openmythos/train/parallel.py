@@ -28,8 +28,19 @@ from openmythos.train.shard import own_indices
 from openmythos.train.tensor import divide_tensors, fused_orders
 
 AXES = ("dp_replicate", "efsdp", "ep", "tp")
+<<<<<<< HEAD
 # Names of several axes together: those of dense weights, and those of one rank's experts.
 JOINT_AXES = {"dp_shard": ("efsdp", "ep"), EXPERT_SHARD: ("efsdp", "tp")}
+=======
+JOINT_AXES = {"dp_shard": ("efsdp", "ep")}  # names of several axes together
+# A graph for one row and one for more, with and without gradients, per shape of a call: with a
+# depth per sequence more than the 8 that torch allows.
+COMPILING: dict[str, Any] = {
+    "fullgraph": True,
+    "recompile_limit": 64,
+    "isolate_recompiles": True,
+}
+>>>>>>> d60fdee
 
 
 @dataclass(frozen=True)
@@ -190,7 +201,7 @@ def parallelize(model: RecurrentDepthLM, config: TrainConfig, ranks: Ranks) -> N
     place = expert_placement(ranks.mesh)
     if config.compile:
         for block in blocks(model):
-            block.compile(fullgraph=True, recompile_limit=64, isolate_recompiles=True)
+            block.compile(**COMPILING)
     axes = ("dp_replicate", "dp_shard") if layout.dp_replicate > 1 else ("dp_shard",)
     mesh = ranks.mesh[axes]
     own = MixedPrecisionPolicy()

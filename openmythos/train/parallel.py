@@ -28,11 +28,8 @@ from openmythos.train.shard import own_indices
 from openmythos.train.tensor import divide_tensors, fused_orders
 
 AXES = ("dp_replicate", "efsdp", "ep", "tp")
-<<<<<<< HEAD
 # Names of several axes together: those of dense weights, and those of one rank's experts.
 JOINT_AXES = {"dp_shard": ("efsdp", "ep"), EXPERT_SHARD: ("efsdp", "tp")}
-=======
-JOINT_AXES = {"dp_shard": ("efsdp", "ep")}  # names of several axes together
 # A graph for one row and one for more, with and without gradients, per shape of a call: with a
 # depth per sequence more than the 8 that torch allows.
 COMPILING: dict[str, Any] = {
@@ -40,7 +37,6 @@ COMPILING: dict[str, Any] = {
     "recompile_limit": 64,
     "isolate_recompiles": True,
 }
->>>>>>> d60fdee
 
 
 @dataclass(frozen=True)
@@ -294,7 +290,11 @@ def own_parts(model: nn.Module) -> Callable[[str, Tensor], Part]:
         rows = torch.arange(parameter.shape[:-1].numel()).view(parameter.shape[:-1])
         for axis, index in enumerate(indices[:-1]):
             rows = rows.index_select(axis, index)
-        return parameter.to_local().view(rows.numel(), len(indices[-1])), rows.flatten(), indices[-1]
+        return (
+            parameter.to_local().view(rows.numel(), len(indices[-1])),
+            rows.flatten(),
+            indices[-1],
+        )
 
     return own_part
 

@@ -17,16 +17,18 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from openmythos.config.parallel import ParallelConfig, started_rank
 from openmythos.model.feedforward import Router
-from openmythos.model.init import whole_part
 from openmythos.model.recurrent import RecurrentDepthLM
+from openmythos.train.experts import EXPERT_SHARD, divide_experts, expert_placement
 from openmythos.train.recipe import TrainConfig
+from openmythos.train.shard import own_indices
+from openmythos.train.tensor import divide_tensors, fused_orders
 
 AXES = ("dp_replicate", "efsdp", "ep", "tp")
-JOINT_AXES = {"dp_shard": ("efsdp", "ep")}  # names of several axes together
+# Names of several axes together: those of dense weights, and those of one rank's experts.
+JOINT_AXES = {"dp_shard": ("efsdp", "ep"), EXPERT_SHARD: ("efsdp", "tp")}
 # A graph for one row and one for more, with and without gradients, per shape of a call: with a
 # depth per sequence more than the 8 that torch allows.
 COMPILING: dict[str, Any] = {
@@ -199,6 +201,10 @@ def parallelize(model: RecurrentDepthLM, config: TrainConfig, ranks: Ranks) -> N
     if ranks.mesh is None:
         return
     layout = config.parallel
+    layout.check(model.config)
+    divide_tensors(model, ranks.mesh["tp"])
+    divide_experts(model, ranks.mesh)
+    place = expert_placement(ranks.mesh)
     if config.compile:
         for block in blocks(model):
             block.compile(**COMPILING)
@@ -212,7 +218,13 @@ def parallelize(model: RecurrentDepthLM, config: TrainConfig, ranks: Ranks) -> N
     kept: list[FSDPModule] = []
 
     def unit(module: nn.Module, keep: bool, precision: MixedPrecisionPolicy) -> None:
-        made = fully_shard(module, mesh=mesh, reshard_after_forward=not keep, mp_policy=precision)
+        made = fully_shard(
+            module,
+            mesh=mesh,
+            reshard_after_forward=not keep,
+            shard_placement_fn=place,
+            mp_policy=precision,
+        )
         if keep:
             kept.append(made)
 
@@ -273,23 +285,32 @@ def release_gradients(model: nn.Module) -> None:
             group.finalize_backward()
 
 
-def own_part(parameter: Tensor) -> tuple[Shaped[Tensor, "R C"], Int[Tensor, "R"], slice]:
-    """This rank's part of a parameter as a matrix, the rows of the whole that it has, and columns.
+Part = tuple[Shaped[Tensor, "R C"], Int[Tensor, "R"], Any]  # values, rows, an index of columns
+
+
+def own_parts(model: nn.Module) -> Callable[[str, Tensor], Part]:
+    """Of a parameter by its name, this rank's part as a matrix, and which part of the whole it is.
 
     The whole counts as a matrix: its last dimension by all others. Writing to the part writes to
     the parameter.
     """
-    if not isinstance(parameter, DTensor):
-        return whole_part(parameter)
-    others = parameter.shape[:-1]
-    sizes, starts = compute_local_shape_and_global_offset(
-        parameter.shape, parameter.device_mesh, parameter.placements
-    )
-    rows = torch.arange(others.numel()).view(others)
-    for axis, (size, start) in enumerate(zip(sizes[:-1], starts[:-1], strict=True)):
-        rows = rows.narrow(axis, start if size else 0, size)
-    columns = slice(starts[-1], starts[-1] + sizes[-1])
-    return parameter.to_local().view(rows.numel(), sizes[-1]), rows.flatten(), columns
+    orders = fused_orders(model)
+
+    def own_part(name: str, parameter: Tensor) -> Part:
+        others = parameter.shape[:-1]
+        rows = torch.arange(others.numel()).view(others)
+        if not isinstance(parameter, DTensor):
+            return parameter.view(-1, parameter.shape[-1]), rows.flatten(), slice(None)
+        indices = own_indices(parameter, orders.get(name))
+        for axis, index in enumerate(indices[:-1]):
+            rows = rows.index_select(axis, index)
+        return (
+            parameter.to_local().view(rows.numel(), len(indices[-1])),
+            rows.flatten(),
+            indices[-1],
+        )
+
+    return own_part
 
 
 def local_gradients(model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
@@ -318,7 +339,7 @@ def _counts(grad: Tensor, ranks: Ranks) -> bool:
         for name, placement in zip(
             grad.device_mesh.mesh_dim_names or (), grad.placements, strict=True
         ):
-            if placement.is_shard():
+            if not placement.is_replicate():
                 split.update(JOINT_AXES.get(name, (name,)))
     return all(ranks.mesh[axis].get_local_rank() == 0 for axis in AXES if axis not in split)
 

@@ -96,6 +96,9 @@ class TrainConfig:
         parts = self.parallel.num_row_ranks * self.grad_accumulation
         allowed = f"a multiple of dp_replicate x dp_shard x grad_accumulation, {parts}"
         require(self.batch_size % parts == 0, "batch_size", self.batch_size, allowed)
+        exchanges = self.parallel.ep > 1 or self.parallel.tp > 1
+        allowed = "false with parallel.ep or parallel.tp above 1"
+        require(not (self.compile and exchanges), "compile", self.compile, allowed)
         if self.parallel.same_loops and self.depth.per_sequence:
             per_draw, ranks = self.depth.rows_per_draw, self.parallel.num_row_ranks
             allowed = f"a multiple of dp_replicate x dp_shard, {ranks}: all run the same loops"
@@ -134,6 +137,8 @@ class TextData:
         column: Text column of tables.
         skip_bad: Whether files and rows that cannot be read are left out; otherwise they are
             errors.
+        conversations: Of rows that are conversations, which tokens count: the assistant's answers
+            or all; null: rows are text.
     """
 
     kind: ClassVar[str] = "text"
@@ -142,6 +147,7 @@ class TextData:
     val_fraction: float = 0.1
     column: str = "text"
     skip_bad: bool = False
+    conversations: Literal["answers", "all"] | None = None
 
     @property
     def in_words(self) -> str:
@@ -161,11 +167,13 @@ class MixtureSource:
         source: What `openmythos prepare` accepts as its source, or a folder that it prepared.
         weight: Its share of the rows; at most four decimals.
         column: Text column of tables.
+        conversations: As ``TextData`` has it.
     """
 
     source: str
     weight: float
     column: str = "text"
+    conversations: Literal["answers", "all"] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,6 +206,7 @@ class MixtureData:
             TextData(
                 source=part.source,
                 column=part.column,
+                conversations=part.conversations,
                 seq_len=self.seq_len,
                 val_fraction=self.val_fraction,
                 skip_bad=self.skip_bad,
@@ -303,3 +312,4 @@ class RunConfig:
             needs = "0, or data.kind=hops with data.passed_targets=true"
             require(passed, "objective.targets_per_loop", objective.targets_per_loop, needs)
         objective.check(self.model.halting)
+        self.train.parallel.check(self.model)

@@ -55,6 +55,7 @@ from openmythos.tokenizer import Tokenizer
 from openmythos.train.parallel import Ranks
 from openmythos.train.recipe import FREE_FIELDS, PATH_FIELDS, RunConfig
 from openmythos.train.task import PuzzleTask, Task
+from openmythos.train.tensor import in_plain_order, put_in_fused_order
 
 STATE_TENSORS, STATE_RECORD = "training_state.safetensors", "training_state.json"
 
@@ -216,14 +217,15 @@ class RunFolder:
             OSError: It cannot be written, by this rank or another; what was there before stays.
         """
         require_stored(model)
-        weights = {name.replace(COMPILED, ""): each for name, each in model.state_dict().items()}
+        weights = in_plain_order(model, model.state_dict())
+        weights = {name.replace(COMPILED, ""): tensor for name, tensor in weights.items()}
         record = {"state": asdict(state), "task": task.state_dict()}
         if self.config is not None:
             record["run"] = self.config
         content = _Content(
             name=f"step-{state.step:08d}",
             weights=own_parts(weights),
-            moments=own_parts(_optimizer_state(model, optimizers)),
+            moments=own_parts(in_plain_order(model, _optimizer_state(model, optimizers))),
             record=record,
             model=model.config,
             puzzle=task.puzzle if isinstance(task, PuzzleTask) else None,
@@ -308,6 +310,7 @@ class RunFolder:
         if "optimizers" in record:  # older versions numbered the parameters
             keys = _named(model, optimizers, keys)
         _load_optimizer_state(model, optimizers, stored, keys)
+        put_in_fused_order(model, model.state_dict() | _optimizer_state(model, optimizers))
         ranks.on_first(lambda: self._set_aside(folder))
         return RunState(**record["state"])
 

@@ -230,12 +230,19 @@ def differences(
         for name in mine.keys() - set(CLOCKS):
             gap = abs(mine[name] - theirs[name]) / max(1.0, abs(theirs[name]))
             found[name] = max(found.get(name, 0.0), gap)
-    state = model.state_dict()
-    found["weights"] = max(
-        float((whole(state[name]) - tensor).abs().max())
-        for name, tensor in alone.state_dict().items()
-    )
+    found["weights"] = weights_gap(model, alone)
     return found
+
+
+def weights_gap(model: RecurrentDepthLM, alone: RecurrentDepthLM) -> float:
+    """The largest difference of any rank's part of the weights to that of one process."""
+    part_of, whole, gap = parallel.own_parts(model), alone.state_dict(), torch.zeros(())
+    for name, own in model.state_dict(keep_vars=True).items():
+        part, rows, columns = part_of(name, own.detach())
+        mine = whole[name].view(-1, whole[name].shape[-1])[rows][:, columns]
+        gap = torch.maximum(gap, (part - mine).abs().max() if mine.numel() else gap)
+    dist.all_reduce(gap, op=dist.ReduceOp.MAX)
+    return float(gap)
 
 
 def layout_of(arm: Arm) -> Arm:

@@ -21,7 +21,6 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from openmythos.config.parallel import ParallelConfig, started_rank
 from openmythos.model.feedforward import Router
-from openmythos.model.init import whole_part
 from openmythos.model.recurrent import RecurrentDepthLM
 from openmythos.train.recipe import TrainConfig
 
@@ -268,9 +267,10 @@ def own_part(parameter: Tensor) -> tuple[Shaped[Tensor, "R C"], Int[Tensor, "R"]
     The whole counts as a matrix: its last dimension by all others. Writing to the part writes to
     the parameter.
     """
-    if not isinstance(parameter, DTensor):
-        return whole_part(parameter)
     others = parameter.shape[:-1]
+    if not isinstance(parameter, DTensor):
+        rows = torch.arange(others.numel())
+        return parameter.view(-1, parameter.shape[-1]), rows, slice(None)
     sizes, starts = compute_local_shape_and_global_offset(
         parameter.shape, parameter.device_mesh, parameter.placements
     )

@@ -1,5 +1,6 @@
 """How a training run is laid out over processes. No torch."""
 
+import os
 from dataclasses import dataclass
 from typing import Literal
 
@@ -32,8 +33,6 @@ class ParallelConfig:
         require_literals(self)
         allowed = f"a divisor of parallel.dp_shard={self.dp_shard}"
         require(self.dp_shard % self.ep == 0, "parallel.ep", self.ep, allowed)
-        for name in ("ep", "tp"):  # neither is there yet
-            require(getattr(self, name) == 1, f"parallel.{name}", getattr(self, name), "1")
 
     @property
     def num_ranks(self) -> int:
@@ -49,3 +48,9 @@ class ParallelConfig:
     def same_loops(self) -> bool:
         """Whether all ranks must run the same number of loops: they exchange in every loop."""
         return self.ep > 1 or self.tp > 1 or (self.core_gather == "loop" and self.dp_shard > 1)
+
+
+def started_rank() -> int | None:
+    """This process's rank if ``torchrun`` started it; else None."""
+    rank = os.environ.get("RANK")
+    return None if rank is None else int(rank)

@@ -85,14 +85,17 @@ def refuse_foreign(path: Path) -> None:
 class RunState:
     """What resuming needs besides the states of model, optimisers and task.
 
-    ``first_nats`` and ``bad_steps`` are the state of the ``DivergenceGuard``. ``kernels`` are our
-    kernels for CPUs that the run uses; None: those of the machine, as in older runs.
+    ``first_nats``, ``bad_steps``, ``skipped`` and ``skipped_running`` are the state of the
+    ``DivergenceGuard``. ``kernels`` are our kernels for CPUs that the run uses; None: those of the
+    machine, as in older runs.
     """
 
     step: int
     seconds: float
     first_nats: float | None = None
     bad_steps: int = 0
+    skipped: int = 0
+    skipped_running: int = 0
     kernels: Sequence[str] | None = None
 
 

@@ -58,6 +58,7 @@ def in_a_folder(case: Callable[[Path, Ranks], None]) -> Callable[[], None]:
         try:
             with no_pickle():
                 case(folder, ranks)
+            ranks.wait()
         finally:
             if ranks.first:
                 shutil.rmtree(folder, ignore_errors=True)

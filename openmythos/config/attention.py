@@ -81,6 +81,18 @@ class GQAConfig(AttentionMember):
             shapes |= {"q_norm_weight": (self.head_dim,), "k_norm_weight": (self.head_dim,)}
         return shapes
 
+    def kept_bytes(self, tp: int = 1) -> int:
+        """Bytes that a layer keeps per token for its backward pass, uncompiled and in bfloat16.
+
+        ``tp`` ranks divide the layer.
+        """
+        heads, kv_heads = self.num_heads // tp, self.num_kv_heads // tp
+        # Queries and keys with their positions, the fused projection (for the values), the output.
+        kept = 2 * self.head_dim * (3 * heads + 3 * kv_heads) + 4 * heads
+        if self.qk_norm != "none":
+            kept += (4 if self.qk_norm == "weightless" else 6) * self.head_dim * (heads + kv_heads)
+        return kept
+
     def macs_per_key(self, *, cached: bool) -> int:
         """Multiply-adds for one query and one key, in the score and in the weighted sum."""
         return self.num_heads * 2 * self.head_dim
@@ -152,6 +164,17 @@ class MLAConfig(AttentionMember):
         for name, (num_in, num_out) in widths.items():
             shapes |= within(name, loop_linear_shapes(num_in, num_out, lora))
         return shapes
+
+    def kept_bytes(self, tp: int = 1) -> int:
+        """Bytes that a layer keeps per token for its backward pass, uncompiled and in bfloat16.
+
+        ``tp`` ranks divide the layer.
+        """
+        heads, key_dim = self.num_heads // tp, self.qk_nope_head_dim + self.qk_rope_head_dim
+        norms = 6 * (self.q_lora_rank + self.kv_lora_rank) + 8
+        latents = 2 * (self.q_lora_rank + self.kv_lora_rank + self.qk_rope_head_dim)
+        # Queries, keys, values and output of the keys' width, and the output of the values'.
+        return norms + latents + heads * (8 * key_dim + 2 * self.v_head_dim + 4)
 
     def macs_per_key(self, *, cached: bool) -> int:
         """Multiply-adds for one query and one key; ``cached``: absorbed, for one cached latent."""

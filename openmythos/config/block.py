@@ -32,6 +32,17 @@ class BlockConfig(Member):
         num_norms = 2 if self.norm == "pre" else 4
         return vector(d_model) * (num_norms + (0 if self.layer_scale is None else 2))
 
+    def kept_bytes(self, d_model: int) -> int:
+        """Bytes that a block's norms keep per token, uncompiled and in bfloat16.
+
+        With them what they hand to attention and feed-forward; see the ``kept_bytes`` of these.
+        """
+        # Of each norm its input in float32 and the quotient; its output, if a product needs it.
+        branch = 8 * d_model + 4
+        if self.norm != "pre":
+            branch += 6 * d_model + 4
+        return 2 * (branch + (0 if self.layer_scale is None else 2 * d_model))
+
     def shapes(self, d_model: int) -> Shapes:
         """The parameters of one block's norms and scales."""
         names = ["norm.weight"] if self.norm == "pre" else ["norm.weight", "out_norm.weight"]

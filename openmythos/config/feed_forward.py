@@ -40,6 +40,13 @@ class SwiGLUConfig(Member):
         """The parameters of one layer."""
         return _swiglu_shapes(d_model, self.d_ff, lora)
 
+    def kept_bytes(self, d_model: int, tp: int = 1, ep: int = 1) -> int:
+        """Bytes that a layer keeps per token for its backward pass, uncompiled and in bfloat16.
+
+        ``tp`` ranks divide the layer, ``ep`` ranks its experts.
+        """
+        return _swiglu_kept(self.d_ff // tp)
+
     def unlooped(self) -> "SwiGLUConfig":
         """The config for a model that runs once: the same."""
         return self
@@ -79,6 +86,13 @@ class ReLUSquaredConfig(Member):
         """The parameters of one layer."""
         up = loop_linear_shapes(d_model, self.d_ff, lora)
         return within("up", up) | within("down", loop_linear_shapes(self.d_ff, d_model, lora))
+
+    def kept_bytes(self, d_model: int, tp: int = 1, ep: int = 1) -> int:
+        """Bytes that a layer keeps per token for its backward pass, uncompiled and in bfloat16.
+
+        ``tp`` ranks divide the layer, ``ep`` ranks its experts.
+        """
+        return 4 * (self.d_ff // tp)
 
     def unlooped(self) -> "ReLUSquaredConfig":
         """The config for a model that runs once: the same."""
@@ -156,6 +170,20 @@ class MoEConfig(Member):
             **(within("shared", _swiglu_shapes(d_model, shared, lora)) if shared else {}),
         }
 
+    def kept_bytes(self, d_model: int, tp: int = 1, ep: int = 1) -> int:
+        """Bytes that a layer keeps per token for its backward pass, uncompiled and in bfloat16.
+
+        ``tp`` ranks divide the layer, ``ep`` ranks its experts.
+        """
+        router = 4 * d_model + 8 * self.num_experts + 8
+        # Of each pair the gathered row, gate and up, three products of theirs, its places.
+        pair = 2 * d_model + 10 * self.d_expert + 38
+        if ep > 1:  # the result that came back, and the places of both sortings
+            pair += 2 * d_model + 34
+        pairs = self.num_experts_per_token // tp if ep > 1 else self.num_experts_per_token
+        shared = _swiglu_kept(self.num_shared_experts * self.shared_width // tp)
+        return router + pairs * pair + shared
+
     def unlooped(self) -> "MoEConfig":
         """The config for a model that runs once: with a single balancing bias."""
         return replace(self, bias_loops=1)
@@ -173,3 +201,8 @@ def _swiglu(d_model: int, width: int, lora: WeightLoRAConfig | None) -> Weights:
 def _swiglu_shapes(d_model: int, width: int, lora: WeightLoRAConfig | None) -> Shapes:
     gate_up = loop_linear_shapes(d_model, 2 * width, lora)
     return within("gate_up", gate_up) | within("down", loop_linear_shapes(width, d_model, lora))
+
+
+def _swiglu_kept(width: int) -> int:
+    """Gate and up, SiLU(gate), and their product, which is the second layer's input."""
+    return 8 * width

@@ -1,0 +1,210 @@
+"""Where the parameters of a model lie over the ranks of a training run. No torch.
+
+The rules are those of ``train.parallel``, written again from shapes and names alone;
+``train.dry_run`` builds the real shards and compares.
+
+- Ranks form a grid, ``dp_replicate x efsdp x ep x tp``; ``dp_shard`` is efsdp and ep together.
+- Tensor parallel: a block's first matrices lose output channels, its second ones input channels.
+- Expert parallel: each rank of ``ep`` holds whole experts.
+- Every parameter is then cut along one dimension into equal chunks, the last ones shorter or empty:
+  experts of a divided layer along their channels, over the ranks that hold the same experts; all
+  else along the first dimension, over ``dp_shard``.
+- Parameters are gathered by unit: one per block, and one of all that is outside the blocks.
+  Numbers that bfloat16 would harm (the router, the injection) are units of their own, in float32.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+from openmythos.config import ModelConfig
+from openmythos.config.counts import parameter_shapes
+from openmythos.config.parallel import ParallelConfig
+from openmythos.config.schema import require
+from openmythos.config.weights import Shapes
+
+Shape = tuple[int, ...]
+
+# By the end of a parameter's name in its block, the dimension that tensor parallel divides. The
+# weights of one-dimensional norms and of what follows here with None are whole on every rank.
+TENSOR_DIMS = {
+    **dict.fromkeys(("qkv.weight", "q_up.weight", "kv_up.weight", "qk_bias"), 0),
+    **dict.fromkeys(("value_gate.weight", "feed_forward.up.weight"), 0),
+    **dict.fromkeys(("feed_forward.gate_up.weight", "shared.gate_up.weight"), 0),
+    **dict.fromkeys(("attention.out.weight", "value_table.weight"), 1),
+    **dict.fromkeys(("feed_forward.down.weight", "shared.down.weight"), 1),
+    **dict.fromkeys(("qkv.lora_up", "q_up.lora_up", "up.lora_up", "gate_up.lora_up"), 1),
+    **dict.fromkeys(("out.lora_down", "feed_forward.down.lora_down", "shared.down.lora_down"), 2),
+}
+EXPERTS = ("feed_forward.gate_up", "feed_forward.down")  # stacked, without a ``.weight``
+WIDE = ("injection.", "feed_forward.router.")  # units that stay in float32
+STAGES = ("prelude", "core", "coda")
+
+
+@dataclass(frozen=True)
+class Held:
+    """One parameter, as the ranks hold it.
+
+    Attributes:
+        name: Its name in the model.
+        shape: What a rank computes with once it is gathered: its heads, its experts.
+        dim: The dimension along which it is cut.
+        ranks: The number of cuts.
+        is_expert: Whether it is cut over the ranks that hold the same experts.
+    """
+
+    name: str
+    shape: Shape
+    dim: int
+    ranks: int
+    is_expert: bool = False
+
+    @property
+    def chunk(self) -> int:
+        """The length of every cut but the last ones."""
+        return -(-self.shape[self.dim] // self.ranks)
+
+    def shard(self, index: int) -> Shape:
+        """The shape of cut number ``index``."""
+        left = max(0, self.shape[self.dim] - index * self.chunk)
+        return self._with(min(self.chunk, left))
+
+    @property
+    def stored(self) -> int:
+        """Numbers for which every rank has memory: the longest cut's."""
+        return math.prod(self._with(self.chunk))
+
+    @property
+    def gathered(self) -> int:
+        """Numbers of all cuts together, each as long as the longest: what an exchange moves."""
+        return self.stored * self.ranks
+
+    def _with(self, length: int) -> Shape:
+        return (*self.shape[: self.dim], length, *self.shape[self.dim + 1 :])
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Parameters that are gathered together.
+
+    Attributes:
+        name: The module that they belong to.
+        held: They.
+        wide: Whether they are gathered in float32, not in bfloat16.
+        in_core: Whether every loop uses them.
+    """
+
+    name: str
+    held: tuple[Held, ...]
+    wide: bool
+    in_core: bool
+
+    @cached_property
+    def groups(self) -> tuple[tuple[Held, ...], ...]:
+        """Those that one exchange moves: experts and all else have meshes of their own."""
+        both = tuple(tuple(each for each in self.held if each.is_expert is e) for e in (False, True))
+        return tuple(group for group in both if group)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of one gathered number, and of its gradient before it is reduced."""
+        return 4 if self.wide else 2
+
+    @property
+    def gathered(self) -> int:
+        """Numbers once it is gathered."""
+        return sum(math.prod(each.shape) for each in self.held)
+
+
+def check_layout(config: ModelConfig, layout: ParallelConfig) -> None:
+    """Check that a model can be laid out so.
+
+    Raises:
+        ValueError: Heads, channels or experts cannot be divided; says which.
+    """
+    if layout.ep > 1:
+        experts = [shape[0] for name, shape in _experts(config)]
+        require(bool(experts), "parallel.ep", layout.ep, "1 for a model without experts")
+        allowed = f"a divisor of num_experts={experts[0]}"
+        require(experts[0] % layout.ep == 0, "parallel.ep", layout.ep, allowed)
+    for name, number in _divided(config) if layout.tp > 1 else ():
+        require(number % layout.tp == 0, "parallel.tp", layout.tp, f"a divisor of {name}={number}")
+    if layout.tp > 1 and config.num_recent_loops:
+        raise ValueError("parallel.tp is above 1; with depth_attention it must be 1")
+    for each in place(config, layout):
+        length = each.shape[each.dim]
+        if each.is_expert and length % each.ranks:
+            raise ValueError(
+                f"{each.name} has {length} channels per expert, which {each.ranks} ranks with the "
+                "same experts (dp_shard / ep x tp) do not divide; choose another ep or tp"
+            )
+
+
+def place(config: ModelConfig, layout: ParallelConfig) -> tuple[Held, ...]:
+    """Every parameter, as the ranks of a layout hold it."""
+    return tuple(_held(name, shape, layout) for name, shape in parameter_shapes(config).items())
+
+
+def local_shapes(config: ModelConfig, layout: ParallelConfig, rank: int) -> Shapes:
+    """The shapes of one rank's shards, by the names of the parameters."""
+    tp, rest = rank % layout.tp, rank // layout.tp
+    dense = rest % layout.dp_shard
+    # Ranks with the same experts are numbered by (efsdp, tp).
+    expert = dense // layout.ep * layout.tp + tp
+    return {
+        each.name: each.shard(expert if each.is_expert else dense)
+        for each in place(config, layout)
+    }
+
+
+def units(config: ModelConfig, layout: ParallelConfig) -> tuple[Unit, ...]:
+    """All units, in the order in which a forward begins to use them."""
+    sorted_in: dict[str, list[Held]] = {"": []}
+    for each in place(config, layout):
+        sorted_in.setdefault(_unit_of(each.name), []).append(each)
+    return tuple(
+        Unit(
+            name,
+            tuple(held),
+            wide=f"{name}.".endswith(WIDE),
+            in_core=name.startswith(("core.", "injection")),
+        )
+        for name, held in sorted_in.items()
+    )
+
+
+def _unit_of(name: str) -> str:
+    for wide in WIDE:
+        if wide in name:
+            return name[: name.index(wide) + len(wide) - 1]
+    stage, *rest = name.split(".")
+    return f"{stage}.{rest[0]}" if stage in STAGES else ""
+
+
+def _held(name: str, shape: Shape, layout: ParallelConfig) -> Held:
+    if layout.ep > 1 and name.endswith(EXPERTS):
+        shape = (shape[0] // layout.ep, *shape[1:])
+        return Held(name, shape, 1, layout.dp_shard // layout.ep * layout.tp, is_expert=True)
+    ends = [dim for end, dim in TENSOR_DIMS.items() if name.endswith(end)]
+    if ends and name.split(".")[0] in STAGES:
+        dim = ends[0]
+        shape = (*shape[:dim], shape[dim] // layout.tp, *shape[dim + 1 :])
+    return Held(name, shape, 0, layout.dp_shard)
+
+
+def _experts(config: ModelConfig) -> Iterator[tuple[str, Shape]]:
+    for name, shape in parameter_shapes(config).items():
+        if name.endswith(EXPERTS):
+            yield name, shape
+
+
+def _divided(config: ModelConfig) -> Iterator[tuple[str, int]]:
+    """What tensor parallel divides, by the names of the fields."""
+    for name in ("num_heads", "num_kv_heads"):
+        if hasattr(config.attention, name):
+            yield f"attention.{name}", getattr(config.attention, name)
+    for name, part in (("feed_forward", config.feed_forward), ("core_ff", config.core_ff)):
+        shared = getattr(part, "num_shared_experts", None)
+        width = part.width if shared is None else shared * getattr(part, "shared_width", 0)
+        yield f"the width of {name}", width

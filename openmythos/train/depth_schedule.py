@@ -138,6 +138,7 @@ class DepthSchedule:
     Attributes:
         sampling: How the number of loops is drawn.
         per_sequence: Whether every row draws its own depth; otherwise all rows of a step share one.
+        rows_per_draw: Consecutive rows that share a draw with ``per_sequence``.
         mean_backprop_depth: Last loops with gradients; null: all.
         ramp: Share of the run over which the mean depth grows from 1.
         ramp_shape: How it grows.
@@ -148,6 +149,7 @@ class DepthSchedule:
 
     sampling: DepthConfig
     per_sequence: bool = False
+    rows_per_draw: int = 1
     mean_backprop_depth: int | None = None
     ramp: float = 0.0
     ramp_shape: Literal["linear", "ceil_linear", "ceil_one_minus_sqrt"] = "linear"
@@ -156,7 +158,7 @@ class DepthSchedule:
     def __post_init__(self) -> None:
         require_literals(self)
         require(0 <= self.ramp <= 1, "depth.ramp", self.ramp, "in 0..1")
-        require_positive(self, "max_loops")
+        require_positive(self, "max_loops", "rows_per_draw")
         mean, allowed = self.sampling.mean_recurrence, f"at most max_loops={self.max_loops}"
         require(mean <= self.max_loops, "depth.sampling.mean_recurrence", mean, allowed)
         if self.mean_backprop_depth is not None:
@@ -175,9 +177,10 @@ class DepthSchedule:
         """
         generator = torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**63)
         mean = self.mean(progress)
-        size = batch_size if self.per_sequence else 1
+        per_draw = self.rows_per_draw if self.per_sequence else batch_size
+        size = -(-batch_size // per_draw)
         depths = self.sampling.draw(mean, size, generator).clamp(max=self.max_loops)
-        return depths.expand(batch_size), self.mean_backprop_depth
+        return depths.repeat_interleave(per_draw)[:batch_size], self.mean_backprop_depth
 
     def mean(self, progress: float) -> float:
         """The mean depth when ``progress`` (0..1) of the run is done."""

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from openmythos.config import ModelConfig
+from openmythos.config.parallel import ParallelConfig
 from openmythos.config.schema import as_seed, require, require_literals, require_positive
 from openmythos.data.puzzle_table import SeededConfig
 from openmythos.train.depth_schedule import ClippedPoissonDepth, DepthSchedule
@@ -41,6 +42,7 @@ class TrainConfig:
         eval_batches: Batches of held-out text in an evaluation.
         save_every: Steps between two checkpoints; 0: not by number of steps.
         keep_checkpoints: Newest checkpoints that are kept.
+        parallel: How the run is laid out over processes.
     """
 
     seed: int = 0
@@ -64,6 +66,7 @@ class TrainConfig:
     eval_batches: int = 16
     save_every: int = 200
     keep_checkpoints: int = 2
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def __post_init__(self) -> None:
         names = ("batch_size", "grad_accumulation", "log_every", "eval_batches", "keep_checkpoints")
@@ -83,6 +86,13 @@ class TrainConfig:
         whole = self.batch_size % self.grad_accumulation == 0
         allowed = f"a divisor of batch_size={self.batch_size}"
         require(whole, "grad_accumulation", self.grad_accumulation, allowed)
+        parts = self.parallel.num_row_ranks * self.grad_accumulation
+        allowed = f"a multiple of dp_replicate x dp_shard x grad_accumulation, {parts}"
+        require(self.batch_size % parts == 0, "batch_size", self.batch_size, allowed)
+        if self.parallel.same_loops and self.depth.per_sequence:
+            per_draw, ranks = self.depth.rows_per_draw, self.parallel.num_row_ranks
+            allowed = f"a multiple of dp_replicate x dp_shard, {ranks}: all run the same loops"
+            require(per_draw % ranks == 0, "depth.rows_per_draw", per_draw, allowed)
 
     def progress(self, step: int, seconds: float) -> float:
         """The share of the run that is done before ``step``, 0..1."""
@@ -98,6 +108,7 @@ FREE_FIELDS = frozenset(
     for name in (
         *("max_steps", "max_seconds", "grad_accumulation", "compile", "log_every", "save_every"),
         *("keep_checkpoints", "eval_every", "eval_loops", "eval_batches", "recompute"),
+        *(f"parallel.{name}" for name in ("dp_replicate", "dp_shard", "ep", "tp", "core_gather")),
     )
 )
 PATH_FIELDS = ("data.source", "train.init_from")  # compared as the places that they lead to

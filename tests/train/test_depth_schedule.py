@@ -49,6 +49,15 @@ def test_a_batch_shares_its_depth_unless_sequences_have_their_own() -> None:
     assert sample(apart).shape == sample(together).shape == (8,)
 
 
+def test_consecutive_rows_share_a_draw() -> None:
+    sampling = PoissonDepth(mean_recurrence=8)
+    groups = DepthSchedule(sampling=sampling, per_sequence=True, rows_per_draw=4)
+    drawn = torch.stack([sample(groups, step, batch_size=10) for step in range(10)])
+    first, second, rest = drawn[:, :4], drawn[:, 4:8], drawn[:, 8:]
+    assert all(torch.equal(part, part[:, :1].expand_as(part)) for part in (first, second, rest))
+    assert not torch.equal(first, second)
+
+
 def test_poisson_over_steps_and_over_sequences() -> None:
     sampling = PoissonDepth(mean_recurrence=4)
     rows = sampling.draw(4.0, NUM_DRAWS, seeded()).float()

@@ -5,7 +5,9 @@ from typing import Any
 import pytest
 
 from openmythos.config import ACTConfig, PonderNetConfig
+from openmythos.config.parallel import ParallelConfig
 from openmythos.config.schema import apply_overrides, from_dict, to_dict
+from openmythos.train.depth_schedule import DepthSchedule, FixedDepth
 from openmythos.train.objective import ExitWeightedObjective, FinalLoopObjective
 from openmythos.train.recipe import HopsData, RunConfig, TextData, TrainConfig
 from openmythos.train.run import resolve
@@ -56,6 +58,19 @@ def test_overrides_reach_every_seam() -> None:
         ({"max_steps": 1, "save_every": -1}, "save_every is -1"),
         ({"max_steps": 1, "balance_rate": -0.1}, "balance_rate is -0.1"),
         ({"max_steps": 1, "seed": -1}, "seed is -1"),
+        (
+            {"max_steps": 1, "grad_accumulation": 8, "parallel": ParallelConfig(dp_shard=4)},
+            "batch_size is 16; it must be a multiple of dp_replicate x dp_shard x "
+            "grad_accumulation, 32",
+        ),
+        (
+            {
+                "max_steps": 1,
+                "depth": DepthSchedule(sampling=FixedDepth(), per_sequence=True),
+                "parallel": ParallelConfig(dp_shard=4, core_gather="loop"),
+            },
+            "rows_per_draw is 1; it must be a multiple of dp_replicate x dp_shard, 4",
+        ),
     ],
 )
 def test_bad_training_fields(fields: dict[str, Any], said: str) -> None:

@@ -1,0 +1,51 @@
+"""How a training run is laid out over processes. No torch."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from openmythos.config.schema import require, require_literals, require_positive
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """The layout of a run over its ranks, which are ``dp_replicate x dp_shard x tp`` processes.
+
+    Ranks that differ in ``dp_replicate`` or ``dp_shard`` train different rows of a batch.
+
+    Attributes:
+        dp_replicate: Copies of the model, each of them sharded over the ranks of its own.
+        dp_shard: Ranks that share one copy of every parameter, gradient and optimiser state.
+        ep: Ranks, of those of dp_shard, that share a layer's experts; a divisor of dp_shard.
+        tp: Ranks that share the heads and the widths of every layer, and train the same rows.
+        core_gather: When the sharded weights of the core are gathered: once per step, and kept, or
+            again in every loop of the forward and of the backward pass.
+    """
+
+    dp_replicate: int = 1
+    dp_shard: int = 1
+    ep: int = 1
+    tp: int = 1
+    core_gather: Literal["step", "loop"] = "step"
+
+    def __post_init__(self) -> None:
+        require_positive(self, "dp_replicate", "dp_shard", "ep", "tp")
+        require_literals(self)
+        allowed = f"a divisor of parallel.dp_shard={self.dp_shard}"
+        require(self.dp_shard % self.ep == 0, "parallel.ep", self.ep, allowed)
+        for name in ("ep", "tp"):  # neither is there yet
+            require(getattr(self, name) == 1, f"parallel.{name}", getattr(self, name), "1")
+
+    @property
+    def num_ranks(self) -> int:
+        """Processes of the run."""
+        return self.num_row_ranks * self.tp
+
+    @property
+    def num_row_ranks(self) -> int:
+        """Parts into which the rows of a batch are split."""
+        return self.dp_replicate * self.dp_shard
+
+    @property
+    def same_loops(self) -> bool:
+        """Whether all ranks must run the same number of loops: they exchange in every loop."""
+        return self.ep > 1 or self.tp > 1 or (self.core_gather == "loop" and self.dp_shard > 1)

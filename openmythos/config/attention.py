@@ -82,7 +82,7 @@ class GQAConfig(AttentionMember):
         return shapes
 
     def kept_bytes(self, tp: int = 1) -> int:
-        """Bytes that a layer keeps per token for its backward pass, uncompiled and in bfloat16.
+        """Bytes that a layer keeps per token for its backward pass, uncompiled, in bfloat16.
 
         ``tp`` ranks divide the layer.
         """
@@ -166,7 +166,7 @@ class MLAConfig(AttentionMember):
         return shapes
 
     def kept_bytes(self, tp: int = 1) -> int:
-        """Bytes that a layer keeps per token for its backward pass, uncompiled and in bfloat16.
+        """Bytes that a layer keeps per token for its backward pass, uncompiled, in bfloat16.
 
         ``tp`` ranks divide the layer.
         """

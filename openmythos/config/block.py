@@ -33,14 +33,14 @@ class BlockConfig(Member):
         return vector(d_model) * (num_norms + (0 if self.layer_scale is None else 2))
 
     def kept_bytes(self, d_model: int) -> int:
-        """Bytes that a block's norms keep per token, uncompiled and in bfloat16.
+        """Bytes that a block's norms keep per token, uncompiled, in bfloat16.
 
         With them what they hand to attention and feed-forward; see the ``kept_bytes`` of these.
         """
-        # Of each norm its input in float32 and the quotient; its output, if a product needs it.
-        branch = 8 * d_model + 4
-        if self.norm != "pre":
-            branch += 6 * d_model + 4
+        # The state in float32, 1 / rms, and the product's input.
+        branch = 6 * d_model + 4
+        # Of a branch's output a copy in float32 and the quotient; of the state itself no copy.
+        branch += {"pre": 0, "peri": 6 * d_model + 4, "sandwich": 4 * d_model + 4}[self.norm]
         return 2 * (branch + (0 if self.layer_scale is None else 2 * d_model))
 
     def shapes(self, d_model: int) -> Shapes:

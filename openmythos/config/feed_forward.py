@@ -41,7 +41,7 @@ class SwiGLUConfig(Member):
         return _swiglu_shapes(d_model, self.d_ff, lora)
 
     def kept_bytes(self, d_model: int, tp: int = 1, ep: int = 1) -> int:
-        """Bytes that a layer keeps per token for its backward pass, uncompiled and in bfloat16.
+        """Bytes that a layer keeps per token for its backward pass, uncompiled, in bfloat16.
 
         ``tp`` ranks divide the layer, ``ep`` ranks its experts.
         """
@@ -88,7 +88,7 @@ class ReLUSquaredConfig(Member):
         return within("up", up) | within("down", loop_linear_shapes(self.d_ff, d_model, lora))
 
     def kept_bytes(self, d_model: int, tp: int = 1, ep: int = 1) -> int:
-        """Bytes that a layer keeps per token for its backward pass, uncompiled and in bfloat16.
+        """Bytes that a layer keeps per token for its backward pass, uncompiled, in bfloat16.
 
         ``tp`` ranks divide the layer, ``ep`` ranks its experts.
         """
@@ -171,7 +171,7 @@ class MoEConfig(Member):
         }
 
     def kept_bytes(self, d_model: int, tp: int = 1, ep: int = 1) -> int:
-        """Bytes that a layer keeps per token for its backward pass, uncompiled and in bfloat16.
+        """Bytes that a layer keeps per token for its backward pass, uncompiled, in bfloat16.
 
         ``tp`` ranks divide the layer, ``ep`` ranks its experts.
         """

@@ -32,8 +32,6 @@ class ParallelConfig:
         require_literals(self)
         allowed = f"a divisor of parallel.dp_shard={self.dp_shard}"
         require(self.dp_shard % self.ep == 0, "parallel.ep", self.ep, allowed)
-        for name in ("ep", "tp"):  # neither is there yet
-            require(getattr(self, name) == 1, f"parallel.{name}", getattr(self, name), "1")
 
     @property
     def num_ranks(self) -> int:

@@ -9,8 +9,8 @@ The rules are those of ``train.parallel``, written again from shapes and names a
 - Every parameter is then cut along one dimension into equal chunks, the last ones shorter or empty:
   experts of a divided layer along their channels, over the ranks that hold the same experts; all
   else along the first dimension, over ``dp_shard``.
-- Parameters are gathered by unit: one per block, and one of all that is outside the blocks.
-  Numbers that bfloat16 would harm (the router, the injection) are units of their own, in float32.
+- Parameters are gathered by unit: one per block, in bfloat16. What that would harm is in float32:
+  the routers, which are units of their own, and one unit of all that is outside the blocks.
 """
 
 import math
@@ -38,7 +38,7 @@ TENSOR_DIMS = {
     **dict.fromkeys(("out.lora_down", "feed_forward.down.lora_down", "shared.down.lora_down"), 2),
 }
 EXPERTS = ("feed_forward.gate_up", "feed_forward.down")  # stacked, without a ``.weight``
-WIDE = ("injection.", "feed_forward.router.")  # units that stay in float32
+WIDE = ("feed_forward.router", "halting.proj")  # units of their own in float32
 STAGES = ("prelude", "core", "coda")
 
 
@@ -92,7 +92,7 @@ class Unit:
         name: The module that they belong to.
         held: They.
         wide: Whether they are gathered in float32, not in bfloat16.
-        in_core: Whether every loop uses them.
+        in_core: Whether they are of the core's blocks.
     """
 
     name: str
@@ -167,8 +167,8 @@ def units(config: ModelConfig, layout: ParallelConfig) -> tuple[Unit, ...]:
         Unit(
             name,
             tuple(held),
-            wide=f"{name}.".endswith(WIDE),
-            in_core=name.startswith(("core.", "injection")),
+            wide=not name or name.endswith(WIDE),
+            in_core=name.startswith("core."),
         )
         for name, held in sorted_in.items()
     )
@@ -177,7 +177,7 @@ def units(config: ModelConfig, layout: ParallelConfig) -> tuple[Unit, ...]:
 def _unit_of(name: str) -> str:
     for wide in WIDE:
         if wide in name:
-            return name[: name.index(wide) + len(wide) - 1]
+            return name[: name.index(wide) + len(wide)]
     stage, *rest = name.split(".")
     return f"{stage}.{rest[0]}" if stage in STAGES else ""
 

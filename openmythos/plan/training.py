@@ -1,0 +1,503 @@
+"""What training a looped model needs on each device: memory, exchanges, FLOPs, a layout. No torch.
+
+Per device, in bytes, with ``train.autocast=bfloat16``: parameters, gradients, moments and states in
+float32, products in bfloat16.
+
+- What is sharded (parameters, gradients, moments) is held in equal cuts; see ``plan.placement``.
+- The core's weights are gathered once per step and kept, or again in every loop of the forward and
+  of the backward pass (``core_gather``). A looped core keeps the whole gradients of all its layers
+  in either case: none is complete before the first loop's backward.
+- What is outside the blocks (tables, injection) is gathered in float32 and kept, gradients as well.
+- A unit's gradients are reduced through one float32 buffer.
+- Activations are those of uncompiled blocks. With ``recompute`` the forward keeps the states
+  between loops and the activations of one loop at a time.
+
+Of exchanges, bytes are those of the gathered or not yet reduced tensor, the number is per device.
+Seconds are bytes and FLOPs over what the machine could do at best.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from openmythos.config import ModelConfig, counts
+from openmythos.config.parallel import ParallelConfig
+from openmythos.config.schema import as_integer, as_number, require, require_literals
+from openmythos.plan.memory import in_words
+from openmythos.plan.placement import STAGES, Unit, check_layout, place, units
+from openmythos.plan.serving import Machine
+
+LOGIT_BYTES = 4  # of one logit: itself and its gradient in bfloat16
+LOSS_BYTES = 12  # of one logit in the loss: float32, its logarithm, its gradient
+LOSS_CHUNK = 2**26  # logits whose loss is computed at once; as in ops/cross_entropy.py
+UNMUON = ("router.weight", "value_gate.weight", "value_table.weight", "lora_down", "lora_up")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What one device trains in a step.
+
+    Attributes:
+        context_length: Tokens of a row.
+        rows: Rows at once, on the ranks that share them by ``tp``.
+        accumulation: Micro-batches of a step.
+        optimizer: muon: Muon for the blocks' matrices and AdamW for all else. adamw: AdamW alone.
+        recompute: Whether the backward pass runs every loop again (``train.recompute``).
+    """
+
+    context_length: int
+    rows: int = 1
+    accumulation: int = 1
+    optimizer: Literal["muon", "adamw"] = "muon"
+    recompute: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("context_length", "rows", "accumulation"):
+            as_integer(name, getattr(self, name), 1)
+        require_literals(self)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a micro-batch."""
+        return self.context_length * self.rows
+
+
+# --- memory ---------------------------------------------------------------------------------------
+
+
+def memory(config: ModelConfig, layout: ParallelConfig, work: Work) -> dict[str, int]:
+    """Bytes of the fullest device, by what they hold; all at once at the first loop's backward."""
+    held = place(config, layout)
+    every, alone = units(config, layout), layout.num_ranks == 1
+    size = {unit.name: unit.gathered * unit.weight_bytes for unit in every}
+    core = [size[unit.name] for unit in every if unit.in_core]
+    once = [size[unit.name] for unit in every if not unit.in_core and not _is_kept(unit)]
+    # One block computes, the next one is on its way. Alone, autocast casts the weights instead, and
+    # keeps them for every use that has a backward.
+    weights = sum(sorted(core)[-2:] if layout.core_gather == "loop" else core)
+    weights *= config.num_loops if alone and not work.recompute else 1
+    root = 0 if alone else sum(size[unit.name] for unit in every if _is_kept(unit))
+    # When what is outside the blocks is reduced, the core's gradients are gone.
+    buffers = {unit.name: 4 * sum(each.gathered for each in unit.held) for unit in every}
+    buffer = max([*(buffers[u.name] for u in every if u.name), buffers[""] - sum(core)])
+    stored = sum(each.stored for each in held)
+    return {
+        "parameters": 4 * stored,
+        "gradients": 4 * stored,
+        "optimizer": sum(4 * each.stored * _moments(each.name, each.shape, work) for each in held),
+        "core_weights": weights,
+        "core_gradients": 0 if alone else sum(core),
+        "other_weights": root + sum(sorted(once)[-2:]) + _cast_bytes(config),
+        "other_gradients": root,
+        "reduce_buffer": 0 if alone else buffer,
+        "activations": activation_bytes(config, layout, work),
+        "logits": _logit_bytes(config, work),
+    }
+
+
+def _moments(name: str, shape: tuple[int, ...], work: Work) -> int:
+    """Numbers that the optimiser keeps per parameter."""
+    of_block = name.split(".")[0] in STAGES and len(shape) > 1 and not name.endswith("qk_bias")
+    return 1 if work.optimizer == "muon" and of_block and not name.endswith(UNMUON) else 2
+
+
+def _is_kept(unit: Unit) -> bool:
+    """Whether a unit outside the core is gathered once per step."""
+    return unit.wide and not unit.in_core
+
+
+def _cast_bytes(config: ModelConfig) -> int:
+    """The matrices outside the blocks, which autocast casts to bfloat16 and keeps."""
+    shapes = counts.parameter_shapes(config)
+    unused = () if config.tie_embeddings else ("embed.weight",)
+    cast = (
+        math.prod(shape)
+        for name, shape in shapes.items()
+        if name.split(".")[0] not in STAGES and len(shape) == 2 and name not in unused
+    )
+    return 2 * sum(cast)
+
+
+def activation_bytes(config: ModelConfig, layout: ParallelConfig, work: Work) -> int:
+    """Bytes that the forward keeps for the backward pass, up to the last state."""
+
+    def of_block(stage: str) -> int:
+        part = config.core_ff if stage == "core" else config.feed_forward
+        dim = config.d_model
+        own = config.block.kept_bytes(dim) + config.attention.kept_bytes(layout.tp)
+        return own + part.kept_bytes(dim, layout.tp, layout.ep)
+
+    dim, loops = config.d_model, config.num_loops
+    state = (6 if config.loop_norm else 4) * dim
+    one_loop = config.num_core_layers * of_block("core")
+    kept = loops * state
+    kept += one_loop * (1 if work.recompute else loops)
+    for stage, layers in (("prelude", config.num_prelude_layers), ("coda", config.num_coda_layers)):
+        kept += layers * of_block(stage)
+    return work.tokens * kept
+
+
+def _logit_bytes(config: ModelConfig, work: Work) -> int:
+    number = work.tokens * config.vocab_size
+    return LOGIT_BYTES * number + LOSS_BYTES * min(number, LOSS_CHUNK)
+
+
+# --- exchanges ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """Exchanges of one kind in a step: how many, and their bytes on one device.
+
+    Attributes:
+        kind: What torch calls it.
+        what: What is exchanged.
+        number: How many there are.
+        num_bytes: Of all of them, of the whole tensor.
+        ranks: How many devices take part in each.
+        span: Consecutive ranks among which these are.
+    """
+
+    kind: Literal["all_gather", "reduce_scatter", "all_reduce", "all_to_all"]
+    what: str
+    number: int
+    num_bytes: int
+    ranks: int
+    span: int
+
+    @property
+    def sent(self) -> float:
+        """Bytes that leave a device."""
+        share = (self.ranks - 1) / self.ranks
+        return self.num_bytes * share * (2 if self.kind == "all_reduce" else 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Links:
+    """What a device can send.
+
+    Attributes:
+        inside: Bytes per second to devices of the same machine.
+        between: Bytes per second to those of others.
+        devices: Devices of a machine.
+    """
+
+    inside: float = 450e9
+    between: float = 50e9
+    devices: int = 8
+
+    def __post_init__(self) -> None:
+        for name in ("inside", "between"):
+            number = as_number(name, getattr(self, name), "a number")
+            require(number > 0, name, number, "above 0")
+        as_integer("devices", self.devices, 1)
+
+    def seconds(self, exchange: Exchange) -> float:
+        """The least time of an exchange."""
+        inside = exchange.span <= self.devices
+        return exchange.sent / (self.inside if inside else self.between)
+
+
+def exchanges(config: ModelConfig, layout: ParallelConfig, work: Work) -> tuple[Exchange, ...]:
+    """The exchanges of a step, without the few numbers that the loop itself sums."""
+    found = [*_sharding(config, layout, work), *_experts(config, layout, work)]
+    return tuple(each for each in [*found, *_tensor(config, layout, work)] if each.ranks > 1)
+
+
+def _passes(config: ModelConfig, work: Work) -> tuple[int, int]:
+    """How often a micro-batch runs the core forward, and backward."""
+    loops = config.num_loops
+    return loops * (2 if work.recompute else 1), loops
+
+
+def gathers(unit: Unit, config: ModelConfig, layout: ParallelConfig, work: Work) -> int:
+    """How often a unit is gathered in a micro-batch."""
+    if not unit.in_core:
+        return 1 if _is_kept(unit) else 2
+    forward, backward = _passes(config, work)
+    return 1 if layout.core_gather == "step" else forward + backward
+
+
+def _sharding(config: ModelConfig, layout: ParallelConfig, work: Work) -> Iterator[Exchange]:
+    """FSDP's exchanges, by what is gathered."""
+    for what, mine in (("core", True), ("other", False)):
+        by_ranks: dict[int, list[int]] = {}
+        for unit in units(config, layout):
+            for group in unit.groups if unit.in_core is mine else ():
+                times = gathers(unit, config, layout, work)
+                kept = _is_kept(unit) or (mine and layout.core_gather == "step")
+                times *= 1 if kept else work.accumulation
+                size = sum(each.gathered for each in group)
+                row = by_ranks.setdefault(group[0].ranks, [0, 0, 0, 0, 0])
+                add = (times, times * size * unit.weight_bytes, 1, 4 * size)
+                stored = 4 * sum(each.stored for each in group)
+                row[:] = [a + b for a, b in zip(row, (*add, stored), strict=True)]
+        for ranks, (number, size, units_, reduced, stored) in by_ranks.items():
+            span = layout.dp_shard * layout.tp
+            yield Exchange("all_gather", f"{what} weights", number, size, ranks, span)
+            yield Exchange("reduce_scatter", f"{what} gradients", units_, reduced, ranks, span)
+            copies, all_ranks = layout.dp_replicate, layout.num_ranks
+            yield Exchange("all_reduce", f"{what} gradients", units_, stored, copies, all_ranks)
+
+
+def _experts(config: ModelConfig, layout: ParallelConfig, work: Work) -> Iterator[Exchange]:
+    """Pairs that travel to the owners of their experts and back, if all experts get as many."""
+    chosen = getattr(config.core_ff, "num_experts_per_token", None)
+    if chosen is None or layout.ep == 1:
+        return
+    forward, backward = _passes(config, work)
+    layers = config.num_core_layers * work.accumulation
+    size = 2 * work.tokens * chosen * config.d_model // layout.tp
+    there = 2 * layers * (forward + backward)
+    span = layout.ep * layout.tp
+    yield Exchange("all_to_all", "tokens to experts and back", there, there * size, layout.ep, span)
+    numbers = layers * forward
+    experts = 8 * config.core_ff.num_experts  # type: ignore[union-attr]
+    yield Exchange("all_to_all", "their numbers", numbers, numbers * experts, layout.ep, span)
+
+
+def _tensor(config: ModelConfig, layout: ParallelConfig, work: Work) -> Iterator[Exchange]:
+    """Sums of states, and of their gradients, over the ranks that share a layer."""
+    if layout.tp == 1:
+        return
+    forward, backward = _passes(config, work)
+    once = config.num_prelude_layers + config.num_coda_layers
+    layers = 2 * (once + config.num_core_layers * forward)  # attention and feed-forward
+    layers += 2 * (once + config.num_core_layers * backward)
+    layers *= work.accumulation
+    size = 2 * work.tokens * config.d_model
+    yield Exchange("all_reduce", "states of a layer", layers, layers * size, layout.tp, layout.tp)
+
+
+# --- time -----------------------------------------------------------------------------------------
+
+
+def step_flops(config: ModelConfig, layout: ParallelConfig, work: Work) -> int:
+    """FLOPs of a step on one device, what is run again included."""
+    keys = (work.context_length + 1) // 2
+    flops = counts.training_flops(config, context_length=keys)
+    if work.recompute:
+        whole, none = (
+            counts.forward_flops(config, num_loops=n, context_length=keys)
+            for n in (config.num_loops, 0)
+        )
+        flops += whole - none
+    return flops * work.tokens * work.accumulation // layout.tp
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """What one layout costs.
+
+    Attributes:
+        layout: How the ranks are laid out.
+        work: What each trains.
+        memory: Bytes by what they hold.
+        exchanges: Those of a step.
+        flops: FLOPs of a step on one device.
+        compute_seconds: The least time for these.
+        exchange_seconds: The least time for the exchanges.
+    """
+
+    layout: ParallelConfig
+    work: Work
+    memory: dict[str, int]
+    exchanges: tuple[Exchange, ...]
+    flops: int
+    compute_seconds: float
+    exchange_seconds: float
+
+    @property
+    def num_bytes(self) -> int:
+        """All memory of a device."""
+        return sum(self.memory.values())
+
+    @property
+    def seconds(self) -> float:
+        """The least time of a step, if exchanges do not wait for products or products for them."""
+        return max(self.compute_seconds, self.exchange_seconds)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a step, of all devices."""
+        return self.work.tokens * self.work.accumulation * self.layout.num_row_ranks
+
+    @property
+    def tokens_per_second(self) -> float:
+        """The most tokens per second, of all devices."""
+        return self.tokens / self.seconds
+
+    @property
+    def limit(self) -> str:
+        """What bounds the time of a step."""
+        return "compute" if self.compute_seconds >= self.exchange_seconds else "exchange"
+
+    @property
+    def largest(self) -> str:
+        """What most of the memory holds."""
+        return max(self.memory, key=lambda name: self.memory[name])
+
+    @property
+    def in_words(self) -> str:
+        """The layout in words."""
+        at = self.layout
+        copies = f"{at.dp_replicate} copies, " if at.dp_replicate > 1 else ""
+        again = ", loops recomputed" if self.work.recompute else ""
+        return (
+            f"{copies}dp_shard {at.dp_shard}, ep {at.ep}, tp {at.tp}, "
+            f"core gathered per {at.core_gather}{again}"
+        )
+
+
+def cost_of(
+    config: ModelConfig,
+    layout: ParallelConfig,
+    work: Work,
+    machine: Machine,
+    links: Links,
+) -> Cost:
+    """What one layout costs on one device.
+
+    Raises:
+        ValueError: The model cannot be laid out so.
+    """
+    check_layout(config, layout)
+    found, flops = exchanges(config, layout, work), step_flops(config, layout, work)
+    return Cost(
+        layout=layout,
+        work=work,
+        memory=memory(config, layout, work),
+        exchanges=found,
+        flops=flops,
+        compute_seconds=flops / machine.flops_per_second,
+        exchange_seconds=sum(map(links.seconds, found)),
+    )
+
+
+# --- choice ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A layout that was not chosen, and why."""
+
+    cost: Cost
+    reason: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The layout chosen for a model on a number of devices.
+
+    Attributes:
+        chosen: The quickest of those that fit, or the smallest if none does.
+        fits: Whether it fits.
+        refused: The two layouts that come nearest to it by being simpler or quicker.
+    """
+
+    chosen: Cost
+    fits: bool
+    refused: tuple[Refused, ...]
+
+
+def plan_training(
+    config: ModelConfig,
+    devices: int,
+    machine: Machine,
+    work: Work,
+    *,
+    links: Links | None = None,
+    fixed: dict[str, int | str | bool] | None = None,
+) -> Plan:
+    """Choose a layout.
+
+    Args:
+        config: The model's.
+        devices: How many there are.
+        machine: One of them.
+        work: What each trains; whether loops are recomputed is chosen, too, unless ``fixed``.
+        links: What one of them can send.
+        fixed: Fields of the layout, and ``recompute``, that are given.
+
+    Raises:
+        ValueError: No layout has the given fields; says why.
+    """
+    as_integer("devices", devices, 1)
+    links = Links() if links is None else links
+    costs, errors = [], []
+    for layout, recompute in _layouts(config, devices, links.devices, fixed or {}):
+        try:
+            each = replace(work, recompute=recompute)
+            costs.append(cost_of(config, layout, each, machine, links))
+        except ValueError as error:
+            errors.append(error)
+    if not costs:
+        given = ", ".join(f"{name} {value}" for name, value in (fixed or {}).items())
+        raise errors[0] if errors else ValueError(f"{devices} devices have no layout with {given}")
+    fitting = [each for each in costs if each.num_bytes <= machine.usable_bytes]
+    chosen = min(fitting, key=_order) if fitting else min(costs, key=lambda each: each.num_bytes)
+    others = sorted((each for each in costs if each is not chosen), key=lambda c: _near(c, chosen))
+    refused = tuple(Refused(each, _reason(each, chosen, machine)) for each in others[:2])
+    return Plan(chosen, bool(fitting), refused)
+
+
+def _layouts(
+    config: ModelConfig, devices: int, per_machine: int, fixed: dict[str, int | str | bool]
+) -> Iterator[tuple[ParallelConfig, bool]]:
+    """All layouts that are tried, the simplest first."""
+    experts = getattr(config.core_ff, "num_experts", 1)
+    # Tensor parallel exchanges in every layer: only within a machine.
+    for tp in (n for n in range(1, per_machine + 1) if devices % n == 0 and not n & (n - 1)):
+        shard = devices // tp
+        for ep in (n for n in range(1, shard + 1) if shard % n == 0 and experts % n == 0):
+            for gather in ("step", "loop") if devices > 1 else ("step",):
+                for recompute in (False, True):
+                    mine = {"tp": tp, "ep": ep, "core_gather": gather, "recompute": recompute}
+                    if all(mine[name] == value for name, value in fixed.items()):
+                        layout = ParallelConfig(
+                            dp_shard=shard,
+                            ep=ep,
+                            tp=tp,
+                            core_gather=gather,  # type: ignore[arg-type]
+                        )
+                        yield layout, recompute
+
+
+def _order(cost: Cost) -> tuple[float, ...]:
+    """The quickest first; of those that are as quick, the one with fewer divisions."""
+    return (*_rounded(cost), cost.layout.tp, cost.layout.ep, cost.num_bytes)
+
+
+def _rounded(cost: Cost) -> tuple[float, ...]:
+    """The least time per token to two digits: more is not known of it."""
+    seconds = 1 / cost.tokens_per_second
+    return (round(seconds, 1 - math.floor(math.log10(seconds))), cost.work.recompute)
+
+
+def _near(cost: Cost, chosen: Cost) -> tuple[int, float]:
+    """How many choices differ; first what needs one step, and of these the quickest."""
+    names = ("tp", "ep", "core_gather")
+    apart = sum(getattr(cost.layout, name) != getattr(chosen.layout, name) for name in names)
+    return apart + (cost.work.recompute != chosen.work.recompute), -cost.tokens_per_second
+
+
+def _reason(cost: Cost, chosen: Cost, machine: Machine) -> str:
+    if cost.num_bytes > machine.usable_bytes:
+        return (
+            f"needs {in_words(cost.num_bytes)}, {in_words(cost.memory[cost.largest])} of them for "
+            f"{cost.largest.replace('_', ' ')}"
+        )
+    longer = chosen.tokens_per_second / cost.tokens_per_second
+    if longer > 1:
+        by = f"{_per_token(cost)} per token instead of {_per_token(chosen)}"
+        return f"takes {longer:.2f} times as long, bound by {cost.limit}: {by}"
+    return "no quicker, and divides more"
+
+
+def _per_token(cost: Cost) -> str:
+    """What one token of one device takes of what bounds the time."""
+    tokens = cost.work.tokens * cost.work.accumulation / cost.layout.tp
+    if cost.limit == "compute":
+        return f"{cost.flops / tokens:.3g} FLOP"
+    return f"{in_words(round(sum(each.sent for each in cost.exchanges) / tokens))} sent"

@@ -1,13 +1,15 @@
-"""``openmythos plan``: what serving a model costs, beside plain models, without its weights."""
+"""``openmythos plan``: what serving or training a model costs, without its weights."""
 
 import functools
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from inspect import signature
 from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 
+from openmythos.command import plan_training as training
 from openmythos.command.inspect import read_config
 from openmythos.command.option import AsJson, set_option
 from openmythos.command.table import human_count, human_flops, number_table
@@ -27,59 +29,130 @@ from openmythos.plan.serving import (
     serve,
     turns,
 )
+from openmythos.plan.training import Links
 from openmythos.terminal import console, print_table
 
 PLANNED_CONTEXT = 8192  # tokens; or the model's max_seq_len if that is less
 IN_WORDS = {"users": "users", "tokens_per_second": "tokens/s"}
 
 
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL", help="A preset, a config.json, a folder that holds one, zoo:NAME."
+    ),
+]
+Serving = Annotated[
+    bool, typer.Option("--serve", help="Plan its serving: users, tokens per second, cost.")
+]
+MeanLoops = Annotated[
+    float | None, typer.Option(help="Mean loops of a token, if an exit rule stops some.")
+]
+ContextLength = Annotated[
+    int | None,
+    typer.Option(help="Tokens of every user or row; by default 8192, or max_seq_len if less."),
+]
+Rate = Annotated[float, typer.Option(help="Tokens per second that a user gets at least.")]
+Phi = Annotated[
+    float, typer.Option(help="T loops are worth T^phi layers (openmythos scaling-law fit).")
+]
+MemoryGb = Annotated[float | None, typer.Option(help="Of one GPU, in 10^9 bytes.")]
+BandwidthTb = Annotated[float | None, typer.Option(help="Of one GPU, 10^12 bytes/s.")]
+PeakTflops = Annotated[float | None, typer.Option(help="Of one GPU, dense products.")]
+Price = Annotated[float, typer.Option(help="Of one GPU for an hour; 1 gives costs in GPU hours.")]
+
+
 def plan(
-    source: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODEL", help="A preset, a config.json, a folder that holds one, zoo:NAME."
-        ),
-    ],
-    serving: Annotated[
-        bool, typer.Option("--serve", help="Plan its serving: users, tokens per second, cost.")
-    ] = False,
+    source: Model,
+    serving: Serving = False,
     num_loops: Annotated[int | None, typer.Option(help="Loops; default: the model's.")] = None,
-    mean_loops: Annotated[
-        float | None, typer.Option(help="Mean loops of a token, if an exit rule stops some.")
-    ] = None,
-    context_length: Annotated[
-        int | None,
-        typer.Option(help="Tokens of every user; by default 8192, or max_seq_len if less."),
-    ] = None,
-    rate: Annotated[
-        float, typer.Option(help="Tokens per second that a user gets at least.")
-    ] = 30.0,
-    phi: Annotated[
-        float, typer.Option(help="T loops are worth T^phi layers (openmythos scaling-law fit).")
-    ] = PHI,
+    mean_loops: MeanLoops = None,
+    context_length: ContextLength = None,
+    rate: Rate = 30.0,
+    phi: Phi = PHI,
     gpu: Annotated[str, typer.Option(help=f"One of {', '.join(GPUS)}.")] = "h100",
     gpus: Annotated[int, typer.Option(help="As one, exchanges not counted.", min=1)] = 1,
-    memory_gb: Annotated[float | None, typer.Option(help="Of one GPU, in 10^9 bytes.")] = None,
-    bandwidth_tb: Annotated[float | None, typer.Option(help="Of one GPU, 10^12 bytes/s.")] = None,
-    peak_tflops: Annotated[float | None, typer.Option(help="Of one GPU, dense products.")] = None,
+    memory_gb: MemoryGb = None,
+    memory_gib: training.MemoryGib = None,
+    bandwidth_tb: BandwidthTb = None,
+    peak_tflops: PeakTflops = None,
     reserve: Annotated[float, typer.Option(help="Share of memory for all else.")] = 0.1,
-    price: Annotated[
-        float, typer.Option(help="Of one GPU for an hour; 1 gives costs in GPU hours.")
-    ] = 1.0,
+    price: Price = 1.0,
     weight_bytes: Annotated[int, typer.Option(help="Bytes per weight.", min=1)] = 2,
     cache_bytes: Annotated[int, typer.Option(help="Bytes per cached number.", min=1)] = 2,
+    devices: training.Devices = None,
+    rows: training.Rows = 1,
+    accumulation: training.Accumulation = 1,
+    optimizer: training.Optimizer = "muon",
+    tp: training.Tp = None,
+    ep: training.Ep = None,
+    core_gather: training.CoreGather = None,
+    recompute: training.Recompute = None,
+    network_gb: training.NetworkGb = 50.0,
+    link_gb: training.LinkGb = 450.0,
+    dry_run: training.DryRun = None,
     overrides: Annotated[list[str] | None, set_option("num_loops=8")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Plan how a model is served: users, tokens/s, bytes and cost, beside plain models.
+    """Plan how a model is served (--serve) or trained (--devices N), without its weights.
 
-    The plain models have equal depth, equal parameters and, by phi, equal predicted loss.
+    Serving: users, tokens/s, bytes and cost, beside plain models of equal depth, equal parameters
+    and, by phi, equal predicted loss. Training: memory, exchanges and FLOPs of a device, a layout.
     """
-    if not serving:
+    size = {"weight_bytes": weight_bytes, "cache_bytes": cache_bytes}
+    fixed = {"tp": tp, "ep": ep, "core_gather": core_gather, "recompute": recompute}
+    trained: dict[str, Any] = {"rows": rows, "accumulation": accumulation, "optimizer": optimizer}
+    speeds = {"network_gb": network_gb, "link_gb": link_gb}
+    prices = {"rate": rate, "phi": phi, "mean_loops": mean_loops, "gpus": gpus, "price": price}
+    _one_plan(
+        serving,
+        devices is not None,
+        {**fixed, **trained, **speeds, "dry_run": dry_run},
+        {**size, **prices, "bandwidth_tb": bandwidth_tb},
+    )
+    config, context = _model(source, overrides or [], num_loops, context_length)
+    one = _machine(gpu, memory_gb, memory_gib, bandwidth_tb, peak_tflops, reserve)
+    if devices is not None:
+        work = training.work(context, **trained)
+        links = Links(inside=1e9 * link_gb, between=1e9 * network_gb)
+        training.run(source, config, devices, one, work, links, fixed, dry_run, as_json)
+        return
+    require(as_number("--rate", rate, "a number") >= 0, "--rate", rate, "at least 0")
+    machine = replace(
+        one,
+        memory_bytes=gpus * one.memory_bytes,
+        bytes_per_second=gpus * one.bytes_per_second,
+        flops_per_second=gpus * one.flops_per_second,
+        price_per_hour=gpus * price,
+    )
+    report = serving_plan(config, machine, context, rate, phi, mean_loops, size)
+    if as_json:
+        print(json.dumps({"source": source, "gpus": gpus, **report}, indent=2))
+    else:
+        _print_serving(f"{source} on {gpus} GPU{'s' if gpus > 1 else ''}", report)
+
+
+def _one_plan(
+    serving: bool, training: bool, trained: dict[str, object], served: dict[str, object]
+) -> None:
+    """Check that one plan is asked for, and that no option of the other one is given."""
+    if serving is training:
         raise ValueError(
-            "say what to plan: --serve; `openmythos inspect` shows parameters, FLOPs and memory"
+            "say what to plan: its serving with --serve, or its training with --devices N; "
+            "`openmythos inspect` shows parameters, FLOPs and memory"
         )
-    config = apply_overrides(read_config(source), overrides or [])
+    defaults = signature(plan).parameters
+    for name, value in (trained if serving else served).items():
+        if value != defaults[name].default:
+            asked = "--devices" if serving else "--serve"
+            raise ValueError(f"--{name.replace('_', '-')} belongs to a plan with {asked}")
+
+
+def _model(
+    source: str, overrides: list[str], num_loops: int | None, context_length: int | None
+) -> tuple[ModelConfig, int]:
+    """The model and the number of tokens that are planned."""
+    config = apply_overrides(read_config(source), overrides)
     if num_loops is not None:
         config = apply_overrides(config, [f"num_loops={num_loops}"])
     context = min(PLANNED_CONTEXT, config.max_seq_len)
@@ -87,24 +160,31 @@ def plan(
     fits = 1 <= context <= config.max_seq_len
     allowed = f"1 to {config.max_seq_len}, the model's max_seq_len (--set max_seq_len=N)"
     require(fits, "--context-length", context, allowed)
-    require(as_number("--rate", rate, "a number") >= 0, "--rate", rate, "at least 0")
+    return config, context
+
+
+def _machine(
+    gpu: str,
+    memory_gb: float | None,
+    memory_gib: float | None,
+    bandwidth_tb: float | None,
+    peak_tflops: float | None,
+    reserve: float,
+) -> Machine:
+    """One GPU, as the options describe it."""
     require(gpu in GPUS, "--gpu", gpu, f"one of {', '.join(GPUS)}")
+    if memory_gb is not None and memory_gib is not None:
+        raise ValueError(f"--memory-gb {memory_gb} and --memory-gib {memory_gib}: give one of them")
     one = GPUS[gpu]
-    machine = Machine(
-        memory_bytes=gpus * (one.memory_bytes if memory_gb is None else 1e9 * memory_gb),
-        bytes_per_second=gpus
-        * (one.bytes_per_second if bandwidth_tb is None else 1e12 * bandwidth_tb),
-        flops_per_second=gpus
-        * (one.flops_per_second if peak_tflops is None else 1e12 * peak_tflops),
-        reserve=reserve,
-        price_per_hour=gpus * price,
-    )
-    size = {"weight_bytes": weight_bytes, "cache_bytes": cache_bytes}
-    report = serving_plan(config, machine, context, rate, phi, mean_loops, size)
-    if as_json:
-        print(json.dumps({"source": source, "gpus": gpus, **report}, indent=2))
-    else:
-        _print_serving(f"{source} on {gpus} GPU{'s' if gpus > 1 else ''}", report)
+    given = {
+        "memory_bytes": 1e9 * memory_gb if memory_gb is not None else None,
+        "bytes_per_second": 1e12 * bandwidth_tb if bandwidth_tb is not None else None,
+        "flops_per_second": 1e12 * peak_tflops if peak_tflops is not None else None,
+    }
+    if memory_gib is not None:
+        given["memory_bytes"] = float(2**30 * memory_gib)
+    kept = {name: value for name, value in given.items() if value is not None}
+    return replace(one, reserve=reserve, **kept)
 
 
 def serving_plan(

@@ -35,7 +35,9 @@ TENSOR_DIMS = {
     **dict.fromkeys(("attention.out.weight", "value_table.weight"), 1),
     **dict.fromkeys(("feed_forward.down.weight", "shared.down.weight"), 1),
     **dict.fromkeys(("qkv.lora_up", "q_up.lora_up", "up.lora_up", "gate_up.lora_up"), 1),
-    **dict.fromkeys(("out.lora_down", "feed_forward.down.lora_down", "shared.down.lora_down"), 2),
+    **dict.fromkeys(
+        ("attention.out.lora_down", "feed_forward.down.lora_down", "shared.down.lora_down"), 2
+    ),
 }
 EXPERTS = ("feed_forward.gate_up", "feed_forward.down")  # stacked, without a ``.weight``
 WIDE = ("feed_forward.router", "halting.proj")  # units of their own in float32
@@ -103,8 +105,9 @@ class Unit:
     @cached_property
     def groups(self) -> tuple[tuple[Held, ...], ...]:
         """Those that one exchange moves: experts and all else have meshes of their own."""
-        both = tuple(tuple(each for each in self.held if each.is_expert is e) for e in (False, True))
-        return tuple(group for group in both if group)
+        experts = tuple(each for each in self.held if each.is_expert)
+        others = tuple(each for each in self.held if not each.is_expert)
+        return tuple(group for group in (others, experts) if group)
 
     @property
     def weight_bytes(self) -> int:
@@ -153,8 +156,7 @@ def local_shapes(config: ModelConfig, layout: ParallelConfig, rank: int) -> Shap
     # Ranks with the same experts are numbered by (efsdp, tp).
     expert = dense // layout.ep * layout.tp + tp
     return {
-        each.name: each.shard(expert if each.is_expert else dense)
-        for each in place(config, layout)
+        each.name: each.shard(expert if each.is_expert else dense) for each in place(config, layout)
     }
 
 
@@ -174,6 +176,17 @@ def units(config: ModelConfig, layout: ParallelConfig) -> tuple[Unit, ...]:
     )
 
 
+def in_block(name: str) -> bool:
+    """Whether a parameter is a block's."""
+    return name.partition(".")[0] in STAGES
+
+
+def tensor_dim(name: str) -> int | None:
+    """The dimension of a parameter that tensor parallel divides, if there is one."""
+    dims = (dim for end, dim in TENSOR_DIMS.items() if name.endswith(end))
+    return next(dims, None) if in_block(name) else None
+
+
 def _unit_of(name: str) -> str:
     for wide in WIDE:
         if wide in name:
@@ -186,9 +199,8 @@ def _held(name: str, shape: Shape, layout: ParallelConfig) -> Held:
     if layout.ep > 1 and name.endswith(EXPERTS):
         shape = (shape[0] // layout.ep, *shape[1:])
         return Held(name, shape, 1, layout.dp_shard // layout.ep * layout.tp, is_expert=True)
-    ends = [dim for end, dim in TENSOR_DIMS.items() if name.endswith(end)]
-    if ends and name.split(".")[0] in STAGES:
-        dim = ends[0]
+    dim = tensor_dim(name)
+    if dim is not None:
         shape = (*shape[:dim], shape[dim] // layout.tp, *shape[dim + 1 :])
     return Held(name, shape, 0, layout.dp_shard)
 

@@ -25,13 +25,20 @@ from openmythos.config import ModelConfig, counts
 from openmythos.config.parallel import ParallelConfig
 from openmythos.config.schema import as_integer, as_number, require, require_literals
 from openmythos.plan.memory import in_words
-from openmythos.plan.placement import STAGES, Unit, check_layout, place, units
+from openmythos.plan.placement import Unit, check_layout, in_block, place, tensor_dim, units
 from openmythos.plan.serving import Machine
 
 LOGIT_BYTES = 4  # of one logit: itself and its gradient in bfloat16
 LOSS_BYTES = 12  # of one logit in the loss: float32, its logarithm, its gradient
 LOSS_CHUNK = 2**26  # logits whose loss is computed at once; as in ops/cross_entropy.py
-UNMUON = ("router.weight", "value_gate.weight", "value_table.weight", "lora_down", "lora_up")
+UNMUON = (
+    "router.weight",
+    "value_gate.weight",
+    "value_table.weight",
+    "lora_down",
+    "lora_up",
+    "qk_bias",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,8 +105,8 @@ def memory(config: ModelConfig, layout: ParallelConfig, work: Work) -> dict[str,
 
 def _moments(name: str, shape: tuple[int, ...], work: Work) -> int:
     """Numbers that the optimiser keeps per parameter."""
-    of_block = name.split(".")[0] in STAGES and len(shape) > 1 and not name.endswith("qk_bias")
-    return 1 if work.optimizer == "muon" and of_block and not name.endswith(UNMUON) else 2
+    matrix = in_block(name) and len(shape) > 1 and not name.endswith(UNMUON)
+    return 1 if work.optimizer == "muon" and matrix else 2
 
 
 def _is_kept(unit: Unit) -> bool:
@@ -114,7 +121,7 @@ def _cast_bytes(config: ModelConfig) -> int:
     cast = (
         math.prod(shape)
         for name, shape in shapes.items()
-        if name.split(".")[0] not in STAGES and len(shape) == 2 and name not in unused
+        if not in_block(name) and len(shape) == 2 and name not in unused
     )
     return 2 * sum(cast)
 
@@ -258,16 +265,42 @@ def _experts(config: ModelConfig, layout: ParallelConfig, work: Work) -> Iterato
 
 
 def _tensor(config: ModelConfig, layout: ParallelConfig, work: Work) -> Iterator[Exchange]:
-    """Sums of states, and of their gradients, over the ranks that share a layer."""
+    """Sums over the ranks that share a layer: of its outputs, and of its inputs' gradients."""
     if layout.tp == 1:
         return
     forward, backward = _passes(config, work)
-    once = config.num_prelude_layers + config.num_coda_layers
-    layers = 2 * (once + config.num_core_layers * forward)  # attention and feed-forward
-    layers += 2 * (once + config.num_core_layers * backward)
-    layers *= work.accumulation
-    size = 2 * work.tokens * config.d_model
-    yield Exchange("all_reduce", "states of a layer", layers, layers * size, layout.tp, layout.tp)
+    number = size = 0
+    for stage, layers, there, back in (
+        ("prelude", config.num_prelude_layers, 1, 1),
+        ("core", config.num_core_layers, forward, backward),
+        ("coda", config.num_coda_layers, 1, 1),
+    ):
+        outputs, inputs = _summed_widths(config, layout, stage)
+        number += layers * (there * len(outputs) + back * len(inputs))
+        size += layers * (there * sum(outputs) + back * sum(inputs))
+    number, size = number * work.accumulation, size * work.accumulation * work.tokens
+    yield Exchange("all_reduce", "states and gradients", number, size, layout.tp, layout.tp)
+
+
+def _summed_widths(
+    config: ModelConfig, layout: ParallelConfig, stage: str
+) -> tuple[list[int], list[int]]:
+    """Bytes per token of each sum in a block's forward, and in its backward pass."""
+    shapes = counts.parameter_shapes(config)
+    dim, outputs, inputs = config.d_model, [], []
+    for name, shape in shapes.items():
+        divided = tensor_dim(name) if name.startswith(f"{stage}.0.") else None
+        if divided == 1 and name.endswith(("out.weight", "down.weight")):
+            outputs.append(2 * dim)
+        elif divided == 0 and name.endswith(("qkv.weight", "up.weight")):
+            # The state is in float32. What MLA expands comes with the rotary key.
+            rotary = config.attention.rope_dim if name.endswith("kv_up.weight") else 0
+            inputs.append(4 * dim if shape[1] == dim else 2 * (shape[1] + rotary))
+    experts = getattr(config.core_ff, "num_experts_per_token", 0) if stage == "core" else 0
+    if experts and layout.ep > 1:  # each rank sends its share of the tokens
+        outputs.append(2 * dim)
+        inputs += [4 * dim, 4 * experts]
+    return outputs, inputs
 
 
 # --- time -----------------------------------------------------------------------------------------
@@ -371,7 +404,7 @@ def cost_of(
         exchanges=found,
         flops=flops,
         compute_seconds=flops / machine.flops_per_second,
-        exchange_seconds=sum(map(links.seconds, found)),
+        exchange_seconds=math.fsum(map(links.seconds, found)),
     )
 
 
@@ -459,20 +492,18 @@ def _layouts(
                             dp_shard=shard,
                             ep=ep,
                             tp=tp,
-                            core_gather=gather,  # type: ignore[arg-type]
+                            core_gather=gather,
                         )
                         yield layout, recompute
 
 
 def _order(cost: Cost) -> tuple[float, ...]:
     """The quickest first; of those that are as quick, the one with fewer divisions."""
-    return (*_rounded(cost), cost.layout.tp, cost.layout.ep, cost.num_bytes)
-
-
-def _rounded(cost: Cost) -> tuple[float, ...]:
-    """The least time per token to two digits: more is not known of it."""
-    seconds = 1 / cost.tokens_per_second
-    return (round(seconds, 1 - math.floor(math.log10(seconds))), cost.work.recompute)
+    at, seconds = cost.layout, 1 / cost.tokens_per_second
+    # To two digits: more is not known of it.
+    rounded = round(seconds, 1 - math.floor(math.log10(seconds)))
+    choices = (cost.work.recompute, at.core_gather == "loop", at.tp, at.ep, cost.num_bytes)
+    return (rounded, *map(float, choices))
 
 
 def _near(cost: Cost, chosen: Cost) -> tuple[int, float]:
@@ -492,7 +523,7 @@ def _reason(cost: Cost, chosen: Cost, machine: Machine) -> str:
     if longer > 1:
         by = f"{_per_token(cost)} per token instead of {_per_token(chosen)}"
         return f"takes {longer:.2f} times as long, bound by {cost.limit}: {by}"
-    return "no quicker, and divides more"
+    return "no quicker"
 
 
 def _per_token(cost: Cost) -> str:

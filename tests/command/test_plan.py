@@ -76,7 +76,7 @@ def test_plan_says_what_does_not_fit(invoke: Invoke) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("tiny",), "say what to plan: --serve"),
+        (("tiny",), "say what to plan: its serving with --serve, or its training with"),
         (("tiney", "--serve"), "did you mean 'tiny'"),
         (("tiny", "--serve", "--gpu", "h1"), "--gpu is 'h1'; it must be one of a100, h100, h200"),
         (("tiny", "--serve", "--rate", "-1"), "--rate is -1.0; it must be at least 0"),

@@ -16,7 +16,7 @@ The rules are those of ``train.parallel``, written again from shapes and names a
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 from openmythos.config import ModelConfig
 from openmythos.config.counts import parameter_shapes
@@ -144,6 +144,7 @@ def check_layout(config: ModelConfig, layout: ParallelConfig) -> None:
             )
 
 
+@lru_cache(maxsize=64)
 def place(config: ModelConfig, layout: ParallelConfig) -> tuple[Held, ...]:
     """Every parameter, as the ranks of a layout hold it."""
     return tuple(_held(name, shape, layout) for name, shape in parameter_shapes(config).items())
@@ -160,6 +161,7 @@ def local_shapes(config: ModelConfig, layout: ParallelConfig, rank: int) -> Shap
     }
 
 
+@lru_cache(maxsize=64)
 def units(config: ModelConfig, layout: ParallelConfig) -> tuple[Unit, ...]:
     """All units, in the order in which a forward begins to use them."""
     sorted_in: dict[str, list[Held]] = {"": []}

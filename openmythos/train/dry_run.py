@@ -7,6 +7,7 @@ shards to the byte, the exchanges of a step by their number and bytes.
 
 import contextlib
 import math
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -97,13 +98,15 @@ def dry_run_step(config: ModelConfig, layout: ParallelConfig, work: Work) -> tup
     Raises:
         ValueError: The model cannot be laid out so.
     """
+    if layout.num_ranks == 1:
+        return ()
     work = replace(work, accumulation=1)
     recipe = _recipe(config, layout, work)
     with fake_rank(0, layout.num_ranks):
-        ranks = _ranks(recipe)  # its mesh looks at numbers
+        model = _built(config, recipe, _ranks(recipe))  # a mesh looks at numbers, so not fake
         counted = _FakeStep(_pairs(config, layout, work), layout.ep)
         with FakeTensorMode(allow_non_fake_inputs=True), counted:
-            _step(_built(config, recipe, ranks), config, recipe, work)
+            _step(model, config, recipe, work)
     planned = _by_kind(exchanges(config, layout, work))
     kinds = sorted(planned.keys() | counted.number.keys())
     return tuple(
@@ -126,7 +129,9 @@ def fake_rank(rank: int, world: int) -> Iterator[None]:
         return
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
     try:
-        yield
+        with warnings.catch_warnings():  # torch's, of how its meshes will be named
+            warnings.filterwarnings("ignore", "Slicing a flattened dim", UserWarning)
+            yield
     finally:
         dist.destroy_process_group()
 

@@ -14,9 +14,10 @@ from tests.strategies import MLA, random_tokens, small_config, unchecked
 
 LENGTH = 16
 MOE = MoEConfig(num_experts=4, num_experts_per_token=2, d_expert=8)
+FEW = {"d_model": 32, "num_core_layers": 1, "num_coda_layers": 0}
 CONFIGS = {
-    "dense": small_config(d_model=32, tie_embeddings=False),
-    "experts": small_config(d_model=32, attention=MLA, core_feed_forward=MOE),
+    "dense": small_config(**FEW, tie_embeddings=False),
+    "experts": small_config(**FEW, attention=MLA, core_feed_forward=MOE),
 }
 
 
@@ -44,7 +45,7 @@ def step(config: ModelConfig, num_loops: int, grad_loops: int | None = None) -> 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_step_costs_its_flops_at_every_depth(name: str) -> None:
     config, tokens = CONFIGS[name], 2 * LENGTH
-    for num_loops, grad_loops in ((1, None), (2, None), (4, None), (8, 2), (16, None)):
+    for num_loops, grad_loops in ((1, None), (4, None), (8, 2), (16, None)):
         planned = counts.training_flops(
             config, num_loops=num_loops, grad_loops=grad_loops, context_length=LENGTH
         )
@@ -55,9 +56,9 @@ def test_a_step_costs_its_flops_at_every_depth(name: str) -> None:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_loops_without_gradient_keep_nothing(name: str) -> None:
     config = CONFIGS[name]
-    few, many = (step(config, num_loops, grad_loops=2)[1] for num_loops in (3, 9))
+    few, many = (step(config, num_loops, grad_loops=2)[1] for num_loops in (3, 8))
     assert many <= 1.01 * few
     # With gradients they keep as much each.
-    by_depth = [step(config, num_loops)[1] for num_loops in (2, 4, 6)]
+    by_depth = [step(config, num_loops)[1] for num_loops in (2, 3, 4)]
     assert by_depth[2] - by_depth[1] == pytest.approx(by_depth[1] - by_depth[0], rel=0.01)
-    assert by_depth[1] > 1.4 * by_depth[0]
+    assert by_depth[1] > 1.2 * by_depth[0]

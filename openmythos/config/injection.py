@@ -12,6 +12,7 @@ class InjectionMember(Member):
     """What every injection config states beside its fields."""
 
     kind: ClassVar[str]
+    has_update: ClassVar[bool] = False  # whether the next state is more than the core's output
 
     @property
     def adds_e(self) -> bool:
@@ -75,6 +76,7 @@ class OriginalLTIInjectionConfig(InjectionMember):
     """
 
     kind: ClassVar[str] = "original_lti"
+    has_update: ClassVar[bool] = True
 
     def weights(self, d_model: int) -> Weights:
         """A, B, the norm and one step size."""
@@ -145,6 +147,7 @@ class GateInjectionConfig(InjectionMember):
     """
 
     kind: ClassVar[str] = "gate"
+    has_update: ClassVar[bool] = True
     bias_init: float = -2.0
     add_e: bool = True
 

@@ -222,8 +222,8 @@ def gathers(unit: Unit, config: ModelConfig, layout: ParallelConfig, work: Work)
     """How often a unit is gathered in a micro-batch."""
     if not unit.in_core:
         return 1 if _is_kept(unit) else 2
-    forward, backward = _passes(config, work)
-    return 1 if layout.core_gather == "step" else forward + backward
+    # What runs again in the backward pass keeps what it has gathered for that.
+    return 1 if layout.core_gather == "step" else 2 * config.num_loops
 
 
 def _sharding(config: ModelConfig, layout: ParallelConfig, work: Work) -> Iterator[Exchange]:
@@ -278,8 +278,16 @@ def _tensor(config: ModelConfig, layout: ParallelConfig, work: Work) -> Iterator
         outputs, inputs = _summed_widths(config, layout, stage)
         number += layers * (there * len(outputs) + back * len(inputs))
         size += layers * (there * sum(outputs) + back * sum(inputs))
+    if work.recompute and _ends_with_a_sum(config):  # nothing needs a loop's last sum again
+        number, size = number - config.num_loops, size - config.num_loops * 2 * config.d_model
     number, size = number * work.accumulation, size * work.accumulation * work.tokens
     yield Exchange("all_reduce", "states and gradients", number, size, layout.tp, layout.tp)
+
+
+def _ends_with_a_sum(config: ModelConfig) -> bool:
+    """Whether no product of a loop comes after the sum of its last layer's outputs."""
+    plain = config.loop_adapter is None and config.halting is None and not config.loop_norm
+    return plain and config.block.norm == "pre" and not config.injection.has_update
 
 
 def _summed_widths(

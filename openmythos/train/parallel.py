@@ -6,27 +6,20 @@ The engine is PyTorch's: one mesh of devices, and FSDP2 with a unit per block. O
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from jaxtyping import Float, Int, Shaped
-from torch import Tensor, nn
+from jaxtyping import Shaped
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from openmythos.config.parallel import ParallelConfig
-from openmythos.model.feedforward import Router
-from openmythos.model.init import whole_part
 from openmythos.model.recurrent import RecurrentDepthLM
-from openmythos.train.recipe import TrainConfig
 
 AXES = ("dp_replicate", "efsdp", "ep", "tp")
-JOINT_AXES = {"dp_shard": ("efsdp", "ep")}  # names of several axes together
 
 
 @dataclass(frozen=True)
@@ -60,58 +53,59 @@ class Ranks:
         return self.rank == 0
 
     @property
-    def counts_rows(self) -> bool:
-        """Whether a sum over rows counts this rank's: of ranks with the same rows, one does."""
+    def counts(self) -> bool:
+        """Whether a sum over all ranks counts this one: of ranks with the same rows, one does."""
         return self.mesh is None or self.mesh["tp"].get_local_rank() == 0
 
     def sum(self, numbers: Shaped[Tensor, "*N"]) -> Shaped[Tensor, "*N"]:
-        """The sum over all ranks; ``numbers`` itself if alone."""
+        """The sum over all ranks, each set of rows counted once; ``numbers`` itself if alone."""
         if self.mesh is None:
             return numbers
-        total = numbers.clone()
+        total = numbers.clone() if self.counts else torch.zeros_like(numbers)
         dist.all_reduce(total)
         return total
 
-    def sum_rows(self, numbers: Shaped[Tensor, "*N"]) -> Shaped[Tensor, "*N"]:
-        """The sum over the ranks with different rows."""
-        return self.sum(numbers if self.counts_rows else torch.zeros_like(numbers))
-
-    def once(self, make: Callable[[], Any]) -> Any:
-        """What ``make`` returns on the first rank, which alone calls it; the others wait for it.
+    def each(self, make: Callable[[], Any]) -> list[Any]:
+        """What ``make`` returns on every rank, in their order; all call it and wait for all.
 
         It must be plain data: it is sent as JSON.
 
         Raises:
-            ValueError, OSError: What ``make`` raised; the other ranks end without a word.
+            OSError: ``make`` raised it, on this rank or on another.
         """
-        if self.mesh is None:
-            return make()
         error, said = None, {}
-        if self.first:
-            try:
-                said = {"made": make()}
-            except (ValueError, OSError) as raised:
-                error, said = raised, {"failed": True}
-        text = torch.frombuffer(bytearray(json.dumps(said), "utf-8"), dtype=torch.uint8)
-        length = torch.tensor(len(text))
-        dist.broadcast(length, 0)
-        text = text if self.first else torch.empty(int(length), dtype=torch.uint8)
-        dist.broadcast(text, 0)
+        try:
+            said = {"made": make()}
+        except OSError as raised:
+            error, said = raised, {"failed": str(raised)}
+        answers = [said] if self.mesh is None else _gathered(said)
         if error is not None:
             raise error
-        said = json.loads(bytes(text.tolist()))
-        if "failed" in said:
-            raise SystemExit(2)
-        return said["made"]
+        failed = [answer["failed"] for answer in answers if "failed" in answer]
+        if failed:
+            raise OSError(failed[0])
+        return [answer["made"] for answer in answers]
+
+    def on_first(self, make: Callable[[], Any]) -> Any:
+        """As ``each``, but only the first rank calls ``make``, and all get what it returns."""
+        return self.each(lambda: make() if self.first else None)[0]
 
     def wait(self) -> None:
         """Wait until all ranks are here."""
-        self.once(lambda: None)
-
-    def leave(self) -> None:
-        """End the process group, if this process is in one."""
         if self.mesh is not None:
-            dist.destroy_process_group()
+            dist.barrier()
+
+
+def _gathered(said: Any) -> list[Any]:
+    """What every rank says; never pickled."""
+    text = torch.frombuffer(bytearray(json.dumps(said), "utf-8"), dtype=torch.uint8)
+    lengths = [torch.tensor(0) for _ in range(dist.get_world_size())]
+    dist.all_gather(lengths, torch.tensor(len(text)))
+    longest = max(map(int, lengths))
+    texts = [torch.empty(longest, dtype=torch.uint8) for _ in lengths]
+    dist.all_gather(texts, torch.cat((text, text.new_zeros(longest - len(text)))))
+    pairs = zip(texts, lengths, strict=True)
+    return [json.loads(bytes(each[: int(length)].tolist())) for each, length in pairs]
 
 
 def join(config: ParallelConfig, device: torch.device | str = "cpu") -> Ranks:
@@ -120,11 +114,9 @@ def join(config: ParallelConfig, device: torch.device | str = "cpu") -> Ranks:
     Raises:
         ValueError: The number of processes is not the layout's.
     """
-    place = torch.device(device)
     started = dist.is_available() and (dist.is_initialized() or "RANK" in os.environ)
     if started and not dist.is_initialized():
-        # Two groups in one: what the host has to say needs no accelerator.
-        dist.init_process_group("cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo")
+        dist.init_process_group(init_method="env://")
     world = dist.get_world_size() if started else 1
     if world != config.num_ranks:
         layout = f"dp_replicate {config.dp_replicate} x dp_shard {config.dp_shard} x tp {config.tp}"
@@ -135,151 +127,28 @@ def join(config: ParallelConfig, device: torch.device | str = "cpu") -> Ranks:
         )
     if not started:
         return Ranks.alone(device)
+    place = torch.device(device)
     if place.type == "cuda":
         place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(place)
-    sizes = (config.dp_replicate, config.dp_shard // config.ep, config.ep, config.tp)
-    mesh = init_device_mesh(place.type, sizes, mesh_dim_names=AXES)
-    for name, axes in JOINT_AXES.items():
-        mesh[axes]._flatten(name)
+    shard = config.dp_shard // config.ep
+    mesh = init_device_mesh(
+        place.type, (config.dp_replicate, shard, config.ep, config.tp), mesh_dim_names=AXES
+    )
+    mesh["efsdp", "ep"]._flatten("dp_shard")
     rank = dist.get_rank()
     return Ranks(rank, world, place, mesh, rank // config.tp, config.num_row_ranks)
 
 
-# --- the layout of a model -----------------------------------------------------------------------
-
-
-def parallelize(model: RecurrentDepthLM, config: TrainConfig, ranks: Ranks) -> None:
+def parallelize(model: RecurrentDepthLM, config: Any, ranks: Ranks) -> None:
     """Lay the model out over the ranks; nothing changes for one process alone.
 
-    In this order: tensor parallel, expert parallel, compilation by block, FSDP2. Activation
-    checkpointing is the loop's (``recompute``), inside which the units of FSDP2 lie.
+    In this order: tensor parallel, expert parallel, compilation by block, FSDP2.
 
-    A unit is a block. With ``autocast`` the weights of the blocks are gathered in that precision,
-    except for the routers, which are units of their own: rounded router weights choose other
-    experts. Everything outside the blocks is one unit in the weights' own precision: the
-    embedding, the head, the norms and the injection, whose decay is too close to 1 to be rounded.
-
-    Unless the core is gathered in every loop, its blocks keep their weights from their first use in
-    a step until ``reshard``. So does what lies outside the blocks, and the coda if it reads every
-    loop.
+    Args:
+        model: The model.
+        config: The run's ``TrainConfig``.
+        ranks: This process's place.
     """
     if ranks.mesh is None:
         return
-    layout = config.parallel
-    if config.compile:
-        for block in blocks(model):
-            block.compile(fullgraph=True, recompile_limit=64, isolate_recompiles=True)
-    axes = ("dp_replicate", "dp_shard") if layout.dp_replicate > 1 else ("dp_shard",)
-    mesh = ranks.mesh[axes]
-    own = MixedPrecisionPolicy()
-    policy = own
-    if config.autocast == "bfloat16":
-        # The inputs are not cast: the state stays in the precision of the weights outside.
-        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
-    kept: list[FSDPModule] = []
-
-    def unit(module: nn.Module, keep: bool, precision: MixedPrecisionPolicy) -> None:
-        made = fully_shard(module, mesh=mesh, reshard_after_forward=not keep, mp_policy=precision)
-        if keep:
-            kept.append(made)
-
-    by_step = layout.core_gather == "step"
-    keeps = {id(block): by_step for block in model.core}
-    keeps |= {id(block): by_step and config.objective.needs_states for block in model.coda}
-    for block in blocks(model):
-        keep = keeps.get(id(block), False)
-        if policy is not own:
-            for module in block.modules():
-                if isinstance(module, Router):
-                    unit(module, keep, own)
-        unit(block, keep, policy)
-    if model.halting is not None:  # an objective calls it outside the model's forward
-        unit(model.halting.proj, True, own)
-    unit(model, True, own)
-    for held in kept:
-        held.set_reshard_after_backward(False, recurse=False)
-    for each in units(model):
-        # Losses are divided by the number of targets of the whole batch, so gradients are summed.
-        each.set_gradient_divide_factor(1.0)
-        each.set_force_sum_reduction_for_comms(True)
-
-
-def blocks(model: RecurrentDepthLM) -> list[nn.Module]:
-    """All blocks, in the order of a forward."""
-    return [*model.prelude, *model.core, *model.coda]
-
-
-def units(model: nn.Module) -> Iterator[FSDPModule]:
-    """The units of FSDP2; none on one process alone."""
-    return (module for module in model.modules() if isinstance(module, FSDPModule))
-
-
-def reshard(model: nn.Module) -> None:
-    """Free the gathered weights; until then gradients and optimisers miss the kept units."""
-    for module in units(model):
-        module.reshard()
-
-
-def reduce_gradients(model: nn.Module, wanted: bool) -> None:
-    """Whether the next backward pass sums its gradients over the ranks, or only keeps them."""
-    if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(wanted)
-        model.set_is_last_backward(wanted)
-
-
-def own_part(parameter: Tensor) -> tuple[Shaped[Tensor, "R C"], Int[Tensor, "R"], slice]:
-    """This rank's part of a parameter as a matrix, the rows of the whole that it has, and columns.
-
-    The whole counts as a matrix: its last dimension by all others. Writing to the part writes to
-    the parameter.
-    """
-    if not isinstance(parameter, DTensor):
-        return whole_part(parameter)
-    others = parameter.shape[:-1]
-    sizes, starts = compute_local_shape_and_global_offset(
-        parameter.shape, parameter.device_mesh, parameter.placements
-    )
-    rows = torch.arange(others.numel()).view(others)
-    for axis, (size, start) in enumerate(zip(sizes[:-1], starts[:-1], strict=True)):
-        rows = rows.narrow(axis, start if size else 0, size)
-    columns = slice(starts[-1], starts[-1] + sizes[-1])
-    return parameter.to_local().view(rows.numel(), sizes[-1]), rows.flatten(), columns
-
-
-def local_gradients(model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
-    """Every gradient with this rank's part of it."""
-    for parameter in model.parameters():
-        grad = parameter.grad
-        if grad is not None:
-            yield grad, grad.to_local() if isinstance(grad, DTensor) else grad
-
-
-@torch.no_grad()
-def square_sum(model: nn.Module, ranks: Ranks) -> Float[Tensor, ""]:
-    """This rank's share of the sum of all squared gradients: over all ranks, each counts once."""
-    total = torch.zeros((), dtype=torch.float64, device=ranks.device)
-    for grad, part in local_gradients(model):
-        if _counts(grad, ranks):
-            total += torch.linalg.vector_norm(part, dtype=torch.float64).square()
-    return total
-
-
-def _counts(grad: Tensor, ranks: Ranks) -> bool:
-    """Whether this rank is the first of those that hold the same part of a gradient."""
-    assert ranks.mesh is not None
-    split: set[str] = set()
-    if isinstance(grad, DTensor):
-        for name, placement in zip(
-            grad.device_mesh.mesh_dim_names or (), grad.placements, strict=True
-        ):
-            if placement.is_shard():
-                split.update(JOINT_AXES.get(name, (name,)))
-    return all(ranks.mesh[axis].get_local_rank() == 0 for axis in AXES if axis not in split)
-
-
-@torch.no_grad()
-def scale_gradients(model: nn.Module, factor: float) -> None:
-    """Multiply all gradients, each rank its own part."""
-    for _, part in local_gradients(model):
-        part.mul_(factor)

@@ -20,6 +20,8 @@ from typing import Any
 
 import torch
 
+from experiments.depth_dial import arms
+from experiments.run_store import Run
 from openmythos.checkpoint.save import OWN_FILES, write_checkpoint
 from openmythos.command.demo import keep_freed_memory
 from openmythos.command.origin import puzzle_of
@@ -65,20 +67,32 @@ TEXT_STEPS = 1074
 SAMPLE_BYTES = 64 * 1024
 MIN_SHARED = 60  # characters of a paragraph that is looked for in the training text
 TEXT_LOOPS = (1, 2, 4, 8, 16)
-PRODUCT_STEPS, SUM_STEPS = 1500, 4000
+WALK_STEPS, PRODUCT_STEPS, SUM_STEPS = 1200, 1500, 4000
+WALK_RATE = 0.003  # the demo's
 PUZZLE_LOOPS, NUM_PUZZLES = (1, 2, 3, 4, 6, 8, 12, 16), 512
 SCORES = "scores.json"
 BY_HAND = ("README.md", "LICENSE-PYTHON.txt")
 
 
 def recipes() -> dict[str, RunConfig]:
-    """What is trained: both acts of the demo, the first one for longer, and other puzzles."""
+    """What is trained: both acts of the demo, the first one for longer, and other puzzles.
+
+    Of walks also the four kinds of training that the experiment ``depth_dial`` compares.
+    """
+    settings = {"steps": WALK_STEPS, "rate": WALK_RATE}
+    kinds = {f"walks_{arm}": arms.config_of(Run(arm, 0, settings)) for arm in arms.MAIN}
     return {
         "walks": hops_config(seed=0, seconds=150.0),
+        **{name: last_checkpoint_only(config) for name, config in kinds.items()},
         "products": puzzle_config(ProductsConfig(max_train_factors=8), PRODUCT_STEPS),
         "addition": puzzle_config(AdditionConfig(num_digits=1, max_terms=6), SUM_STEPS),
         "text": text_config(),
     }
+
+
+def last_checkpoint_only(config: RunConfig) -> RunConfig:
+    """Without the checkpoints that the experiment looks back at."""
+    return replace(config, train=replace(config.train, keep_checkpoints=1))
 
 
 def puzzle_config(data: SeededConfig, steps: int) -> RunConfig:

@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -14,6 +14,8 @@ from experiments.run_store import digest
 Decision = Literal["holds", "in part", "fails", "not decidable here", "no result"]
 DECISIONS: tuple[Decision, ...] = get_args(Decision)
 NOT_YET = "not run yet"
+MIN_SEEDS = 3  # of every arm, for ``by_rule``
+Found = tuple[Decision, Interval | None, str]  # the number that decided, and what was found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +117,40 @@ def verdict(
         interval=ends,
         figure=figure,
     )
+
+
+def no_result(claim: Claim, why: str) -> Verdict:
+    """The verdict where runs are missing."""
+    return Verdict(claim=claim.name, decision="no result", sentence=why)
+
+
+def graded(parts: Iterable[bool]) -> Decision:
+    """Holds if all parts do, in part if some do."""
+    found = list(parts)
+    return "holds" if all(found) else "in part" if any(found) else "fails"
+
+
+def by_rule(
+    claim: Claim,
+    rule: Callable[[Mapping[str, float]], Found],
+    seeds: Mapping[str, int],
+    figure: str,
+) -> Verdict:
+    """What a rule finds with the claim's thresholds; no result if an arm has too few seeds.
+
+    Args:
+        claim: The claim.
+        rule: Decides.
+        seeds: Number of completed seeds by arm.
+        figure: The figure that shows the number, if there is one.
+    """
+    short = [arm for arm, count in seeds.items() if count < MIN_SEEDS]
+    if short:
+        return no_result(claim, f"Fewer than {MIN_SEEDS} seeds of {', '.join(short)}.")
+    decision, number, said = rule(claim.thresholds)
+    if number is None:
+        return Verdict(claim=claim.name, decision=decision, sentence=said)
+    return verdict(claim.name, decision, said, number, figure)
 
 
 def read_claims(path: Path) -> dict[str, Claim]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -87,6 +87,10 @@ class Results(list[Result]):
         """The arm's results that a verdict may count, by seed; no tuning runs, no lost ones."""
         own = [r for r in self if r.run.arm == arm and not r.run.tuning and r.lost is None]
         return sorted(own, key=lambda result: result.run.seed)
+
+    def values(self, arm: str, value: Callable[[Mapping[str, Any]], float]) -> list[float]:
+        """A number of every one of the arm's results that may count, by seed, from its data."""
+        return [value(result.data) for result in self.of(arm)]
 
     @property
     def arms(self) -> list[str]:

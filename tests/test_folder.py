@@ -13,6 +13,7 @@ import openmythos.folder
 from openmythos.checkpoint.load import load_checkpoint
 from openmythos.checkpoint.save import OWN_FILES, save_pretrained
 from openmythos.folder import (
+    append,
     damage,
     locked,
     put_in_place,
@@ -27,6 +28,7 @@ from openmythos.folder import (
 )
 from openmythos.model.recurrent import RecurrentDepthLM
 from tests.checkpoint.examples import TOKENS, make_model
+from tests.train.examples import full_disk
 
 
 @pytest.fixture
@@ -50,6 +52,15 @@ def test_a_file_is_written_whole(tmp_path: Path) -> None:
     write_json(path, {"a": [1, None]})
     assert json.loads(path.read_text(encoding="utf-8")) == {"a": [1, None]}
     assert [each.name for each in path.parent.iterdir()] == ["a.txt"]
+
+
+def test_a_full_disk_appends_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    append(path, "é\n")
+    with full_disk(100), pytest.raises(OSError, match=r"a\.txt cannot be written: file too large"):
+        append(path, "x" * 200)
+    append(path, "b\n")
+    assert path.read_text(encoding="utf-8") == "é\nb\n"
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:

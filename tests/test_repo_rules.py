@@ -36,7 +36,6 @@ OTHER_WRITERS = {
     "openmythos/analysis/picture.py:save": "draws into a whole_file",
     "openmythos/analysis/picture.py:to_svg": "draws into memory",
     "openmythos/data/prepare.py:_Spool.__init__": "a scratch file, never put in place",
-    "openmythos/train/metrics.py:Recorder._write": "appends lines; a reader skips one that was cut",
 }
 WRITING_CALLS = {
     *("write_text", "write_bytes", "savefig", "rename", "renames", "mkstemp"),

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from openmythos.analysis.difference import loop_difference
-from openmythos.analysis.pairs import walk_pairs
+from openmythos.analysis.pairs import puzzle_pairs
 from openmythos.analysis.reading import reading_map
 from openmythos.demo.walks import hops_config
 from openmythos.train.depth_schedule import DepthSchedule, FixedDepth
@@ -36,7 +36,7 @@ def main(arguments: list[str] | None = None) -> None:
     right = {n: puzzle_accuracy(run.model, walks, LONGER, n, 512, seed=1) for n in range(4, 9)}
     loops = max(right, key=lambda n: right[n])
     print(f"{LONGER} hops, never trained, right by loops: {right}")
-    found = reading_map(run.model, walk_pairs(walks, LONGER), loops)
+    found = reading_map(run.model, puzzle_pairs(walks, LONGER), loops)
     print("       " + "".join(f"{name.replace('relation ', 'r'):>6}" for name in found.columns))
     for loop, row in enumerate(found.necessity.tolist(), start=1):
         print(f"loop {loop} " + "".join(f"{share:6.2f}" for share in row))

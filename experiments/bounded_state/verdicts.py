@@ -5,11 +5,12 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from experiments.claim import Claim, Decision, Verdict, verdict
+from experiments.claim import Claim, Decision, Verdict, graded, no_result, verdict
 from experiments.interval import gap, t_interval
 from experiments.run_store import Result, Results
 
 CHANCE = 1 / 6
+MISSING = "Runs are missing."
 CONSTRAINED, FREE = ("lti", "original_lti"), ("linear", "add", "none")
 Rows = list[dict[str, Any]]
 
@@ -41,7 +42,7 @@ def lti_cannot_grow(claim: Claim, results: Results, rows: Rows) -> Verdict:
     add = [row for row in rows if row["kind"] == "add"]
     trained = [r for kind in CONSTRAINED for r in results.of(f"trained_{kind}")]
     if not own or not add or not trained:
-        return nothing(claim)
+        return no_result(claim, MISSING)
     last, limit = own[0]["shown"][-1], claim.thresholds
     shares = [max(map(float_or_inf, row["norms"])) / row["bound"] for row in own]
     shares += [
@@ -98,7 +99,7 @@ def blow_up(claim: Claim, results: Results, rows: Rows) -> Verdict:
     lost = {kind: lost_by_seed(results, kind) for kind in (*CONSTRAINED, *FREE)}
     seeds = sorted(set.intersection(*(set(shares) for shares in lost.values())))
     if not add or not seeds:
-        return nothing(claim)
+        return no_result(claim, MISSING)
     last = add[0]["shown"][-1]
     slopes = [math.log10(norm_at(row, last) / norm_at(row, last // 10)) for row in add]
     slope = t_interval(slopes)
@@ -109,13 +110,12 @@ def blow_up(claim: Claim, results: Results, rows: Rows) -> Verdict:
         between.difference.mean >= limit["least_lost_gap"],
         slope.mean >= limit["least_slope"],
     )
-    decision: Decision = "holds" if all(parts) else "in part" if any(parts) else "fails"
     sentence = (
         f"With fixed weights and plain addition the norm grows as the {slope.mean:.2f}th power of "
         f"the loops: linearly, not exponentially. Of the trainings without a constraint "
         f"{statistics.mean(free):.0%} were lost, of those with one {statistics.mean(kept):.0%}."
     )
-    return verdict(claim.name, decision, sentence, between.difference, figure="outcomes")
+    return verdict(claim.name, graded(parts), sentence, between.difference, figure="outcomes")
 
 
 def past_one(claim: Claim, results: Results, rows: Rows) -> Verdict:
@@ -125,7 +125,7 @@ def past_one(claim: Claim, results: Results, rows: Rows) -> Verdict:
     trained = results.of("trained_linear")
     past = [r for r in trained if r.data["rho"] > 1]
     if not far or not trained:
-        return nothing(claim)
+        return no_result(claim, MISSING)
     last = far[0]["shown"][-1]
     unstable = all(math.isinf(norm_at(row, last)) for row in far)
     if len(past) < limit["least_runs"]:
@@ -140,9 +140,7 @@ def past_one(claim: Claim, results: Results, rows: Rows) -> Verdict:
     ]
     share = len(broken) / len(past)
     breaks = share >= limit["least_broken"]
-    decision: Decision = (
-        "holds" if unstable and breaks else "in part" if unstable or breaks else "fails"
-    )
+    decision = graded((unstable, breaks))
     how = "is no finite number" if unstable else "is still a number"
     sentence = (
         f"At fixed weights with rho {limit['far_rho']:g} the state {how} after {last:,} loops. Of "
@@ -164,7 +162,7 @@ def drifts(claim: Claim, results: Results) -> Verdict:
         best[kind] = [trained_accuracy(r) - CHANCE for r in found]
     limit = claim.thresholds
     if any(len(values) < 2 for values in kept.values()):
-        return nothing(claim)
+        return no_result(claim, MISSING)
     if any(statistics.mean(values) < limit["least_learnt"] for values in best.values()):
         return Verdict(
             claim=claim.name,
@@ -185,10 +183,6 @@ def drifts(claim: Claim, results: Results) -> Verdict:
 
 
 # --- reading trained runs -------------------------------------------------------------------------
-
-
-def nothing(claim: Claim) -> Verdict:
-    return Verdict(claim=claim.name, decision="no result", sentence="Runs are missing.")
 
 
 def float_or_inf(value: float | None) -> float:

@@ -8,7 +8,16 @@ from typing import Any
 import numpy as np
 
 from experiments.chain_of_thought.arm import ARMS, SILENT, STACK, SUMS, TRAINED_HOPS, WALKS, Arm
-from experiments.claim import Claim, Conclusion, Decision, Table, Verdict, verdict
+from experiments.claim import (
+    Claim,
+    Conclusion,
+    Decision,
+    Table,
+    Verdict,
+    graded,
+    no_result,
+    verdict,
+)
 from experiments.interval import Interval, gap, t_interval
 from experiments.run_store import Results
 from openmythos.config import counts
@@ -76,18 +85,9 @@ def reach(data: Data, enough: float) -> int:
 # --- what the arms say ----------------------------------------------------------------------------
 
 
-def values(results: Results, arm: Arm, of: Callable[[Data], float]) -> list[float]:
-    """The number of every run of an arm."""
-    return [of(result.data) for result in results.of(arm.name)]
-
-
 def beyond(at: Callable[[Data, str], float]) -> Callable[[Data], float]:
     """The mean over lengths that training never had."""
     return lambda data: fmean(at(data, hops) for hops in BEYOND)
-
-
-def _no_result(claim: Claim, why: str) -> Verdict:
-    return Verdict(claim=claim.name, decision="no result", sentence=why)
 
 
 def _enough_runs(results: Results, arms: Sequence[Arm]) -> bool:
@@ -98,25 +98,25 @@ def one_loop_is_one_step(claim: Claim, results: Results) -> Verdict:
     """Whether a loop does, says and reaches what a written step does."""
     least = claim.thresholds
     if not _enough_runs(results, (SILENT, STACK)):
-        return _no_result(claim, "An arm has fewer than two runs.")
+        return no_result(claim, "An arm has fewer than two runs.")
     runs = [r.data for r in results.of(SILENT.name)]
     slopes = [slope for d in runs if (slope := hops_per_loop(d, least["enough"])) is not None]
     if len(slopes) < len(runs):
-        return _no_result(claim, "A silent model did not learn walks that need two loops.")
+        return no_result(claim, "A silent model did not learn walks that need two loops.")
     slope = t_interval(slopes)
     said = t_interval([named(d, s) for d, s in zip(runs, slopes, strict=True)])
     silent, written = (
-        fmean(values(results, arm, lambda d: reach(d, least["enough"]))) for arm in (SILENT, STACK)
+        fmean(results.values(arm.name, lambda d: reach(d, least["enough"])))
+        for arm in (SILENT, STACK)
     )
     held = [
         slope.low >= least["rate"],
         said.low >= least["named"],
         abs(silent - written) <= least["reach"],
     ]
-    decision: Decision = "holds" if all(held) else "in part" if any(held) else "fails"
     return verdict(
         claim.name,
-        decision,
+        graded(held),
         f"A loop of two layers does {slope.mean:.2f} hops, a written step one. Read out after a "
         f"loop, the model names the entity that it has reached in {said.mean:.0%} of the walks of "
         f"{LONGEST} hops (chance 6 %). Answers stay right up to {silent:.1f} hops silently, with "
@@ -130,7 +130,7 @@ def wins_on_arithmetic(claim: Claim, results: Results) -> Verdict:
     """Whether writing beats silence on sums."""
     silent, stack = SUMS[0], SUMS[1]
     if not _enough_runs(results, (silent, stack)):
-        return _no_result(claim, "An arm has fewer than two runs.")
+        return no_result(claim, "An arm has fewer than two runs.")
     between = _mean_gap(results, stack, silent, at_best, (LONGEST, *BEYOND))
     difference, least = between, claim.thresholds["gap"]
     decision: Decision = "no result"
@@ -149,7 +149,7 @@ def wins_on_arithmetic(claim: Claim, results: Results) -> Verdict:
 def writing_goes_further(claim: Claim, results: Results) -> Verdict:
     """Whether writing extrapolates further, at equal FLOPs and with free loops."""
     if not _enough_runs(results, (SILENT, STACK)):
-        return _no_result(claim, "An arm has fewer than two runs.")
+        return no_result(claim, "An arm has fewer than two runs.")
     least = claim.thresholds["gap"]
     equal = _mean_gap(results, STACK, SILENT, at_equal_flops, BEYOND)
     free = _mean_gap(results, STACK, SILENT, at_best, BEYOND)
@@ -187,13 +187,13 @@ def _mean_gap(
     lengths: Sequence[str],
 ) -> Interval:
     """Accuracy in writing minus that of silence, over these lengths."""
-    first = values(results, writes, lambda d: fmean(at_best(d, n) for n in lengths))
-    second = values(results, silent, lambda d: fmean(how(d, n) for n in lengths))
+    first = results.values(writes.name, lambda d: fmean(at_best(d, n) for n in lengths))
+    second = results.values(silent.name, lambda d: fmean(how(d, n) for n in lengths))
     return gap(first, second).difference
 
 
 def _percent(results: Results, arm: Arm, hops: str, how: Callable[[Data, str], float]) -> str:
-    return f"{fmean(values(results, arm, lambda d: how(d, hops))):.0%}"
+    return f"{fmean(results.values(arm.name, lambda d: how(d, hops))):.0%}"
 
 
 # --- tables and figures ---------------------------------------------------------------------------
@@ -224,7 +224,7 @@ def _tables(results: Results) -> list[Table]:
             for words, of in how
         ]  # fmt: skip
         if arm.writes:
-            whole = (values(results, arm, lambda d, n=n: d["whole"][n]) for n in lengths)
+            whole = (results.values(arm.name, lambda d, n=n: d["whole"][n]) for n in lengths)
             chains.append([arm.in_words, *(f"{fmean(each):.0%}" for each in whole)])
     leaks = [
         [name.replace("_", " "), *(f"{done['leaks'][n][name]:.3f}" for n in lengths)]
@@ -280,11 +280,11 @@ def _figures(results: Results) -> dict[str, Any]:
         if not results.of(arm.name):
             continue
         curves[arm.name] = {
-            "best": [values(results, arm, lambda d, n=n: at_best(d, n)) for n in lengths]
+            "best": [results.values(arm.name, lambda d, n=n: at_best(d, n)) for n in lengths]
         }
         if not arm.writes:
             curves[arm.name]["equal"] = [
-                values(results, arm, lambda d, n=n: at_equal_flops(d, n)) for n in lengths
+                results.values(arm.name, lambda d, n=n: at_equal_flops(d, n)) for n in lengths
             ]
     silent = [r.data["names"] for r in results.of(SILENT.name)]
     return {

@@ -5,14 +5,23 @@ from typing import Any
 
 import numpy as np
 
-from experiments.claim import Claim, Conclusion, Decision, Table, Verdict, verdict
+from experiments.claim import (
+    MIN_SEEDS,
+    Claim,
+    Conclusion,
+    Decision,
+    Found,
+    Table,
+    Verdict,
+    by_rule,
+    graded,
+)
 from experiments.depth_dial.arms import ARMS, MAIN, STACKS, TRAINED_HOPS, sizes
 from experiments.depth_dial.grid import EXIT_HOPS, HOPS, MOST_CONFIDENT, RULES
-from experiments.interval import Interval, gap, t_interval
+from experiments.interval import gap, t_interval
 from experiments.matching import matching
 from experiments.run_store import Results
 
-MIN_SEEDS = 3  # with fewer there is no result
 SAME = 0.01  # accuracies this close are the same: one point
 SPARE = ("fixed_mixed", "sampled_longest", "sampled_mixed")  # trained with loops to spare
 BASE = "fixed_longest"
@@ -67,9 +76,6 @@ class Grids:
         return found
 
 
-Found = tuple[Decision, Interval, str]
-
-
 def conclude(claims: Mapping[str, Claim], results: Results) -> Conclusion:
     """The conclusion from the stored results; no verdict where an arm has under three seeds."""
     data = {arm: [result.data for result in results.of(arm)] for arm in ARMS}
@@ -95,14 +101,10 @@ class Rules:
     def decide(self, name: str) -> Verdict:
         """The verdict on a claim."""
         rule: Callable[[Mapping[str, float]], Found] = getattr(self, name.replace("-", "_"))
-        short = [arm for arm in ARMS if self.grids.seeds(arm) < MIN_SEEDS]
-        if short:
-            said = f"Fewer than {MIN_SEEDS} seeds of {', '.join(short)}."
-            return Verdict(claim=name, decision="no result", sentence=said)
-        decision, number, said = rule(self.claims[name].thresholds)
+        seeds = {arm: self.grids.seeds(arm) for arm in ARMS}
         spares = ("spare_loops", "degrades", "dial")
         figure = "stepping_and_holding" if name.replace("-", "_") in spares else "reach"
-        return verdict(name, decision, said, number, figure)
+        return by_rule(self.claims[name], rule, seeds, figure)
 
     def furthest(self, arms: Sequence[str], hops: int) -> str:
         """The arm with the highest mean accuracy at its best loops."""
@@ -168,9 +170,11 @@ class Rules:
         ]
         said = ", ".join(f"{arm} {np.mean(drop):.2f}" for arm, drop in drops.items())
         most = max(drops.values(), key=lambda drop: float(np.mean(drop)))
-        decision: Decision = "in part" if falls else "fails"
-        decision = "holds" if len(falls) == len(MAIN) else decision
-        return decision, t_interval(most), f"Lost from the best to 16 loops: {said}."
+        return (
+            graded(arm in falls for arm in MAIN),
+            t_interval(most),
+            f"Lost from the best to 16 loops: {said}.",
+        )
 
     def _drops(self, many: int) -> dict[str, list[float]]:
         found = {}
@@ -186,10 +190,13 @@ class Rules:
             best, last = self.grids.best(arm, TRAINED_HOPS), self.grids.at(arm, TRAINED_HOPS, many)
             shares[arm] = [b / max(a, 1e-9) for a, b in zip(best, last, strict=True)]
         near = [arm for arm, share in shares.items() if np.mean(share) >= limits["least_share"]]
-        decision: Decision = "holds" if len(near) == len(MAIN) else "in part" if near else "fails"
         least = min(shares.values(), key=lambda share: float(np.mean(share)))
         said = ", ".join(f"{arm} {np.mean(share):.2f}" for arm, share in shares.items())
-        return decision, t_interval(least), f"At {many} loops, of the best: {said}."
+        return (
+            graded(arm in near for arm in MAIN),
+            t_interval(least),
+            f"At {many} loops, of the best: {said}.",
+        )
 
     def jumps_around(self, limits: Mapping[str, float]) -> Found:
         """Walks whose answer loses log-probability on the way to being right."""
@@ -201,12 +208,13 @@ class Rules:
         if not known:
             return "not decidable here", t_interval([0.0]), "No arm answers the trained walks."
         jumpy = [arm for arm, share in known.items() if np.mean(share) >= limits["least_share"]]
-        decision: Decision = (
-            "holds" if len(jumpy) == len(known) else "in part" if jumpy else "fails"
-        )
         most = max(known.values(), key=lambda share: float(np.mean(share)))
         said = ", ".join(f"{arm} {np.mean(share):.2f}" for arm, share in known.items())
-        return decision, t_interval(most), f"Walks whose answer fell back on the way: {said}."
+        return (
+            graded(arm in jumpy for arm in known),
+            t_interval(most),
+            f"Walks whose answer fell back on the way: {said}.",
+        )
 
     def exits_prevent(self, limits: Mapping[str, float]) -> Found:
         """What an exit rule loses against the best fixed loops of each length."""

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from experiments.claim import Claim, Decision, Verdict, verdict
+from experiments.claim import Claim, Decision, Verdict, no_result, verdict
 from experiments.halting.arm import (
     ACT_ARMS,
     MOST_LOOPS,
@@ -132,19 +132,10 @@ def rule_at(data: Data, most_loops: float) -> float:
 # --- what the arms say ----------------------------------------------------------------------------
 
 
-def values(results: Results, arm: Arm, of: Callable[[Data], float]) -> list[float]:
-    """The number of every run of an arm."""
-    return [of(result.data) for result in results.of(arm.name)]
-
-
 def learnt(results: Results, arm: Arm, least: float) -> bool:
     """Whether the arm has at least two runs, and all of them learnt the walks of training."""
-    found = values(results, arm, best_fixed)
+    found = results.values(arm.name, best_fixed)
     return len(found) > 1 and min(found) >= least
-
-
-def _no_result(claim: Claim, why: str) -> Verdict:
-    return Verdict(claim=claim.name, decision="no result", sentence=why)
 
 
 def _ordered(held: bool, failed: bool) -> Decision:
@@ -156,13 +147,13 @@ def always_most(claim: Claim, results: Results) -> Verdict:
     least = claim.thresholds
     arms = [ACT_ARMS["fixed"][0], ACT_ARMS["variable"][0], SHALLOW]
     if not all(learnt(results, arm, least["learnt"]) for arm in arms):
-        return _no_result(claim, "An arm without ponder cost did not learn the walks.")
+        return no_result(claim, "An arm without ponder cost did not learn the walks.")
     share = [
-        t_interval(values(results, arm, lambda d: own_share(d, MOST_LOOPS, MOST_LOOPS)))
+        t_interval(results.values(arm.name, lambda d: own_share(d, MOST_LOOPS, MOST_LOOPS)))
         for arm in arms
     ]
-    easy = [t_interval(values(results, arm, lambda d: _own_at(d, "1"))) for arm in arms]
-    hard = [t_interval(values(results, arm, lambda d: _own_at(d, LONGEST))) for arm in arms]
+    easy = [t_interval(results.values(arm.name, lambda d: _own_at(d, "1"))) for arm in arms]
+    hard = [t_interval(results.values(arm.name, lambda d: _own_at(d, LONGEST))) for arm in arms]
     decision = _ordered(
         all(each.low >= least["holds"] for each in share),
         all(each.high <= least["fails"] for each in share),
@@ -180,9 +171,11 @@ def collapse(claim: Claim, results: Results) -> Verdict:
     """Whether ACT without a cost takes one loop under variable depth."""
     least, arms = claim.thresholds, [ACT_ARMS["variable"][0], SHALLOW]
     if min(len(results.of(arm.name)) for arm in arms) < 2:
-        return _no_result(claim, "An arm with variable depth has fewer than two runs.")
+        return no_result(claim, "An arm with variable depth has fewer than two runs.")
     hard = range(2, max(TRAINED_HOPS) + 1)
-    share = [t_interval(values(results, arm, lambda d: own_share(d, 1, 1, hard))) for arm in arms]
+    share = [
+        t_interval(results.values(arm.name, lambda d: own_share(d, 1, 1, hard))) for arm in arms
+    ]
     decision = _ordered(
         all(each.low >= least["holds"] for each in share),
         all(each.high <= least["fails"] for each in share),
@@ -201,10 +194,10 @@ def cost_sets_depth(claim: Claim, results: Results) -> Verdict:
     """Whether loops fall as the ponder cost rises."""
     least, falls, said, drops = claim.thresholds, [], [], []
     for depth in DEPTHS:
-        loops = [values(results, arm, own_loops) for arm in ACT_ARMS[depth]]
-        right = [values(results, arm, own_right) for arm in ACT_ARMS[depth]]
+        loops = [results.values(arm.name, own_loops) for arm in ACT_ARMS[depth]]
+        right = [results.values(arm.name, own_right) for arm in ACT_ARMS[depth]]
         if min(map(len, loops)) < 2:
-            return _no_result(claim, f"An arm with {depth} depth has fewer than two runs.")
+            return no_result(claim, f"An arm with {depth} depth has fewer than two runs.")
         drop = gap(loops[0], loops[-1])
         means = [fmean(each) for each in loops]
         ordered = all(a > b for a, b in itertools.pairwise(means))
@@ -229,13 +222,17 @@ def follows(claim: Claim, results: Results) -> Verdict:
     least = claim.thresholds
     found: list[tuple[Arm, Interval, Interval, float]] = []
     for arm in WITH_COST:
-        ranks = values(results, arm, lambda d: follows_difficulty(d["own"]["test"], TRAINED_HOPS))
-        if len(ranks) > 1 and fmean(values(results, arm, own_lost)) <= least["lost"]:
-            waste = t_interval(values(results, arm, wasted))
-            found.append((arm, t_interval(ranks), waste, fmean(values(results, arm, own_right))))
+        ranks = results.values(
+            arm.name, lambda d: follows_difficulty(d["own"]["test"], TRAINED_HOPS)
+        )
+        if len(ranks) > 1 and fmean(results.values(arm.name, own_lost)) <= least["lost"]:
+            waste = t_interval(results.values(arm.name, wasted))
+            found.append(
+                (arm, t_interval(ranks), waste, fmean(results.values(arm.name, own_right)))
+            )
     following = [each for each in found if each[1].low >= least["follows"]]
     if not any(len(results.of(arm.name)) > 1 for arm in WITH_COST):
-        return _no_result(claim, "No arm with a ponder cost has two runs.")
+        return no_result(claim, "No arm with a ponder cost has two runs.")
     if not found:
         return Verdict(
             claim=claim.name,
@@ -245,7 +242,7 @@ def follows(claim: Claim, results: Results) -> Verdict:
     arm, rank, waste, right = min(following or found, key=lambda each: each[2].mean)
     held = any(each[2].high <= least["wasted"] for each in following)
     easy, hard = (
-        t_interval(values(results, arm, lambda d, n=n: _own_at(d, n))) for n in ("1", LONGEST)
+        t_interval(results.values(arm.name, lambda d, n=n: _own_at(d, n))) for n in ("1", LONGEST)
     )
     return verdict(
         claim.name,
@@ -264,7 +261,8 @@ def converged_halt(claim: Claim, results: Results) -> Verdict:
     arms = [
         arm
         for arm in WITH_COST
-        if len(results.of(arm.name)) > 1 and fmean(values(results, arm, own_lost)) <= least["lost"]
+        if len(results.of(arm.name)) > 1
+        and fmean(results.values(arm.name, own_lost)) <= least["lost"]
     ]
     if not arms:
         return Verdict(
@@ -272,7 +270,7 @@ def converged_halt(claim: Claim, results: Results) -> Verdict:
             decision="not decidable here",
             sentence="No ponder cost keeps the accuracy, so no halting is worth judging.",
         )
-    shares = [t_interval(values(results, arm, halted_early)) for arm in arms]
+    shares = [t_interval(results.values(arm.name, halted_early)) for arm in arms]
     decision = _ordered(
         all(each.low >= least["holds"] for each in shares),
         all(each.high < least["fails"] for each in shares),
@@ -293,7 +291,7 @@ def overthinking(claim: Claim, results: Results) -> Verdict:
     least = claim.thresholds
     stepping, ponder = ([r.data for r in results.of(a.name)] for a in (STEPPING, PONDERNET))
     if min(len(stepping), len(ponder)) < 2:
-        return _no_result(claim, "An arm has fewer than two runs.")
+        return no_result(claim, "An arm has fewer than two runs.")
     by_rule = [_lost_by_rule(d, least["within"]) for d in stepping]
     by_head = [best_fixed(d) - over_trained(lambda n, d=d: d["own_deep"][n][1]) for d in ponder]
     stepped = 2 * STEPPING_LOOPS
@@ -315,7 +313,9 @@ def overthinking(claim: Claim, results: Results) -> Verdict:
     )
     spared = [
         t_interval(
-            values(results, arm, lambda d: at_depth(d, MOST_LOOPS) - at_depth(d, 2 * MOST_LOOPS))
+            results.values(
+                arm.name, lambda d: at_depth(d, MOST_LOOPS) - at_depth(d, 2 * MOST_LOOPS)
+            )
         ).mean
         for arm in (ACT_ARMS["fixed"][0], PLAIN)
         if results.of(arm.name)
@@ -335,7 +335,7 @@ def rule_beats_fixed(claim: Claim, results: Results) -> Verdict:
     """Whether a rule read after training is worth more than the shallowest sufficient depth."""
     least = claim.thresholds
     if not learnt(results, PLAIN, least["learnt"]):
-        return _no_result(claim, "The arm without a head did not learn the walks.")
+        return no_result(claim, "The arm without a head did not learn the walks.")
     found = [saved_by_rule(r.data, least["within"]) for r in results.of(PLAIN.name)]
     saved = t_interval([share for share, _, _ in found])
     lost = fmean(loss for _, loss, _ in found)
@@ -365,7 +365,7 @@ def confidence_matches(claim: Claim, results: Results) -> Verdict:
                 [rule_at(other, own_loops(data)) - own_right(data) for data, other in pairs]
             )
     if len(gaps) < len(arms):
-        return _no_result(claim, "An arm has fewer than two runs.")
+        return no_result(claim, "An arm has fewer than two runs.")
     matched = [each.low >= -least["within"] for each in gaps.values()]
     worse = [each.high < -least["within"] for each in gaps.values()]
     said = ", ".join(f"{each.mean:+.3f} ({name})" for name, each in gaps.items())

@@ -22,7 +22,6 @@ from experiments.halting.conclude import (
     own_loops,
     own_right,
     rule_on,
-    values,
     wasted,
 )
 from experiments.halting.exits import follows_difficulty, mean_loops
@@ -74,9 +73,9 @@ def _arms(results: Results) -> Table:
             arm.in_words,
             f"{arm.cost:g}",
             ", ".join("never" if step is None else str(step) for step in last),
-            *(_cell(values(results, arm, of)) if has_own else "" for of in owns),
-            _cell(values(results, arm, best_fixed)),
-            _cell(values(results, arm, lambda d: at_depth(d, 2 * MOST_LOOPS))),
+            *(_cell(results.values(arm.name, of)) if has_own else "" for of in owns),
+            _cell(results.values(arm.name, best_fixed)),
+            _cell(results.values(arm.name, lambda d: at_depth(d, 2 * MOST_LOOPS))),
         ])  # fmt: skip
     return Table("Arms: means and deviations over seeds, walks of 1 to 8 hops", header, rows)
 
@@ -117,7 +116,7 @@ def _rules(results: Results) -> Table:
             _cell([right for _, right in pairs]),
         ])  # fmt: skip
     for loops in range(1, MOST_LOOPS + 1):
-        right = values(results, PLAIN, lambda d, n=loops: at_depth(d, n))
+        right = results.values(PLAIN.name, lambda d, n=loops: at_depth(d, n))
         rows.append([f"fixed {loops}", f"{loops}", _cell(right)])
     header = ["rule", "loops", "right"]
     return Table("Exit rules on the model without a head, walks of 1 to 8 hops", header, rows)
@@ -129,8 +128,8 @@ def figures(results: Results) -> dict[str, Any]:
         depth: [
             {
                 "cost": arm.cost,
-                "loops": values(results, arm, own_loops),
-                "right": values(results, arm, own_right),
+                "loops": results.values(arm.name, own_loops),
+                "right": results.values(arm.name, own_right),
             }
             for arm in arms
         ]
@@ -145,7 +144,10 @@ def figures(results: Results) -> dict[str, Any]:
                 fmean(mean_loops(data["own"]["test"][n]["loops"]) for data in runs) for n in hops
             ]
     points = {
-        arm.name: [fmean(values(results, arm, own_loops)), fmean(values(results, arm, own_right))]
+        arm.name: [
+            fmean(results.values(arm.name, own_loops)),
+            fmean(results.values(arm.name, own_right)),
+        ]
         for arm in ARMS.values()
         if arm.name in by_hops
     }
@@ -156,7 +158,7 @@ def figures(results: Results) -> dict[str, Any]:
         point = [fmean(loops for loops, _ in pairs), fmean(right for _, right in pairs)]
         rules.setdefault(stored["rule"]["kind"], []).append(point)
     fixed = [
-        fmean(values(results, PLAIN, lambda d, n=n: at_depth(d, n)))
+        fmean(results.values(PLAIN.name, lambda d, n=n: at_depth(d, n)))
         for n in range(1, MOST_LOOPS + 1)
         if plain
     ]

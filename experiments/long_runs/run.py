@@ -1,215 +1,63 @@
-"""Hours, on request: does the best recurrence follow a power law of the budget?"""
+"""Hours, on request: budgets of recurrence, two hops over held-out facts, depth attention."""
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from experiments.claim import Claim, Conclusion, Decision, Table, Verdict
-from experiments.long_runs.power_law import best_recurrence, power_law
-from experiments.own_process import ROOT
-from experiments.run_store import Result, Results, Run
+from experiments.claim import Conclusion
+from experiments.long_runs import depth_attention, recurrence, two_hops
+from experiments.run_store import Results, Run
 from experiments.study import Study, main
-from experiments.tuning import tuned
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from openmythos.train.recipe import RunConfig
-
-WIDTHS, RECURRENCES = (96, 160), (1, 2, 3, 4, 6, 8)
-BUDGETS = {96: (4e12, 8e12, 1.6e13, 3.2e13), 160: (1e13, 2e13, 4e13, 8e13)}  # training FLOPs
-SEEDS, RATES = (0, 1, 2), (0.01, 0.02, 0.04)
-SEQ_LEN, ROWS = 256, 8
-
 
 class LongRuns(Study):
     number = 9
-    title = "Hours, on request: does the best recurrence follow a power law?"
+    title = "Hours, on request: power laws of recurrence, two hops over new facts, depth attention"
     scales = ("smoke", "full")
     page_scale = "full"
 
     def runs(self, scale: str, done: Results) -> Sequence[Run]:
-        if scale == "smoke":
-            return [Run("w96_r2", 0, {"flops": 1e9, "batches": 1, "rate": RATES[1]})]
-        found: list[Run] = []
-        for width in WIDTHS:
-            least = {"flops": BUDGETS[width][0], "batches": 32}
-            for loops in RECURRENCES:
-                arm = f"w{width}_r{loops}"
-                choice = tuned(done, arm, least, RATES, lambda r: -float(r.data["bits"]))
-                found += choice.runs
-                if choice.rate is not None:
-                    found += [
-                        Run(arm, seed, {**least, "flops": flops, "rate": choice.rate})
-                        for flops in BUDGETS[width]
-                        for seed in SEEDS
-                    ]
-        return found
+        parts = (recurrence, two_hops, depth_attention)
+        return [run for part in parts for run in part.runs(scale, done)]
 
     def measure(self, run: Run, scale: str, out: Path) -> Mapping[str, Any]:
-        from openmythos.train.run import set_up
-        from openmythos.train.task import TextTask
-        from openmythos.train.validation import held_out_bits_per_byte
-
-        source = str(ROOT / "docs") if scale == "smoke" else "python-docs"
-        width, loops = sizes_of(run.arm)
-        config = recipe(width, loops, run.seed, run.settings, source)
-        trained = set_up(config, out / "model")
-        if trained.train().interrupted:
-            raise KeyboardInterrupt
-        assert isinstance(trained.task, TextTask) and trained.task.validation is not None
-        batches = run.settings["batches"]
-        bits = held_out_bits_per_byte(trained.model, trained.task.validation, loops, batches)
-        steps = config.train.max_steps or 0
-        return {"bits": bits, "steps": steps, "tokens": steps * ROWS * SEQ_LEN}
+        if run.arm in two_hops.ARMS:
+            return two_hops.measure(run, out)
+        if run.arm in depth_attention.ARMS:
+            return depth_attention.measure(run, scale, out)
+        return recurrence.measure(run, scale, out)
 
     def conclude(self, results: Results) -> Conclusion:
-        claim, rows = self.claims["power-laws"], points(results)
+        claims, rows = self.claims, recurrence.points(results)
         return Conclusion(
-            verdicts=[decide(claim, results)],
-            tables=[loss_table(rows)],
-            figures={"recurrence": rows},
+            verdicts=[
+                recurrence.decide(claims["power-laws"], results),
+                two_hops.decide(claims["two-hops-over-held-out-facts"], results),
+                depth_attention.decide(claims["depth-attention-at-matched-memory"], results),
+            ],
+            tables=[
+                recurrence.loss_table(rows),
+                two_hops.score_table(results),
+                two_hops.size_table(),
+                depth_attention.bits_table(results),
+                depth_attention.size_table(),
+            ],
+            figures={"recurrence": rows, "two_hops": two_hops.scores(results)},
         )
 
     def draw(self, conclusion: Conclusion) -> Mapping[str, Figure]:
-        from experiments.long_runs.picture import draw_losses
+        from experiments.long_runs import picture
 
-        return {"recurrence": draw_losses(conclusion.figures["recurrence"])}
-
-
-def sizes_of(arm: str) -> tuple[int, int]:
-    """Width and recurrence of ``w96_r2``."""
-    width, _, loops = arm.removeprefix("w").partition("_r")
-    return int(width), int(loops)
-
-
-def recipe(
-    width: int, loops: int, seed: int, settings: Mapping[str, Any], source: str
-) -> RunConfig:
-    """Preset ``tiny`` of this width at a fixed recurrence, for as many steps as the FLOPs allow."""
-    from openmythos.config import counts, presets
-    from openmythos.train.depth_schedule import DepthSchedule, FixedDepth
-    from openmythos.train.optim import OptimizerConfig
-    from openmythos.train.recipe import RunConfig, TextData, TrainConfig
-
-    tiny = presets.preset("tiny")
-    model = replace(
-        tiny,
-        d_model=width,
-        num_loops=loops,
-        attention=replace(tiny.attention, head_dim=width // 4),
-        feed_forward=tiny.feed_forward.with_width(4 * width),
-    )
-    context = (SEQ_LEN + 1) // 2
-    each = counts.training_flops(model, num_loops=loops, context_length=context)
-    train = TrainConfig(
-        seed=seed,
-        max_steps=max(1, round(settings["flops"] / (each * ROWS * SEQ_LEN))),
-        batch_size=ROWS,
-        optimizer=OptimizerConfig(muon_lr=settings["rate"]),
-        depth=DepthSchedule(sampling=FixedDepth(mean_recurrence=loops)),
-        eval_loops=(),
-        save_every=50,
-        keep_checkpoints=1,
-    )
-    return RunConfig(model=model, train=train, data=TextData(source=source, seq_len=SEQ_LEN))
-
-
-# --- what the results say -------------------------------------------------------------------------
-
-
-def counted(results: Results) -> list[Result]:
-    """The runs of the sweep that were completed."""
-    return [result for arm in results.arms for result in results.of(arm)]
-
-
-def points(results: Results) -> list[dict[str, Any]]:
-    """Mean bits per byte and tokens by width, budget and recurrence."""
-    cells: dict[tuple[int, float, int], list[Result]] = {}
-    for result in counted(results):
-        width, loops = sizes_of(result.run.arm)
-        cells.setdefault((width, result.run.settings["flops"], loops), []).append(result)
-    return [
-        {
-            "width": width,
-            "flops": flops,
-            "loops": loops,
-            "bits": statistics.mean(float(r.data["bits"]) for r in own),
-            "tokens": float(own[0].data["tokens"]),
-            "seeds": len(own),
+        data = conclusion.figures
+        return {
+            "recurrence": picture.draw_losses(data["recurrence"]),
+            "two_hops": picture.draw_two_hops(data["two_hops"]),
         }
-        for (width, flops, loops), own in sorted(cells.items())
-    ]
-
-
-def exponents(rows: Sequence[Mapping[str, Any]], width: int) -> dict[str, Any]:
-    """The two power laws of a width, from the budgets whose best recurrence is inside."""
-    budgets, best, tokens = [], [], []
-    for flops in sorted({row["flops"] for row in rows if row["width"] == width}):
-        own = [row for row in rows if row["width"] == width and row["flops"] == flops]
-        found = best_recurrence({row["loops"]: row["bits"] for row in own})
-        if found is not None:
-            budgets.append(flops)
-            best.append(found)
-            nearest = min(own, key=lambda row: abs(row["loops"] - found))
-            # FLOPs per token are linear in the loops: from the nearest, by their share.
-            tokens.append(tokens_at(own, found, nearest))
-    return {"recurrence": power_law(budgets, best), "tokens": power_law(budgets, tokens)}
-
-
-def tokens_at(rows: Sequence[Mapping[str, Any]], loops: float, nearest: Mapping[str, Any]) -> float:
-    """Tokens that the budget buys at this many loops; FLOPs per token are linear in them."""
-    costs = [(row["loops"], row["flops"] / row["tokens"]) for row in rows]
-    (low, cost), (high, more) = costs[0], costs[-1]
-    each = cost + (more - cost) * (loops - low) / (high - low)
-    return float(nearest["flops"] / each)
-
-
-def decide(claim: Claim, results: Results) -> Verdict:
-    """Power laws at both widths, with exponents that agree."""
-    rows, limit = points(results), claim.thresholds
-    laws = {width: exponents(rows, width) for width in WIDTHS}
-    found = [law for each in laws.values() for law in each.values()]
-    if any(law is None for law in found):
-        return Verdict(
-            claim=claim.name,
-            decision="no result",
-            sentence="Fewer than three budgets of a width have their best recurrence inside the "
-            "range that was tried.",
-        )
-    narrow, wide = (laws[width] for width in WIDTHS)
-    gaps = {name: abs(narrow[name].exponent - wide[name].exponent) for name in narrow}
-    straight = all(law.fit >= limit["least_fit"] for law in found)
-    agree = [name for name, size in gaps.items() if size <= limit["most_difference"]]
-    decision: Decision = "fails" if not straight or not agree else "in part"
-    decision = "holds" if straight and len(agree) == len(gaps) else decision
-    said = "; ".join(
-        f"{name} {narrow[name].exponent:.2f} (R squared {narrow[name].fit:.2f}) and "
-        f"{wide[name].exponent:.2f} ({wide[name].fit:.2f})"
-        for name in narrow
-    )
-    return Verdict(
-        claim=claim.name,
-        decision=decision,
-        sentence=f"Exponents at widths {WIDTHS[0]} and {WIDTHS[1]}: {said}.",
-        number=wide["recurrence"].exponent,
-        figure="recurrence",
-    )
-
-
-def loss_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """Bits per byte by width, budget and recurrence."""
-    shown = [
-        [*(str(row["width"]), f"{row['flops']:.1e}", str(row["loops"])),
-         *(f"{row['bits']:.4f}", f"{row['tokens']:,.0f}", str(row["seeds"]))]
-        for row in rows
-    ]  # fmt: skip
-    header = ["width", "training FLOPs", "loops", "bits per byte", "tokens", "seeds"]
-    return Table("Held-out text, means over seeds", header, shown)
 
 
 STUDY = LongRuns()

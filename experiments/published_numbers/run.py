@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from experiments.claim import Claim, Conclusion, Decision, Table, Verdict
+from experiments.claim import Claim, Conclusion, Decision, Table, Verdict, no_result
 from experiments.published_numbers.counting import (
     CONTEXT,
     cache_by_loops,
@@ -50,12 +50,8 @@ class PublishedNumbers(Study):
     def conclude(self, results: Results) -> Conclusion:
         found = {arm: results.of(arm) for arm in ("sizes", "caches", "sources")}
         if not all(found.values()):
-            return Conclusion(
-                verdicts=[
-                    Verdict(claim=name, decision="no result", sentence="Runs are missing.")
-                    for name in self.claims
-                ]
-            )
+            missing = [no_result(claim, "Runs are missing.") for claim in self.claims.values()]
+            return Conclusion(verdicts=missing)
         sizes, caches, sources = (runs[0].data for runs in found.values())
         claims = self.claims
         return Conclusion(

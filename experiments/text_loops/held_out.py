@@ -112,24 +112,36 @@ def cache_losses(
     forward without a cache, which a cache of every loop equals.
     """
     tokens = torch.cat([batch.tokens for batch in loader.validation_batches(max_batches)])
-    rows, length = tokens.shape
     targets = tokens[:, 1:]
     with inference(model):
         exact = model(tokens, num_loops=num_loops).logits[:, :-1]
-        cache = KVCache(
-            model.config, batch_size=rows, max_len=length, max_loops=num_loops, layout=LastLoop()
-        )
-        read = []
-        for place in range(length - 1):
-            ctx = model.context(tokens[:, place : place + 1], cache=cache)
-            read.append(model(ctx.tokens, num_loops=num_loops, ctx=ctx).logits)
-    last = torch.cat(read, dim=1)
-    bits = {
-        name: float(cross_entropy(logits, targets).double().mean()) / math.log(2)
-        for name, logits in (("exact", exact), ("last_loop", last))
-    }
+        last = last_loop_logits(model, tokens, num_loops)
     sizes = loader.tokenizer.token_num_bytes[targets.numpy()]
-    return {**bits, "bytes_per_token": float(sizes.mean())}
+    return {
+        "exact": bits_per_token(exact, targets),
+        "last_loop": bits_per_token(last, targets),
+        "bytes_per_token": float(sizes.mean()),
+    }
+
+
+def last_loop_logits(
+    model: RecurrentDepthLM, tokens: Int[Tensor, "B T"], num_loops: int
+) -> Float[Tensor, "B S V"]:
+    """Logits after all tokens but the last, read one by one through a cache of the last loop."""
+    rows, length = tokens.shape
+    cache = KVCache(
+        model.config, batch_size=rows, max_len=length, max_loops=num_loops, layout=LastLoop()
+    )
+    read = []
+    for place in range(length - 1):
+        ctx = model.context(tokens[:, place : place + 1], cache=cache)
+        read.append(model(ctx.tokens, num_loops=num_loops, ctx=ctx).logits)
+    return torch.cat(read, dim=1)
+
+
+def bits_per_token(logits: Float[Tensor, "B S V"], targets: Int[Tensor, "B S"]) -> float:
+    """The mean loss."""
+    return float(cross_entropy(logits, targets).double().mean()) / math.log(2)
 
 
 def expert_sets(

@@ -5,7 +5,16 @@ from typing import Any
 
 import numpy as np
 
-from experiments.claim import Claim, Conclusion, Decision, Table, Verdict, verdict
+from experiments.claim import (
+    Claim,
+    Conclusion,
+    Decision,
+    Table,
+    Verdict,
+    graded,
+    no_result,
+    verdict,
+)
 from experiments.interval import Interval, gap, t_interval
 from experiments.matching import matching
 from experiments.run_store import Result, Results
@@ -25,6 +34,7 @@ from openmythos.config import ModelConfig, counts
 
 FITTED = range(1, 2 * TRAINED_LOOPS + 1)
 FAR = 32  # loops, eight times the trained mean
+TOO_FEW = "Fewer than two seeds."
 CLAIMED = (3, 9)  # the loops that the claim about experts names
 
 
@@ -63,18 +73,13 @@ def conclude(claims: Mapping[str, Claim], results: Results) -> Conclusion:
 EQUAL = ("equal-parameters", "equal-training-flops", "equal-test-flops")
 
 
-def too_few(claim: Claim) -> Verdict:
-    """For fewer than two seeds that were completed."""
-    return Verdict(claim=claim.name, decision="no result", sentence="Fewer than two seeds.")
-
-
 # --- one claim each -------------------------------------------------------------------------------
 
 
 def saturating(claim: Claim, seeds: Sequence[Result]) -> Verdict:
     """Whether the exponential fits, better than a power law, and does not turn back."""
     if len(seeds) < 2:
-        return too_few(claim)
+        return no_result(claim, TOO_FEW)
     found = [laws(result) for result in seeds]
     gain, exponential, power, fall = (
         t_interval([one[name] for one in found])
@@ -117,7 +122,7 @@ def laws(result: Result) -> dict[str, float]:
 def other_experts(claim: Claim, seeds: Sequence[Result]) -> Verdict:
     """Whether the sets at the two loops that the claim names are disjoint."""
     if len(seeds) < 2:
-        return too_few(claim)
+        return no_result(claim, TOO_FEW)
     first, second = (loop - 1 for loop in CLAIMED)
     own, other = (
         t_interval([result.data["experts"][name][first][second] for result in seeds])
@@ -138,13 +143,12 @@ def other_experts(claim: Claim, seeds: Sequence[Result]) -> Verdict:
 def changing_experts(claim: Claim, seeds: Sequence[Result]) -> Verdict:
     """Whether the set changes from loop to loop."""
     if len(seeds) < 2:
-        return too_few(claim)
+        return no_result(claim, TOO_FEW)
     changed = [
         t_interval([1 - result.data["experts"]["same"][loop][loop + 1] for result in seeds])
         for loop in range(TRAINED_LOOPS - 1)
     ]
-    enough = [pair.mean >= claim.thresholds["least_changed"] for pair in changed]
-    decision: Decision = "holds" if all(enough) else "in part" if any(enough) else "fails"
+    decision = graded(pair.mean >= claim.thresholds["least_changed"] for pair in changed)
     shares = ", ".join(f"{pair.mean:.0%}" for pair in changed)
     said = f"The set of experts changes for {shares} of the tokens between loops 1-2, 2-3, 3-4."
     smallest = min(changed, key=lambda pair: pair.mean)
@@ -155,7 +159,7 @@ def capacity(claim: Claim, results: Results) -> Verdict:
     """Parameters and cost of the core with experts against the dense one, and what they buy."""
     dense, sparse = (bits_of(results.of(arm)) for arm in (LOOP, MOE))
     if len(dense) < 2 or len(sparse) < 2:
-        return too_few(claim)
+        return no_result(claim, TOO_FEW)
     parameters, cost = (
         size(model_of(MOE)) / size(model_of(LOOP)) for size in (core_params, core_flops)
     )
@@ -180,7 +184,7 @@ def against(claim: Claim, results: Results, stack: str) -> Verdict:
     """The dense looped model at its trained depth against a plain stack."""
     looped, plain = (bits_of(results.of(arm)) for arm in (LOOP, stack))
     if len(looped) < 2 or len(plain) < 2:
-        return too_few(claim)
+        return no_result(claim, TOO_FEW)
     found = gap(looped, plain)
     difference = found.difference
     decision: Decision = "no result"
@@ -196,7 +200,7 @@ def against(claim: Claim, results: Results, stack: str) -> Verdict:
 def harder_tokens(claim: Claim, seeds: Sequence[Result]) -> Verdict:
     """Whether the exit rule takes more loops where a bigram model is surprised."""
     if len(seeds) < 2:
-        return too_few(claim)
+        return no_result(claim, TOO_FEW)
     found = t_interval([result.data["surprisal"]["rank_correlation"] or 0.0 for result in seeds])
     fifths = mean_fifths(seeds)["loops"]
     decision: Decision = "fails"
@@ -213,7 +217,7 @@ def harder_tokens(claim: Claim, seeds: Sequence[Result]) -> Verdict:
 def last_loop_cache(claim: Claim, seeds: Sequence[Result]) -> Verdict:
     """What the smallest cache costs."""
     if len(seeds) < 2:
-        return too_few(claim)
+        return no_result(claim, TOO_FEW)
     costs = []
     for result in seeds:
         bits = result.data["cache"]

@@ -12,7 +12,7 @@ from openmythos.analysis.difference import loop_difference
 from openmythos.analysis.intervention import answer_logits
 from openmythos.analysis.novelty import novelty
 from openmythos.analysis.operator_difference import operator_difference
-from openmythos.analysis.pairs import walk_pairs
+from openmythos.analysis.pairs import puzzle_pairs
 from openmythos.analysis.reading import reading_map
 from openmythos.analysis.stack import LayersAsLoops
 from openmythos.data.packing import on_device
@@ -37,7 +37,7 @@ def measure(arm: str, model: RecurrentDepthLM, walks: Walks, size: int) -> dict[
         found["maps"][str(hops)] = read(view, walks, hops, loops, size)
     found["at_trained_loops"] = read(view, walks, TRAINED_HOPS, trained, size)
     loops = found["maps"][str(TRAINED_HOPS)]["loops"]
-    pairs = walk_pairs(walks, TRAINED_HOPS, size)
+    pairs = puzzle_pairs(walks, TRAINED_HOPS, size)
     if loops > 1:
         fit = walks.held_out_batch(TRAINED_HOPS, size, seed=5).tokens
         new = novelty(view, pairs.tokens, pairs.answers, loops, fit=fit, num_samples=200)
@@ -61,7 +61,7 @@ def fewest_loops(model: RecurrentDepthLM, walks: Walks, hops: int, size: int) ->
 
 def read(model: RecurrentDepthLM, walks: Walks, hops: int, loops: int, size: int) -> dict[str, Any]:
     """The reading map and the difference of its rows."""
-    found = reading_map(model, walk_pairs(walks, hops, size), loops)
+    found = reading_map(model, puzzle_pairs(walks, hops, size), loops)
     bits = loop_difference(found, num_samples=200, num_shuffles=50)
     numbers = found.to_dict(num_samples=2)
     kept = ("necessity", "sufficiency", "necessity_sum", "sufficiency_sum", "accuracy")

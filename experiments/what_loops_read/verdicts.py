@@ -5,14 +5,22 @@ from typing import Any
 
 import numpy as np
 
-from experiments.claim import Claim, Conclusion, Decision, Table, Verdict, verdict
-from experiments.interval import Interval, gap, t_interval
+from experiments.claim import (
+    MIN_SEEDS,
+    Claim,
+    Conclusion,
+    Decision,
+    Found,
+    Table,
+    Verdict,
+    by_rule,
+    graded,
+)
+from experiments.interval import gap, t_interval
 from experiments.run_store import Results
 from experiments.what_loops_read.arms import ARMS, NEW_HOPS, SIGNALS, TRAINED_HOPS
 
-MIN_SEEDS = 3
 OLD, NEW = str(TRAINED_HOPS), str(NEW_HOPS)
-Found = tuple[Decision, Interval | None, str]
 
 
 def conclude(claims: Mapping[str, Claim], results: Results) -> Conclusion:
@@ -36,15 +44,9 @@ class Rules:
     def decide(self, name: str) -> Verdict:
         """The verdict on a claim."""
         rule: Callable[[Mapping[str, float]], Found] = getattr(self, name.replace("-", "_"))
-        short = [arm for arm in ARMS if len(self.data[arm]) < MIN_SEEDS]
-        if short:
-            said = f"Fewer than {MIN_SEEDS} seeds of {', '.join(short)}."
-            return Verdict(claim=name, decision="no result", sentence=said)
-        decision, number, said = rule(self.claims[name].thresholds)
+        seeds = {arm: len(self.data[arm]) for arm in ARMS}
         figure = "growing_map" if name == "two-by-two" else "bits"
-        if number is None:
-            return Verdict(claim=name, decision=decision, sentence=said)
-        return verdict(name, decision, said, number, figure)
+        return by_rule(self.claims[name], rule, seeds, figure)
 
     def bits(self, arm: str, place: str = OLD) -> list[float]:
         """Mean bits between consecutive working loops, by seed; seeds without any are left out."""
@@ -241,9 +243,8 @@ class Rules:
             f"A linear map of the state before the coda has {number.mean:.2f} of the model's "
             f"accuracy; {loops:.2f} of what a corrupted token moves passes through the loops."
         )
-        passes = (number.mean >= limits["least_share"]) + (loops >= limits["least_through"])
-        decision: Decision = "holds" if passes == 2 else "in part" if passes else "fails"
-        return decision, number, said
+        parts = number.mean >= limits["least_share"], loops >= limits["least_through"]
+        return graded(parts), number, said
 
     def breadth_first(self, limits: Mapping[str, float]) -> Found:
         """No task here has more than one path."""

@@ -9,7 +9,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from openmythos.data.packing import IGNORED_TARGET
-from openmythos.data.synthetic import Walks
+from openmythos.data.puzzle import Puzzle
 from openmythos.model.context import ForwardContext
 from openmythos.model.recurrent import RecurrentDepthLM
 
@@ -77,30 +77,37 @@ class Examples:
         )
 
 
-def walk_examples(walks: Walks, num_hops: int, num_rows: int, seed: int = 0) -> Examples:
-    """Held-out walks, asked for the entity at their end.
+def puzzle_examples(puzzle: Puzzle, size: int, num_rows: int, seed: int = 0) -> Examples:
+    """Held-out questions, asked for the first token of the answer.
 
-    The concepts are the entities on the way; the control is an entity that is not on the walk.
+    The concepts are the results on the way. The control is a word that could be an answer and is
+    neither right nor on the way nor, if there is such a one, in the question.
     """
-    batch = walks.held_out_batch(num_hops, num_rows, seed)
-    along = walks.entities_along(batch.tokens.numpy())
-    others = np.random.default_rng(seed).random((num_rows, walks.config.num_entities))
-    np.put_along_axis(others, along, 2.0, axis=1)  # those on the walk come last
-    best = others.argmin(axis=1)
-    control = np.where(others[np.arange(num_rows), best] < 2, best, IGNORED_TARGET)
+    batch, asked = puzzle.held_out_batch(size, num_rows, seed), puzzle.question_len(size)
+    tokens, right = batch.tokens[:, :asked], batch.targets[:, asked - 1].numpy()
+    way = puzzle.on_the_way(tokens.numpy())
+    ends = np.cumsum(puzzle.kinds)
+    kind = int(np.searchsorted(ends, right[0], side="right"))
+    first = int(ends[kind]) - puzzle.kinds[kind]
+    draws = np.random.default_rng(seed).random((num_rows, puzzle.kinds[kind]))
+    words = np.arange(first, first + puzzle.kinds[kind])
+    draws += (tokens.numpy()[:, :, None] == words).any(axis=1)  # rather one not in the question
+    for taken in (*way.values(), right):
+        np.put_along_axis(draws, taken[:, None] - first, np.inf, axis=1)
+    found = words[draws.argmin(axis=1)]
+    control = np.where(np.isfinite(draws.min(axis=1)), found, IGNORED_TARGET)
 
-    def at_end(tokens: np.ndarray) -> Tensor:
-        asked = torch.full_like(batch.tokens, IGNORED_TARGET)
-        asked[:, -1] = torch.from_numpy(tokens)
-        return asked
+    def at_end(values: np.ndarray) -> Tensor:
+        wanted = torch.full_like(tokens, IGNORED_TARGET)
+        wanted[:, -1] = torch.from_numpy(values)
+        return wanted
 
-    concepts = {f"entity after hop {hop}": at_end(along[:, hop]) for hop in range(1, num_hops)}
     return Examples(
-        what=f"walks of {num_hops} hop{'' if num_hops == 1 else 's'}",
-        tokens=batch.tokens,
-        valid=torch.ones_like(batch.tokens, dtype=torch.bool),
-        answers=batch.targets,
-        concepts={**concepts, CONTROL: at_end(control)},
+        what=puzzle.in_words(size),
+        tokens=tokens,
+        valid=torch.ones_like(tokens, dtype=torch.bool),
+        answers=at_end(right),
+        concepts={name: at_end(values) for name, values in {**way, CONTROL: control}.items()},
     )
 
 

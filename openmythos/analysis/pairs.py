@@ -1,7 +1,8 @@
 """Pairs of texts that differ in one column only: what a reading map compares.
 
-A column is a token of a walk, or the tokens of a text at certain distances. In each pair one text
-is clean, and in the other the tokens of that column are replaced. Both are read at the last token.
+A column is a token of a puzzle's question, or the tokens of a text at certain distances. In each
+pair one text is clean, and in the other the tokens of that column are replaced. Both are read at
+the last token.
 """
 
 from collections.abc import Iterator
@@ -14,7 +15,6 @@ from torch import Tensor
 
 from openmythos.data.packing import IGNORED_TARGET
 from openmythos.data.puzzle import Puzzle
-from openmythos.data.synthetic import Walks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,18 +143,6 @@ def puzzle_pairs(puzzle: Puzzle, size: int, num_examples: int = 512, seed: int =
         counterfactual_answers=torch.from_numpy(np.where(known, others, 0)),
         counted=torch.from_numpy(known & (others != answers)),
     )
-
-
-def walk_pairs(walks: Walks, num_hops: int, num_examples: int = 512, seed: int = 0) -> Pairs:
-    """Held-out walks; the columns are the start and all relations but the last, which is read.
-
-    Raises:
-        ValueError: A number is out of range, or there is only one relation.
-    """
-    relations = walks.config.num_relations
-    if relations < 2:
-        raise ValueError(f"num_relations is {relations}; to replace one there must be at least 2")
-    return puzzle_pairs(walks, num_hops, num_examples, seed)
 
 
 def text_pairs(

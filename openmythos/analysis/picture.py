@@ -259,7 +259,7 @@ def heat_map(
                 share = min(max((value or 0.0) / most, 0.0), 1.0) if known else 0.0
                 colour = to_rgba(CELL, 0.04 + 0.92 * share)
                 axes.add_patch(Rectangle((x - 0.475, y - 0.46), 0.95, 0.92, fc=colour, lw=0))
-                if numbered:
+                if numbered or not known:
                     said = two_digits(value) if known and value is not None else "·"
                     axes.text(x, y, said, ha="center", va="center", fontsize=9, color=INK)
         step = 1 if numbered else 4
@@ -267,8 +267,9 @@ def heat_map(
         for y in range(0, len(rows), step):
             axes.text(-0.62, y, rows[y], ha="right", va="center", clip_on=False)
         for x in range(0, len(columns), step):
-            place = -0.5 - 0.14 / height
-            axes.text(x, place, columns[x], ha="center", va="center", fontsize=9, clip_on=False)
+            at, side = (x, "center") if numbered else (x - 0.5 + 0.06 / width, "left")
+            named: dict[str, Any] = {"ha": side, "va": "center", "fontsize": 9, "clip_on": False}
+            axes.text(at, -0.5 - 0.14 / height, columns[x], **named)
         axes.text(-0.62, -0.5 - 0.14 / height, row_label, ha="right", **small)
         axes.text(-0.5, -0.5 - 0.36 / height, column_label, ha="left", **small)
         figure.text(0.02, 1 - 0.16 / size[1], title, weight="bold", fontsize=10.5, va="center")

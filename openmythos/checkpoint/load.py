@@ -7,7 +7,7 @@ model is returned.
 import contextlib
 import os
 import warnings
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from openmythos.checkpoint.parts import own_box, own_values
 from openmythos.checkpoint.save import FORMAT, FORMAT_VERSION
 from openmythos.checkpoint.weights import (
     COMPILED,
@@ -66,22 +67,27 @@ def run_checkpoints(run: Path) -> list[Path]:
     return sorted((run / "checkpoints").glob("step-????????"))
 
 
-def newest_checkpoint(run: Path, needed: tuple[str, ...] = NEEDED) -> Path | None:
+def newest_checkpoint(
+    run: Path,
+    needed: tuple[str, ...] = NEEDED,
+    damage_of: Callable[[Path], str | None] | None = None,
+) -> Path | None:
     """The newest checkpoint of a run folder that is not damaged; None if there is none at all.
 
     A damaged one is left out with a warning.
 
     Args:
         run: The run folder.
-        needed: Files that a checkpoint must have.
+        needed: Files that a checkpoint must have; safetensors may be in parts.
+        damage_of: What looks for damage; None: ``checkpoint_damage``.
 
     Raises:
         ValueError: All are damaged.
     """
     complaints: list[str] = []
     for folder in reversed(run_checkpoints(run)):
-        lost = [f"{name} is missing" for name in needed if not (folder / name).is_file()]
-        problem = lost[0] if lost else checkpoint_damage(folder)
+        lost = [f"{name} is missing" for name in needed if not _has(folder, name)]
+        problem = lost[0] if lost else (damage_of or checkpoint_damage)(folder)
         if problem is None:
             if complaints:
                 warnings.warn(f"{'; '.join(complaints)}; {folder} is used instead", stacklevel=2)
@@ -92,8 +98,14 @@ def newest_checkpoint(run: Path, needed: tuple[str, ...] = NEEDED) -> Path | Non
     return None
 
 
-def checkpoint_damage(folder: Path) -> str | None:
-    """What differs from a checkpoint's manifest, in words; None if nothing does.
+def _has(folder: Path, name: str) -> bool:
+    """Whether a checkpoint has a file, or a first part of it; the manifest knows the others."""
+    parts = folder.glob(f"{name.removesuffix('.safetensors')}-rank-*")
+    return (folder / name).is_file() or (name.endswith(".safetensors") and any(parts))
+
+
+def checkpoint_damage(folder: Path, share: tuple[int, int] = (0, 1)) -> str | None:
+    """What differs from a checkpoint's manifest, in words; None if nothing does; see ``damage``.
 
     Checkpoints of the first version of the format, and those of other families, may have none.
     """
@@ -103,7 +115,7 @@ def checkpoint_damage(folder: Path) -> str | None:
             ours = stored.get("format") == FORMAT
             if ours and stored.get("format_version") in range(2, FORMAT_VERSION + 1):
                 return f"{MANIFEST_FILE} is missing"
-    return damage(folder)
+    return damage(folder, share)
 
 
 def verify_checkpoint(folder: Path) -> None:
@@ -235,6 +247,8 @@ def fill_model(
 def load_weights(model: RecurrentDepthLM, path: PathLike) -> None:
     """Copy a checkpoint's weights into an existing model, which keeps its dtype and device.
 
+    Over ranks, each of them copies and reads what it holds of the model.
+
     Raises:
         ValueError: As ``load_checkpoint``; the model is then unchanged.
     """
@@ -242,10 +256,10 @@ def load_weights(model: RecurrentDepthLM, path: PathLike) -> None:
     ours = {name.replace(COMPILED, ""): part for name, part in model.state_dict().items()}
     weights = StoredWeights(folder)
     check_shapes(weights.shapes, tensor_shapes(ours), folder)
-    for name in ours:
-        weights.read(name)  # refuses what is not finite
     for name, tensor in ours.items():
-        tensor.copy_(weights.read(name))
+        weights.read_part(name, own_box(tensor))  # refuses what is not finite
+    for name, tensor in ours.items():
+        own_values(tensor).copy_(weights.read_part(name, own_box(tensor)))
 
 
 def load_checkpoint(

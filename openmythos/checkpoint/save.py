@@ -5,12 +5,16 @@ Its manifest.json, which is written last, holds the SHA-256 of each of them.
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from openmythos.checkpoint.weights import COMPILED, CONFIG_FILE, WEIGHTS_FILE
+from openmythos.checkpoint.parts import own_parts, places_metadata, rank_file
+from openmythos.checkpoint.weights import COMPILED, CONFIG_FILE, WEIGHTS_FILE, WEIGHTS_STEM
+from openmythos.config import ModelConfig
 from openmythos.config.schema import to_dict
 from openmythos.folder import (
     HELD_OUT_FILE,
@@ -18,7 +22,9 @@ from openmythos.folder import (
     PUZZLE_FILE,
     WALKS_FILE,
     PathLike,
+    file_record,
     replaced_folder,
+    sync,
     write_json,
     write_manifest,
     write_whole,
@@ -77,7 +83,8 @@ def own_files(folder: PathLike) -> set[str]:
     path = Path(folder)
     if not (path / CONFIG_FILE).is_file():  # texts and licences there are somebody else's
         return OWN_FILES
-    return {*OWN_FILES, *COMPANIONS, *licences(path)}
+    parts = (part.name for part in path.glob(f"{WEIGHTS_STEM}-rank-*"))
+    return {*OWN_FILES, *COMPANIONS, *licences(path), *parts}
 
 
 def licences(folder: Path) -> list[str]:
@@ -113,8 +120,13 @@ def write_checkpoint(model: RecurrentDepthLM, fresh: Path, tokenizer: Tokenizer 
     """
     require_stored(model)
     save_weights(model.state_dict(), fresh)
-    config = {"format": FORMAT, "format_version": FORMAT_VERSION, **to_dict(model.config)}
-    write_json(fresh / CONFIG_FILE, config)
+    write_config(model.config, fresh, tokenizer)
+
+
+def write_config(config: ModelConfig, fresh: Path, tokenizer: Tokenizer | None) -> None:
+    """Write what a checkpoint holds besides its weights, as ``write_checkpoint``."""
+    head = {"format": FORMAT, "format_version": FORMAT_VERSION}
+    write_json(fresh / CONFIG_FILE, {**head, **to_dict(config)})
     if tokenizer is not None:
         tokenizer.save(fresh)
 
@@ -136,21 +148,40 @@ def require_stored(model: nn.Module) -> None:
 
 def save_weights(tensors: Mapping[str, Tensor], folder: Path) -> None:
     """Write model.safetensors; safetensors raises an error if tensors share memory."""
-    plain = {
-        name.replace(COMPILED, ""): tensor.detach().cpu().contiguous()
-        for name, tensor in tensors.items()
-    }
-    save_tensors(plain, folder / WEIGHTS_FILE)
+    save_tensors(tensors, folder / WEIGHTS_FILE)
 
 
-def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+def save_tensors(
+    tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None
+) -> None:
     """Write a safetensors file into a temporary folder.
 
     Raises:
         OSError: It cannot be written, for example because the disk is full.
     """
+    plain = {
+        name.replace(COMPILED, ""): tensor.detach().cpu().contiguous()
+        for name, tensor in tensors.items()
+    }
     try:
-        save_file(tensors, path, metadata={"format": "pt"})
+        save_file(plain, path, metadata={"format": "pt", **(metadata or {})})
     except SafetensorError as error:
         raise OSError(f"{path} cannot be written: {error}") from None
     path.chmod(0o644)  # safetensors lets only the owner read it
+
+
+def save_own_parts(tensors: Mapping[str, Tensor], folder: Path, stem: str) -> dict[str, Any]:
+    """Write this rank's parts of tensors into a file of its own.
+
+    Returns:
+        What the manifest says of the file.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    named = {name.replace(COMPILED, ""): tensor for name, tensor in tensors.items()}
+    values, boxes = own_parts(named)
+    path = folder / rank_file(stem, dist.get_rank(), dist.get_world_size())
+    save_tensors(values, path, places_metadata(boxes))
+    sync(path)
+    return {path.name: file_record(path)}

@@ -9,6 +9,7 @@ import math
 import pickle
 import zipfile
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,12 @@ import safetensors
 import torch
 from torch import Tensor
 
+from openmythos.checkpoint.parts import Box, rank_files, stored_starts, whole
 from openmythos.config.schema import in_words
 from openmythos.folder import in_a_sentence, listed
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
+WEIGHTS_STEM = "model"  # of the files of ranks
 PICKLE_FILES = ("pytorch_model.bin", "model.bin", "model.pt", "model.pth")
 INDEX_FILES = (WEIGHTS_FILE + ".index.json", "pytorch_model.bin.index.json")
 COMPILED = "_orig_mod."  # inside names, where a user compiled a part of a model
@@ -46,10 +49,94 @@ def stored_bytes(folder: Path, dtype: torch.dtype | None = None) -> int:
     return sum(path.stat().st_size for path in files)
 
 
-class StoredWeights:
+@dataclass(frozen=True)
+class _Place:
+    """Where a part of a tensor, or all of it, is stored: its file, its name there, and its box."""
+
+    path: Path
+    stored: str
+    box: Box
+
+
+class StoredTensors:
+    """The tensors of some files, whole or in the parts that ranks wrote; each is read by ``read``.
+
+    Raises:
+        ValueError: A file is damaged, or parts of a tensor are missing.
+    """
+
+    def __init__(self, files: Iterable[Path]) -> None:
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._places: dict[str, list[_Place]] = {}
+        self._open: dict[Path, _Tensors] = {}
+        self._num_bytes = 0
+        for path in files:
+            file = _Tensors(path)
+            for stored, shape in file.shapes.items():
+                name = stored if stored.startswith(WRAPPERS) else stored.replace(COMPILED, "")
+                is_part = stored in file.starts
+                start = file.starts[stored] if is_part else (0,) * len(shape)
+                place = _Place(path, stored, Box(start, shape))
+                others = self._places.get(name, []) if is_part else []
+                self._places[name] = [*others, place]
+        for name, places in self._places.items():
+            ends = ([a + n for a, n in zip(p.box.start, p.box.size, strict=True)] for p in places)
+            self.shapes[name] = tuple(map(max, zip(*ends, strict=True)))
+            if sum(place.box.count for place in places) != math.prod(self.shapes[name]):
+                raise ValueError(f"{places[0].path.parent}: parts of {name} are missing")
+
+    def strip(self, prefixes: tuple[str, ...]) -> None:
+        """Remove those of the prefixes that all names begin with, in any order."""
+        while found := [p for p in prefixes if self.shapes and all(map(_starts(p), self.shapes))]:
+            size = len(found[0])
+            self.shapes = {name[size:]: shape for name, shape in self.shapes.items()}
+            self._places = {name[size:]: places for name, places in self._places.items()}
+
+    def size(self, names: Iterable[str]) -> int:
+        """Number of elements of these tensors; read large ones first: they need most memory."""
+        return sum(math.prod(self.shapes[name]) for name in names)
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, possibly as a view of its file; copy it to keep it.
+
+        Raises:
+            ValueError: It is refused.
+        """
+        return self.read_part(name, whole(self.shapes[name]))
+
+    def read_part(self, name: str, wanted: Box) -> Tensor:
+        """A part of a tensor, of which no more is read; as ``read``."""
+        places = self._places[name]
+        if len(places) == 1 and wanted == places[0].box:
+            return self._read(name, places[0], wanted)
+        made = None
+        for place in places:
+            both = place.box.overlap(wanted)
+            if both.count:
+                part = self._read(name, place, both)
+                made = part.new_empty(wanted.size) if made is None else made
+                made[both.seen_from(wanted.start).slices] = part
+        return torch.empty(wanted.size) if made is None else made
+
+    def _read(self, name: str, place: _Place, box: Box) -> Tensor:
+        """What lies in a box of the tensor, which the place has."""
+        if self._num_bytes > REOPEN_BYTES:
+            self._open = {p: file for p, file in self._open.items() if not file.mapped}
+            self._num_bytes = 0
+        if place.path not in self._open:
+            self._open[place.path] = _Tensors(place.path)
+        file = self._open[place.path]
+        inside = None if box == place.box else box.seen_from(place.box.start)
+        tensor = file.read(place.stored, inside)
+        self._num_bytes += tensor.nbytes if file.mapped else 0
+        return tensor
+
+
+class StoredWeights(StoredTensors):
     """A folder's weights: names and shapes are read at once, each tensor only by ``read``.
 
-    Reads model.safetensors or pickles that hold only tensors, in one file or shards with an index.
+    Reads model.safetensors, pickles that hold only tensors, shards of either with an index, and the
+    files of all ranks of a run.
 
     Raises:
         ValueError: No weights, a damaged file, or a pickle that holds code.
@@ -57,50 +144,22 @@ class StoredWeights:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        self._places: dict[str, tuple[Path, str]] = {}  # the file, and the name in it
-        self._open: dict[Path, _Tensors] = {}
-        self._num_bytes = 0
         index = _index_of(folder)
-        for path in _files_of(folder) if index is None else sorted({*index.values()}):
-            for stored, shape in _Tensors(path).shapes.items():
-                name = stored if stored.startswith(WRAPPERS) else stored.replace(COMPILED, "")
-                self.shapes[name], self._places[name] = shape, (path, stored)
-        lost = [n for n, path in (index or {}).items() if (path, n) not in self._places.values()]
+        super().__init__(_files_of(folder) if index is None else sorted({*index.values()}))
+        places = {(place.path, place.stored) for each in self._places.values() for place in each}
+        lost = [name for name, path in (index or {}).items() if (path, name) not in places]
         if lost:
             raise ValueError(f"{folder}: the shards lack what the index promises: {listed(lost)}")
         self.strip(WRAPPERS)
 
-    def strip(self, prefixes: tuple[str, ...]) -> None:
-        """Remove those of the prefixes that all names begin with, in any order."""
-        while found := [p for p in prefixes if self.shapes and all(map(_starts(p), self.shapes))]:
-            size = len(found[0])
-            self.shapes = {name[size:]: shape for name, shape in self.shapes.items()}
-            self._places = {name[size:]: place for name, place in self._places.items()}
-
-    def size(self, names: Iterable[str]) -> int:
-        """Number of elements of these tensors; read large ones first: they need most memory."""
-        return sum(math.prod(self.shapes[name]) for name in names)
-
-    def read(self, name: str) -> Tensor:
-        """One tensor, as a view of its file; copy it to keep it.
-
-        Raises:
-            ValueError: Its dtype is not a floating dtype, or it has NaN or infinite elements.
-        """
-        path, stored_name = self._places[name]
-        if self._num_bytes > REOPEN_BYTES:
-            self._open = {p: file for p, file in self._open.items() if not file.mapped}
-            self._num_bytes = 0
-        if path not in self._open:
-            self._open[path] = _Tensors(path)
-        tensor = self._open[path].read(stored_name)
-        self._num_bytes += tensor.nbytes if self._open[path].mapped else 0
+    def _read(self, name: str, place: _Place, box: Box) -> Tensor:
+        """As of ``StoredTensors``; a weight is of a floating dtype, and finite."""
+        tensor = super()._read(name, place, box)
         if tensor.dtype not in DTYPES:
             allowed = "float16, bfloat16, float32 or float64"
-            raise ValueError(f"{path}: {name} has dtype {tensor.dtype}; it must be {allowed}")
+            raise ValueError(f"{place.path}: {name} has dtype {tensor.dtype}; it must be {allowed}")
         if tensor.numel() and not all(bool(limit.isfinite()) for limit in tensor.aminmax()):
-            raise ValueError(f"{path}: {name} holds NaN or infinite weights")
+            raise ValueError(f"{place.path}: {name} holds NaN or infinite weights")
         return tensor
 
 
@@ -109,6 +168,7 @@ class _Tensors:
 
     def __init__(self, path: Path) -> None:
         self.mapped = path.suffix == ".safetensors" or zipfile.is_zipfile(path)
+        self.starts: dict[str, tuple[int, ...]] = {}  # of parts of tensors
         self._dict: dict[str, Tensor] | None = None
         if path.suffix != ".safetensors":
             self._dict = _load_pickle(path)
@@ -116,15 +176,21 @@ class _Tensors:
             return
         try:
             self._handle: Any = safetensors.safe_open(path, framework="pt", device="cpu")
+            self.starts = stored_starts(self._handle.metadata())
             self.shapes = {
                 name: tuple(self._handle.get_slice(name).get_shape())
                 for name in self._handle.keys()  # noqa: SIM118 (not a dict)
             }
-        except (safetensors.SafetensorError, OSError) as error:
+        except (safetensors.SafetensorError, OSError, ValueError) as error:
             raise ValueError(f"{path} is truncated or damaged: {in_a_sentence(error)}") from None
 
-    def read(self, name: str) -> Tensor:
-        return self._handle.get_tensor(name) if self._dict is None else self._dict[name]
+    def read(self, name: str, box: Box | None = None) -> Tensor:
+        """A tensor; with a box, that part of it."""
+        if self._dict is not None:
+            return self._dict[name] if box is None else self._dict[name][box.slices]
+        if box is None:
+            return self._handle.get_tensor(name)
+        return self._handle.get_slice(name)[box.slices]
 
 
 def _index_of(folder: Path) -> dict[str, Path] | None:
@@ -151,6 +217,8 @@ def _files_of(folder: Path) -> list[Path]:
     for path in (folder / name for name in (WEIGHTS_FILE, *PICKLE_FILES)):
         if path.is_file():
             return [path]
+    if files := rank_files(folder, WEIGHTS_STEM):
+        return files
     raise ValueError(f"{folder} has no weights; expected {WEIGHTS_FILE}")
 
 

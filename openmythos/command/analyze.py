@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     from openmythos.analysis.example import Examples
     from openmythos.analysis.pairs import Pairs
     from openmythos.analysis.record import Analysis
-    from openmythos.data.synthetic import Walks
+    from openmythos.data.puzzle import Puzzle
     from openmythos.model.recurrent import RecurrentDepthLM
 
 RECORD_FILE, PAGE_FILE = "analysis.json", "report.html"
-NUM_WALKS, NUM_WINDOWS, SEQ_LEN = 256, 64, 64
+NUM_QUESTIONS, NUM_WINDOWS, SEQ_LEN = 256, 64, 64
 MOST_WINDOWS = 2048  # of a text, from which those to read are taken at even distances
 
 
@@ -36,7 +36,7 @@ def analyze(
     ] = None,
     task: Annotated[
         str | None,
-        typer.Option(help="hops: the longest walks of training, or hops_N: walks of N hops."),
+        typer.Option(help="What is asked of a puzzle: hops, or hops_N for walks of N hops."),
     ] = None,
     tokens: Annotated[
         Path | None,
@@ -52,7 +52,7 @@ def analyze(
         int | None, typer.Option(help="Most loops to run; default: twice the model's own.", min=1)
     ] = None,
     num_examples: Annotated[
-        int | None, typer.Option(help="Walks or windows of text; default: 256 or 64.", min=2)
+        int | None, typer.Option(help="Questions or windows of text; default: 256 or 64.", min=2)
     ] = None,
     seq_len: Annotated[
         int | None, typer.Option(help="Tokens in a window of text; default: 64.", min=3)
@@ -78,12 +78,12 @@ def analyze(
     from openmythos.report.analysis import write_analysis_page
 
     folder = local_folder(checkpoint)
-    walks = walks_of(folder) if tokens is None else None
-    check_fit(walks, folder, text, task, tokens, seq_len)
+    puzzle = puzzle_of(folder) if tokens is None else None
+    check_fit(puzzle, folder, text, task, tokens, seq_len)
     model = load_pretrained(folder, device=device)
     room = model.config.max_seq_len
-    if walks is not None:
-        read = walks_to_read(walks, task, room, num_examples or NUM_WALKS, seed)
+    if puzzle is not None:
+        read = questions_to_read(puzzle, task, room, num_examples or NUM_QUESTIONS, seed)
     else:
         length = min(SEQ_LEN, room) if seq_len is None else seq_len
         if length > room:
@@ -109,23 +109,6 @@ def name_of(checkpoint: Path) -> str:
     return checkpoint.resolve().name.removeprefix("zoo:") or "model"
 
 
-def walks_of(folder: Path) -> "Walks | None":
-    """The walks that a checkpoint was trained on; None if it is of text.
-
-    Raises:
-        ValueError: It is of another puzzle.
-    """
-    from openmythos.data.synthetic import Walks
-
-    puzzle = puzzle_of(folder)
-    if puzzle is None or isinstance(puzzle, Walks):
-        return puzzle
-    raise ValueError(
-        f"{folder} is of {puzzle.kind}; walks and text are analysed, and ids of your own: give "
-        "--tokens FILE"
-    )
-
-
 def check_sources(text: Path | None, task: str | None, tokens: Path | None) -> None:
     """Check that one source is named at most, and that its file exists.
 
@@ -142,7 +125,7 @@ def check_sources(text: Path | None, task: str | None, tokens: Path | None) -> N
 
 
 def check_fit(
-    walks: "Walks | None",
+    puzzle: "Puzzle | None",
     folder: Path,
     text: Path | None,
     task: str | None,
@@ -154,48 +137,60 @@ def check_fit(
     Raises:
         ValueError: They do not, or the model has no tokenizer for a text.
     """
-    if walks is not None and text is not None:
-        raise ValueError("--text is for models of text, and this one reads walks; give --task hops")
-    if walks is not None and seq_len is not None:
-        raise ValueError("--seq-len is for models of text; give --task hops_N for longer walks")
-    if walks is None and task is not None:
-        raise ValueError("--task is for models of walks, and this one reads text; give --text FILE")
-    if walks is None and tokens is None:
+    if puzzle is not None and text is not None:
+        raise ValueError(
+            f"--text is for models of text, and this one knows {puzzle.noun}s; give "
+            f"--task {puzzle.kind}"
+        )
+    if puzzle is not None and seq_len is not None:
+        raise ValueError(
+            f"--seq-len is for models of text; give --task {puzzle.kind}_N for {puzzle.noun}s of N "
+            f"{puzzle.size_word}"
+        )
+    if puzzle is None and task is not None:
+        raise ValueError("--task is for models of puzzles; leave it out, or give --text FILE")
+    if puzzle is None and tokens is None:
         require_text(folder)
 
 
 # --- what is read ---------------------------------------------------------------------------------
 
 
-def walks_to_read(
-    walks: "Walks", task: str | None, max_seq_len: int, count: int, seed: int
+def questions_to_read(
+    puzzle: "Puzzle", task: str | None, max_seq_len: int, count: int, seed: int
 ) -> "tuple[Examples, Pairs, torch.Tensor]":
-    """Held-out walks of one length, their pairs, and others on which predictions are fitted.
+    """Held-out questions of one size, their pairs, and others on which predictions are fitted.
 
     Raises:
-        ValueError: The task is no walk, or too long for the model.
+        ValueError: The task is of another puzzle, of a size that there is not, or too long.
     """
-    from openmythos.analysis.example import walk_examples
-    from openmythos.analysis.pairs import walk_pairs
+    from openmythos.analysis.example import puzzle_examples
+    from openmythos.analysis.pairs import puzzle_pairs
+    from openmythos.data.synthetic import Walks
     from openmythos.eval.task_name import PUZZLE
 
-    named = PUZZLE.fullmatch(task or "")
-    if task in (None, "hops"):
-        hops = walks.max_train_size
-    elif named is not None and named[1] == walks.kind:
-        hops = int(named[2])
+    kind, named = puzzle.kind, PUZZLE.fullmatch(task or "")
+    if task in (None, kind):
+        size = puzzle.max_train_size
+    elif named is not None and named[1] == kind:
+        size = int(named[2])
     else:
-        raise ValueError(f"--task is {task!r}; give hops, or hops_N for walks of N hops")
-    if not 1 <= hops < max_seq_len:
         raise ValueError(
-            f"--task is {task!r}; the model reads walks of 1 to {max_seq_len - 1} hops"
+            f"--task is {task!r}; give {kind}, or {kind}_N for {puzzle.noun}s of N "
+            f"{puzzle.size_word}"
         )
-    if walks.config.written_out:
+    puzzle.check(size)
+    if puzzle.question_len(size) > max_seq_len:
+        raise ValueError(
+            f"--task is {task!r}; {puzzle.in_words(size)} have {puzzle.question_len(size)} tokens, "
+            f"and the model reads {max_seq_len}"
+        )
+    if isinstance(puzzle, Walks) and puzzle.config.written_out:
         raise ValueError("these walks are written out, and instruments read only their ends")
     return (
-        walk_examples(walks, hops, count, seed + 1),
-        walk_pairs(walks, hops, count, seed + 1),
-        walks.held_out_batch(hops, count, seed + 2).tokens,
+        puzzle_examples(puzzle, size, count, seed + 1),
+        puzzle_pairs(puzzle, size, count, seed + 1),
+        puzzle_examples(puzzle, size, count, seed + 2).tokens,
     )
 
 

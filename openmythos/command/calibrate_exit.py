@@ -22,7 +22,7 @@ LEAST_TEXT, MOST_TEXT = 16, 128  # tokens of a text that are read
 
 Within = Annotated[
     float,
-    typer.Option(help="The most quality to lose: bits per byte; of walks, share of right answers."),
+    typer.Option(help="The most quality to lose: bits per byte, or share of right answers."),
 ]
 Data = Annotated[
     Path | None,
@@ -31,8 +31,9 @@ Data = Annotated[
 MaxLoops = Annotated[
     int | None, typer.Option(help="Most loops to try; default: twice the model's own.", min=1)
 ]
-MaxHops = Annotated[
-    int | None, typer.Option(help="Hops of the longest walks; default: as in training.", min=1)
+MaxSize = Annotated[
+    int | None,
+    typer.Option(help="Of a puzzle: the largest size, such as hops; default: as trained.", min=1),
 ]
 NumTokens = Annotated[int, typer.Option(help="Tokens to read with each setting.", min=1)]
 MaxRows = Annotated[int, typer.Option(help="Texts that are read at once.", min=1)]
@@ -49,7 +50,7 @@ def calibrate_exit(
     within: Within = 0.01,
     data: Data = None,
     max_loops: MaxLoops = None,
-    max_hops: MaxHops = None,
+    max_size: MaxSize = None,
     num_tokens: NumTokens = 8192,
     max_rows: MaxRows = 8,
     compiled: Compiled = False,
@@ -77,9 +78,9 @@ def calibrate_exit(
     target = target_for(checkpoint, folder) if out is None else out
     require_writable(target / EXIT_FILE)
     model = load_pretrained(folder, device=device)
-    texts, metric = texts_for(model, folder, data, max_hops, num_tokens, max_rows)
+    texts, metric = texts_for(model, folder, data, max_size, num_tokens, max_rows)
     most = 2 * model.config.num_loops if max_loops is None else max_loops
-    longest = max(len(text.tokens) for text in texts)
+    longest = max(len(text.read) for text in texts)
     config = EngineConfig(max_rows=max_rows, max_loops=most, max_len=longest, compiled=compiled)
     engine = Engine(model, config)
     found = measured(engine, texts, depths_up_to(most), metric, within)
@@ -88,7 +89,7 @@ def calibrate_exit(
         "compiled": compiled,
         "num_texts": len(texts),
         "num_tokens": found.chosen.num_tokens,
-        "max_hops": max_hops,
+        "max_size": max_size,
     }
     processor = processor_name(model.embed.weight.device)
     write_choice(found, target / EXIT_FILE, processor, settings)
@@ -133,35 +134,35 @@ def texts_for(
     model: "RecurrentDepthLM",
     folder: Path,
     data: Path | None,
-    max_hops: int | None,
+    max_size: int | None,
     num_tokens: int,
     max_rows: int,
 ) -> "tuple[list[Text], Metric]":
-    """Held-out texts or walks of about so many tokens, and what their quality is.
+    """Held-out texts or questions of about so many tokens, and what their quality is.
 
     Raises:
         ValueError: There are none, or the model cannot read them.
     """
     from openmythos.data.loader import TokenLoader
-    from openmythos.data.synthetic import Walks
-    from openmythos.eval.calibration import PARTS, texts_of, walks_to_read, windows_of
+    from openmythos.eval.calibration import PARTS, questions_of, texts_of, windows_of
     from openmythos.eval.task import brings_text, shipped_task
     from openmythos.eval.task_name import HELD_OUT
     from openmythos.tokenizer import Tokenizer
 
     source = folder if data is None else data_source(data)
-    walks = puzzle_for(folder, source)
-    if walks is not None and not isinstance(walks, Walks):
-        raise ValueError(f"rules are calibrated on text and walks; this model knows {walks.kind}")
-    room = model.config.max_seq_len - 1
-    if walks is not None:
-        hops = walks.config.max_train_hops if max_hops is None else max_hops
-        if hops + 1 > room:
-            raise ValueError(f"--max-hops is {hops}; the model reads walks of at most {room - 1}")
-        count = max(1, num_tokens // (1 + (hops + 1) // 2))
-        return walks_to_read(walks, hops, count), "accuracy"
-    if max_hops is not None:
-        raise ValueError("--max-hops is for models of walks; leave it out")
+    puzzle, room = puzzle_for(folder, source), model.config.max_seq_len - 1
+    if puzzle is not None:
+        largest = puzzle.max_train_size if max_size is None else max_size
+        puzzle.check(largest)
+        if puzzle.num_tokens(largest) > room:
+            raise ValueError(
+                f"--max-size is {largest}; {puzzle.in_words(largest)} have "
+                f"{puzzle.num_tokens(largest)} tokens, and the model reads {room}"
+            )
+        sizes = range(min(puzzle.train_sizes[0], largest), largest + 1)
+        return questions_of(puzzle, sizes, num_tokens), "accuracy"
+    if max_size is not None:
+        raise ValueError("--max-size is for models of puzzles; leave it out")
     require_text(folder)
     # So many texts that each part of them fills the rows twice.
     length = min(MOST_TEXT, room, max(LEAST_TEXT, num_tokens // (2 * PARTS * max_rows)))

@@ -68,7 +68,11 @@ def data_of(folder: Path) -> Path:
     """
     if (folder / "index.json").is_file():
         return folder
-    run, source = run_of(folder), run_config(folder).get("data", {}).get("source")
+    run, data = run_of(folder), run_config(folder).get("data", {})
+    source, mixed = data.get("source"), data.get("sources")
+    if run is not None and mixed:
+        each = ", ".join(f"{run / 'data' / str(i)} ({s['source']})" for i, s in enumerate(mixed))
+        raise ValueError(f"{run} is of {len(mixed)} sources; give one of them as --data: {each}")
     places = [] if run is None else [run / "data"]
     places += [Path(source)] if isinstance(source, str) else []
     for place in places:
@@ -133,14 +137,14 @@ def puzzle_of(folder: Path) -> "Puzzle | None":
     own, stored = read_puzzle(folder), run_config(folder)
     if own is not None:
         return own
-    if stored.get("data", {}).get("kind", "text") == "text":
+    if stored.get("data", {}).get("kind", "text") in ("text", "mixture"):
         return None
     from openmythos.config.schema import from_dict
-    from openmythos.train.recipe import RunConfig, TextData
+    from openmythos.train.recipe import MixtureData, RunConfig, TextData
     from openmythos.train.run import puzzle_task
 
     config = from_dict(RunConfig, stored)
-    assert not isinstance(config.data, TextData)
+    assert not isinstance(config.data, TextData | MixtureData)
     return puzzle_task(config.data, config.train.seed).puzzle
 
 

@@ -21,6 +21,7 @@ from openmythos.terminal import console, note
 
 if TYPE_CHECKING:
     from openmythos.train.loop import TrainResult
+    from openmythos.train.recipe import MixtureData
     from openmythos.train.run import Run
 
 
@@ -29,10 +30,17 @@ def train(
         str | None, typer.Argument(help="Preset of the model; default: tiny.")
     ] = None,
     data: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
             help="A puzzle (hops, products, recall, facts, induction, addition), a source of "
-            "`prepare`, or a prepared folder; default: python-docs."
+            "`prepare`, or a prepared folder; default: python-docs. Repeatable for a mixture, "
+            "each with a --weight."
+        ),
+    ] = None,
+    weight: Annotated[
+        list[float] | None,
+        typer.Option(
+            help="Share of the rows that are from a --data, in the same order; they sum to 1."
         ),
     ] = None,
     config: Annotated[
@@ -67,7 +75,7 @@ def train(
     """Train a model; run the same command again to continue an interrupted run."""
     note("preparing the run ...")
     from openmythos.train.loop import TrainingStopped
-    from openmythos.train.run import DEFAULT_DATA, resolve, set_up
+    from openmythos.train.run import resolve, set_up
 
     short = {
         "--steps": ("train.max_steps", steps),
@@ -76,13 +84,15 @@ def train(
         "--seed": ("train.seed", seed),
     }
     given = overrides or []
-    require_once(given, "--data", "data.source", data)
+    if data:
+        require_once(given, "--data", "data.source", data[0])
     require_once(given, "--from", "train.init_from", init_from)
-    resolved = resolve(preset, data, config, with_shorthands(given, short), init_from)
+    chosen = chosen_data(data or [], weight or [])
+    resolved = resolve(preset, chosen, config, with_shorthands(given, short), init_from)
     check_device(device)
     screen = console(notes=as_json)
     run = set_up(resolved, out, device)
-    screen.print(run.in_words((data or DEFAULT_DATA) if config is None else str(config)))
+    screen.print(run.in_words(in_words(chosen) if config is None else str(config)))
     try:
         result = train_shown(run, screen)
     except TrainingStopped as error:
@@ -93,7 +103,38 @@ def train(
     if as_json:
         typer.echo(json.dumps(summary))
     if result.interrupted:
-        raise typer.Exit(130)
+        raise typer.Exit(128 + result.signal)  # 130 or 143, as shells say it; 0: the run is done
+
+
+def chosen_data(sources: list[str], weights: list[float]) -> "str | MixtureData | None":
+    """What ``--data`` and ``--weight`` choose: one source or puzzle, or a mixture.
+
+    Raises:
+        ValueError: There is not one weight for each of several sources, one of them is a puzzle, or
+            the weights cannot be used.
+    """
+    from openmythos.train.recipe import MixtureData, MixtureSource
+    from openmythos.train.run import PUZZLE_DATA
+
+    if len(sources) < 2 and not weights:
+        return sources[0] if sources else None
+    if len(sources) != len(weights):
+        raise ValueError(
+            f"--data is given {len(sources)} times and --weight {len(weights)} times; a mixture "
+            "needs a weight for each, such as --data a --weight 0.7 --data b --weight 0.3"
+        )
+    if puzzles := [name for name in sources if name in PUZZLE_DATA]:
+        raise ValueError(f"--data {puzzles[0]} is a puzzle, and a mixture is of text; leave it out")
+    pairs = zip(sources, weights, strict=True)
+    parts = tuple(MixtureSource(source=name, weight=share) for name, share in pairs)
+    return MixtureData(sources=parts)
+
+
+def in_words(data: "str | MixtureData | None") -> str:
+    """What a run is trained on."""
+    from openmythos.train.run import DEFAULT_DATA
+
+    return (data or DEFAULT_DATA) if data is None or isinstance(data, str) else data.in_words
 
 
 def train_shown(run: "Run", screen: Console) -> "TrainResult":
@@ -104,7 +145,8 @@ def train_shown(run: "Run", screen: Console) -> "TrainResult":
     for change in run.changes:
         screen.print(change)
     if isinstance(run.task, TextTask):
-        typer.echo(run.task.train.data.summary(), err=True)
+        for line in run.task.in_words():
+            typer.echo(line, err=True)
     if isinstance(run.task, PuzzleTask):
         screen.print(run.task.leaks_in_words())
     with TrainDisplay(screen, "training") as display:
@@ -123,7 +165,8 @@ def ended(run: "Run", result: "TrainResult", screen: Console) -> dict[str, Any]:
         screen.print(f"page: {page}")
     held_out = last_validation(folder / "metrics.jsonl")
     places = {"folder": str(folder), "checkpoint": str(kept), "page": page and str(page)}
-    return {**places, **vars(result), "held_out": held_out}
+    ending = {"step": result.step, "seconds": result.seconds, "interrupted": result.interrupted}
+    return {**places, **ending, "held_out": held_out}
 
 
 def write_page(run: "Run", with_samples: bool) -> Path | None:

@@ -102,7 +102,7 @@ class Addition(SeededPuzzle):
     def places(self, size: int) -> Sequence[str | None]:
         """Digits have the value of a 1 there; the signs stay."""
         values = [f"{10**place:,}s" for place in range(self.config.num_digits)]
-        rows = [[f"{value} of number {row}" for value in values] for row in range(1, size + 1)]
+        rows = [[f"number {row}, {value}" for value in values] for row in range(1, size + 1)]
         return [place for row in rows for place in (*row, None)]
 
     @property
@@ -154,6 +154,11 @@ class Addition(SeededPuzzle):
         targets = np.full_like(tokens, IGNORED_TARGET)
         targets[:, start:] = self._digits(sums, self.config.answer_len)
         return targets
+
+    def on_the_way(self, questions: Int[np.ndarray, "B T"]) -> dict[str, Int[np.ndarray, " B"]]:
+        """The 1s of the sums of the first numbers; the answer begins with those of all."""
+        digits = questions[:, :: self.config.num_digits + 1].cumsum(axis=1).T % 10
+        return {f"1s of the first {n} numbers": digits[n - 1] for n in range(2, len(digits))}
 
     def leak_baselines(self, size: int) -> dict[str, float]:
         """See ``Puzzle``, for whole sums; suffix_only sees the last two numbers. All are exact."""

@@ -35,6 +35,7 @@ _WIDE_MARKS = {
     codecs.BOM_UTF16_BE: "utf-16",
 }
 _DAMAGE = (OSError, EOFError, zlib.error, lzma.LZMAError)  # what reading a damaged file raises
+PARQUET_ROWS, _PARQUET_BUFFER = 64, 2**20  # rows and bytes that are read at once
 _UNREADABLE_JSON = "cannot be read as JSON"
 
 
@@ -127,7 +128,7 @@ def cell(row: Any, column: str, place: str) -> str:
     if not isinstance(row, dict):
         raise ValueError(f"{place} is {in_words(row)}, not an object with a {column!r} column")
     if column not in row:
-        raise ValueError(_missing_column(place, column, row))
+        raise ValueError(missing_column(place, column, row))
     text = row[column]
     if text is None:
         return ""
@@ -138,7 +139,8 @@ def cell(row: Any, column: str, place: str) -> str:
     return text.removeprefix("\ufeff")  # a byte order mark that somebody took for text
 
 
-def _missing_column(place: str, column: str, columns: Iterable[Any]) -> str:
+def missing_column(place: str, column: str, columns: Iterable[Any]) -> str:
+    """What is said of a table that has other columns."""
     names = ", ".join(map(str, columns)) or "none"
     return f"{place} has no column {column!r}; its columns are: {names}: choose one with --column"
 
@@ -259,7 +261,7 @@ def _csv_rows(
     try:
         columns = reader.fieldnames
         if columns is not None and column not in columns:
-            raise ValueError(_missing_column(str(path), column, columns))
+            raise ValueError(missing_column(str(path), column, columns))
         for number, row in enumerate(reader, start=1):
             if None in row:
                 more = "has more fields than the first: a text with separators needs quotes"
@@ -273,14 +275,17 @@ def _csv_rows(
 
 
 def _parquet_rows(path: Path, name: str, column: str) -> Iterator[Document | LeftOut]:
+    """The rows of one column, read a little at a time: row groups may be larger than memory."""
     from pyarrow import ArrowException, parquet
 
+    # By default whole row groups are read ahead.
+    reading = {"pre_buffer": False, "buffer_size": _PARQUET_BUFFER}
     try:
-        with parquet.ParquetFile(path) as file:
+        with parquet.ParquetFile(path, **reading) as file:
             if column not in file.schema_arrow.names:
-                raise ValueError(_missing_column(str(path), column, file.schema_arrow.names))
+                raise ValueError(missing_column(str(path), column, file.schema_arrow.names))
             number = 0
-            for batch in file.iter_batches(batch_size=1024, columns=[column]):
+            for batch in file.iter_batches(batch_size=PARQUET_ROWS, columns=[column]):
                 for row in batch.to_pylist():
                     number += 1
                     yield _row(row, name, number, column, f"{path} row {number}")

@@ -135,7 +135,7 @@ class Induction(SeededPuzzle):
 
     def targets(self, tokens: Int[np.ndarray, "B T"]) -> Int[np.ndarray, "B T"]:
         """See ``Puzzle``; all rows have as many hops as the first."""
-        letters, size = tokens[:, 1:], int(tokens[0, 0]) - self.config.num_letters + 1
+        letters, size = tokens[:, 1:], self._hops(tokens)
         places = self.places_after(letters, size)
         reached = np.take_along_axis(letters, np.maximum(places, 0), axis=1)
         targets = np.full_like(tokens, IGNORED_TARGET)
@@ -155,6 +155,15 @@ class Induction(SeededPuzzle):
             onward = np.take_along_axis(hop, np.maximum(places, 0), axis=1)
             places = np.where(places < 0, -1, onward)
         return places
+
+    def on_the_way(self, questions: Int[np.ndarray, "B T"]) -> dict[str, Int[np.ndarray, " B"]]:
+        """The letters that the hops before the last one lead to."""
+        letters, size = questions[:, 1:], self._hops(questions)
+        rows = np.arange(len(letters))
+        return {
+            f"letter after hop {hop}": letters[rows, self.places_after(letters, hop)[:, -1]]
+            for hop in range(1, size)
+        }
 
     def possible(self, tokens: Int[np.ndarray, "B T"]) -> Bool[np.ndarray, " B"]:
         """Rows whose last letter has a target."""
@@ -176,6 +185,9 @@ class Induction(SeededPuzzle):
             keys = (letters[:, letters.shape[1] - width :] * weights).sum(axis=1)
             found[name] = _fitted_guess(keys, answers, base**width, base)
         return found
+
+    def _hops(self, tokens: Int[np.ndarray, "B T"]) -> int:
+        return int(tokens[0, 0]) - self.config.num_letters + 1
 
 
 def _fitted_guess(

@@ -1,6 +1,6 @@
 """Batches from prepared data; the loader has no state but the step number.
 
-`TokenLoader.batch(step)` depends on the data, the seed and the step only. A run that stopped before
+`batch(step)` depends on the data, the seed and the step only. A run that stopped before
 step s resumes with `batch(s)`, on any number of ranks, and sees the same batches as without a stop.
 """
 
@@ -12,13 +12,23 @@ import os
 from collections import deque
 from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from threading import Lock
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 
 from openmythos.data.hashing import permutation
 from openmythos.data.index import SPLITS, read_index
 from openmythos.data.packing import Batch, num_windows, pack_windows
+
+
+class Windows(NamedTuple):
+    """Spans of seq_len + 1 tokens of a stream, as `pack_windows` takes them."""
+
+    tokens: Int[np.ndarray, "B T1"]
+    starts: Bool[np.ndarray, "B T1"]
+    num_valid: Int[np.ndarray, " B"]
 
 
 class TokenLoader:
@@ -94,6 +104,7 @@ class TokenLoader:
         ]
         self._shard_ends = np.cumsum([len(shard) for shard in self._shards])
         self._orders: dict[int, Int[np.ndarray, " W"]] = {}
+        self._lock = Lock()  # of the orders, for threads that read ahead
         offsets = index.folder / content.document_offsets.file
         self._document_starts = np.memmap(offsets, dtype="<i8", mode="r")[:-1]
         self._content = [shard.sha256 for shard in content.shards]
@@ -120,31 +131,16 @@ class TokenLoader:
         Raises:
             ValueError: `step` is negative.
         """
-        if step < 0:
-            raise ValueError(f"step={step} is negative: steps count from 0")
-        epochs, slots = np.divmod(self.rows(step), self.num_windows)
-        windows = [
-            self._order(epoch)[slot]
+        return self._pack(self.windows(self.rows(step)))
+
+    def windows(self, places: Int[np.ndarray, " B"]) -> Int[np.ndarray, " B"]:
+        """The windows at these places of the endless order, which is shuffled in every epoch."""
+        epochs, slots = np.divmod(places, self.num_windows)
+        found = [
+            self._epoch_order(epoch)[slot]
             for epoch, slot in zip(epochs.tolist(), slots.tolist(), strict=True)
         ]
-        return self._pack(np.array(windows, dtype=np.int64))
-
-    def iterate(
-        self, start_step: int = 0, *, num_prefetch: int = 2
-    ) -> Generator[Batch, None, None]:
-        """`batch(start_step)`, `batch(start_step + 1)` ..., prefetched by one thread.
-
-        Closing the generator ends the thread.
-        """
-        executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="token-loader")
-        pending: deque[Future[Batch]] = deque()
-        try:
-            for step in itertools.count(start_step):
-                pending.append(executor.submit(self.batch, step))
-                if len(pending) > num_prefetch:
-                    yield pending.popleft().result()
-        finally:
-            executor.shutdown(cancel_futures=True)
+        return np.array(found, dtype=np.int64)
 
     def validation_batches(self, max_batches: int | None = None) -> Iterator[Batch]:
         """This rank's rows of one pass over all windows, in the order of the text.
@@ -163,7 +159,13 @@ class TokenLoader:
             yield self._pack(self.rows(step))
 
     def rows(self, step: int) -> Int[np.ndarray, " B"]:
-        """This rank's rows of the global batch of `step`, numbered over all steps."""
+        """This rank's rows of the global batch of `step`, numbered over all steps.
+
+        Raises:
+            ValueError: `step` is negative.
+        """
+        if step < 0:
+            raise ValueError(f"step={step} is negative: steps count from 0")
         first = step * self.batch_size
         return np.arange(first + self.rank, first + self.batch_size, self.world_size)
 
@@ -175,18 +177,8 @@ class TokenLoader:
         """The text of the split, one document after the other, `num_bytes` long."""
         return b"".join(self.tokenizer.decode_bytes(shard.tolist()) for shard in self._shards)
 
-    def _order(self, epoch: int) -> Int[np.ndarray, " W"]:
-        order = self._orders.get(epoch)
-        if order is None:
-            order = permutation(self.num_windows, self.seed, epoch)
-            # Two orders are cached, for a batch that straddles two epochs. If the split is smaller
-            # than a batch, one batch needs more of them, and they are drawn again: slower, but
-            # with the same result.
-            self._orders = {e: o for e, o in self._orders.items() if e == epoch - 1}
-            self._orders[epoch] = order
-        return order
-
-    def _pack(self, windows: Int[np.ndarray, " B"]) -> Batch:
+    def read(self, windows: Int[np.ndarray, " B"]) -> Windows:
+        """The tokens of these windows; of one past the end, nothing."""
         spans = np.full((len(windows), self.seq_len + 1), self.tokenizer.pad_id, dtype=np.int64)
         starts = np.zeros(spans.shape, dtype=np.bool_)
         num_valid = np.zeros(len(windows), dtype=np.int64)
@@ -198,10 +190,23 @@ class TokenLoader:
                 self._read_into(spans[row], start, stop)
                 first, last = np.searchsorted(self._document_starts, (start, stop))
                 starts[row, self._document_starts[first:last] - start] = True
+        return Windows(spans, starts, num_valid)
+
+    def _epoch_order(self, epoch: int) -> Int[np.ndarray, " W"]:
+        with self._lock:
+            order = self._orders.get(epoch)
+            if order is None:
+                order = permutation(self.num_windows, self.seed, epoch)
+                # Two orders are cached, for a batch that straddles two epochs. If the split is
+                # smaller than a batch, one batch needs more of them, and they are drawn again:
+                # slower, but with the same result.
+                self._orders = {e: o for e, o in self._orders.items() if e == epoch - 1}
+                self._orders[epoch] = order
+            return order
+
+    def _pack(self, windows: Int[np.ndarray, " B"]) -> Batch:
         return pack_windows(
-            spans,
-            starts,
-            num_valid,
+            *self.read(windows),
             pad_id=self.tokenizer.pad_id,
             token_num_bytes=self.tokenizer.token_num_bytes,
         )
@@ -217,6 +222,40 @@ class TokenLoader:
             written += len(piece)
             start = end
             shard += 1
+
+
+@runtime_checkable  # the tests check argument types
+class StepLoader(Protocol):
+    """Gives the batch of any step."""
+
+    def batch(self, step: int) -> Batch:
+        """This rank's rows of the global batch of `step`, counted from 0."""
+
+
+def read_ahead(
+    loader: StepLoader, start_step: int = 0, *, num_workers: int = 1
+) -> Generator[Batch, None, None]:
+    """`batch(start_step)`, `batch(start_step + 1)` ..., made by threads before they are needed.
+
+    The batches and their order do not depend on the number of threads. Closing the generator ends
+    the threads.
+
+    Args:
+        loader: Where the batches are from.
+        start_step: The first step.
+        num_workers: Threads, each two batches ahead; 0 makes each batch when it is asked for.
+    """
+    if not num_workers:
+        yield from map(loader.batch, itertools.count(start_step))
+    executor = ThreadPoolExecutor(max_workers=num_workers, thread_name_prefix="token-loader")
+    pending: deque[Future[Batch]] = deque()
+    try:
+        for step in itertools.count(start_step):
+            pending.append(executor.submit(loader.batch, step))
+            if len(pending) > 2 * num_workers:
+                yield pending.popleft().result()
+    finally:
+        executor.shutdown(cancel_futures=True)
 
 
 def _check_arguments(split: str, seq_len: int, batch_size: int, rank: int, world_size: int) -> None:

@@ -141,6 +141,11 @@ class Products(SeededPuzzle):
             products[:, place] = self.compose[products[:, place - 1], tokens[:, place]]
         return products
 
+    def on_the_way(self, questions: Int[np.ndarray, "B T"]) -> dict[str, Int[np.ndarray, " B"]]:
+        """The products of the first factors."""
+        products = self.targets(questions).T
+        return {f"product of {n} factors": products[n - 1] for n in range(2, len(products))}
+
     def leak_baselines(self, size: int) -> dict[str, float]:
         """See ``Puzzle``; suffix_only sees all factors but the first.
 

@@ -26,7 +26,7 @@ from openmythos.folder import PUZZLE_FILE, write_json
 MIN_TO_HOLD_OUT = 1000  # examples of a size; of fewer, all are trained
 
 # One random stream per purpose, so that two uses of the same seed never share a draw.
-TABLE, HELD_OUT, TRAIN, EVAL, GUESS, CHOICE, POSITIONS = range(7)
+TABLE, HELD_OUT, TRAIN, EVAL, GUESS, CHOICE, POSITIONS, ALONE = range(8)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,6 +139,10 @@ class Puzzle(ABC):
             ValueError: The size is out of range.
         """
 
+    def on_the_way(self, questions: Int[np.ndarray, "B T"]) -> dict[str, Int[np.ndarray, " B"]]:
+        """The token of each result on the way to the answer, by what it is; none by default."""
+        return {}
+
     def possible(self, tokens: Int[np.ndarray, "B T"]) -> Bool[np.ndarray, " B"]:
         """Which examples have an answer; the others are drawn again."""
         return np.ones(len(tokens), dtype=bool)
@@ -219,6 +223,11 @@ class Puzzle(ABC):
         self.check(size, count)
         rows = np.arange(count, dtype=np.int64)
         return self._batch(rows, size, EVAL, seed, held_out=self.holds_out(size))
+
+    def in_words(self, size: int) -> str:
+        """Examples of a size in words: walks of 1 hop."""
+        word = self.size_word.removesuffix("s") if size == 1 else self.size_word
+        return f"{self.noun}s of {size} {word}"
 
     def check(self, size: int, count: int = 1) -> None:
         """Check that there are examples of this size.

@@ -22,11 +22,13 @@ from typing import Any
 from openmythos.data.file import (
     ALL_SUFFIXES,
     COMPRESSED_SUFFIXES,
+    PARQUET_ROWS,
     Document,
     LeftOut,
     cell,
     decode,
     file_kind,
+    missing_column,
     read_file,
 )
 from openmythos.data.index import FORMAT, INDEX_FILE
@@ -251,14 +253,19 @@ def _hugging_face_rows(
 ) -> Iterator[Document | LeftOut]:
     # No shuffle buffer here: `prepare` shuffles all documents.
     try:
-        rows = datasets.load_dataset(name, name=config or None, split="train", streaming=True)
+        builder = datasets.load_dataset_builder(name, name=config or None)
+        rows = builder.as_streaming_dataset("train")
+        if rows.features is not None and column not in rows.features:
+            yield LeftOut(missing_column(source, column, rows.features))
+            return
+        if hasattr(builder.config, "columns"):  # Parquet: no other column, and not by row groups
+            builder.config.columns, builder.config.batch_size = [column], PARQUET_ROWS
+            rows = builder.as_streaming_dataset("train")
         for number, row in enumerate(rows):
             try:
                 yield Document(f"{source}:{number}", cell(row, column, source))
             except ValueError as error:
                 yield LeftOut(str(error))
-    except ValueError:
-        raise
     except (
         Exception
     ) as error:  # network, hub and format errors have no common class across versions

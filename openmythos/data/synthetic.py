@@ -28,12 +28,22 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from jaxtyping import Int, UInt64
+from jaxtyping import Bool, Int, UInt64
 
 from openmythos.config.schema import as_seed, to_dict
-from openmythos.data.hashing import mix, permutation
+from openmythos.data.hashing import mix, permutation, threshold
 from openmythos.data.packing import IGNORED_TARGET, Batch
-from openmythos.data.puzzle import CHOICE, GUESS, POSITIONS, TABLE, Puzzle, below, draw, last_only
+from openmythos.data.puzzle import (
+    ALONE,
+    CHOICE,
+    GUESS,
+    POSITIONS,
+    TABLE,
+    Puzzle,
+    below,
+    draw,
+    last_only,
+)
 
 _MAX_ENUMERATED_WORDS = 4096
 
@@ -47,6 +57,9 @@ class HopsConfig:
         num_relations: Relations R.
         max_train_hops: Most hops in training.
         held_out_fraction: Fraction of the walks of each hop count that training never samples.
+        held_out_facts: Fraction of the facts (where a relation leads from an entity) that training
+            shows alone only, as walks of one hop. Longer walks over such facts only are held out;
+            those over facts of both kinds do not occur.
         permutations: Whether relations are permutations; False: random functions, which leak.
         shifts: Whether each relation adds a number of its own to the entity's, modulo E: walks
             are then sums of several numbers.
@@ -63,6 +76,7 @@ class HopsConfig:
     num_relations: int = 4
     max_train_hops: int = 8
     held_out_fraction: float = 0.1
+    held_out_facts: float = 0.0
     permutations: bool = True
     shifts: bool = False
     written_out: bool = False
@@ -90,11 +104,10 @@ class HopsConfig:
                 f"position_range is {self.position_range}; walks of {self.max_train_hops} hops "
                 f"need at least {self.max_train_hops + 1}"
             )
-        if not 0.0 <= self.held_out_fraction <= 0.5:
-            raise ValueError(
-                f"held_out_fraction is {self.held_out_fraction}; it must be 0 to 0.5, training "
-                "needs the rest"
-            )
+        for name in ("held_out_fraction", "held_out_facts"):
+            share = getattr(self, name)
+            if not 0.0 <= share <= 0.5:
+                raise ValueError(f"{name} is {share}; it must be 0 to 0.5, training needs the rest")
 
 
 class Walks(Puzzle):
@@ -105,6 +118,7 @@ class Walks(Puzzle):
     Attributes:
         config: The settings.
         relations: The entity that each relation leads to from each entity.
+        alone: Which of these facts training shows alone only.
     """
 
     kind, noun, size_word = "hops", "walk", "hops"
@@ -130,6 +144,8 @@ class Walks(Puzzle):
         else:
             draws = draw(np.arange(shape[0] * shape[1]), config.seed, TABLE).reshape(shape)
             self.relations = below(draws, config.num_entities)
+        facts = draw(np.arange(shape[0] * shape[1]), config.seed, ALONE).reshape(shape)
+        self.alone: Bool[np.ndarray, "R E"] = facts < threshold(config.held_out_facts)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -189,6 +205,26 @@ class Walks(Puzzle):
         """See ``Puzzle``."""
         return size > 1 and super().holds_out(size)
 
+    def is_held_out(self, questions: Int[np.ndarray, "B T"], size: int) -> Bool[np.ndarray, " B"]:
+        """See ``Puzzle``."""
+        held_out = super().is_held_out(questions, size)
+        if size > 1 and self.alone.any():
+            held_out |= self.num_alone(questions) == size
+        return held_out
+
+    def possible(self, tokens: Int[np.ndarray, "B T"]) -> Bool[np.ndarray, " B"]:
+        """Walks over facts of one kind."""
+        walks = self._walks(tokens)
+        hops = walks.shape[1] - 1
+        if hops < 2 or not self.alone.any():
+            return super().possible(tokens)
+        return np.isin(self.num_alone(walks), (0, hops))
+
+    def num_alone(self, walks: Int[np.ndarray, "B T"]) -> Int[np.ndarray, " B"]:
+        """How many of a walk's facts training shows alone only."""
+        passed = self.entities_along(walks)[:, :-1]
+        return self.alone[walks[:, 1:] - self.config.num_entities, passed].sum(axis=1)
+
     def num_draws(self, size: int) -> int:
         """See ``Puzzle``."""
         return size + 1
@@ -218,6 +254,11 @@ class Walks(Puzzle):
             relation = walks[:, hop] - self.config.num_entities
             reached[:, hop] = self.relations[relation, reached[:, hop - 1]]
         return reached
+
+    def on_the_way(self, questions: Int[np.ndarray, "B T"]) -> dict[str, Int[np.ndarray, " B"]]:
+        """The entities that a walk passes."""
+        along = self.entities_along(questions).T
+        return {f"entity after hop {hop}": along[hop] for hop in range(1, len(along) - 1)}
 
     def positions(self, walks: Int[np.ndarray, "B T"]) -> Int[np.ndarray, "B T"]:
         """The positions of the tokens of walks that are not written out, a function of the walk.

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from openmythos.analysis.trace import trace_loops
 from openmythos.config import presets
+from openmythos.data.loader import TokenLoader
 from openmythos.data.packing import on_device
 from openmythos.demo.result import TextResult
 from openmythos.eval.score import with_error
@@ -54,7 +55,9 @@ def act_text(console: Console, out: Path, config: RunConfig, device: str) -> Tex
         raise KeyboardInterrupt
     if not isinstance(run.task, TextTask) or run.task.validation is None:
         raise TypeError("act 1 trains on text of which some is held out")
-    validation = run.task.validation
+    training, validation = run.task.train, run.task.validation
+    if not isinstance(training, TokenLoader):
+        raise TypeError("act 1 trains on text of one source")
     held_out = {}
     for loops in TEXT_LOOPS:
         with console.status(Text(f"held-out text at {loops} loops")):
@@ -76,7 +79,7 @@ def act_text(console: Console, out: Path, config: RunConfig, device: str) -> Tex
     sampling = train_config.depth.sampling
     depth, drawn = sampling.mean_recurrence, [row["num_loops"] for row in rows]
     with console.status("other compressors on the same text"):
-        others = marks(run.task.train.text(), validation.text())
+        others = marks(training.text(), validation.text())
     found = TextResult(
         train_curve=[(row["seconds"], row["bits_per_byte"]) for row in rows],
         held_out=held_out,

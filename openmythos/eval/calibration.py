@@ -20,7 +20,7 @@ from torch import Tensor
 from openmythos.config.schema import require
 from openmythos.data.loader import TokenLoader
 from openmythos.data.packing import IGNORED_TARGET
-from openmythos.data.synthetic import Walks
+from openmythos.data.puzzle import Puzzle
 from openmythos.engine.engine import Engine
 from openmythos.engine.request import Request
 from openmythos.eval.score import Outcomes, Score, differences, summarise
@@ -53,23 +53,27 @@ class Text:
     Attributes:
         tokens: At least two, or one and an answer.
         num_bytes: Of all tokens but the first, which are scored; 0 if there is an answer.
-        answer: The token that should follow.
+        answer: The tokens that should follow, if it is a question.
     """
 
     tokens: tuple[int, ...]
     num_bytes: int = 0
-    answer: int | None = None
+    answer: tuple[int, ...] = ()
+
+    @property
+    def read(self) -> tuple[int, ...]:
+        """All tokens that are read if the answer is right."""
+        return self.tokens + self.answer[:-1]
 
     def request(self, setting: "Setting") -> Request:
         """Reads it with this setting."""
-        asked = self.answer is not None
         return Request(
             tokens=self.tokens[:1],
             forced_tokens=self.tokens[1:],
-            max_new_tokens=len(self.tokens) - 1 + asked,
+            max_new_tokens=len(self.tokens) - 1 + len(self.answer),
             num_loops=setting.num_loops,
             exit_rule=setting.exit_rule,
-            logprobs=None if asked else 0,
+            logprobs=None if self.answer else 0,
         )
 
 
@@ -102,17 +106,15 @@ def windows_of(texts: Iterable[str], tokenizer: Tokenizer, length: int) -> Itera
                 yield Text(tuple(window), num_bytes)
 
 
-def walks_to_read(walks: Walks, most_hops: int, num_walks: int, seed: int = 1) -> list[Text]:
-    """Held-out walks, as many of each number of hops."""
-    each = -(-num_walks // most_hops)
+def questions_of(puzzle: Puzzle, sizes: range, num_tokens: int, seed: int = 1) -> list[Text]:
+    """Held-out questions of about so many tokens, as many of each size."""
+    mean_length = sum(map(puzzle.num_tokens, sizes)) // len(sizes)
+    each = -(-max(1, num_tokens // mean_length) // len(sizes))
     found = []
-    for hops in range(1, most_hops + 1):
-        batch = walks.held_out_batch(hops, each, seed)
-        answers = batch.targets[:, -1].tolist()
-        found += [
-            Text(tuple(walk), answer=answer)
-            for walk, answer in zip(batch.tokens.tolist(), answers, strict=True)
-        ]
+    for size in sizes:
+        batch, asked = puzzle.held_out_batch(size, each, seed), puzzle.question_len(size)
+        rows = zip(batch.tokens[:, :asked].tolist(), batch.targets.tolist(), strict=True)
+        found += [Text(tuple(row), answer=tuple(right[asked - 1 :])) for row, right in rows]
     return found
 
 
@@ -175,7 +177,7 @@ def observe(model: RecurrentDepthLM, texts: Sequence[Text], num_loops: int) -> O
     parts: list[Observed] = []
     with inference(model):
         for text in texts:
-            tokens = torch.tensor([text.tokens], device=model.embed.weight.device)
+            tokens = torch.tensor([text.read], device=model.embed.weight.device)
             ctx = model.context(tokens)
             begun = start_loops(model, model.encode(tokens, ctx), ctx, [num_loops])
             h, logits, mass = [], [], []
@@ -185,7 +187,7 @@ def observe(model: RecurrentDepthLM, texts: Sequence[Text], num_loops: int) -> O
                 if state.halted is not None:
                     mass.append(state.halted.tracker.mass[0])
             parts.append(Observed(begun.h[0], h, logits, mass or None))
-            room -= len(text.tokens)
+            room -= len(text.read)
             if room <= 0:
                 break
     masses = [part.mass for part in parts if part.mass is not None]
@@ -323,20 +325,23 @@ def read(
     """
     numbers = [engine.add(text.request(setting)) for text in texts]
     place = {number: index for index, number in enumerate(numbers)}
-    sums, num_tokens, num_loops, start = [0.0] * len(texts), 0, 0, clock()
+    new: list[list[int]] = [[] for _ in texts]
+    bits, num_tokens, num_loops, start = [0.0] * len(texts), 0, 0, clock()
     while not engine.is_idle:
         for event in engine.step():
             if event.token is None:
                 raise ValueError(f"{setting} cannot be measured: {event.error}")
-            text = texts[place[event.id]]
             num_tokens, num_loops = num_tokens + 1, num_loops + event.num_loops
+            new[place[event.id]].append(event.token)
             if event.logprobs is not None:
-                sums[place[event.id]] -= event.logprobs.chosen / math.log(2)
-            elif event.finish_reason is not None:
-                sums[place[event.id]] = float(event.token == text.answer)
+                bits[place[event.id]] -= event.logprobs.chosen / math.log(2)
     seconds = clock() - start
-    weights = [1.0 if text.answer is not None else float(text.num_bytes) for text in texts]
-    outcomes = list(zip(sums, weights, strict=True))
+    outcomes = [
+        (float(tuple(own[-len(text.answer) :]) == text.answer), 1.0)
+        if text.answer
+        else (each, float(text.num_bytes))
+        for text, own, each in zip(texts, new, bits, strict=True)
+    ]
     return Point(setting, outcomes, num_tokens, num_loops, (num_tokens / seconds,))
 
 
@@ -437,7 +442,7 @@ def shallowest(
     found: dict[int, Outcomes] = {depth: [] for depth in depths}
     with inference(model):
         for text in texts:
-            tokens = torch.tensor([text.tokens], device=model.embed.weight.device)
+            tokens = torch.tensor([text.read], device=model.embed.weight.device)
             ctx = model.context(tokens)
             begun = start_loops(model, model.encode(tokens, ctx), ctx, [max(depths)])
             for loop, state in enumerate(unroll(model, begun, ctx), start=1):
@@ -448,8 +453,8 @@ def shallowest(
 
 
 def _outcome(text: Text, logits: Float[Tensor, "T V"]) -> tuple[float, float]:
-    if text.answer is not None:
-        return float(int(logits[-1].argmax()) == text.answer), 1.0
+    if text.answer:
+        return float(tuple(logits[-len(text.answer) :].argmax(-1).tolist()) == text.answer), 1.0
     targets = torch.tensor(text.tokens[1:])
     logprobs = logits[:-1].cpu().double().log_softmax(dim=-1).gather(1, targets[:, None])
     return -float(logprobs.sum()) / math.log(2), float(text.num_bytes)

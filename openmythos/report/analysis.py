@@ -159,12 +159,14 @@ def _map_pair(reading: ReadingMap, name: str) -> str:
 
 def short_columns(columns: Sequence[str]) -> tuple[list[str], str]:
     """The columns' names without the word that they share, and a label that says it."""
-    words = [name.split(" ") for name in columns]
-    shared = {word[0] for word in words if len(word) > 1}
-    if len(shared) == 1:
-        (word,) = shared
-        return [name.removeprefix(f"{word} ") for name in columns], f"the start, then each {word}"
-    return [*columns], "tokens before the last one"
+    words = {name.split(" ")[0] for name in columns if " " in name}
+    if len(words) == 1:
+        (word,) = words
+        before = [f"the {name}, then " for name in columns if " " not in name]
+        short = [name.removeprefix(f"{word} ") for name in columns]
+        return short, f"{''.join(before)}each {word}"
+    of_text = columns[0][0].isdigit()  # distances
+    return [*columns], "tokens before the last one" if of_text else "each word before the last one"
 
 
 def _strongest(row: Sequence[float | None], columns: Sequence[str]) -> str:

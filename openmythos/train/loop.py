@@ -4,6 +4,7 @@ import contextlib
 import math
 import signal
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
@@ -32,11 +33,19 @@ class TrainingStopped(RuntimeError):
 
 @dataclass(frozen=True)
 class TrainResult:
-    """How a run ended: steps and seconds done, and whether it was interrupted (Ctrl-C)."""
+    """How a run ended: steps and seconds done, and the signal that stopped it before its end.
+
+    ``signal`` is 0 at the run's end; Ctrl-C sends SIGINT, schedulers and launchers SIGTERM.
+    """
 
     step: int
     seconds: float
-    interrupted: bool
+    signal: int = 0
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether the run was stopped before its end."""
+        return self.signal != 0
 
 
 def train(
@@ -95,14 +104,22 @@ def train(
             # would push out an older, better one.
             evaluates = _evaluates(config, step, done)
             by_steps = config.save_every and step % config.save_every == 0
-            if done == 1 or stop.requested or ((evaluates or by_steps) and not guard.bad_steps):
-                run.save(model, optimizers, task, state)
-                saved = step
-            if evaluates:
+            is_last = done == 1 or stop.requested
+            if is_last or ((evaluates or by_steps) and not guard.bad_steps):
+                try:
+                    recorder.flush()  # a run that goes on from here finds its rows
+                    run.save(model, optimizers, task, state)
+                    saved = step
+                except OSError as error:
+                    if is_last:
+                        raise
+                    warnings.warn(f"{error}; training goes on", stacklevel=2)
+            if evaluates and (done == 1 or not stop.requested):  # else the next start does it
                 recorder.validation(step, seconds, task.evaluate(model, config))
+        recorder.flush()
         if state.step > saved:
             run.save(model, optimizers, task, state)
-    return TrainResult(state.step, state.seconds, interrupted=done < 1)
+    return TrainResult(state.step, state.seconds, stop.signal if done < 1 else 0)
 
 
 def _evaluates(config: TrainConfig, step: int, done: float) -> bool:
@@ -236,18 +253,25 @@ class DivergenceGuard:
 
 @dataclass
 class _Stop:
-    requested: bool = False
+    signal: int = 0
+
+    @property
+    def requested(self) -> bool:
+        return self.signal != 0
 
 
 @contextlib.contextmanager
 def _interruptible(recorder: Recorder) -> Iterator[_Stop]:
-    """Ctrl-C and SIGTERM request that the loop saves and ends; a second Ctrl-C ends at once."""
+    """Ctrl-C and SIGTERM request that the loop saves and ends; a second Ctrl-C ends at once.
+
+    A second SIGTERM does not: a scheduler and the launcher under it each send one.
+    """
     stop = _Stop()
 
     def request(signum: int, frame: object) -> None:
-        if stop.requested:
+        if stop.requested and signum == signal.SIGINT:
             raise KeyboardInterrupt
-        stop.requested = True
+        stop.signal = stop.signal or signum
         recorder.note("saving after this step; Ctrl-C again stops at once")
 
     kept = {}

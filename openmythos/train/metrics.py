@@ -8,21 +8,30 @@ import contextlib
 import importlib.util
 import json
 import math
+import warnings
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-from openmythos.folder import write_whole, writing
+from openmythos.folder import append, write_whole
 from openmythos.train.display import TrainDisplay
+from openmythos.train.tracking import Tracker, scalars
 from openmythos.train.validation import Row
 
 
 class Recorder:
-    """Appends rows to ``metrics.jsonl``, shows them, and logs to TensorBoard if it is installed."""
+    """Appends rows to ``metrics.jsonl``, shows them, and logs to TensorBoard if it is installed.
 
-    def __init__(self, folder: Path, display: TrainDisplay | None = None) -> None:
+    They are sent to the tracker, too, if there is one.
+    """
+
+    def __init__(
+        self, folder: Path, display: TrainDisplay | None = None, *, tracker: Tracker | None = None
+    ) -> None:
         self.folder, self.path, self.display = folder, folder / "metrics.jsonl", display
+        self.tracker = tracker
         self.board: Any = None
+        self.unwritten: list[str] = []  # lines that a full disk refused
 
     def start(self, step: int, validation: Collection[int] = ()) -> bool:
         """Continue after ``step``: later rows, which a killed run logged, are dropped.
@@ -46,8 +55,20 @@ class Recorder:
             self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=step + 1)
         return complete
 
+    def flush(self) -> None:
+        """Write the rows that a full disk refused; every later row tries that, too.
+
+        Raises:
+            OSError: They still cannot be written.
+        """
+        if self.unwritten:
+            append(self.path, "".join(self.unwritten))
+            self.unwritten.clear()
+
     def close(self) -> None:
-        """Close TensorBoard's writer, which flushes it."""
+        """Close TensorBoard's writer, which flushes it, and the tracker."""
+        if self.tracker is not None:
+            self.tracker.close()
         if self.board is not None:
             self.board.close()
             self.board = None
@@ -74,16 +95,19 @@ class Recorder:
             self.display.validation(rows)
 
     def _write(self, rows: list[dict[str, Any]]) -> None:
-        lines = [json.dumps(_finite(row), allow_nan=False) + "\n" for row in rows]
-        with writing(self.path), self.path.open("a", encoding="utf-8") as file:
-            file.write("".join(lines))
-        if self.board is None:
-            return
+        is_first = not self.unwritten
+        self.unwritten += [json.dumps(_finite(row), allow_nan=False) + "\n" for row in rows]
+        try:
+            self.flush()
+        except OSError as error:
+            if is_first:
+                warnings.warn(f"{error}; its rows are kept until there is room", stacklevel=3)
         for row in rows:
-            suffix = f"/loops_{row['num_loops']}" if row["kind"] == "validation" else ""
-            for name, value in row.items():
-                if isinstance(value, float):
-                    self.board.add_scalar(f"{row['kind']}/{name}{suffix}", value, row["step"])
+            if self.tracker is not None:
+                self.tracker.add(row)
+            if self.board is not None:
+                for name, value in scalars(row):
+                    self.board.add_scalar(name, value, row["step"])
 
 
 def _finite(row: dict[str, Any]) -> dict[str, Any]:

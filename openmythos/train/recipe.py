@@ -6,7 +6,9 @@ from typing import ClassVar, Literal
 from openmythos.config import ModelConfig
 from openmythos.config.parallel import ParallelConfig
 from openmythos.config.schema import as_seed, require, require_literals, require_positive
+from openmythos.data.mixture import rows_per_cycle
 from openmythos.data.puzzle_table import SeededConfig
+from openmythos.data.source import STANDARD_INPUT
 from openmythos.train.depth_schedule import ClippedPoissonDepth, DepthSchedule
 from openmythos.train.objective import FinalLoopObjective, ObjectiveConfig, PerLoopObjective
 from openmythos.train.optim import OptimizerConfig
@@ -42,6 +44,7 @@ class TrainConfig:
         eval_batches: Batches of held-out text in an evaluation.
         save_every: Steps between two checkpoints; 0: not by number of steps.
         keep_checkpoints: Newest checkpoints that are kept.
+        track: Where the rows of metrics.jsonl are sent as well.
         parallel: How the run is laid out over processes.
     """
 
@@ -66,6 +69,7 @@ class TrainConfig:
     eval_batches: int = 16
     save_every: int = 200
     keep_checkpoints: int = 2
+    track: Literal["none", "trackio", "wandb"] = "none"
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def __post_init__(self) -> None:
@@ -107,11 +111,12 @@ FREE_FIELDS = frozenset(
     f"train.{name}"
     for name in (
         *("max_steps", "max_seconds", "grad_accumulation", "compile", "log_every", "save_every"),
-        *("keep_checkpoints", "eval_every", "eval_loops", "eval_batches", "recompute"),
+        *("keep_checkpoints", "eval_every", "eval_loops", "eval_batches", "recompute", "track"),
         *(f"parallel.{name}" for name in ("dp_replicate", "dp_shard", "ep", "tp", "core_gather")),
     )
 )
-PATH_FIELDS = ("data.source", "train.init_from")  # compared as the places that they lead to
+# Compared as the places that they lead to.
+PATH_FIELDS = ("data.source", "data.sources.source", "train.init_from")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,6 +150,73 @@ class TextData:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MixtureSource:
+    """One of the sources of a mixture.
+
+    Attributes:
+        source: What `openmythos prepare` accepts as its source, or a folder that it prepared.
+        weight: Its share of the rows; at most four decimals.
+        column: Text column of tables.
+    """
+
+    source: str
+    weight: float
+    column: str = "text"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixtureData:
+    """Packed text of several sources, each with its share of the rows.
+
+    Attributes:
+        sources: Each ``{"source": ..., "weight": ..., "column": ...}``; the weights sum to 1.
+        seq_len: Tokens of a row.
+        val_fraction: Share of the documents of each source that is held out.
+        skip_bad: Whether files and rows that cannot be read are left out; otherwise they are
+            errors.
+    """
+
+    kind: ClassVar[str] = "mixture"
+    sources: tuple[MixtureSource, ...]
+    seq_len: int = TextData.seq_len
+    val_fraction: float = TextData.val_fraction
+    skip_bad: bool = False
+
+    @property
+    def in_words(self) -> str:
+        """What a run trains on."""
+        return " and ".join(f"{part.source} ({part.weight:.2%})" for part in self.sources)
+
+    @property
+    def parts(self) -> list[TextData]:
+        """Each source as the only one."""
+        return [
+            TextData(
+                source=part.source,
+                column=part.column,
+                seq_len=self.seq_len,
+                val_fraction=self.val_fraction,
+                skip_bad=self.skip_bad,
+            )
+            for part in self.sources
+        ]
+
+    def __post_init__(self) -> None:
+        require_positive(self, "seq_len")
+        require(0 <= self.val_fraction < 1, "data.val_fraction", self.val_fraction, "in [0, 1)")
+        rows_per_cycle([part.weight for part in self.sources])
+        names = [part.source for part in self.sources]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        require(not twice, "data.sources", twice, "sources that are all different")
+        require(
+            STANDARD_INPUT not in names,
+            "data.sources",
+            STANDARD_INPUT,
+            "files, folders or datasets: standard input can be read once only; prepare it first",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class HopsData:
     """Walks over a graph of permutations; stage k of the curriculum trains up to k hops.
 
@@ -152,6 +224,7 @@ class HopsData:
         num_entities: Nodes of the graph.
         num_relations: Permutations of the nodes.
         max_train_hops: Longest walks of the training, in hops.
+        held_out_facts: Fraction of the facts that are trained alone only, in no longer walk.
         check_loops: Loops at which the curriculum measures whether a stage is learnt.
         shifts: Whether each relation adds a number to the entity's, modulo the number of entities.
         written_out: Whether the entities that a walk passes are written after it, and all of them
@@ -166,6 +239,7 @@ class HopsData:
     num_entities: int = 16
     num_relations: int = 4
     max_train_hops: int = 8
+    held_out_facts: float = 0.0
     check_loops: int = 8
     shifts: bool = False
     written_out: bool = False
@@ -207,11 +281,12 @@ class RunConfig:
 
     model: ModelConfig
     train: TrainConfig
-    data: TextData | HopsData | SeededConfig
+    data: TextData | MixtureData | HopsData | SeededConfig
 
     def __post_init__(self) -> None:
         data, most = self.data, self.model.max_seq_len
-        name = "data.seq_len" if isinstance(data, TextData) else "the longest example, in tokens,"
+        is_text = isinstance(data, TextData | MixtureData)
+        name = "data.seq_len" if is_text else "the longest example, in tokens,"
         require(data.seq_len <= most, name, data.seq_len, f"at most model.max_seq_len={most}")
         if isinstance(data, HopsData) and data.position_range is not None:
             allowed = f"at most model.max_seq_len={most}"

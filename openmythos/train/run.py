@@ -15,7 +15,8 @@ from openmythos.config.counts import training_bytes
 from openmythos.config.schema import apply_overrides, from_dict, to_dict
 from openmythos.data.index import INDEX_FILE, read_index
 from openmythos.data.loader import TokenLoader
-from openmythos.data.prepare import prepare
+from openmythos.data.mixture import MixtureLoader, tokenizer_texts
+from openmythos.data.prepare import MAX_BPE_TRAINING_BYTES, prepare
 from openmythos.data.puzzle_table import CONFIGS, SeededConfig, make_puzzle
 from openmythos.data.synthetic import Curriculum, HopsConfig, Walks
 from openmythos.folder import in_a_sentence, locked
@@ -23,14 +24,16 @@ from openmythos.interop.hub import local_folder
 from openmythos.interop.loading import load_config, load_pretrained
 from openmythos.model.recurrent import RecurrentDepthLM
 from openmythos.plan.memory import require_memory
-from openmythos.tokenizer import Tokenizer
+from openmythos.tokenizer import Tokenizer, train_bpe
 from openmythos.train import loop
 from openmythos.train.display import TrainDisplay
 from openmythos.train.loop import TrainResult
 from openmythos.train.metrics import Recorder
-from openmythos.train.recipe import HopsData, RunConfig, TextData, TrainConfig
+from openmythos.train.parallel import Ranks
+from openmythos.train.recipe import HopsData, MixtureData, RunConfig, TextData, TrainConfig
 from openmythos.train.run_folder import RunFolder, refuse_foreign
-from openmythos.train.task import PuzzleTask, Task, TextTask
+from openmythos.train.task import MixtureTask, PuzzleTask, Task, TextTask
+from openmythos.train.tracking import Tracker
 
 DEFAULT_PRESET, DEFAULT_DATA = "tiny", "python-docs"
 PUZZLE_DATA: Mapping[str, Callable[[], HopsData | SeededConfig]] = {"hops": HopsData, **CONFIGS}
@@ -67,14 +70,16 @@ class Run:
         """
         if display is not None:
             display.max_steps = self.config.train.max_steps
-        recorder = Recorder(self.folder.path, display)
-        with locked(self.folder.path):
+        library, folder = self.config.train.track, self.folder.path
+        tracker = None if library == "none" else Tracker(library, folder, to_dict(self.config))
+        recorder = Recorder(folder, display, tracker=tracker)
+        with locked(folder):
             return loop.train(self.model, self.task, self.config.train, self.folder, recorder)
 
 
 def resolve(
     preset: str | None,
-    data: str | None,
+    data: str | MixtureData | None,
     config: Path | None,
     overrides: list[str],
     init_from: Path | None = None,
@@ -109,11 +114,19 @@ def resolve(
         else:
             model = load_config(init_from)
         seq_len = min(TextData.seq_len, model.max_seq_len)
-        puzzle = PUZZLE_DATA.get(data or DEFAULT_DATA)
-        text = TextData(source=data or DEFAULT_DATA, seq_len=seq_len)
-        source = text if puzzle is None else puzzle()
-        base = RunConfig(model=model, train=settings, data=source)
+        base = RunConfig(model=model, train=settings, data=_data_of(data, seq_len))
     return apply_overrides(base, overrides)
+
+
+def _data_of(
+    data: str | MixtureData | None, seq_len: int
+) -> TextData | MixtureData | HopsData | SeededConfig:
+    """What an option names: a mixture, a puzzle, or a source of text."""
+    if isinstance(data, MixtureData):
+        return replace(data, seq_len=seq_len)
+    if (puzzle := PUZZLE_DATA.get(data or DEFAULT_DATA)) is not None:
+        return puzzle()
+    return TextData(source=data or DEFAULT_DATA, seq_len=seq_len)
 
 
 def set_up(config: RunConfig, out: Path, device: str = "cpu") -> Run:
@@ -144,8 +157,8 @@ def _set_up(config: RunConfig, out: Path, device: str) -> Run:
     task: Task
     # Checked before the data is prepared, so that another run's data is not replaced.
     changed = RunFolder(out).changes(to_dict(config), ignore=("model.vocab_size",))
-    if isinstance(config.data, TextData):
-        task = text_task(config.data, config, out)
+    if isinstance(config.data, TextData | MixtureData):
+        task = text_task(config.data, config, out, Ranks.alone(device))
         tokenizer = task.train.tokenizer
         vocab_size = tokenizer.vocab_size
     else:
@@ -173,11 +186,18 @@ def _set_up(config: RunConfig, out: Path, device: str) -> Run:
 def _with_full_paths(config: RunConfig) -> RunConfig:
     """The same with absolute paths, which mean the same from every working directory."""
     data, start = config.data, config.train.init_from
-    if isinstance(data, TextData) and Path(data.source).exists():
-        data = replace(data, source=os.path.realpath(data.source))
-    if start is not None and Path(start).exists():
-        start = os.path.realpath(start)
+    if isinstance(data, TextData):
+        data = replace(data, source=_full_path(data.source))
+    if isinstance(data, MixtureData):
+        full = (replace(part, source=_full_path(part.source)) for part in data.sources)
+        data = replace(data, sources=tuple(full))
+    start = None if start is None else _full_path(start)
     return replace(config, data=data, train=replace(config.train, init_from=start))
+
+
+def _full_path(name: str) -> str:
+    """The absolute path, if the name is one of a file or folder."""
+    return os.path.realpath(name) if Path(name).exists() else name
 
 
 def _changes_in_words(
@@ -227,59 +247,117 @@ def initial_model(
     return fill_model(model, weights.items(), folder, torch.float32, device)
 
 
-def text_task(data: TextData, config: RunConfig, out: Path) -> TextTask:
-    """Loaders over the run's own data in ``out/data``, which is made if the run has no checkpoint.
+def text_task(data: TextData | MixtureData, config: RunConfig, out: Path, ranks: Ranks) -> TextTask:
+    """Loaders over the run's own data in ``out/data``, which the first rank makes.
 
     The shards' SHA-256 are checked before the first step, at about 1 GB/s.
     """
-    folder = own_data(data, config, out)
-    loaders = {
+    own, parts = [out / "data"], [data] if isinstance(data, TextData) else data.parts
+    if isinstance(data, MixtureData):
+        own = [out / "data" / str(number) for number in range(len(parts))]
+    if ranks.first and RunFolder(out).last_checkpoint() is None:
+        tokenizer = _tokenizer(data, config)
+        for part, folder in zip(parts, own, strict=True):
+            make_own_data(part, folder, tokenizer, config.model.vocab_size)
+    ranks.wait()
+    folders = [_own_data(part, folder, out) for part, folder in zip(parts, own, strict=True)]
+    each = [_loaders(folder, config, ranks) for folder in folders]
+    if isinstance(data, TextData):
+        return TextTask(each[0]["train"], each[0].get("val"))
+    weights = [part.weight for part in data.sources]
+    held_out = [
+        (part.source, part.weight, loaders["val"])
+        for part, loaders in zip(data.sources, each, strict=True)
+        if "val" in loaders
+    ]
+    return MixtureTask(MixtureLoader([of["train"] for of in each], weights), held_out)
+
+
+def _loaders(folder: Path, config: RunConfig, ranks: Ranks) -> dict[str, TokenLoader]:
+    """A loader for each split of a prepared folder that has one."""
+    return {
         split: TokenLoader(
             folder,
             split,
-            seq_len=data.seq_len,
+            seq_len=config.data.seq_len,
             batch_size=config.train.batch_size,
             seed=config.train.seed,
+            rank=ranks.row_rank,
+            world_size=ranks.num_row_ranks,
         )
         for split, content in read_index(folder).splits.items()
         if split == "train" or content.num_documents
     }
-    return TextTask(loaders["train"], loaders.get("val"))
 
 
-def own_data(data: TextData, config: RunConfig, out: Path) -> Path:
-    """The folder of prepared data that a run reads.
+def _tokenizer(data: TextData | MixtureData, config: RunConfig) -> Tokenizer | None:
+    """What a run's data is prepared with; None: it is prepared, or one source trains its own.
 
-    That is ``out/data``: hard links to a source that is prepared already, or else made from the
-    source. Where links are impossible, prepared data is read at its source.
+    That is the tokenizer of the checkpoint that the run starts from; else, of a mixture, that of a
+    source which is prepared already; else one that is trained on the beginnings of the sources,
+    each by its weight.
+    """
+    sources = [data.source] if isinstance(data, TextData) else [p.source for p in data.sources]
+    prepared = [source for source in sources if _is_prepared(source)]
+    if prepared == sources:
+        return None
+    if config.train.init_from is not None:
+        return Tokenizer.load(local_folder(config.train.init_from))
+    if isinstance(data, TextData):
+        return None
+    if prepared:
+        return read_index(prepared[0]).load_tokenizer()
+    texts = tokenizer_texts(
+        [(part.source, part.column) for part in data.sources],
+        [part.weight for part in data.sources],
+        val_fraction=data.val_fraction,
+        seed=0,
+        max_bytes=MAX_BPE_TRAINING_BYTES,
+    )
+    return train_bpe(texts, config.model.vocab_size)
+
+
+def _is_prepared(source: str) -> bool:
+    return (Path(source) / INDEX_FILE).is_file()
+
+
+def make_own_data(data: TextData, own: Path, tokenizer: Tokenizer | None, vocab_size: int) -> None:
+    """Fill ``own`` with a source's tokens: hard links if it is prepared already.
+
+    Where links are impossible, nothing is written: prepared data is then read at its source.
 
     Raises:
-        ValueError: The source cannot be used, or the run has a checkpoint and no data any more.
+        ValueError: The source cannot be used.
     """
-    source, own = Path(data.source), out / "data"
-    is_prepared = (source / INDEX_FILE).is_file()
-    if RunFolder(out).last_checkpoint() is not None:
-        if (own / INDEX_FILE).is_file():
-            return own
-        if is_prepared:  # there were no links, or an older version began the run
-            return source
-        raise ValueError(
-            f"{own} is missing, and a run goes on with its own data only; restore it, or choose "
-            f"another --out (--from {out} starts from this run's weights)"
-        )
-    if is_prepared:
-        return own if read_index(source).link(own) else source
-    start = config.train.init_from
+    if _is_prepared(data.source):
+        own.parent.mkdir(parents=True, exist_ok=True)
+        read_index(data.source).link(own)
+        return
     prepare(
         data.source,
         own,
-        tokenizer=None if start is None else Tokenizer.load(local_folder(start)),
-        vocab_size=config.model.vocab_size,
+        tokenizer=tokenizer,
+        vocab_size=vocab_size,
         val_fraction=data.val_fraction,
         column=data.column,
         skip_bad=data.skip_bad,
     )
-    return own
+
+
+def _own_data(data: TextData, own: Path, out: Path) -> Path:
+    """The folder of prepared data that a run reads of a source; see ``make_own_data``.
+
+    Raises:
+        ValueError: The run has no data any more.
+    """
+    if _is_prepared(str(own)):
+        return own
+    if _is_prepared(data.source):  # there were no links
+        return Path(data.source)
+    raise ValueError(
+        f"{own} is missing, and a run goes on with its own data only; restore it, or choose "
+        f"another --out (--from {out} starts from this run's weights)"
+    )
 
 
 def puzzle_task(data: HopsData | SeededConfig, seed: int) -> PuzzleTask:
@@ -290,6 +368,7 @@ def puzzle_task(data: HopsData | SeededConfig, seed: int) -> PuzzleTask:
         num_entities=data.num_entities,
         num_relations=data.num_relations,
         max_train_hops=data.max_train_hops,
+        held_out_facts=data.held_out_facts,
         shifts=data.shifts,
         written_out=data.written_out,
         position_range=data.position_range,

@@ -6,21 +6,34 @@ Training state is stored as safetensors and JSON, never as a pickle.
 import contextlib
 import json
 import os
+import re
 import shutil
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
-from openmythos.checkpoint.load import NEEDED, load_weights, newest_checkpoint, run_checkpoints
-from openmythos.checkpoint.save import OWN_FILES, save_tensors, write_checkpoint
-from openmythos.checkpoint.weights import CONFIG_FILE
+from openmythos.checkpoint.load import (
+    NEEDED,
+    checkpoint_damage,
+    load_weights,
+    newest_checkpoint,
+    run_checkpoints,
+)
+from openmythos.checkpoint.parts import laid_out_like, own_box, rank_files
+from openmythos.checkpoint.save import (
+    OWN_FILES,
+    require_stored,
+    save_own_parts,
+    save_tensors,
+    save_weights,
+    write_config,
+)
+from openmythos.checkpoint.weights import COMPILED, CONFIG_FILE, WEIGHTS_STEM, StoredTensors
 from openmythos.config.schema import from_dict, to_dict
 from openmythos.folder import (
     PUZZLE_FILE,
@@ -36,6 +49,7 @@ from openmythos.folder import (
 )
 from openmythos.model.recurrent import RecurrentDepthLM
 from openmythos.tokenizer import Tokenizer
+from openmythos.train.parallel import Ranks
 from openmythos.train.recipe import FREE_FIELDS, PATH_FIELDS, RunConfig
 from openmythos.train.task import PuzzleTask, Task
 
@@ -83,10 +97,20 @@ class RunState:
 
 
 class RunFolder:
-    """``config.json``, ``metrics.jsonl``, ``checkpoints/step-...`` and ``samples/`` of one run."""
+    """``config.json``, ``metrics.jsonl``, ``checkpoints/step-...`` and ``samples/`` of one run.
 
-    def __init__(self, path: Path, keep: int = 2, tokenizer: Tokenizer | None = None) -> None:
+    Over ranks, all of them save and resume together; the folder must be the same for all.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        keep: int = 2,
+        tokenizer: Tokenizer | None = None,
+        ranks: Ranks | None = None,
+    ) -> None:
         self.path, self.keep, self.tokenizer = path, keep, tokenizer
+        self.ranks = Ranks.alone() if ranks is None else ranks
         self.config: dict[str, Any] | None = None
         (path / "checkpoints").mkdir(parents=True, exist_ok=True)
         (path / "samples").mkdir(exist_ok=True)
@@ -171,56 +195,102 @@ class RunFolder:
         task: Task,
         state: RunState,
     ) -> Path:
-        """Write a checkpoint atomically, then delete all but the newest ``keep``."""
-        target = self.path / "checkpoints" / f"step-{state.step:08d}"
-        tensors, plain = _pack_optimizers(optimizers)
-        record = {"state": asdict(state), "optimizers": plain, "task": task.state_dict()}
+        """Write a checkpoint atomically, then delete all but the newest ``keep``.
+
+        Over ranks, each of them writes what it holds of the model and of the optimisers.
+
+        Raises:
+            OSError: It cannot be written, by this rank or another; what was there before stays.
+        """
+        ranks, target = self.ranks, self.path / "checkpoints" / f"step-{state.step:08d}"
+        own = {*OWN_FILES, WALKS_FILE, PUZZLE_FILE, STATE_TENSORS, STATE_RECORD}
+        own |= {path.name for path in target.glob("*-rank-*.safetensors")}
+        moments = _optimizer_state(model, optimizers)
+        with contextlib.ExitStack() as fresh_folder:
+            enter = fresh_folder.enter_context
+            fresh = Path(ranks.on_first(lambda: str(enter(replaced_folder(target, own)))))
+            written = ranks.each(lambda: _write_tensors(model, moments, fresh, ranks))
+            known = {name: record for each in written for name, record in each.items()}
+            ranks.on_first(lambda: self._write_rest(model, task, state, fresh, known))
+            ranks.each(fresh_folder.close)  # renames it
+        ranks.on_first(self._remove_old)
+        return target
+
+    def _write_rest(
+        self,
+        model: RecurrentDepthLM,
+        task: Task,
+        state: RunState,
+        fresh: Path,
+        known: dict[str, dict[str, Any]],
+    ) -> None:
+        """Everything in a checkpoint but its tensors, which the manifest knows; it comes last."""
+        record = {"state": asdict(state), "task": task.state_dict()}
         if self.config is not None:
             record["run"] = self.config
-        own = {*OWN_FILES, WALKS_FILE, PUZZLE_FILE, STATE_TENSORS, STATE_RECORD}
-        with replaced_folder(target, own) as fresh:
-            write_checkpoint(model, fresh, self.tokenizer)
-            if isinstance(task, PuzzleTask):
-                task.puzzle.save(fresh)
-            save_tensors(tensors, fresh / STATE_TENSORS)
-            write_json(fresh / STATE_RECORD, record)
-            write_manifest(fresh)
+        write_config(model.config, fresh, self.tokenizer)
+        if isinstance(task, PuzzleTask):
+            task.puzzle.save(fresh)
+        write_json(fresh / STATE_RECORD, record)
+        write_manifest(fresh, known)
+
+    def _remove_old(self) -> None:
         for old in self.checkpoints()[: -self.keep]:
             remove_folder(old)
-        return target
 
     def resume(
         self, model: RecurrentDepthLM, optimizers: list[torch.optim.Optimizer], task: Task
     ) -> RunState | None:
         """Load the newest checkpoint into model, optimisers and task; None if there is none.
 
-        Incomplete checkpoints, left by a killed process, are removed. Damaged ones are set aside
-        under another name, each with a warning.
+        It may have been written by another number of ranks. Incomplete checkpoints, left by a
+        killed process, are removed. Damaged ones are set aside under another name, each with a
+        warning.
 
         Raises:
             ValueError: All checkpoints are damaged, or the training data has changed since.
         """
-        remove_unfinished(self.path / "checkpoints")
-        folder = newest_checkpoint(self.path, (*NEEDED, STATE_RECORD, STATE_TENSORS))
+        ranks = self.ranks
+        ranks.on_first(lambda: remove_unfinished(self.path / "checkpoints"))
+        with contextlib.ExitStack() as quiet:
+            if not ranks.first:  # one says it
+                quiet.enter_context(warnings.catch_warnings(action="ignore"))
+            needed = (*NEEDED, STATE_RECORD, STATE_TENSORS)
+            folder = newest_checkpoint(self.path, needed, self._damage)
         if folder is None:
             return None
         load_weights(model, folder)
         try:
             record = _read_json(folder / STATE_RECORD)
-            tensors = load_file(folder / STATE_TENSORS)
-        except (OSError, ValueError, SafetensorError) as error:
+            state_file = folder / STATE_TENSORS
+            is_whole = state_file.is_file()
+            files = [state_file] if is_whole else rank_files(folder, state_file.stem)
+            stored = StoredTensors(files)
+        except (OSError, ValueError) as error:
             raise ValueError(
                 f"{folder} cannot be resumed: {in_a_sentence(error)}; delete it or the run"
             ) from None
         task.load_state_dict(record["task"])
-        _unpack_optimizers(optimizers, tensors, record["optimizers"])
+        keys = {key: key for key in stored.shapes}
+        if "optimizers" in record:  # older versions numbered the parameters
+            keys = _named(model, optimizers, keys)
+        _load_optimizer_state(model, optimizers, stored, keys)
+        ranks.on_first(lambda: self._set_aside(folder))
+        return RunState(**record["state"])
+
+    def _damage(self, folder: Path) -> str | None:
+        """What is wrong with a checkpoint; the ranks look at its files together."""
+        share = (self.ranks.rank, self.ranks.world)
+        return next(filter(None, self.ranks.each(lambda: checkpoint_damage(folder, share))), None)
+
+    def _set_aside(self, used: Path) -> None:
+        """Rename the damaged checkpoints after the one that is used."""
         for damaged in self.checkpoints():
-            if damaged > folder:  # or it would be taken for the newest again
+            if damaged > used:  # or it would be taken for the newest again
                 aside = damaged.with_name(f"damaged-{damaged.name}")
                 if aside.exists():
                     shutil.rmtree(aside)
                 put_in_place(damaged, aside)
-        return RunState(**record["state"])
 
 
 def read_run_config(run: Path) -> dict[str, Any] | None:
@@ -254,7 +324,9 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _flatten(config: Any, name: str = "") -> dict[str, Any]:
-    """The leaves of nested dictionaries by their dotted names."""
+    """The leaves of nested dictionaries, and of lists of them, by their dotted names."""
+    if isinstance(config, list) and any(isinstance(item, dict) for item in config):
+        config = {str(number): item for number, item in enumerate(config)}
     if not isinstance(config, dict):
         return {name: config}
     leaves: dict[str, Any] = {}
@@ -266,35 +338,97 @@ def _flatten(config: Any, name: str = "") -> dict[str, Any]:
 def _place(leaves: dict[str, Any], name: str) -> str:
     """As ``_shown``; of a path, where it leads to."""
     path = leaves.get(name)
-    return os.path.realpath(path) if name in PATH_FIELDS and path else _shown(leaves, name)
+    field = re.sub(r"\.\d+\.", ".", name)  # of one item of a list
+    return os.path.realpath(path) if field in PATH_FIELDS and path else _shown(leaves, name)
 
 
 def _shown(leaves: dict[str, Any], name: str) -> str:
     return json.dumps(leaves[name]) if name in leaves else "absent"
 
 
-def _pack_optimizers(
-    optimizers: list[torch.optim.Optimizer],
-) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-    """State tensors under keys ``optimizer.parameter.name``; everything else ready for JSON."""
-    tensors, plain = {}, []
-    for number, optimizer in enumerate(optimizers):
-        packed = optimizer.state_dict()
-        for param, values in packed["state"].items():
-            for name, value in values.items():
-                tensors[f"{number}.{param}.{name}"] = value.contiguous()
-        plain.append({"param_groups": packed["param_groups"]})
-    return tensors, plain
+def _parameter_names(model: RecurrentDepthLM) -> dict[Tensor, str]:
+    """The name of every parameter, also where a part of the model is compiled."""
+    return {param: name.replace(COMPILED, "") for name, param in model.named_parameters()}
 
 
-def _unpack_optimizers(
+def _optimizer_state(
+    model: RecurrentDepthLM, optimizers: list[torch.optim.Optimizer]
+) -> dict[str, Tensor]:
+    """The optimisers' tensors by the names of parameters: ``embed.weight.exp_avg``.
+
+    Rates and the like are not among them: they follow from the configuration and the step.
+    """
+    names = _parameter_names(model)
+    return {
+        f"{names[param]}.{key}": value
+        for optimizer in optimizers
+        for param, values in optimizer.state.items()
+        for key, value in values.items()
+    }
+
+
+def _load_optimizer_state(
+    model: RecurrentDepthLM,
     optimizers: list[torch.optim.Optimizer],
-    tensors: dict[str, Tensor],
-    plain: list[dict[str, Any]],
+    stored: StoredTensors,
+    keys: dict[str, str],
 ) -> None:
-    states: list[dict[int, dict[str, Tensor]]] = [{} for _ in optimizers]
-    for key, tensor in tensors.items():
-        number, param, name = key.split(".", 2)
-        states[int(number)].setdefault(int(param), {})[name] = tensor
-    for optimizer, state, record in zip(optimizers, states, plain, strict=True):
-        optimizer.load_state_dict({"state": state, "param_groups": record["param_groups"]})
+    """Inverse of ``_optimizer_state``; what has a parameter's shape is laid out as it is.
+
+    Args:
+        model: The model that the parameters belong to.
+        optimizers: The optimisers.
+        stored: The tensors.
+        keys: The name of each tensor in ``stored``, by that of ``_optimizer_state``.
+
+    Raises:
+        ValueError: A tensor belongs to no parameter.
+    """
+    left: dict[str, dict[str, str]] = {}
+    for key, place in keys.items():
+        name, _, part = key.rpartition(".")
+        left.setdefault(name, {})[part] = place
+
+    def read(param: Tensor, place: str) -> Tensor:
+        if stored.shapes[place] != tuple(param.shape):
+            return stored.read(place).clone()
+        return laid_out_like(param, stored.read_part(place, own_box(param)).clone())
+
+    names = _parameter_names(model)
+    for optimizer in optimizers:
+        params = [param for group in optimizer.param_groups for param in group["params"]]
+        state = {
+            number: {part: read(param, place) for part, place in found.items()}
+            for number, param in enumerate(params)
+            if (found := left.pop(names[param], None)) is not None
+        }
+        groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict({"state": state, "param_groups": groups})
+    if left:
+        raise ValueError(f"the training state is of other parameters: {listed(sorted(left))}")
+
+
+def _named(
+    model: RecurrentDepthLM, optimizers: list[torch.optim.Optimizer], keys: Iterable[str]
+) -> dict[str, str]:
+    """The keys of older versions, ``OPTIMISER.NUMBER.exp_avg``, by those of today."""
+    names = _parameter_names(model)
+    params = [[p for group in opt.param_groups for p in group["params"]] for opt in optimizers]
+    found = {}
+    for key in keys:
+        optimizer, number, part = key.split(".", 2)
+        found[f"{names[params[int(optimizer)][int(number)]]}.{part}"] = key
+    return found
+
+
+def _write_tensors(
+    model: RecurrentDepthLM, moments: dict[str, Tensor], fresh: Path, ranks: Ranks
+) -> dict[str, dict[str, Any]]:
+    """Write what this rank holds of weights and optimisers; what the manifest says of its files."""
+    require_stored(model)
+    if ranks.mesh is None:
+        save_weights(model.state_dict(), fresh)
+        save_tensors(moments, fresh / STATE_TENSORS)
+        return {}
+    weights = save_own_parts(model.state_dict(), fresh, WEIGHTS_STEM)
+    return weights | save_own_parts(moments, fresh, Path(STATE_TENSORS).stem)

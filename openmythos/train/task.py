@@ -1,10 +1,12 @@
 """What a run trains on: packed text, or puzzles whose difficulty is known."""
 
 import itertools
-from collections.abc import Generator
+import operator
+from collections.abc import Generator, Sequence
 from typing import Any, Protocol, runtime_checkable
 
-from openmythos.data.loader import TokenLoader
+from openmythos.data.loader import TokenLoader, read_ahead
+from openmythos.data.mixture import MixtureLoader
 from openmythos.data.packing import Batch
 from openmythos.data.puzzle import Puzzle, choose_size
 from openmythos.data.synthetic import Curriculum, Walks
@@ -43,9 +45,12 @@ class Task(Protocol):
 
 
 class TextTask:
-    """Next-token prediction on prepared token shards, measured on held-out ones, if any."""
+    """Next-token prediction on prepared token shards, measured on held-out ones, if any.
 
-    def __init__(self, train: TokenLoader, validation: TokenLoader | None) -> None:
+    ``validation`` is the first loader that has something held out.
+    """
+
+    def __init__(self, train: TokenLoader | MixtureLoader, validation: TokenLoader | None) -> None:
         self.train, self.validation = train, validation
 
     def batches(self, start_step: int, batch_size: int) -> Batches:
@@ -56,7 +61,7 @@ class TextTask:
         """
         if batch_size != self.train.batch_size:
             raise ValueError(f"batch_size {batch_size} differs from the loader's")
-        return self.train.iterate(start_step)
+        return read_ahead(self.train, start_step)
 
     def after_step(self, model: RecurrentDepthLM, step: int) -> dict[str, float]:
         """Nothing to do: text does not get harder."""
@@ -72,6 +77,12 @@ class TextTask:
             rows.append({"num_loops": num_loops, "bits_per_byte": bits})
         return rows
 
+    def in_words(self) -> list[str]:
+        """What the data holds of its source, and what it does not; a line per source."""
+        if isinstance(self.train, MixtureLoader):
+            return self.train.in_words()
+        return [self.train.data.summary()]
+
     def state_dict(self) -> dict[str, Any]:
         """The fingerprint of the data; beyond it, batches depend on the step only."""
         return {"data": self.train.fingerprint}
@@ -83,6 +94,36 @@ class TextTask:
                 "the training data has changed since the checkpoint was written; restore it, or "
                 "choose another --out"
             )
+
+
+class MixtureTask(TextTask):
+    """Text of several sources, each measured on what is held out of it, if anything is.
+
+    Args:
+        train: Loader of the mixture.
+        held_out: The name, the weight and the validation loader of each source that has one.
+    """
+
+    def __init__(
+        self, train: MixtureLoader, held_out: Sequence[tuple[str, float, TokenLoader]]
+    ) -> None:
+        super().__init__(train, held_out[0][2] if held_out else None)
+        self.held_out = held_out
+
+    def evaluate(self, model: RecurrentDepthLM, config: TrainConfig) -> list[Row]:
+        """Held-out bits per byte of each source, and their mean by weight, by number of loops."""
+        rows: list[Row] = []
+        for num_loops in config.eval_loops if self.held_out else ():
+            bits = [
+                held_out_bits_per_byte(model, loader, num_loops, config.eval_batches)
+                for _, _, loader in self.held_out
+            ]
+            weights = [weight for _, weight, _ in self.held_out]
+            mean = sum(map(operator.mul, weights, bits)) / sum(weights)
+            names = [f"bits_per_byte of {name}" for name, _, _ in self.held_out]
+            by_source = dict(zip(names, bits, strict=True))
+            rows.append({"num_loops": num_loops, "bits_per_byte": mean, **by_source})
+        return rows
 
 
 class PuzzleTask:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from openmythos.analysis.pairs import Pairs, walk_pairs
+from openmythos.analysis.pairs import Pairs, puzzle_pairs
 from openmythos.config import GQAConfig, ModelConfig, SwiGLUConfig
 from openmythos.data.synthetic import HopsConfig, Walks
 from openmythos.model.recurrent import RecurrentDepthLM
@@ -21,7 +21,7 @@ LOGIT = 4.0
 
 
 def planted_pairs(num_examples: int = 60, seed: int = 0) -> Pairs:
-    return walk_pairs(WALKS, HOPS, num_examples, seed)
+    return puzzle_pairs(WALKS, HOPS, num_examples, seed)
 
 
 class Planted(RecurrentDepthLM):

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from openmythos.analysis.example import CONTROL, text_examples, walk_examples
+from openmythos.analysis.example import CONTROL, puzzle_examples, text_examples
 from openmythos.analysis.lens import (
     ANSWER,
     CHOICE,
@@ -55,7 +55,7 @@ def test_lenses_meet_the_logits_at_their_ends(kind: str) -> None:
 def test_mean_ranks_equal_a_computation_by_hand() -> None:
     walks = Walks(HopsConfig(num_entities=8, num_relations=2))
     model = random_model(small_config(vocab_size=walks.vocab_size))
-    examples = walk_examples(walks, 3, 6)
+    examples = puzzle_examples(walks, 3, 6)
     logit, coda = measure_lenses(model, examples, 2, 1 << 30)
     assert logit.places == coda.places == ("block 1", "block 2", "state")
     middle = ["entity after hop 1", "entity after hop 2"]

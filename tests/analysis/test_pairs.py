@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from openmythos.analysis.pairs import Pairs, puzzle_pairs, text_pairs, walk_pairs
+from openmythos.analysis.pairs import Pairs, puzzle_pairs, text_pairs
 from openmythos.data.packing import IGNORED_TARGET
 from openmythos.data.puzzle_table import CONFIGS, make_puzzle
 from openmythos.data.synthetic import HopsConfig, Walks
@@ -14,7 +14,7 @@ WALKS = Walks(HopsConfig())
 
 
 def test_walks_differ_in_one_column_and_their_answers_are_right() -> None:
-    pairs = walk_pairs(WALKS, 4, num_examples=64, seed=3)
+    pairs = puzzle_pairs(WALKS, 4, num_examples=64, seed=3)
     assert pairs.columns == ("start", "relation 1", "relation 2", "relation 3")
     assert len(pairs) == 64
     for column, texts in enumerate(pairs.corrupted):
@@ -55,7 +55,7 @@ def test_text_whose_counterfactual_answer_is_the_answer_does_not_count() -> None
 
 
 def test_batches_are_the_pairs_in_order() -> None:
-    pairs = walk_pairs(WALKS, 3, num_examples=10)
+    pairs = puzzle_pairs(WALKS, 3, num_examples=10)
     parts = list(pairs.batches(4))
     assert [len(part) for part in parts] == [4, 4, 2]
     for name, dim in {"tokens": 0, "corrupted": 1, "answers": 0, "counted": 1}.items():
@@ -64,15 +64,13 @@ def test_batches_are_the_pairs_in_order() -> None:
 
 
 def test_bad_input_is_named() -> None:
-    pairs = walk_pairs(WALKS, 3, num_examples=4)
+    pairs = puzzle_pairs(WALKS, 3, num_examples=4)
     with pytest.raises(ValueError, match="batch_size is 0"):
         next(pairs.batches(0))
     with pytest.raises(ValueError, match="the last token is corrupted"):
         replace(pairs, corrupted=pairs.corrupted.flip(-1))
     with unchecked(), pytest.raises(ValueError, match=r"counted has shape \(2, 4\)"):
         replace(pairs, counted=pairs.counted[:2])
-    with pytest.raises(ValueError, match="num_relations is 1"):
-        walk_pairs(Walks(HopsConfig(num_relations=1)), 2)
     with pytest.raises(ValueError, match="length is 8"):
         text_pairs(torch.arange(8), length=8)
     assert isinstance(text_pairs(torch.arange(9), length=8), Pairs)
@@ -113,9 +111,13 @@ def test_products_and_sums_hang_on_what_they_should() -> None:
     products = puzzle_pairs(make_puzzle(CONFIGS["products"](), seed=0), 6, num_examples=20)
     assert bool(products.counted.all())  # in a group, every factor decides
     sums = puzzle_pairs(make_puzzle(CONFIGS["addition"](), seed=0), 3, num_examples=20)
-    ones = torch.tensor([name.startswith("1s") for name in sums.columns])
-    assert sums.columns[:2] == ("1s of number 1", "10s of number 1")
+    ones = torch.tensor([name.endswith(" 1s") for name in sums.columns])
+    assert sums.columns[:2] == ("number 1, 1s", "number 1, 10s")
     assert bool(sums.counted[ones].all()) and not bool(sums.counted[~ones].any())
+
+
+def test_a_word_that_is_the_only_one_of_its_kind_has_no_column() -> None:
+    assert puzzle_pairs(Walks(HopsConfig(num_relations=1)), 4, num_examples=4).columns == ("start",)
 
 
 def test_a_question_of_one_token_has_no_pairs() -> None:

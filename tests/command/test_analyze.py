@@ -5,12 +5,20 @@ from pathlib import Path
 
 import pytest
 
-from openmythos.command.analyze import cut_to_read, measured, name_of, read_tokens, walks_of
-from openmythos.data.recall import Recall, RecallConfig
+from openmythos.checkpoint.save import save_pretrained
+from openmythos.command.analyze import (
+    cut_to_read,
+    measured,
+    name_of,
+    questions_to_read,
+    read_tokens,
+)
+from openmythos.data.puzzle_table import CONFIGS, make_puzzle
+from openmythos.data.synthetic import HopsConfig, Walks
 from tests.analysis.family import FAMILIES, GOLDEN, model_of
 from tests.command.conftest import Invoke, refused
 from tests.report.parser import Page
-from tests.strategies import unchecked
+from tests.strategies import random_model, small_config, unchecked
 
 FEW = ("--num-examples", 6, "--max-loops", 2)
 
@@ -86,7 +94,7 @@ def test_mistakes_are_one_line(
     for words, options in {
         "--text and --task exclude each other": ("--text", file, "--task", "hops"),
         "--text is absent, which is no file": ("--text", "absent"),
-        "--task is for models of walks": ("--task", "hops"),
+        "--task is for models of puzzles": ("--task", "hops"),
         "--seq-len is 65; the model reads at most 64": ("--seq-len", 65),
         "x.txt is not JSON": ("--tokens", file),
         "the text is too short": ("--text", file),
@@ -95,7 +103,7 @@ def test_mistakes_are_one_line(
         assert words in refused(invoke, "analyze", text_run, *options, *out)
     for words, options in {
         "--task is 'hop'; give hops, or hops_N": ("--task", "hop"),
-        "walks of 1 to 63 hops": ("--task", "hops_64"),
+        "walks of 64 hops have 65 tokens, and the model reads 64": ("--task", "hops_64"),
         "--text is for models of text": ("--text", file),
         "--seq-len is for models of text": ("--seq-len", 8),
     }.items():
@@ -119,7 +127,32 @@ def test_the_folder_has_the_name_of_the_model(tmp_path: Path) -> None:
     assert name_of(tmp_path / "runs" / "mine") == "mine"
 
 
-def test_other_puzzles_are_named(tmp_path: Path) -> None:
-    Recall(RecallConfig(), 0).save(tmp_path)
-    with pytest.raises(ValueError, match=r"is of recall; walks and text are analysed"):
-        walks_of(tmp_path)
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_every_puzzle(kind: str, invoke: Invoke, tmp_path: Path) -> None:
+    shorter = {"length": 9, "max_train_hops": 2} if kind == "induction" else {}
+    puzzle = make_puzzle(CONFIGS[kind](**shorter), seed=0)
+    model = random_model(small_config(vocab_size=puzzle.vocab_size, max_seq_len=40))
+    size = max(puzzle.least_size, min(2, puzzle.max_train_size))
+    save_pretrained(model, tmp_path / "model")
+    puzzle.save(tmp_path / "model")
+    with unchecked():
+        options = ("--task", f"{kind}_{size}", "--out", tmp_path, *FEW)
+        invoke("analyze", tmp_path / "model", *options)
+    stored = json.loads((tmp_path / "analysis.json").read_text())
+    assert stored["examples"] == puzzle.in_words(size)
+    assert stored["settings"]["num_tokens"] == puzzle.question_len(size)
+    page_of(tmp_path)
+
+
+def test_written_out_walks_and_other_tasks_are_refused() -> None:
+    with pytest.raises(ValueError, match="these walks are written out"):
+        questions_to_read(Walks(HopsConfig(written_out=True)), None, 64, 4, 0)
+    products = make_puzzle(CONFIGS["products"](), seed=0)
+    assert len(questions_to_read(products, None, 64, 4, 0)[0].tokens[0]) == 16
+    for task, said in {
+        "hops_3": "give products, or products_N for products of N factors",
+        "products_65": "products of 65 factors have 65 tokens, and the model reads 64",
+        "products_1": "nothing can be replaced before the last token",
+    }.items():
+        with pytest.raises(ValueError, match=said):
+            questions_to_read(products, task, 64, 4, 0)

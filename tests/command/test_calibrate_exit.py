@@ -32,7 +32,7 @@ def test_a_run_on_text(invoke: Invoke, text_run: Path, tmp_path: Path) -> None:
 
 
 def test_a_run_on_walks(invoke: Invoke, hops_run: Path, tmp_path: Path) -> None:
-    options = (*FEW, "--max-hops", 2, "--within", 0, "--out", tmp_path, "--json")
+    options = (*FEW, "--max-size", 2, "--within", 0, "--out", tmp_path, "--json")
     with unchecked():
         printed = json.loads(invoke("calibrate-exit", hops_run, *options))
     assert printed == json.loads((tmp_path / EXIT_FILE).read_text())
@@ -44,9 +44,9 @@ def test_a_run_on_walks(invoke: Invoke, hops_run: Path, tmp_path: Path) -> None:
 def test_mistakes_are_one_line(invoke: Invoke, text_run: Path, hops_run: Path) -> None:
     assert "--within is -1" in refused(invoke, "calibrate-exit", text_run, "--within=-1")
     assert "--within is nan" in refused(invoke, "calibrate-exit", text_run, "--within=nan")
-    assert "--max-hops is for" in refused(invoke, "calibrate-exit", text_run, "--max-hops", 2)
-    said = refused(invoke, "calibrate-exit", hops_run, "--max-hops", 80)
-    assert "--max-hops is 80" in said
+    assert "--max-size is for" in refused(invoke, "calibrate-exit", text_run, "--max-size", 2)
+    said = refused(invoke, "calibrate-exit", hops_run, "--max-size", 80)
+    assert "--max-size is 80" in said
     assert "absent" in refused(invoke, "calibrate-exit", "absent")
     used = text_run / "config.json"
     with pytest.raises(OSError, match=r"config\.json is no folder$"):

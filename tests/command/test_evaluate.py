@@ -12,6 +12,7 @@ from openmythos.folder import PUZZLE_FILE
 from openmythos.interop.hub import zoo_names
 from tests.command.conftest import SMALL, Invoke, refused, sets
 from tests.eval.examples import documents
+from tests.strategies import unchecked
 
 
 def test_eval(invoke: Invoke, text_run: Path) -> None:
@@ -192,7 +193,10 @@ def test_a_puzzle_is_trained_asked_and_answered(invoke: Invoke, tmp_path: Path) 
     said = refused(invoke, "eval", run, "--tasks", "hops_2")
     assert said == "task hops_2 needs a run on hops (train --data hops); this is of addition"
     assert "4 0 + 8 0 =" in refused(invoke, "generate", run, "--prompt", "four + eight")
-    assert "calibrated on text and walks" in refused(invoke, "calibrate-exit", run)
+    options = ("--num-tokens", 16, "--max-loops", 2, "--max-rows", 4, "--out", run, "--json")
+    with unchecked():
+        measured = json.loads(invoke("calibrate-exit", run, *options))
+    assert measured["metric"] == "accuracy" and len(measured["points"]) >= 2
 
 
 def test_data_may_be_a_model_that_ships(

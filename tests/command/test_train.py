@@ -71,6 +71,30 @@ def test_train_refuses_in_one_line(invoke: Invoke, text_run: Path, tmp_path: Pat
     assert "holds a run with another configuration" in message and "data.kind" in message
 
 
+def test_a_mixture_is_chosen_by_sources_and_weights(invoke: Invoke, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        rows = (json.dumps({"text": f"{name} {i} " * 20}) + "\n" for i in range(80))
+        (tmp_path / f"{name}.jsonl").write_text("".join(rows))
+    out = ("--out", tmp_path / "run", *sets(*SMALL))
+    first, second = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    both = ("train", "--data", first, "--weight", 0.75, "--data", second, "--weight", 0.25)
+    said = invoke(*both, *out)
+    assert f"on {first} (75.00%) and {second} (25.00%)" in " ".join(said.split())
+    data = stored(tmp_path / "run")["data"]
+    assert data["kind"] == "mixture" and data["sources"][1]["weight"] == 0.25
+    rows = [row for row in measured(tmp_path / "run") if row["kind"] == "validation"]
+    assert all(f"bits_per_byte of {second}" in row for row in rows) and len(rows) == 2
+    assert "is of 2 sources; give one" in refused(invoke, "eval", tmp_path / "run")
+    invoke("eval", tmp_path / "run", "--data", tmp_path / "run" / "data" / "0", "--json")
+    for command, message in (
+        (both[:5], "--weight 0.75 = 0.75; they must sum to 1"),
+        (both[:-2], "--data is given 2 times and --weight 1 times"),
+        (("train", "--weight", 1), "--data is given 0 times and --weight 1 times"),
+        ((*both[:-3], "hops", *both[-2:]), "--data hops is a puzzle"),
+    ):
+        assert message.removeprefix("--weight 0.75 = ") in refused(invoke, *command, *out)
+
+
 def test_a_model_that_cannot_fit_is_refused_before_anything_is_built(
     invoke: Invoke, tmp_path: Path
 ) -> None:

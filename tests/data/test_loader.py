@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from openmythos.data.index import read_index
-from openmythos.data.loader import TokenLoader
+from openmythos.data.loader import TokenLoader, read_ahead
 from openmythos.data.prepare import prepare
 from openmythos.tokenizer import EOS_TOKEN, Tokenizer, byte_tokenizer
 
@@ -127,7 +127,7 @@ def test_a_batch_is_a_pure_function_of_seed_and_step(folder):
 
 def test_reading_ahead_gives_the_same_batches(folder):
     loader = TokenLoader(folder, seq_len=16, batch_size=4)
-    ahead = loader.iterate(7)
+    ahead = read_ahead(loader, 7)
     for step in range(7, 27):
         same(next(ahead), loader.batch(step))
     ahead.close()

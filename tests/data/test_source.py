@@ -4,8 +4,8 @@ import json
 import os
 import re
 import sys
-import types
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -210,40 +210,75 @@ def test_parquet_needs_pyarrow(tmp_path, monkeypatch):
         texts(tmp_path / "a.parquet")
 
 
-def test_hugging_face_rows_are_streamed(monkeypatch):
-    calls = []
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """The library, with nothing of this machine's."""
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "set").mkdir()
+    return tmp_path / "set"
 
-    def load_dataset(*args, **options):
-        calls.append((args, options))
-        return iter([{"text": "one"}, {"text": ""}, {"text": "two"}])
 
-    module = types.ModuleType("datasets")
-    module.load_dataset = load_dataset
-    monkeypatch.setitem(sys.modules, "datasets", module)
-    assert list(load_documents("hf:owner/name:sub")) == [
-        Document("hf:owner/name:sub:0", "one"),
-        Document("hf:owner/name:sub:2", "two"),
+def test_a_dataset_is_streamed(hub):
+    for part in range(2):
+        rows = {"text": [f"{part}.{i}" for i in range(100)] + [None], "id": list(range(101))}
+        table = pa.table({"other": [b"x"] * 101, **rows})
+        path = hub / f"train-0000{part}-of-00002.parquet"
+        pq.write_table(table, path, row_group_size=40, compression="zstd")
+    found = list(load_documents(f"hf:{hub}"))
+    assert found[0] == Document(f"hf:{hub}:0", "0.0") and len(found) == 200
+    assert [item.text for item in found[99:101]] == ["0.99", "1.0"]
+    with pytest.raises(ValueError, match="no column 'body'; its columns are: other, text, id"):
+        texts(f"hf:{hub}", column="body")
+    with pytest.raises(ValueError, match="column 'id' holds a whole number, not text"):
+        texts(f"hf:{hub}", column="id")
+
+
+def test_a_dataset_of_other_files(hub):
+    rows = [{"text": "one", "n": 1}, {"text": "", "n": 2}, {"text": "two", "n": 3}]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (hub / "train.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    assert list(load_documents(f"hf:{hub}")) == [
+        Document(f"hf:{hub}:0", "one"),
+        Document(f"hf:{hub}:2", "two"),
     ]
-    assert calls == [(("owner/name",), {"name": "sub", "split": "train", "streaming": True})]
-    with pytest.raises(ValueError, match="no column 'body'; its columns are: text"):
-        texts("hf:owner/name", column="body")
+    with pytest.raises(ValueError, match="no column 'body'; its columns are: text, n"):
+        texts(f"hf:{hub}", column="body")
 
 
-def test_hugging_face_errors_are_one_line(monkeypatch):
-    def load_dataset(*args, **options):
-        raise ConnectionError("cannot reach\nthe hub")
-
-    module = types.ModuleType("datasets")
-    module.load_dataset = load_dataset
-    monkeypatch.setitem(sys.modules, "datasets", module)
-    with pytest.raises(ValueError, match=r"cannot stream hf:x: cannot reach; check") as caught:
-        texts("hf:x")
-    assert "\n" not in str(caught.value)
+def test_dataset_errors_are_one_line(hub, monkeypatch):
+    (hub / "train.jsonl").write_text('{"text": "one"}\n{"te')
+    with pytest.raises(ValueError, match=f"cannot stream hf:{hub}: ") as damaged:
+        texts(f"hf:{hub}")
+    (hub / "train.jsonl").rename(hub / "test.jsonl")
+    with pytest.raises(ValueError, match=r"cannot stream .*train") as absent:
+        texts(f"hf:{hub}")
+    with pytest.raises(ValueError, match=r"cannot stream hf:.*nowhere") as nowhere:
+        texts(f"hf:{hub / 'nowhere'}")
+    for caught in (damaged, absent, nowhere):
+        assert "\n" not in str(caught.value)
     with pytest.raises(ValueError, match="names no dataset"):
         load_documents("hf:")
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ValueError, match="needs the datasets package: pip install datasets"):
         load_documents("hf:x")
+
+
+def test_parquet_is_read_a_little_at_a_time(tmp_path):
+    """A row group larger than what is read at once stays on the disk, as do other columns."""
+    noise = np.random.default_rng(0).integers(32, 127, 2**20, dtype=np.uint8).tobytes().decode()
+    rows = [f"{i:04}" + noise[i * 997 : i * 997 + 20_000] for i in range(800)]
+    table = pa.table({"text": rows, "other": rows})
+    pages = {"use_dictionary": False, "write_batch_size": 16}  # 2**20 bytes each
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=800, **pages)
+    del table
+    before = pa.total_allocated_bytes()
+    most, count = 0, 0
+    for number, document in enumerate(load_documents(str(tmp_path / "a.parquet"))):
+        most = max(most, pa.total_allocated_bytes() - before)
+        count += document.text == rows[number]
+    assert count == 800
+    assert most < 5 * 2**20 < sum(map(len, rows)) // 3  # 25 MB without these settings
 
 
 def test_version_changes_with_the_files(tmp_path):

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -237,6 +238,29 @@ def test_arguments_out_of_range():
         Curriculum(max_stage=3, stage=9)
     with pytest.raises(ValueError, match="stage=7 is not in this curriculum"):
         Curriculum(max_stage=3).load_state_dict({"stage": 7})
+
+
+def test_facts_that_are_held_out_are_trained_alone_only():
+    config = HopsConfig(num_entities=40, num_relations=6, held_out_facts=0.2)
+    walks = Walks(config)
+    assert 0.1 < walks.alone.mean() < 0.3
+    trained, held_out = (
+        batch.tokens.numpy()
+        for batch in (walks.sample_batch(0, 2, 400), walks.held_out_batch(2, 400))
+    )
+    assert walks.num_alone(trained).tolist() == [0] * 400
+    assert {*walks.num_alone(held_out).tolist()} == {0, 2}
+    shown = {*walks.num_alone(walks.sample_batch(0, 1, 400).tokens.numpy()).tolist()}
+    assert shown == {0, 1}  # alone, they are all trained
+    by_hand = [
+        int(walks.alone[first - 40, start]) + int(walks.alone[second - 40, passed])
+        for start, first, second in held_out.tolist()
+        for passed in [walks.relations[first - 40, start]]
+    ]
+    assert by_hand == walks.num_alone(held_out).tolist()
+    without = Walks(replace(config, held_out_facts=0.0))
+    assert not without.alone.any() and without.possible(held_out).all()
+    assert not walks.possible(without.sample_batch(0, 2, 400).tokens.numpy()).all()
 
 
 def test_positions_are_drawn_and_sorted():

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from openmythos.data.loader import TokenLoader
+from openmythos.data.puzzle_table import CONFIGS, make_puzzle
 from openmythos.data.synthetic import HopsConfig, Walks
 from openmythos.engine.engine import Engine, EngineConfig
 from openmythos.engine.reference import Session
@@ -22,11 +23,11 @@ from openmythos.eval.calibration import (
     faster,
     measure,
     observe,
+    questions_of,
     read,
     rules_to_try,
     shallowest,
     texts_of,
-    walks_to_read,
     windows_of,
 )
 from openmythos.model.exit import (
@@ -121,12 +122,34 @@ def _plain_bits(model: RecurrentDepthLM, text: Text, num_loops: int) -> float:
     return -float(logprobs.gather(1, tokens[0, 1:, None]).sum()) / math.log(2)
 
 
-def test_of_a_walk_the_answer_counts() -> None:
-    walks = Walks(HopsConfig())
-    given = walks_to_read(walks, 3, 9)
+def test_questions_are_as_many_of_each_size() -> None:
+    given = questions_of(Walks(HopsConfig()), range(1, 4), 27)
     assert [len(text.tokens) for text in given] == [2] * 3 + [3] * 3 + [4] * 3
+    assert {len(text.answer) for text in given} == {1}
+    sums = questions_of(make_puzzle(CONFIGS["addition"](), 0), range(2, 4), 40)
+    assert [len(text.tokens) for text in sums] == [6] * 2 + [9] * 2
+    for text in sums:
+        tens, ones = text.tokens[1::3], text.tokens[::3]
+        assert text.read == (*text.tokens, *text.answer[:2])
+        total = 10 * sum(tens) + sum(ones)
+        assert total == sum(digit * 10**place for place, digit in enumerate(text.answer))
+
+
+def test_of_a_question_the_whole_answer_counts() -> None:
     model = planted_model(HALF)
-    asked = [Text((0, 1, 2), answer=3), Text((4,), answer=5), Text((2,), answer=4)]
+    asked = [Text((0, 1, 2), answer=(9, 4)), Text((2, 3), answer=(3, 5)), Text((2,), answer=(4, 4))]
+    point = read(planted_engine(model, 2), Setting(MOST), asked)
+    assert point.outcomes == [(0.0, 1.0)] * 3 and point.num_tokens == 4 + 3 + 2
+    good = [Text((0, 1, 2), answer=(3, 4, 5)), Text((7,), answer=(8, 9))]
+    assert read(planted_engine(model, 2), Setting(MOST), good).outcomes == [(1.0, 1.0)] * 2
+    with unchecked():
+        assert shallowest(model, good, [1, ENOUGH, MOST], "accuracy", 0.0) == ENOUGH
+        assert shallowest(model, asked, [1, ENOUGH, MOST], "accuracy", 0.0) == 1  # none is right
+
+
+def test_of_a_walk_the_answer_counts() -> None:
+    model = planted_model(HALF)
+    asked = [Text((0, 1, 2), answer=(3,)), Text((4,), answer=(5,)), Text((2,), answer=(4,))]
     point = read(planted_engine(model, 2), Setting(MOST), asked)
     assert point.outcomes == [(1.0, 1.0), (1.0, 1.0), (0.0, 1.0)] and point.num_tokens == 5
 

@@ -1,10 +1,21 @@
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from experiments.claim import Conclusion, Verdict, read_claims, verdict
+from experiments.claim import (
+    Claim,
+    Conclusion,
+    Found,
+    Verdict,
+    by_rule,
+    graded,
+    no_result,
+    read_claims,
+    verdict,
+)
 from experiments.interval import t_interval
 
 CLAIM = {
@@ -40,3 +51,29 @@ def test_verdicts_and_digests() -> None:
     ]
     digests = [conclusion.digest("f") for conclusion in found]
     assert digests[0] == digests[1] != digests[2]
+
+
+def test_a_rule_decides_once_every_arm_has_three_seeds() -> None:
+    claim = Claim(
+        name="deeper", article="a", quote="q", rule="r", thresholds={"least": 0.5}, would_change="w"
+    )
+
+    def rule(limits: Mapping[str, float]) -> Found:
+        number = t_interval([limits["least"], 0.7])
+        return "holds", number, "Said."
+
+    found = by_rule(claim, rule, {"one": 3, "two": 5}, "curve")
+    assert (found.claim, found.decision, found.sentence) == ("deeper", "holds", "Said.")
+    assert found.number == pytest.approx(0.6) and found.figure == "curve"
+    without = by_rule(claim, lambda limits: ("fails", None, "None."), {"one": 3}, "curve")
+    assert without.decision == "fails" and without.number is None and without.figure is None
+    few = by_rule(claim, rule, {"one": 2, "two": 5, "three": 0}, "curve")
+    assert few == no_result(claim, "Fewer than 3 seeds of one, three.")
+
+
+@pytest.mark.parametrize(
+    ("parts", "decision"),
+    [((True, True), "holds"), ((True, False), "in part"), ((False, False), "fails")],
+)
+def test_what_has_parts_holds_in_part(parts: tuple[bool, ...], decision: str) -> None:
+    assert graded(iter(parts)) == decision

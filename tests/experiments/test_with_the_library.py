@@ -4,14 +4,14 @@ from pathlib import Path
 
 import pytest
 
-from openmythos.analysis.pairs import walk_pairs
+from openmythos.analysis.pairs import puzzle_pairs
 
 
 def test_it_trains_and_prints_a_map(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     script = importlib.import_module("experiments.01_with_the_library.with_the_library")
-    monkeypatch.setattr(script, "walk_pairs", partial(walk_pairs, num_examples=8))
+    monkeypatch.setattr(script, "puzzle_pairs", partial(puzzle_pairs, num_examples=8))
     monkeypatch.setattr(script, "LONGER", 3)
     script.main(["--out", str(tmp_path / "run"), "--steps", "2"])
     said = capsys.readouterr().out

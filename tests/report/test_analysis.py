@@ -155,4 +155,7 @@ def test_the_headline_says_what_the_interval_allows(changes: dict[str, object], 
 
 def test_columns_lose_the_word_that_they_share() -> None:
     assert short_columns(COLUMNS) == (["start", "1", "2"], "the start, then each relation")
+    assert short_columns(("factor 1", "factor 2")) == (["1", "2"], "each factor")
+    assert short_columns(("hops", "letter 1"))[1] == "the hops, then each letter"
+    assert short_columns(("subject",)) == (["subject"], "each word before the last one")
     assert short_columns(("1", "2-3")) == (["1", "2-3"], "tokens before the last one")

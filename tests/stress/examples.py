@@ -136,7 +136,6 @@ def facts(checkpoint: Path) -> dict[str, Any]:
         "state": state,
         "tensors": tensors,
         "task": record["task"],
-        "optimizers": record["optimizers"],
         "config": config,
     }
 

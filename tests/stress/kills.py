@@ -1,4 +1,7 @@
-"""SIGKILL at random instants: of trainings, each followed by a resume, and of other writers."""
+"""SIGKILL at random instants: of trainings, each followed by a resume, and of other writers.
+
+``python -m tests.stress.kills`` kills trainings of two ranks: see ``killed_ranks``.
+"""
 
 import time
 from collections.abc import Callable
@@ -183,3 +186,11 @@ def of_writers(count: int, room: Path, say: Callable[[str], None]) -> list[Row]:
 def is_writing(out: Path) -> bool:
     """Whether there is something unfinished beside or in a folder."""
     return any(out.parent.glob(".out.tmp")) or any(out.glob(".building-*"))
+
+
+if __name__ == "__main__":
+    import sys
+
+    from tests.stress.killed_ranks import main
+
+    sys.exit(main())

@@ -1,5 +1,6 @@
 """Small runs for the tests of training and of the commands."""
 
+import contextlib
 import json
 from collections.abc import Iterator
 from dataclasses import replace
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch.nn import functional
 
@@ -210,3 +212,15 @@ def lines(path: Path) -> Iterator[dict[str, Any]]:
 
     for line in path.read_text(encoding="utf-8").splitlines():
         yield json.loads(line, parse_constant=refuse)
+
+
+@contextlib.contextmanager
+def full_disk(num_bytes: int) -> Iterator[None]:
+    """Files of this process cannot grow beyond so many bytes."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)

@@ -1,3 +1,4 @@
+import contextlib
 import itertools
 import os
 import shutil
@@ -5,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,6 +42,7 @@ from tests.train.examples import (
     FixedTask,
     assert_equal_runs,
     changed,
+    full_disk,
     hops_config,
     measured,
     random_batch,
@@ -188,13 +191,15 @@ def test_rows_are_neither_missing_nor_doubled(tmp_path: Path) -> None:
 class Interrupting(FixedTask):
     """Sends Ctrl-C to this process after some steps, and within evaluation."""
 
-    def __init__(self, batch: Any, at: tuple[int, ...], evaluating: int = 0) -> None:
+    def __init__(
+        self, batch: Any, at: tuple[int, ...], evaluating: int = 0, sent: int = signal.SIGINT
+    ) -> None:
         super().__init__(batch)
-        self.at, self.evaluating = at, evaluating
+        self.at, self.evaluating, self.sent = at, evaluating, sent
 
     def after_step(self, model: RecurrentDepthLM, step: int) -> dict[str, float]:
         for _ in range(self.at.count(step)):
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), self.sent)
         return {}
 
     def evaluate(self, model: RecurrentDepthLM, config: TrainConfig) -> list[Any]:
@@ -230,6 +235,68 @@ def test_one_interrupt_saves_two_end_at_once(tmp_path: Path) -> None:
     assert measured(tmp_path / "eval")[-1]["kind"] == "validation"
     result = run_fixed(tmp_path / "end", Interrupting(batch, at=(8,)))
     assert not result.interrupted  # it was done anyway
+
+
+def test_a_stopped_run_leaves_the_evaluation_to_the_next_start(tmp_path: Path) -> None:
+    batch = random_batch(small_config(), 4, 8)
+    run_fixed(tmp_path / "whole", Interrupting(batch, at=()), eval_every=4, eval_loops=(1,))
+    out = tmp_path / "stopped"
+    assert run_fixed(out, Interrupting(batch, at=(4,)), eval_every=4, eval_loops=(1,)).signal == 2
+    assert [row["kind"] for row in measured(out)] == ["train"] * 4
+    assert run_fixed(out, Interrupting(batch, at=()), eval_every=4, eval_loops=(1,)).signal == 0
+    assert_equal_runs(tmp_path / "whole", out)
+
+
+class OnFullDisk(FixedTask):
+    """No file can grow beyond 1,000 bytes after the steps from ``first`` up to before ``last``."""
+
+    def __init__(self, batch: Any, first: int, last: int) -> None:
+        super().__init__(batch)
+        self.first, self.last, self.full = first, last, contextlib.ExitStack()
+
+    def after_step(self, model: RecurrentDepthLM, step: int) -> dict[str, float]:
+        if step == self.first:
+            self.full.enter_context(full_disk(1000))
+        if step == self.last:
+            self.full.close()
+        return {}
+
+
+def test_training_goes_on_over_a_full_disk(tmp_path: Path) -> None:
+    batch, settings = random_batch(small_config(), 4, 8), {"save_every": 1, "max_steps": 12}
+    run_fixed(tmp_path / "whole", FixedTask(batch), **settings)
+    task = OnFullDisk(batch, 3, 10)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        result = run_fixed(tmp_path / "run", task, **settings)
+    assert result.step == 12
+    words = [str(warning.message) for warning in said]
+    assert sum("step-" in each and each.endswith("; training goes on") for each in words) >= 1
+    assert sum("metrics.jsonl" in each and "until there is room" in each for each in words) == 1
+    assert all("too large" in each for each in words)
+    assert_equal_runs(tmp_path / "whole", tmp_path / "run")
+
+
+def test_a_disk_that_stays_full_is_an_error_at_the_end(tmp_path: Path) -> None:
+    batch, settings = random_batch(small_config(), 4, 8), {"save_every": 1, "max_steps": 6}
+    task = OnFullDisk(batch, 3, 99)
+    ignored = warnings.catch_warnings(action="ignore")
+    with ignored, task.full, pytest.raises(OSError, match="too large"):
+        run_fixed(tmp_path / "run", task, **settings)
+    kept = RunFolder(tmp_path / "run").last_checkpoint()
+    assert kept is not None and kept.name == "step-00000002"
+    run_fixed(tmp_path / "run", FixedTask(batch), **settings)
+    run_fixed(tmp_path / "whole", FixedTask(batch), **settings)
+    assert_equal_runs(tmp_path / "whole", tmp_path / "run")
+
+
+def test_many_sigterms_save_once(tmp_path: Path) -> None:
+    """A scheduler and the launcher under it each send one."""
+    task = Interrupting(random_batch(small_config(), 4, 8), at=(3, 3, 3), sent=signal.SIGTERM)
+    result = run_fixed(tmp_path, task)
+    assert (result.step, result.signal, result.interrupted) == (3, signal.SIGTERM, True)
+    assert [p.name for p in RunFolder(tmp_path).checkpoints()] == ["step-00000003"]
+    assert run_fixed(tmp_path, task).signal == 0
 
 
 def test_a_run_keeps_its_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

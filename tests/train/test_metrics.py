@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from openmythos.train.metrics import Recorder, read_metrics
-from tests.train.examples import lines
+from tests.train.examples import full_disk, lines
 
 
 def test_rows_are_strict_json(tmp_path: Path) -> None:
@@ -70,13 +70,21 @@ def test_damage_in_the_middle_costs_its_lines_only(tmp_path: Path) -> None:
     assert [row["step"] for row in read_metrics(recorder.path)] == [1, 3]
 
 
-def test_a_full_disk_is_named(tmp_path: Path) -> None:
-    if not Path("/dev/full").exists():
-        pytest.skip("no /dev/full here")
+def test_rows_that_a_full_disk_refuses_are_written_when_there_is_room(tmp_path: Path) -> None:
     recorder = Recorder(tmp_path)
-    recorder.path.symlink_to("/dev/full")
-    with pytest.raises(OSError, match=r"metrics\.jsonl cannot be written: no space left on device"):
-        recorder.step(1, 0.0, 0.0, {"loss": 1.0}, True)
+    recorder.step(1, 0.0, 0.0, {"loss": 1.0}, True)
+    size = recorder.path.stat().st_size
+    with full_disk(size + 10):  # a part of the next row fits
+        with pytest.warns(UserWarning, match=r"metrics\.jsonl cannot be written: file too large"):
+            recorder.step(2, 0.0, 0.0, {"loss": 1.0}, True)
+        recorder.step(3, 0.0, 0.0, {"loss": 1.0}, True)  # and that is said once
+        with pytest.raises(OSError, match=r"metrics\.jsonl cannot be written"):
+            recorder.flush()
+        assert recorder.path.stat().st_size == size
+    recorder.step(4, 0.0, 0.0, {"loss": 1.0}, True)
+    assert [row["step"] for row in lines(recorder.path)] == [1, 2, 3, 4]
+    recorder.flush()
+    assert [row["step"] for row in lines(recorder.path)] == [1, 2, 3, 4]
 
 
 class Board:

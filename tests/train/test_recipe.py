@@ -9,7 +9,14 @@ from openmythos.config.parallel import ParallelConfig
 from openmythos.config.schema import apply_overrides, from_dict, to_dict
 from openmythos.train.depth_schedule import DepthSchedule, FixedDepth
 from openmythos.train.objective import ExitWeightedObjective, FinalLoopObjective
-from openmythos.train.recipe import HopsData, RunConfig, TextData, TrainConfig
+from openmythos.train.recipe import (
+    HopsData,
+    MixtureData,
+    MixtureSource,
+    RunConfig,
+    TextData,
+    TrainConfig,
+)
 from openmythos.train.run import resolve
 from tests.train.examples import hops_config, text_config, tiny_model
 
@@ -92,7 +99,31 @@ def test_bad_data_fields() -> None:
         HopsData(num_entities=0)
 
 
+def parts(*weights: float) -> tuple[MixtureSource, ...]:
+    return tuple(MixtureSource(source=f"s{i}", weight=w) for i, w in enumerate(weights))
+
+
+def test_bad_mixtures() -> None:
+    with pytest.raises(ValueError, match=r"the weights are 0\.5 \+ 0\.4 = 0\.9"):
+        MixtureData(sources=parts(0.5, 0.4))
+    with pytest.raises(ValueError, match="a weight is nan"):
+        apply_overrides(
+            RunConfig(
+                model=tiny_model(),
+                train=TrainConfig(max_steps=1),
+                data=MixtureData(sources=parts(0.5, 0.5), seq_len=8),
+            ),
+            ['data.sources=[{"source": "a", "weight": NaN}]'],
+        )
+    with pytest.raises(ValueError, match="all different"):
+        MixtureData(sources=(*parts(0.5), *parts(0.5)))
+    with pytest.raises(ValueError, match="standard input can be read once only"):
+        MixtureData(sources=(*parts(0.5), MixtureSource(source="-", weight=0.5)))
+
+
 def test_data_in_words() -> None:
+    mixture = MixtureData(sources=parts(0.75, 0.25))
+    assert mixture.in_words == "s0 (75.00%) and s1 (25.00%)"
     assert TextData(source="python-source").in_words == "python-source"
     assert HopsData(num_entities=5).in_words == "walks over 5 entities and 4 permutations"
     sums = HopsData(shifts=True, written_out=True)

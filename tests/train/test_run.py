@@ -20,10 +20,10 @@ from openmythos.folder import locked
 from openmythos.interop.loading import load_config, load_pretrained
 from openmythos.tokenizer import byte_tokenizer
 from openmythos.train.metrics import read_metrics
-from openmythos.train.recipe import FREE_FIELDS, RunConfig, TextData
+from openmythos.train.recipe import FREE_FIELDS, MixtureData, MixtureSource, RunConfig, TextData
 from openmythos.train.run import resolve, set_up
 from openmythos.train.run_folder import RunFolder
-from openmythos.train.task import PuzzleTask, TextTask
+from openmythos.train.task import MixtureTask, PuzzleTask, TextTask
 from tests.strategies import random_model
 from tests.train import examples
 from tests.train.examples import (
@@ -222,6 +222,56 @@ def test_a_run_without_links_reads_its_source(
     assert examples.run(config, run).step == 8
 
 
+def mixture(tmp_path: Path, **changes: Any) -> RunConfig:
+    """Prepared data and a file."""
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir(exist_ok=True)
+        write_text(tmp_path / name, 90 if name == "a" else 60)
+    first = tmp_path / "a" / "data"
+    prepare(str(tmp_path / "a" / "text.txt"), first, tokenizer=byte_tokenizer())
+    parts = (
+        MixtureSource(source=str(first), weight=0.7),
+        MixtureSource(source=str(tmp_path / "b" / "text.txt"), weight=0.3),
+    )
+    data = MixtureData(sources=parts, seq_len=32)
+    return replace(text_config(first, **changes), data=data)
+
+
+def test_a_mixture_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> None:
+    config = mixture(tmp_path, max_steps=4, eval_every=0, eval_loops=(2,))
+    whole = set_up(changed(config, save_every=2), tmp_path / "whole")
+    assert isinstance(whole.task, MixtureTask)
+    assert whole.config.model.vocab_size == 259  # that of what is prepared
+    whole.train()
+    run = stopped(config, tmp_path / "run", at=2)
+    for name in ("a", "b"):
+        shutil.rmtree(tmp_path / name)
+    examples.run(changed(config, save_every=2), run)
+    examples.assert_equal_runs(tmp_path / "whole", run)
+    rows = [row for row in measured(run) if row["kind"] == "validation"]
+    names = [f"bits_per_byte of {part.source}" for part in config.data.sources]
+    for row in rows:
+        mean = 0.7 * row[names[0]] + 0.3 * row[names[1]]
+        assert row["bits_per_byte"] == pytest.approx(mean)
+    checkpoint, own = checkpoint_folder(run), run / "data" / "1"
+    assert held_out(checkpoint, own, [1], 4, None, 1, "cpu")
+    with pytest.raises(ValueError, match=r"run is of 2 sources; give one of them as --data: .*/0"):
+        held_out(checkpoint, run, [1], 4, None, 1, "cpu")
+    other = replace(config.data.sources[1], weight=0.3, column="body")
+    data = replace(config.data, sources=(config.data.sources[0], other))
+    with pytest.raises(ValueError, match=r"data\.sources\.1\.column \(\"text\" there"):
+        set_up(replace(config, data=data), run)
+
+
+def test_a_mixture_of_other_tokenizers_is_refused(tmp_path: Path) -> None:
+    config = mixture(tmp_path)
+    prepare(str(tmp_path / "b" / "text.txt"), tmp_path / "b" / "data", vocab_size=280)
+    second = replace(config.data.sources[1], source=str(tmp_path / "b" / "data"))
+    data = replace(config.data, sources=(config.data.sources[0], second))
+    with pytest.raises(ValueError, match="were prepared with different tokenizers"):
+        set_up(replace(config, data=data), tmp_path / "run")
+
+
 def test_lost_data_is_one_clear_error(tmp_path: Path) -> None:
     config = text_config(write_text(tmp_path), max_steps=8)
     run = stopped(config, tmp_path / "run")
@@ -243,6 +293,7 @@ FREE_VALUES: dict[str, Any] = {
     "eval_loops": (2, 5),
     "eval_batches": 3,
     "recompute": True,
+    "track": "none",  # as compile
 }
 
 
@@ -256,7 +307,7 @@ def test_what_may_change_while_a_run_goes_on(tmp_path: Path, name: str) -> None:
     going_on = set_up(other, run)
     result = going_on.train()
     assert json.loads((run / "config.json").read_text())["train"] == to_dict(other.train)
-    assert any(name in said for said in going_on.changes) == (field != "compile")
+    assert any(name in said for said in going_on.changes) == (field not in ("compile", "track"))
     if field == "max_steps":
         assert result.step == 12
         assert "after step 4, 33% of the run is done instead of 50%" in going_on.changes[1]

@@ -1,12 +1,11 @@
-import contextlib
 import json
-from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from openmythos import load_pretrained
 from openmythos.config.schema import to_dict
@@ -18,7 +17,7 @@ from openmythos.train.run_folder import RunFolder, RunState
 from tests.checkpoint.examples import without_checksums
 from tests.strategies import random_model, seeded, small_config
 from tests.train import examples
-from tests.train.examples import FixedTask, changed, hops_config, random_batch
+from tests.train.examples import FixedTask, changed, full_disk, hops_config, random_batch
 
 CONFIG = small_config(core_feed_forward=examples.MOE)
 
@@ -73,6 +72,55 @@ def test_everything_comes_back(tmp_path: Path) -> None:
     loaded = load_pretrained(path)
     assert torch.equal(loaded.embed.weight, model.embed.weight)
     assert all(file.suffix in (".safetensors", ".json") for file in path.iterdir())
+
+
+def test_the_state_is_found_by_the_parameters_names(tmp_path: Path) -> None:
+    model, optimizers = trained(0)
+    folder = RunFolder(tmp_path)
+    path = folder.save(model, optimizers, Remembering(), RunState(step=2, seconds=0.0))
+    stored = load_file(path / "training_state.safetensors")
+    assert {name.rpartition(".")[2] for name in stored} == {
+        *("momentum", "exp_avg", "exp_avg_sq", "step"),
+    }
+    assert {name.rpartition(".")[0] for name in stored} == dict(model.named_parameters()).keys()
+
+    other, fresh = trained(1)
+    for optimizer in fresh:  # another order, as of another version that groups differently
+        for group in optimizer.param_groups:
+            group["params"].reverse()
+    assert RunFolder(tmp_path).resume(other, fresh, Remembering()) is not None
+    for ours, theirs in zip(optimizers, fresh, strict=True):
+        for name, param in model.named_parameters():
+            for key, value in ours.state.get(param, {}).items():
+                assert torch.equal(value, theirs.state[other.get_parameter(name)][key]), name
+
+    stored["gone.weight.momentum"] = torch.zeros(2)
+    save_file(stored, without_checksums(path) / "training_state.safetensors")
+    with pytest.raises(ValueError, match=r"of other parameters: gone\.weight"):
+        RunFolder(tmp_path).resume(other, fresh, Remembering())
+
+
+def test_a_run_of_an_older_version_goes_on(tmp_path: Path) -> None:
+    """Its training state names an optimiser and a parameter by their numbers."""
+    model, optimizers = trained(0)
+    folder = RunFolder(tmp_path)
+    path = folder.save(model, optimizers, Remembering(), RunState(step=2, seconds=0.0))
+    record = json.loads((path / "training_state.json").read_text())
+    packed = [optimizer.state_dict() for optimizer in optimizers]
+    record["optimizers"] = [{"param_groups": each["param_groups"]} for each in packed]
+    (without_checksums(path) / "training_state.json").write_text(json.dumps(record))
+    numbered = {
+        f"{number}.{param}.{key}": value
+        for number, each in enumerate(packed)
+        for param, values in each["state"].items()
+        for key, value in values.items()
+    }
+    save_file(numbered, path / "training_state.safetensors")
+    other, fresh = trained(1)
+    assert RunFolder(tmp_path).resume(other, fresh, Remembering()) is not None
+    for ours, theirs in zip(state_of(optimizers), state_of(fresh), strict=True):
+        for param, values in ours["state"].items():
+            assert all(torch.equal(v, theirs["state"][param][name]) for name, v in values.items())
 
 
 def test_only_the_newest_are_kept_and_nothing_to_resume_is_none(tmp_path: Path) -> None:
@@ -157,18 +205,6 @@ def test_a_damaged_training_state_without_checksums_is_named(tmp_path: Path, fil
     spoil(without_checksums(path) / file, "cut")
     with pytest.raises(ValueError, match="step-00000003 cannot be resumed"):
         folder.resume(model, optimizers, Remembering())
-
-
-@contextlib.contextmanager
-def full_disk(num_bytes: int) -> Iterator[None]:
-    """Files of this process cannot grow beyond so many bytes."""
-    resource = pytest.importorskip("resource")
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.parametrize("num_bytes", [0, 2_000, 40_000])

@@ -1,0 +1,150 @@
+"""Depth attention against the same bytes of cache spent otherwise, on text.
+
+Depth attention reads the keys and values of a token's own earlier loops, which a cache of every
+loop holds anyway. The same bytes can hold the same loop without it, or twice the key-value heads if
+only those of the last loop are kept.
+
+Source: MoDA (2603.15619), Dreamer (2601.21582); the comparison at equal memory is ours.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+from experiments.claim import Claim, Decision, Table, Verdict, no_result, verdict
+from experiments.interval import gap, t_interval
+from experiments.long_runs.text import source_of, train_on_text
+from experiments.run_store import Results, Run
+from experiments.tuning import tuned
+
+if TYPE_CHECKING:
+    from openmythos.config import ModelConfig
+    from openmythos.train.recipe import RunConfig
+
+DEPTH, OTHERS = "cache_depth_attention", ("cache_plain", "cache_last_loop")
+ARMS = (DEPTH, *OTHERS)
+LOOPS, KV_HEADS = 4, 2
+SEEDS, RATES = (0, 1, 2), (0.01, 0.02, 0.04)
+STEPS, SEQ_LEN, ROWS = 1200, 256, 8
+
+
+def runs(scale: str, done: Results) -> list[Run]:
+    """Every arm tuned by what it is compared by."""
+    if scale == "smoke":
+        few = {"steps": 1, "rows": 2, "seq_len": 16, "batches": 1, "rate": RATES[1]}
+        return [Run(arm, 0, few) for arm in ARMS]
+    settings = {"steps": STEPS, "rows": ROWS, "seq_len": SEQ_LEN, "batches": 8}
+    found: list[Run] = []
+    for arm in ARMS:
+        choice = tuned(done, arm, settings, RATES, lambda r: -float(r.data["bits"]))
+        found += choice.then(arm, settings, SEEDS)
+    return found
+
+
+def model_of(arm: str) -> ModelConfig:
+    """Preset ``tiny``, and what the arm does with the memory."""
+    from openmythos.config import DepthAttentionConfig, GQAConfig, presets
+
+    tiny = replace(presets.preset("tiny"), num_loops=LOOPS)
+    if arm == "cache_last_loop":  # prelude, one loop of the core, coda: three layers, four heads
+        return tiny
+    assert isinstance(tiny.attention, GQAConfig)
+    few = replace(tiny, attention=replace(tiny.attention, num_kv_heads=KV_HEADS))  # six layers
+    if arm == DEPTH:
+        return replace(few, depth_attention=DepthAttentionConfig(num_recent_loops=LOOPS - 1))
+    return few
+
+
+def cache_bytes(arm: str) -> int:
+    """Bytes of cache per token, in half precision."""
+    from openmythos.config.counts import kv_bytes_per_token
+
+    kept = 1 if arm == "cache_last_loop" else LOOPS
+    return kv_bytes_per_token(model_of(arm), num_loops=LOOPS, kept_loops=kept)
+
+
+def recipe(run: Run, source: str) -> RunConfig:
+    """The training of a run, always four loops."""
+    from openmythos.train.depth_schedule import DepthSchedule, FixedDepth
+    from openmythos.train.optim import OptimizerConfig
+    from openmythos.train.recipe import RunConfig, TextData, TrainConfig
+
+    train = TrainConfig(
+        seed=run.seed,
+        max_steps=run.settings["steps"],
+        batch_size=run.settings["rows"],
+        optimizer=OptimizerConfig(muon_lr=run.settings["rate"]),
+        depth=DepthSchedule(sampling=FixedDepth(mean_recurrence=LOOPS)),
+        eval_loops=(),
+        save_every=50,
+        keep_checkpoints=1,
+    )
+    data = TextData(source=source, seq_len=run.settings["seq_len"])
+    return RunConfig(model=model_of(run.arm), train=train, data=data)
+
+
+def measure(run: Run, scale: str, out: Path) -> dict[str, Any]:
+    """Bits per byte as they come through the arm's cache; one of every loop changes nothing."""
+    from experiments.text_loops.held_out import bits_per_token, last_loop_logits
+    from openmythos.model.inference import inference
+
+    model, held_out = train_on_text(recipe(run, source_of(scale)), out)
+    bits, size = 0.0, 0
+    for batch in held_out.validation_batches(run.settings["batches"]):
+        targets = batch.tokens[:, 1:]
+        with inference(model):
+            if run.arm == "cache_last_loop":
+                logits = last_loop_logits(model, batch.tokens, LOOPS)
+            else:
+                logits = model(batch.tokens, num_loops=LOOPS).logits[:, :-1]
+        bits += bits_per_token(logits, targets) * targets.numel()
+        size += int(held_out.tokenizer.token_num_bytes[targets.numpy()].sum())
+    return {"bits": bits / size, "bytes": size}
+
+
+# --- what the results say -------------------------------------------------------------------------
+
+
+def decide(claim: Claim, results: Results) -> Verdict:
+    """Depth attention against both other uses of the memory."""
+    bits = {arm: results.values(arm, lambda d: d["bits"]) for arm in ARMS}
+    if min(map(len, bits.values())) < 2:
+        return no_result(claim, "Fewer than two seeds.")
+    gaps = {arm: gap(bits[DEPTH], bits[arm]) for arm in OTHERS}
+    below = [arm for arm, one in gaps.items() if one.is_result and one.difference.mean < 0]
+    decision: Decision = "in part" if below else "fails"
+    if len(below) == len(OTHERS):
+        decision = "holds"
+    elif not any(one.is_result for one in gaps.values()):
+        decision = "no result"
+    best = min(OTHERS, key=lambda arm: fmean(bits[arm]))
+    said = ", ".join(f"{arm} {fmean(values):.4f}" for arm, values in bits.items())
+    return verdict(claim.name, decision, f"Bits per byte: {said}.", gaps[best].difference)
+
+
+def bits_table(results: Results) -> Table:
+    """Bits per byte by arm."""
+    rows = []
+    for arm in ARMS:
+        if values := results.values(arm, lambda d: d["bits"]):
+            found = t_interval(values)
+            rows.append([arm, f"{found.mean:.4f} ± {found.deviation:.4f}", str(len(values))])
+    header = ["arm", "bits per byte", "seeds"]
+    return Table("Depth attention: held-out text", header, rows)
+
+
+def size_table() -> Table:
+    """Cache, parameters and FLOPs of the arms."""
+    from openmythos.config import counts
+
+    rows = []
+    for arm in ARMS:
+        config, context = model_of(arm), (SEQ_LEN + 1) // 2
+        flops = counts.forward_flops(config, num_loops=LOOPS, context_length=context)
+        sizes = (cache_bytes(arm), counts.total_params(config), flops)
+        rows.append([arm, *(f"{size:,.0f}" for size in sizes)])
+    header = ["arm", "bytes of cache per token", "parameters", "test FLOPs per token"]
+    return Table("Depth attention: the arms", header, rows)

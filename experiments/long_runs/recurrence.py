@@ -1,0 +1,185 @@
+"""Does the best recurrence follow a power law of the budget?"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from experiments.claim import Claim, Decision, Table, Verdict, no_result
+from experiments.long_runs.power_law import best_recurrence, power_law
+from experiments.long_runs.text import source_of, train_on_text
+from experiments.run_store import Result, Results, Run
+from experiments.tuning import tuned
+
+if TYPE_CHECKING:
+    from openmythos.train.recipe import RunConfig
+
+WIDTHS, RECURRENCES = (96, 160), (1, 2, 3, 4, 6, 8)
+BUDGETS = {96: (4e12, 8e12, 1.6e13, 3.2e13), 160: (1e13, 2e13, 4e13, 8e13)}  # training FLOPs
+ARMS = [f"w{width}_r{loops}" for width in WIDTHS for loops in RECURRENCES]
+SEEDS, RATES = (0, 1, 2), (0.01, 0.02, 0.04)
+SEQ_LEN, ROWS = 256, 8
+
+
+def runs(scale: str, done: Results) -> list[Run]:
+    """Rates at the smallest budget of a width, then every budget."""
+    if scale == "smoke":
+        return [Run("w96_r2", 0, {"flops": 1e9, "batches": 1, "rate": RATES[1]})]
+    found: list[Run] = []
+    for arm in ARMS:
+        budgets = BUDGETS[sizes_of(arm)[0]]
+        least = {"flops": budgets[0], "batches": 32}
+        choice = tuned(done, arm, least, RATES, lambda r: -float(r.data["bits"]))
+        found += choice.runs
+        if choice.rate is not None:
+            found += [
+                Run(arm, seed, {**least, "flops": flops, "rate": choice.rate})
+                for flops in budgets
+                for seed in SEEDS
+            ]
+    return found
+
+
+def measure(run: Run, scale: str, out: Path) -> dict[str, Any]:
+    """Bits per byte at the recurrence of training, and how much text the budget bought."""
+    from openmythos.train.validation import held_out_bits_per_byte
+
+    width, loops = sizes_of(run.arm)
+    config = recipe(width, loops, run.seed, run.settings, source_of(scale))
+    model, held_out = train_on_text(config, out)
+    bits = held_out_bits_per_byte(model, held_out, loops, run.settings["batches"])
+    steps = config.train.max_steps or 0
+    return {"bits": bits, "steps": steps, "tokens": steps * ROWS * SEQ_LEN}
+
+
+def sizes_of(arm: str) -> tuple[int, int]:
+    """Width and recurrence of ``w96_r2``."""
+    width, _, loops = arm.removeprefix("w").partition("_r")
+    return int(width), int(loops)
+
+
+def recipe(
+    width: int, loops: int, seed: int, settings: Mapping[str, Any], source: str
+) -> RunConfig:
+    """Preset ``tiny`` of this width at a fixed recurrence, for as many steps as the FLOPs allow."""
+    from openmythos.config import counts, presets
+    from openmythos.train.depth_schedule import DepthSchedule, FixedDepth
+    from openmythos.train.optim import OptimizerConfig
+    from openmythos.train.recipe import RunConfig, TextData, TrainConfig
+
+    tiny = presets.preset("tiny")
+    model = replace(
+        tiny,
+        d_model=width,
+        num_loops=loops,
+        attention=replace(tiny.attention, head_dim=width // 4),
+        feed_forward=tiny.feed_forward.with_width(4 * width),
+    )
+    context = (SEQ_LEN + 1) // 2
+    each = counts.training_flops(model, num_loops=loops, context_length=context)
+    train = TrainConfig(
+        seed=seed,
+        max_steps=max(1, round(settings["flops"] / (each * ROWS * SEQ_LEN))),
+        batch_size=ROWS,
+        optimizer=OptimizerConfig(muon_lr=settings["rate"]),
+        depth=DepthSchedule(sampling=FixedDepth(mean_recurrence=loops)),
+        eval_loops=(),
+        save_every=50,
+        keep_checkpoints=1,
+    )
+    return RunConfig(model=model, train=train, data=TextData(source=source, seq_len=SEQ_LEN))
+
+
+# --- what the results say -------------------------------------------------------------------------
+
+
+def counted(results: Results) -> list[Result]:
+    """The runs of the sweep that were completed."""
+    return [result for arm in ARMS for result in results.of(arm)]
+
+
+def points(results: Results) -> list[dict[str, Any]]:
+    """Mean bits per byte and tokens by width, budget and recurrence."""
+    cells: dict[tuple[int, float, int], list[Result]] = {}
+    for result in counted(results):
+        width, loops = sizes_of(result.run.arm)
+        cells.setdefault((width, result.run.settings["flops"], loops), []).append(result)
+    return [
+        {
+            "width": width,
+            "flops": flops,
+            "loops": loops,
+            "bits": statistics.mean(float(r.data["bits"]) for r in own),
+            "tokens": float(own[0].data["tokens"]),
+            "seeds": len(own),
+        }
+        for (width, flops, loops), own in sorted(cells.items())
+    ]
+
+
+def exponents(rows: Sequence[Mapping[str, Any]], width: int) -> dict[str, Any]:
+    """The two power laws of a width, from the budgets whose best recurrence is inside."""
+    budgets, best, tokens = [], [], []
+    for flops in sorted({row["flops"] for row in rows if row["width"] == width}):
+        own = [row for row in rows if row["width"] == width and row["flops"] == flops]
+        found = best_recurrence({row["loops"]: row["bits"] for row in own})
+        if found is not None:
+            budgets.append(flops)
+            best.append(found)
+            nearest = min(own, key=lambda row: abs(row["loops"] - found))
+            # FLOPs per token are linear in the loops: from the nearest, by their share.
+            tokens.append(tokens_at(own, found, nearest))
+    return {"recurrence": power_law(budgets, best), "tokens": power_law(budgets, tokens)}
+
+
+def tokens_at(rows: Sequence[Mapping[str, Any]], loops: float, nearest: Mapping[str, Any]) -> float:
+    """Tokens that the budget buys at this many loops; FLOPs per token are linear in them."""
+    costs = [(row["loops"], row["flops"] / row["tokens"]) for row in rows]
+    (low, cost), (high, more) = costs[0], costs[-1]
+    each = cost + (more - cost) * (loops - low) / (high - low)
+    return float(nearest["flops"] / each)
+
+
+def decide(claim: Claim, results: Results) -> Verdict:
+    """Power laws at both widths, with exponents that agree."""
+    rows, limit = points(results), claim.thresholds
+    laws = {width: exponents(rows, width) for width in WIDTHS}
+    found = [law for each in laws.values() for law in each.values()]
+    if any(law is None for law in found):
+        return no_result(
+            claim,
+            "Fewer than three budgets of a width have their best recurrence inside the range that "
+            "was tried.",
+        )
+    narrow, wide = (laws[width] for width in WIDTHS)
+    gaps = {name: abs(narrow[name].exponent - wide[name].exponent) for name in narrow}
+    straight = all(law.fit >= limit["least_fit"] for law in found)
+    agree = [name for name, size in gaps.items() if size <= limit["most_difference"]]
+    decision: Decision = "fails" if not straight or not agree else "in part"
+    decision = "holds" if straight and len(agree) == len(gaps) else decision
+    said = "; ".join(
+        f"{name} {narrow[name].exponent:.2f} (R squared {narrow[name].fit:.2f}) and "
+        f"{wide[name].exponent:.2f} ({wide[name].fit:.2f})"
+        for name in narrow
+    )
+    return Verdict(
+        claim=claim.name,
+        decision=decision,
+        sentence=f"Exponents at widths {WIDTHS[0]} and {WIDTHS[1]}: {said}.",
+        number=wide["recurrence"].exponent,
+        figure="recurrence",
+    )
+
+
+def loss_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Bits per byte by width, budget and recurrence."""
+    shown = [
+        [*(str(row["width"]), f"{row['flops']:.1e}", str(row["loops"])),
+         *(f"{row['bits']:.4f}", f"{row['tokens']:,.0f}", str(row["seeds"]))]
+        for row in rows
+    ]  # fmt: skip
+    header = ["width", "training FLOPs", "loops", "bits per byte", "tokens", "seeds"]
+    return Table("Held-out text, means over seeds", header, shown)

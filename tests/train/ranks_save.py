@@ -1,0 +1,207 @@
+"""Cases for two ranks and more: checkpoints that all ranks write, and that any number reads."""
+
+import contextlib
+import pickle
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from functools import wraps
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+from openmythos import load_pretrained
+from openmythos.config.parallel import ParallelConfig
+from openmythos.folder import write_manifest
+from openmythos.model.recurrent import RecurrentDepthLM
+from openmythos.train.optim import OptimizerConfig, make_optimizers
+from openmythos.train.parallel import Ranks, join
+from openmythos.train.run_folder import RunFolder, RunState
+from tests.strategies import random_model, seeded
+from tests.train.examples import full_disk
+from tests.train.test_run_folder import CONFIG, Remembering
+
+STATE = RunState(step=3, seconds=1.5, first_nats=2.0)
+Trained = tuple[RecurrentDepthLM, list[torch.optim.Optimizer]]
+
+
+@contextlib.contextmanager
+def no_pickle() -> Iterator[None]:
+    """Unpickling is an error, of torch's own kind as well."""
+    refuse = mock.Mock(side_effect=AssertionError("something was unpickled"))
+    with (
+        mock.patch.object(pickle, "load", refuse),
+        mock.patch.object(pickle, "loads", refuse),
+        mock.patch.object(pickle, "Unpickler", refuse),
+        mock.patch.object(torch, "load", refuse),
+    ):
+        yield
+
+
+def in_a_folder(case: Callable[[Path, Ranks], None]) -> Callable[[], None]:
+    """A case with a folder that all ranks share; nothing may be unpickled in it."""
+
+    @wraps(case)
+    def run() -> None:
+        ranks = join(ParallelConfig(dp_shard=dist.get_world_size()))
+        folder = Path(ranks.on_first(tempfile.mkdtemp))
+        try:
+            with no_pickle():
+                case(folder, ranks)
+        finally:
+            if ranks.first:
+                shutil.rmtree(folder, ignore_errors=True)
+
+    run.__wrapped__ = None  # type: ignore[attr-defined]  # a case takes no arguments
+    return run
+
+
+def trained(seed: int, ranks: Ranks | None) -> Trained:
+    """A model and optimisers that have done two steps; the same numbers on any number of ranks."""
+    model = random_model(CONFIG, seed=seed)
+    if ranks is not None:
+        assert ranks.mesh is not None
+        for block in (*model.prelude, *model.core, *model.coda):
+            fully_shard(block, mesh=ranks.mesh["dp_shard"])
+        fully_shard(model, mesh=ranks.mesh["dp_shard"])
+    optimizers = make_optimizers(model, OptimizerConfig(muon_lr=None))
+    for _ in range(2):
+        for param in model.parameters():
+            grad = torch.randn(param.shape, generator=seeded(seed))
+            if isinstance(param, DTensor):
+                like = torch.distributed.tensor.distribute_tensor
+                grad = like(grad, param.device_mesh, param.placements)
+            param.grad = grad
+        for optimizer in optimizers:
+            optimizer.step()
+    return model, optimizers
+
+
+def numbers(trained: Trained) -> dict[str, torch.Tensor]:
+    """All tensors of a model and its optimisers, whole."""
+    model, optimizers = trained
+    found = dict(model.state_dict())
+    for name, param in model.named_parameters():
+        for optimizer in optimizers:
+            found |= {f"{name} {key}": value for key, value in optimizer.state[param].items()}
+    return {k: v.full_tensor() if isinstance(v, DTensor) else v for k, v in found.items()}
+
+
+def assert_equal(one: Trained, other: Trained) -> None:
+    expected, got = numbers(one), numbers(other)
+    assert expected.keys() == got.keys()
+    assert not [name for name, tensor in expected.items() if not torch.equal(tensor, got[name])]
+
+
+@in_a_folder
+def all_write_and_any_number_reads(folder: Path, ranks: Ranks) -> None:
+    mine, task = trained(0, ranks), Remembering(stage=4)
+    path = RunFolder(folder, ranks=ranks).save(*mine, task, STATE)
+    assert not list(folder.glob("checkpoints/.*"))
+    names = {file.name for file in path.iterdir()}
+    parts = {f"-rank-{i:05}-of-{ranks.world:05}.safetensors" for i in range(ranks.world)}
+    assert {f"{stem}{part}" for stem in ("model", "training_state") for part in parts} == {
+        name for name in names if name.endswith(".safetensors")
+    }
+
+    other, task = trained(1, ranks), Remembering()
+    assert RunFolder(folder, ranks=ranks).resume(*other, task) == STATE and task.stage == 4
+    assert_equal(mine, other)
+    alone = trained(1, None)
+    assert RunFolder(folder).resume(*alone, Remembering()) == STATE
+    assert_equal(mine, alone)
+    assert_equal(trained(0, None), alone)
+    loaded = load_pretrained(folder)
+    assert all(torch.equal(v, alone[0].state_dict()[k]) for k, v in loaded.state_dict().items())
+    found = {name: torch.zeros_like(tensor) for name, tensor in loaded.state_dict().items()}
+    dcp.load(found, storage_reader=dcp.HuggingFaceStorageReader(str(path)), no_dist=True)
+    assert all(torch.equal(tensor, found[name]) for name, tensor in loaded.state_dict().items())
+
+
+@in_a_folder
+def what_one_wrote_all_read(folder: Path, ranks: Ranks) -> None:
+    alone = trained(0, None)
+    if ranks.first:
+        RunFolder(folder).save(*alone, Remembering(), STATE)
+    ranks.wait()
+    other = trained(1, ranks)
+    assert RunFolder(folder, ranks=ranks).resume(*other, Remembering()) == STATE
+    assert_equal(alone, other)
+
+
+@in_a_folder
+def a_disk_that_is_full_for_one_is_said_by_all(folder: Path, ranks: Ranks) -> None:
+    run, mine = RunFolder(folder, ranks=ranks), trained(0, ranks)
+    kept = run.save(*mine, Remembering(), STATE)
+    last = ranks.rank == ranks.world - 1
+    limit = full_disk(2000) if last else contextlib.nullcontext()
+    with limit, pytest.raises(OSError, match=r"cannot be written.*too large"):
+        run.save(*mine, Remembering(), RunState(step=4, seconds=2.0))
+    names = ranks.on_first(lambda: [path.name for path in (folder / "checkpoints").iterdir()])
+    assert names == [kept.name]
+    assert run.save(*mine, Remembering(), RunState(step=4, seconds=2.0)).name == "step-00000004"
+    assert run.last_state() == RunState(step=4, seconds=2.0)
+
+
+@in_a_folder
+def a_damaged_part_is_passed_over_by_all(folder: Path, ranks: Ranks) -> None:
+    run, mine = RunFolder(folder, ranks=ranks), trained(0, ranks)
+    run.save(*mine, Remembering(), STATE)
+    for number, stem in enumerate(("model", "training_state")):
+        newest = run.save(*trained(2, ranks), Remembering(), RunState(step=4 + number, seconds=2.0))
+        file = newest / f"{stem}-rank-00001-of-{ranks.world:05}.safetensors"
+        if ranks.first:
+            content = bytearray(file.read_bytes())
+            content[-3] ^= 4
+            file.write_bytes(content)
+        ranks.wait()
+        other = trained(1, ranks)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            assert run.resume(*other, Remembering()) == STATE
+        words = [
+            str(warning.message) for warning in said if "is used instead" in str(warning.message)
+        ]
+        assert len(words) == (1 if ranks.first else 0)
+        assert all(f"{file.name} does not match its SHA-256" in each for each in words)
+        assert_equal(mine, other)
+        assert run.last_checkpoint() == folder / "checkpoints" / "step-00000003"
+    newest = run.save(*mine, Remembering(), RunState(step=9, seconds=2.0))
+    if ranks.first:  # a manifest that knows of the other files only
+        (newest / f"model-rank-00001-of-{ranks.world:05}.safetensors").unlink()
+        write_manifest(newest)
+    ranks.wait()
+    with pytest.raises(ValueError, match="has 1 of the 2 files"):
+        run.resume(*trained(1, ranks), Remembering())
+
+
+def what_all_say_and_who_fails() -> None:
+    ranks = join(ParallelConfig(dp_shard=dist.get_world_size()))
+    with no_pickle():
+        said: list[Any] = ranks.each(lambda: {"rank": "é" * ranks.rank})
+        assert said == [{"rank": "é" * rank} for rank in range(ranks.world)]
+        assert ranks.on_first(lambda: ranks.rank) == 0
+
+        def fail() -> None:
+            if ranks.rank == 1:
+                raise OSError("of rank 1")
+
+        with pytest.raises(OSError, match="of rank 1"):
+            ranks.each(fail)
+
+
+CASES = [
+    what_all_say_and_who_fails,
+    all_write_and_any_number_reads,
+    what_one_wrote_all_read,
+    a_disk_that_is_full_for_one_is_said_by_all,
+    a_damaged_part_is_passed_over_by_all,
+]

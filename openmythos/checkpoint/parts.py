@@ -114,7 +114,7 @@ def _writes(tensor: Tensor) -> bool:
     # The tensor's mesh may be one of several, along axes that it does not know: the first of these
     # has the first rank.
     where = zip(mesh.get_coordinate() or (), tensor.placements, strict=True)
-    return int(mesh.mesh.min()) == 0 and not any(at for at, how in where if not how.is_shard())
+    return int(mesh.mesh.min()) == 0 and not any(at for at, how in where if how.is_replicate())
 
 
 # --- files ----------------------------------------------------------------------------------------

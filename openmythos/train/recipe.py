@@ -93,6 +93,9 @@ class TrainConfig:
         parts = self.parallel.num_row_ranks * self.grad_accumulation
         allowed = f"a multiple of dp_replicate x dp_shard x grad_accumulation, {parts}"
         require(self.batch_size % parts == 0, "batch_size", self.batch_size, allowed)
+        exchanges = self.parallel.ep > 1 or self.parallel.tp > 1
+        allowed = "false with parallel.ep or parallel.tp above 1"
+        require(not (self.compile and exchanges), "compile", self.compile, allowed)
         if self.parallel.same_loops and self.depth.per_sequence:
             per_draw, ranks = self.depth.rows_per_draw, self.parallel.num_row_ranks
             allowed = f"a multiple of dp_replicate x dp_shard, {ranks}: all run the same loops"
@@ -299,3 +302,4 @@ class RunConfig:
             needs = "0, or data.kind=hops with data.passed_targets=true"
             require(passed, "objective.targets_per_loop", objective.targets_per_loop, needs)
         objective.check(self.model.halting)
+        self.train.parallel.check(self.model)

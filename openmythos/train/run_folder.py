@@ -52,6 +52,7 @@ from openmythos.tokenizer import Tokenizer
 from openmythos.train.parallel import Ranks
 from openmythos.train.recipe import FREE_FIELDS, PATH_FIELDS, RunConfig
 from openmythos.train.task import PuzzleTask, Task
+from openmythos.train.tensor import in_plain_order, put_in_fused_order
 
 STATE_TENSORS, STATE_RECORD = "training_state.safetensors", "training_state.json"
 
@@ -85,14 +86,17 @@ def refuse_foreign(path: Path) -> None:
 class RunState:
     """What resuming needs besides the states of model, optimisers and task.
 
-    ``first_nats`` and ``bad_steps`` are the state of the ``DivergenceGuard``. ``kernels`` are our
-    kernels for CPUs that the run uses; None: those of the machine, as in older runs.
+    ``first_nats``, ``bad_steps``, ``skipped`` and ``skipped_running`` are the state of the
+    ``DivergenceGuard``. ``kernels`` are our kernels for CPUs that the run uses; None: those of the
+    machine, as in older runs.
     """
 
     step: int
     seconds: float
     first_nats: float | None = None
     bad_steps: int = 0
+    skipped: int = 0
+    skipped_running: int = 0
     kernels: Sequence[str] | None = None
 
 
@@ -205,11 +209,13 @@ class RunFolder:
         ranks, target = self.ranks, self.path / "checkpoints" / f"step-{state.step:08d}"
         own = {*OWN_FILES, WALKS_FILE, PUZZLE_FILE, STATE_TENSORS, STATE_RECORD}
         own |= {path.name for path in target.glob("*-rank-*.safetensors")}
-        moments = _optimizer_state(model, optimizers)
+        require_stored(model)
+        weights = in_plain_order(model, model.state_dict())
+        moments = in_plain_order(model, _optimizer_state(model, optimizers))
         with contextlib.ExitStack() as fresh_folder:
             enter = fresh_folder.enter_context
             fresh = Path(ranks.on_first(lambda: str(enter(replaced_folder(target, own)))))
-            written = ranks.each(lambda: _write_tensors(model, moments, fresh, ranks))
+            written = ranks.each(lambda: _write_tensors(weights, moments, fresh, ranks))
             known = {name: record for each in written for name, record in each.items()}
             ranks.on_first(lambda: self._write_rest(model, task, state, fresh, known))
             ranks.each(fresh_folder.close)  # renames it
@@ -275,6 +281,7 @@ class RunFolder:
         if "optimizers" in record:  # older versions numbered the parameters
             keys = _named(model, optimizers, keys)
         _load_optimizer_state(model, optimizers, stored, keys)
+        put_in_fused_order(model, model.state_dict() | _optimizer_state(model, optimizers))
         ranks.on_first(lambda: self._set_aside(folder))
         return RunState(**record["state"])
 
@@ -422,13 +429,12 @@ def _named(
 
 
 def _write_tensors(
-    model: RecurrentDepthLM, moments: dict[str, Tensor], fresh: Path, ranks: Ranks
+    weights: dict[str, Tensor], moments: dict[str, Tensor], fresh: Path, ranks: Ranks
 ) -> dict[str, dict[str, Any]]:
     """Write what this rank holds of weights and optimisers; what the manifest says of its files."""
-    require_stored(model)
     if ranks.mesh is None:
-        save_weights(model.state_dict(), fresh)
+        save_weights(weights, fresh)
         save_tensors(moments, fresh / STATE_TENSORS)
         return {}
-    weights = save_own_parts(model.state_dict(), fresh, WEIGHTS_STEM)
-    return weights | save_own_parts(moments, fresh, Path(STATE_TENSORS).stem)
+    written = save_own_parts(weights, fresh, WEIGHTS_STEM)
+    return written | save_own_parts(moments, fresh, Path(STATE_TENSORS).stem)

@@ -270,45 +270,37 @@ def _tensor(config: ModelConfig, layout: ParallelConfig, work: Work) -> Iterator
         return
     forward, backward = _passes(config, work)
     number = size = 0
-    for stage, layers, there, back in (
-        ("prelude", config.num_prelude_layers, 1, 1),
-        ("core", config.num_core_layers, forward, backward),
-        ("coda", config.num_coda_layers, 1, 1),
-    ):
-        outputs, inputs = _summed_widths(config, layout, stage)
-        number += layers * (there * len(outputs) + back * len(inputs))
-        size += layers * (there * sum(outputs) + back * sum(inputs))
+    for name, shape in counts.parameter_shapes(config).items():
+        divided, in_core = tensor_dim(name), name.startswith("core.")
+        if divided == 1 and name.endswith(("out.weight", "down.weight")):
+            times, width = forward if in_core else 1, 2 * config.d_model
+        elif divided == 0 and name.endswith(("qkv.weight", "up.weight", "value_gate.weight")):
+            times, width = backward if in_core else 1, _input_bytes(config, name, shape[1])
+        else:
+            continue
+        number, size = number + times, size + times * width
+    chosen = getattr(config.core_ff, "num_experts_per_token", 0)
+    if chosen and layout.ep > 1:  # each rank sends its share of the tokens
+        dim = config.d_model
+        number += config.num_core_layers * (forward + 2 * backward)
+        size += config.num_core_layers * (2 * dim * forward + 4 * (dim + chosen) * backward)
     if work.recompute and _ends_with_a_sum(config):  # nothing needs a loop's last sum again
         number, size = number - config.num_loops, size - config.num_loops * 2 * config.d_model
     number, size = number * work.accumulation, size * work.accumulation * work.tokens
     yield Exchange("all_reduce", "states and gradients", number, size, layout.tp, layout.tp)
 
 
+def _input_bytes(config: ModelConfig, name: str, width: int) -> int:
+    """Bytes per token of a first layer's input, whose gradient is summed."""
+    if name.endswith("kv_up.weight"):  # MLA's latents come with the rotary key
+        width += config.attention.rope_dim
+    return (2 if name.endswith(("q_up.weight", "kv_up.weight")) else 4) * width  # or the state
+
+
 def _ends_with_a_sum(config: ModelConfig) -> bool:
     """Whether no product of a loop comes after the sum of its last layer's outputs."""
     plain = config.loop_adapter is None and config.halting is None and not config.loop_norm
     return plain and config.block.norm == "pre" and not config.injection.has_update
-
-
-def _summed_widths(
-    config: ModelConfig, layout: ParallelConfig, stage: str
-) -> tuple[list[int], list[int]]:
-    """Bytes per token of each sum in a block's forward, and in its backward pass."""
-    shapes = counts.parameter_shapes(config)
-    dim, outputs, inputs = config.d_model, [], []
-    for name, shape in shapes.items():
-        divided = tensor_dim(name) if name.startswith(f"{stage}.0.") else None
-        if divided == 1 and name.endswith(("out.weight", "down.weight")):
-            outputs.append(2 * dim)
-        elif divided == 0 and name.endswith(("qkv.weight", "up.weight")):
-            # The state is in float32. What MLA expands comes with the rotary key.
-            rotary = config.attention.rope_dim if name.endswith("kv_up.weight") else 0
-            inputs.append(4 * dim if shape[1] == dim else 2 * (shape[1] + rotary))
-    experts = getattr(config.core_ff, "num_experts_per_token", 0) if stage == "core" else 0
-    if experts and layout.ep > 1:  # each rank sends its share of the tokens
-        outputs.append(2 * dim)
-        inputs += [4 * dim, 4 * experts]
-    return outputs, inputs
 
 
 # --- time -----------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import importlib
 import re
 from collections import Counter
 from collections.abc import Sequence
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,6 +38,11 @@ LEADS = {
     "steps, a plateau one that holds. Below the line, walks longer than any in training.",
     ("wins_and_losses", "wins_and_losses"): "Loops against plain stacks of equal parameters and of "
     "equal FLOPs, puzzle by puzzle.",
+    (
+        "bounded_state",
+        "norms",
+    ): "The norm of the state over 4,000 loops at fixed weights: with rho below 1 it stops "
+    "growing, with plain addition it grows linearly, and near 1 the two are the same.",
 }
 DIGEST = "Data"  # the key of a figure's digest in its PNG file
 
@@ -293,7 +299,7 @@ def first_screen(findings: Sequence[Finding]) -> str:
     """The written part of the front page: the figure that leads, and the way to all others."""
     board = SCOREBOARD.as_posix()
     parts = [
-        f"[![{caption}]({path.as_posix()})]({board})\n\n{caption}\n"
+        f"[{image(caption, path.as_posix())}]({board})\n\n{caption}\n"
         for caption, _, path in leading(findings)[:1]
     ]
     parts.append(
@@ -302,6 +308,11 @@ def first_screen(findings: Sequence[Finding]) -> str:
         "beside it.\n"
     )
     return "\n".join(parts)
+
+
+def image(caption: str, path: str) -> str:
+    """A leading figure; they are drawn for a telephone's width, and not blown up elsewhere."""
+    return f'<img src="{path}" alt="{escape(caption)}" width="560">'
 
 
 def scoreboard(findings: Sequence[Finding]) -> str:
@@ -315,7 +326,7 @@ def scoreboard(findings: Sequence[Finding]) -> str:
     ]
     for caption, name, path in leading(findings):
         page = f"../experiments/{name}/README.md"
-        lines.append(f"![{caption}](../{path.as_posix()})\n\n{caption} [{name}]({page})\n")
+        lines.append(f"{image(caption, f'../{path.as_posix()}')}\n\n{caption} [{name}]({page})\n")
     lines += [_board_part(finding) for finding in findings]
     lines.append(
         "An interval is over seeds; a number links to the results. CPU seconds are those of the "
@@ -342,22 +353,26 @@ def _board_part(finding: Finding) -> str:
     command = f"`openmythos reproduce {study.name} --scale {study.page_scale} --again`"
     cost = f"{seconds} CPU seconds" if finding.conclusion else NOT_YET
     for claim, verdict in finding.verdicts:
-        cells = [f"“{claim.quote}” {claim.article}", f"**{NOT_YET}**", "", "", ""]
+        decision = NOT_YET if verdict is None else verdict.decision
+        rows.append(f"- **{decision.capitalize()}**: “{claim.quote}” {claim.article}\n")
         if verdict is not None:
-            picture = "" if verdict.figure is None else finding.picture(verdict.figure).name
-            cells[1:] = [
-                f"**{verdict.decision}**. {verdict.sentence}",
-                "" if verdict.number is None else f"[{verdict.number:.3g}]({data})",
-                _ends(verdict, ""),
-                f"[{picture.removesuffix('.png')}]({data}/{picture})" if picture else "",
-            ]
-        rows.append(cells)
-    header = ["claim", "verdict", "number", "95 % interval", "figure"]
+            rows.append(f"\n  {verdict.sentence}{_links(verdict, finding, data)}\n")
     return (
         f"## {study.number}. {study.title}\n\n"
         f"[Set-up, rules and tables]({inside}/README.md). Again: {command} ({cost})\n\n"
-        f"{markdown(Table(study.title, header, rows))}"
+        f"{''.join(rows)}"
     )
+
+
+def _links(verdict: Verdict, finding: Finding, data: str) -> str:
+    """A verdict's number, which leads to the results, its interval, and its figure."""
+    said = ""
+    if verdict.number is not None:
+        said += f" Decided by [{verdict.number:.3g}]({data}){_ends(verdict, ', 95 % interval ')}."
+    if verdict.figure is not None:
+        picture = finding.picture(verdict.figure).name
+        said += f" Figure: [{verdict.figure.replace('_', ' ')}]({data}/{picture})."
+    return said
 
 
 def markdown(table: Table) -> str:

@@ -24,12 +24,12 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-SHOWN_HOPS, SHOWN_LOOPS = range(1, 17), range(1, 17)
+SHOWN_HOPS, SHOWN_LOOPS = range(2, 17, 2), (*range(1, 9), 10, 12, 16)
 NAMES = {
-    "fixed_longest": "4 loops, longest walks only: none to spare",
-    "fixed_mixed": "4 loops, mixed walks",
-    "sampled_longest": "2 to 8 loops, longest walks only",
-    "sampled_mixed": "2 to 8 loops, mixed walks",
+    "fixed_longest": "Trained at 4 loops, longest walks only: none to spare",
+    "fixed_mixed": "Trained at 4 loops, mixed walks",
+    "sampled_longest": "Trained at 2 to 8 loops, longest walks only",
+    "sampled_mixed": "Trained at 2 to 8 loops, mixed walks",
 }
 
 
@@ -47,23 +47,21 @@ def heat_maps(data: Mapping[str, Any]) -> "Figure":
     from matplotlib.colors import LinearSegmentedColormap
 
     colours = LinearSegmentedColormap.from_list("cells", [PAPER, CELL, BLUE])
+    shown = data["accuracy"]
+    height = 2.75 * max(1, len(shown)) + 0.85
     with styled():
-        figure = figure_of(9.2, 9.0)
-        panels = figure.subplots(2, 2).ravel()
-        figure.subplots_adjust(0.07, 0.07, 0.985, 0.90, wspace=0.16, hspace=0.24)
-        figure.text(
-            0.02,
-            0.965,
-            "The same weights at other loops and on other walks",
-            weight="bold",
-            size=13,
-        )
+        figure = figure_of(5.6, height)
+        panels = figure.subplots(max(1, len(shown)), squeeze=False).ravel()
+        figure.subplots_adjust(0.095, 0.5 / height, 0.985, 1 - 1.05 / height, hspace=0.36)
+        title = "The same weights at other loops and on other walks"
+        figure.text(0.02, 1 - 0.24 / height, title, weight="bold", size=11)
         said = (
-            "Accuracy in % on held-out walks, mean over seeds; chance 6. Below the line: walks "
-            "longer than any in training. Dots: two hops per loop."
+            "Right answers in %, mean over seeds; chance 6. Below the line walks",
+            "are longer than any in training. Framed: two hops per loop.",
         )
-        figure.text(0.02, 0.938, said, color=MUTED, size=9)
-        for axes, (arm, accuracy) in zip(panels, data["accuracy"].items(), strict=False):
+        for line, words in enumerate(said):
+            figure.text(0.02, 1 - (0.45 + 0.18 * line) / height, words, color=MUTED, size=9)
+        for axes, (arm, accuracy) in zip(panels, shown.items(), strict=False):
             rows = [data["hops"].index(h) for h in SHOWN_HOPS]
             columns = [data["loops"].index(n) for n in SHOWN_LOOPS if n in data["loops"]]
             _panel(axes, NAMES[arm], np.array(accuracy)[np.ix_(rows, columns)], colours)
@@ -71,20 +69,27 @@ def heat_maps(data: Mapping[str, Any]) -> "Figure":
 
 
 def _panel(axes: "Axes", name: str, values: np.ndarray, colours: Any) -> None:
+    from matplotlib.patches import Rectangle
+
     axes.imshow(values, cmap=colours, vmin=0, vmax=1, aspect="auto")
     for (row, column), value in np.ndenumerate(values):
-        colour = PAPER if value > 0.8 else INK if value > 0.15 else MUTED
+        colour = PAPER if value > 0.8 else INK
         text = f"{100 * value:.0f}"
-        axes.text(column, row, text, ha="center", va="center", color=colour, size=6.2)
-    hops = np.arange(HOPS_PER_LOOP, len(values) + 1, HOPS_PER_LOOP)
-    axes.plot(hops / HOPS_PER_LOOP - 1 + 0.38, hops - 1 - 0.32, ".", color=ORANGE, markersize=4)
-    axes.axhline(TRAINED_HOPS - 0.5, color=INK, linewidth=1.4)
-    loops = [str(n) for n in SHOWN_LOOPS[: values.shape[1]]]
-    axes.set_title(name, fontsize=10)
-    axes.set_xticks(range(values.shape[1]), loops, fontsize=7.5)
-    axes.set_yticks(range(len(values)), [str(h) for h in SHOWN_HOPS], fontsize=7.5)
-    axes.set_xlabel("loops")
-    axes.set_ylabel("hops")
+        axes.text(column, row, text, ha="center", va="center", color=colour, size=8.5)
+    for row, hops in enumerate(SHOWN_HOPS):
+        loops = hops // HOPS_PER_LOOP
+        if loops in SHOWN_LOOPS[: values.shape[1]]:
+            corner = (SHOWN_LOOPS.index(loops) - 0.5, row - 0.5)
+            style: dict[str, Any] = {"fill": False, "edgecolor": ORANGE, "linewidth": 1.4}
+            axes.add_patch(Rectangle(corner, 1, 1, **style))
+    trained = sum(hops <= TRAINED_HOPS for hops in SHOWN_HOPS)
+    axes.axhline(trained - 0.5, color=INK, linewidth=1.6)
+    loops_shown = [str(n) for n in SHOWN_LOOPS[: values.shape[1]]]
+    axes.set_title(name, fontsize=10, pad=5)
+    axes.set_xticks(range(values.shape[1]), loops_shown, fontsize=8.5)
+    axes.set_yticks(range(len(values)), [str(h) for h in SHOWN_HOPS], fontsize=8.5)
+    axes.set_xlabel("loops", labelpad=1)
+    axes.set_ylabel("hops", labelpad=2)
     axes.grid(visible=False)
     for side in axes.spines.values():
         side.set_visible(False)
@@ -101,31 +106,37 @@ def reach(data: Mapping[str, Any]) -> "Figure":
         ("Plain stacks", ("fixed_longest", *STACKS)),
     )
     with styled():
-        figure = figure_of(11.0, 4.0)
-        panels = figure.subplots(1, 3, sharey=True)
-        figure.subplots_adjust(0.05, 0.13, 0.99, 0.86, wspace=0.08)
+        figure = figure_of(5.6, 11.4)
+        panels = figure.subplots(3)
+        figure.subplots_adjust(0.1, 0.045, 0.98, 0.97, hspace=0.28)
         for axes, (title, arms) in zip(panels, groups, strict=True):
             _curves(axes, data, [arm for arm in arms if arm in data["arms"]])
             axes.set_title(title)
-            axes.set_xlabel("hops")
-        panels[0].set_ylabel("accuracy at the best loops")
+            axes.set_ylabel("accuracy at the best loops")
+        panels[-1].set_xlabel("hops")
     return figure
 
 
+# The arms of a panel differ in colour, dash and marker.
+LOOKS = ((BLUE, "-", "o"), (ORANGE, "--", "s"), (INK, "-.", "^"), ("#3f8f5f", ":", "D"),
+         ("#8a5fbf", "-", "v"))  # fmt: skip
+
+
 def _curves(axes: "Axes", data: Mapping[str, Any], arms: Sequence[str]) -> None:
-    colours = (BLUE, ORANGE, INK, "#3f8f5f", "#8a5fbf")
     hops = [h for h in data["hops"] if h >= 2]
     start = data["hops"].index(hops[0])
     axes.axvspan(hops[0], TRAINED_HOPS, color=BAND, zorder=0)
-    axes.text(TRAINED_HOPS - 0.2, 1.02, "trained", ha="right", color=MUTED, size=8)
-    for colour, arm in zip(colours, arms, strict=False):
+    axes.text(2.1, 1.04, "trained", ha="left", color=MUTED, size=8.5)
+    for (colour, dash, marker), arm in zip(LOOKS, arms, strict=False):
         mean, low, high = (values[start:] for values in data["arms"][arm])
         axes.fill_between(hops, low, high, color=colour, alpha=0.15, linewidth=0)
-        axes.plot(hops, mean, color=colour, marker="o", markersize=2.8, label=ARMS[arm].says)
+        axes.plot(hops, mean, color=colour, linestyle=dash, linewidth=1.6, marker=marker,
+                  markersize=3.6, label=ARMS[arm].says)  # fmt: skip
     axes.set_xscale("log", base=2)
     ticks = [2, 4, 8, 10, 12, 16, 24, 32]
     axes.set_xticks(ticks, [str(h) for h in ticks])
     axes.minorticks_off()
-    axes.set_ylim(0, 1.08)
+    axes.set_yticks([0, 0.25, 0.5, 0.75, 1])
     axes.axhline(1 / 16, color=GRID, linewidth=1)
-    axes.legend(frameon=False, fontsize=7.2, loc="lower left")
+    axes.set_ylim(-0.13 * len(arms), 1.12)  # the legend has the room below
+    axes.legend(frameon=False, fontsize=8.5, loc="lower left", borderaxespad=0.1)

@@ -25,38 +25,49 @@ if TYPE_CHECKING:
 
 Rows = Sequence[Sequence[float | None]]  # a row per loop, a share per token; None where undefined
 
-CELL_INCHES, HEAD_INCHES, GAP_INCHES = 0.155, 0.62, 0.16
+WIDTH, IN_A_ROW = 5.6, 3  # inches, so that words can be read on a telephone; pictures in a row
+LEFT, RIGHT, GAP = 0.32, 0.1, 0.2
+CELL_HEIGHT, TITLE_HEIGHT, NAME_HEIGHT, FOOT_HEIGHT = 0.17, 0.52, 0.25, 0.24
 
 
-def filmstrip(films: Mapping[str, Rows], columns: Sequence[str]) -> Figure:
-    """A strip per map, a picture per loop.
+def filmstrip(
+    films: Mapping[str, Rows], columns: Sequence[str], words: Mapping[str, str] | None = None
+) -> Figure:
+    """A strip per map, a picture per loop, three in a row.
 
     Args:
-        films: Maps by what they are of; each has its own number of loops.
-        columns: The tokens' names; long ones are cut to their first letter and their number.
+        films: Maps by what they are of, in one line or two; each has its own number of loops.
+        columns: The tokens' names; the first and the last are written.
+        words: What a row is, by the map; default: a loop.
     """
-    most, wide = max(len(rows) for rows in films.values()), len(columns)
-    panel = (wide * CELL_INCHES, most * CELL_INCHES)
-    width = 0.45 + most * (panel[0] + GAP_INCHES)
-    height = len(films) * (panel[1] + HEAD_INCHES + 0.25) + 0.1
+    strips = [-(-len(rows) // IN_A_ROW) for rows in films.values()]
+    tall = [len(rows) * CELL_HEIGHT + NAME_HEIGHT + FOOT_HEIGHT for rows in films.values()]
+    height = sum(TITLE_HEIGHT + n * t for n, t in zip(strips, tall, strict=True)) + 0.2
+    wide = (WIDTH - LEFT - RIGHT - GAP * (IN_A_ROW - 1)) / IN_A_ROW
+    top = height
     with styled():
-        figure = figure_of(width, height)
-        for place, (name, rows) in enumerate(films.items()):
-            top = height - place * (panel[1] + HEAD_INCHES + 0.25)
-            figure.text(0.4 / width, (top - 0.2) / height, name, weight="bold", size=10.5)
+        figure = figure_of(WIDTH, height)
+        for (name, rows), own_height in zip(films.items(), tall, strict=True):
+            title, _, more = name.partition("\n")
+            figure.text(0.1 / WIDTH, (top - 0.22) / height, title, weight="bold", size=10.5)
+            figure.text(0.1 / WIDTH, (top - 0.42) / height, more, color=MUTED, size=9.5)
+            top -= TITLE_HEIGHT
             shares = np.array([[np.nan if x is None else x for x in row] for row in rows])
             for loop in range(len(rows)):
-                left = 0.4 + loop * (panel[0] + GAP_INCHES)
-                tall = len(rows) * CELL_INCHES
-                bottom = top - HEAD_INCHES - tall
-                box = (left / width, bottom / height, panel[0] / width, tall / height)
-                _frame(figure.add_axes(box), shares, loop)
-                if loop == 0:
-                    _names(figure.axes[-1], columns, len(rows))
+                line, place = divmod(loop, IN_A_ROW)
+                bottom = top - line * own_height - NAME_HEIGHT - len(rows) * CELL_HEIGHT
+                left = LEFT + place * (wide + GAP)
+                box = (left, bottom, wide, len(rows) * CELL_HEIGHT)
+                size = (WIDTH, height, WIDTH, height)
+                axes = figure.add_axes([a / b for a, b in zip(box, size, strict=True)])
+                _frame(axes, shares, loop, (words or {}).get(name, "loop"))
+                if place == 0:
+                    _names(axes, columns, len(rows))
+            top -= own_height * -(-len(rows) // IN_A_ROW)
     return figure
 
 
-def _frame(axes: Axes, shares: np.ndarray, loop: int) -> None:
+def _frame(axes: Axes, shares: np.ndarray, loop: int, word: str) -> None:
     """The map after a loop: its row is framed, the rows to come are empty."""
     from matplotlib.colors import LinearSegmentedColormap
     from matplotlib.patches import Rectangle
@@ -69,7 +80,7 @@ def _frame(axes: Axes, shares: np.ndarray, loop: int) -> None:
     axes.imshow(np.clip(shown, 0, 1), cmap=colours, vmin=0, vmax=1, aspect="auto")
     style: dict[str, Any] = {"fill": False, "edgecolor": ORANGE, "linewidth": 1.3, "clip_on": False}
     axes.add_patch(Rectangle((-0.5, loop - 0.5), shares.shape[1], 1, **style))
-    axes.set_title(f"loop {loop + 1}", fontsize=8.5, color=INK, weight="normal", pad=4)
+    axes.set_title(f"{word} {loop + 1}", fontsize=9, color=INK, weight="normal", pad=3)
     axes.set_xticks([])
     axes.set_yticks([])
     axes.grid(visible=False)
@@ -78,7 +89,9 @@ def _frame(axes: Axes, shares: np.ndarray, loop: int) -> None:
 
 
 def _names(axes: Axes, columns: Sequence[str], loops: int) -> None:
-    short = [f"{name[0]}{name.split()[-1]}" if " " in name else name[0] for name in columns]
-    axes.set_xticks(range(len(columns)), short, fontsize=5.5, color=MUTED)
-    axes.set_yticks(range(loops), [str(n + 1) for n in range(loops)], fontsize=6, color=MUTED)
+    """The first and the last token below, loops on the left."""
+    axes.set_yticks(range(loops), [str(n + 1) for n in range(loops)], fontsize=7.5, color=MUTED)
     axes.tick_params(length=0, pad=1.5)
+    below: dict[str, Any] = {"color": MUTED, "fontsize": 8, "va": "top"}
+    axes.text(-0.5, loops - 0.35, columns[0], ha="left", **below)
+    axes.text(len(columns) - 0.5, loops - 0.35, columns[-1], ha="right", **below)

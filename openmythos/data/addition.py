@@ -101,8 +101,9 @@ class Addition(SeededPuzzle):
 
     def places(self, size: int) -> Sequence[str | None]:
         """Digits have the value of a 1 there; the signs stay."""
-        values = [f"{10**place:,}s" for place in range(self.config.num_digits)]
-        rows = [[f"number {row}, {value}" for value in values] for row in range(1, size + 1)]
+        digits = range(self.config.num_digits)
+        values = [f", {10**place:,}s" for place in digits] if len(digits) > 1 else [""]
+        rows = [[f"number {row}{value}" for value in values] for row in range(1, size + 1)]
         return [place for row in rows for place in (*row, None)]
 
     @property

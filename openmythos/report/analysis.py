@@ -20,6 +20,7 @@ from openmythos.report import page as kit
 Interval = tuple[float, float]
 UNDEFINED = "none"
 WAY = "on the way"
+SLIGHT = 0.1  # bits
 MOST_LISTED = 24  # loops that a table lists one by one
 
 
@@ -64,7 +65,8 @@ def headline(found: Analysis) -> str:
         return f"{said} No two neighbours do, so there is nothing to compare."
     numbers = f"{gap.mean_bits:.2f} bits ({_span(gap.mean_interval)})"
     if gap.mean_interval[0] > gap.null[1]:
-        return f"{said} Neighbours read different tokens: {numbers}, where 1 is nothing in common."
+        how = "different tokens" if gap.mean_bits >= SLIGHT else "slightly different tokens"
+        return f"{said} Neighbours read {how}: {numbers}, where 1 is nothing in common."
     if gap.mean_interval[1] < 0.05:
         return f"{said} Neighbours read the same tokens: {numbers}."
     null = f"{gap.null[1]:.2f}"

@@ -114,6 +114,8 @@ def test_products_and_sums_hang_on_what_they_should() -> None:
     ones = torch.tensor([name.endswith(" 1s") for name in sums.columns])
     assert sums.columns[:2] == ("number 1, 1s", "number 1, 10s")
     assert bool(sums.counted[ones].all()) and not bool(sums.counted[~ones].any())
+    digits = puzzle_pairs(make_puzzle(CONFIGS["addition"](num_digits=1), seed=0), 2, 4)
+    assert digits.columns == ("number 1", "number 2")
 
 
 def test_a_word_that_is_the_only_one_of_its_kind_has_no_column() -> None:

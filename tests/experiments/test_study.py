@@ -120,7 +120,7 @@ def test_rates_are_tuned_and_pages_written(planted: Inside, tmp_path: Path) -> N
     assert "**Holds.** By so much. The number that decides: 0.4," in page
     assert "> Good wins." in page and page.endswith("\nafter\n")
     assert "| poor | 10 | 0.01, 0.1, 1, 10 | 3 | 0 | 2 | 14 |" in page
-    row = "| **holds**. By so much. | [0.4](../experiments/planted/results/small) |"
+    row = "  By so much. Decided by [0.4](../experiments/planted/results/small)"
     assert row in (tmp_path / "docs" / "scoreboard.md").read_text()
     assert check.complaints([planted], tmp_path) == []
 
@@ -219,16 +219,17 @@ def test_a_figure_leads_the_scoreboard_and_the_front_page(
     board.write_scoreboard(tmp_path)
     front, page = tmp_path / "README.md", tmp_path / "docs" / "scoreboard.md"
     assert (
-        "![" not in front.read_text()
+        "<img" not in front.read_text()
         and "[The scoreboard](docs/scoreboard.md)" in front.read_text()
     )
     carry_out(planted, "small", tmp_path / "work")
     board.write_pages(planted)
     place = "experiments/planted/results/small/accuracy.png"
-    assert f"[![Good beside poor.]({place})](docs/scoreboard.md)" in front.read_text()
+    picture = f'<img src="{place}" alt="Good beside poor." width="560">'
+    assert f"[{picture}](docs/scoreboard.md)" in front.read_text()
     assert front.read_text().endswith("\nmore\n") and (tmp_path / place).is_file()
     said = page.read_text()
-    assert said.index(f"![Good beside poor.](../{place})") < said.index("| claim |")
+    assert said.index(f'<img src="../{place}"') < said.index("- **Holds**: “Good wins.”")
     assert "Again: `openmythos reproduce planted --scale small --again` (26 CPU seconds)" in said
     assert "\n1 claims: 1 holds.\n" in said and "\n## 1. A planted answer\n" in said
     assert check.complaints([planted], tmp_path) == []

@@ -141,6 +141,10 @@ def test_a_core_of_one_block_and_one_loop() -> None:
     [
         ({}, "Neighbours read different tokens: 1.00 bits"),
         (
+            {"mean_bits": 0.06, "mean_interval": (0.05, 0.07), "null": (0.0, 0.01)},
+            "Neighbours read slightly different tokens: 0.06 bits",
+        ),
+        (
             {"mean_bits": 0.2, "mean_interval": (0.1, 0.3), "null": (0.05, 0.2)},
             "show no difference",
         ),

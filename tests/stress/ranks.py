@@ -2,8 +2,9 @@
 
     make stress-ranks                     or   python -m tests.stress.ranks --steps 50
 
-The cases of ``tests/train/test_ranks.py`` and more of them, with all arms. The differences are printed and written
-to ``ranks.md`` beside this file. Not part of the test suite, which has two steps on two ranks.
+The cases of ``tests/train/test_ranks.py`` and more of them, with all arms. The differences are
+written to ``ranks.md`` beside this file. Not part of the test suite, which has two steps on two
+ranks.
 """
 
 import argparse

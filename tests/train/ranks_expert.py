@@ -31,6 +31,9 @@ from tests.train.ranks_shard import (
     STEPS,
     Arm,
     Rows,
+    _named,
+    at_depth,
+    counted,
     differences,
     first_step,
     make,
@@ -269,6 +272,37 @@ def the_norm_is_taken_over_both_meshes() -> list[str]:
     return [said]
 
 
+@on_two
+def five_hundred_sampled_steps_never_disagree() -> int:
+    """Each rank runs the same loops in the same order, or their exchanges would not meet."""
+    arm, depths, real = ON_TWO["ep"], list[list[int]](), loop._backward
+
+    def noted(model: Any, batch: Any, seeds: Tensor, drawn: Tensor, *others: Any) -> Any:
+        depths.append(drawn.tolist())
+        return real(model, batch, seeds, drawn, *others)
+
+    ranks = join(arm.recipe().parallel)
+    with patch.object(loop, "_backward", noted):
+        run(arm, ranks, steps=500)
+    first, second = ranks.each(lambda: depths)
+    assert first == second and len(first) == 500
+    return len({tuple(each) for each in first})
+
+
+def gathers_with_experts_do_not_grow_with_the_loops() -> dict[str, dict[str, int]]:
+    """Experts are a gather of their own in each core block; exchanges are five per loop of each."""
+    found: dict[str, dict[str, int]] = {}
+    if dist.get_world_size() != 4:
+        return found
+    for loops in (1, 4, 16):
+        arm = at_depth(loops, model=MOE, layout={"dp_shard": 4, "ep": 2})
+        found[f"{loops} loops"] = got = counted(arm)
+        exchanges = sum(n for name, n in got.items() if "alltoall" in name.replace("_", ""))
+        assert _named(got)[0] == 5 + 2 * 2, (loops, got)
+        assert exchanges == 5 * 2 * loops, (loops, got)
+    return found
+
+
 # --- Muon ----------------------------------------------------------------------------------------
 
 
@@ -365,4 +399,8 @@ CASES = [
     the_norm_is_taken_over_both_meshes,
     each_matrix_has_one_owner,
     a_checkpoint_has_the_order_of_one_process,
+]
+MORE = [  # by `make stress-ranks` only
+    five_hundred_sampled_steps_never_disagree,
+    gathers_with_experts_do_not_grow_with_the_loops,
 ]

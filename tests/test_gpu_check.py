@@ -2,6 +2,7 @@
 
 import json
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,8 @@ QUICK = [name for name in gpu_check.CHECKS if name != "speeds"]
 
 @pytest.fixture(scope="module")
 def found() -> dict:
-    with unchecked():
+    with unchecked(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own, of compiling and of meshes
         return gpu_check.run(SMALL, QUICK)
 
 

@@ -86,3 +86,18 @@ def test_a_dry_run_builds_what_was_planned(invoke: Invoke) -> None:
     report = planned(invoke, "tiny", "--devices", 1, "--dry-run", "shards")
     (alone,) = report["dry_run"]["shards"]
     assert alone["built"] == alone["planned"] == report["chosen"]["memory"]["parameters"]
+
+
+def test_a_difference_ends_with_status_1(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
+    from openmythos.train import dry_run
+
+    planned_shapes = dry_run.local_shapes
+    monkeypatch.setattr(
+        dry_run, "local_shapes", lambda *of: {**planned_shapes(*of), "final_norm.weight": (7,)}
+    )
+    options = ("plan", "tiny", "--devices", 1, "--dry-run", "shards")
+    output = invoke(*options, status=1)
+    assert "Shards of rank 0:" in output and "+612 bytes off: final_norm.weight" in output
+    (row,) = json.loads(invoke(*options, "--json", status=1))["dry_run"]["shards"]
+    assert row["built"] - row["planned"] == 4 * (160 - 7)
+    assert list(row["differing"]) == ["final_norm.weight"]

@@ -23,6 +23,7 @@ from openmythos.ops.cpu import choice
 from openmythos.train.metrics import Recorder
 from openmythos.train.optim import make_optimizers
 from openmythos.train.parallel import (
+    COMPILING,
     Ranks,
     hold_gradients,
     release_gradients,
@@ -102,28 +103,21 @@ def train(
     same steps and stop after the same one.
 
     Raises:
-        TrainingStopped: Losses or gradients are not finite in too many steps running, or the loss
-            diverged.
+        TrainingStopped: Too many steps running are not finite, or the loss diverged.
     """
     ranks = Ranks.alone(model.embed.weight.device) if ranks is None else ranks
     native.require_compiler("train.compile", config.compile)
     optimizers = make_optimizers(model, config.optimizer)
     state = run.resume(model, optimizers, task) or RunState(step=0, seconds=0.0)
     if config.compile and ranks.mesh is None:  # over ranks, each block is compiled by itself
-        # A graph for one row and one for more, with and without gradients, per shape of a call:
-        # with a depth per sequence more than the 8 that torch allows.
-        limits: dict[str, Any] = {"recompile_limit": 64, "isolate_recompiles": True}
-        model.step = torch.compile(model.step, fullgraph=True, **limits)  # type: ignore[method-assign]
+        model.step = torch.compile(model.step, **COMPILING)  # type: ignore[method-assign]
     own = model.embed.weight.device.type == "cpu" and not config.compile
     # Builds what is missing now, so that no step waits for it.
     keeping = choice.keeping(state.kernels) if own else nullcontext(state.kernels)
     model.train()
     batches = task.batches(state.step, config.batch_size)
-    guard, here, saved = (
-        DivergenceGuard(state),
-        Here(state.seconds, time.perf_counter()),
-        state.step,
-    )
+    guard, saved = DivergenceGuard(state), state.step
+    here = Here(state.seconds, time.perf_counter())
     done, stopping = config.progress(state.step, state.seconds), 0
     due = config.eval_loops if _evaluates(config, state.step, done) else ()
     with keeping as kernels, closing(recorder), closing(batches), _interruptible(recorder, here):
@@ -143,8 +137,7 @@ def train(
             # Where only the gate is trained, the experts' selection is frozen, too.
             frozen = config.objective.trains_gate_only or guard.skips
             metrics |= _balance_experts(model, 0.0 if frozen else config.balance_rate)
-            if guard.skipped:
-                metrics["skipped_steps"] = float(guard.skipped)
+            metrics |= {"skipped_steps": float(guard.skipped)} if guard.skipped else {}
             num_tokens = batch.tokens.numel() * ranks.num_row_ranks
             metrics["tokens_per_second"] = num_tokens / (time.perf_counter() - step_started)
             step, seconds = state.step + 1, here.seconds if agreed is None else agreed.seconds
@@ -168,8 +161,7 @@ def train(
                 except OSError as error:
                     if is_last:
                         raise
-                    if ranks.first:
-                        warnings.warn(f"{error}; training goes on", stacklevel=2)
+                    _warn_once(f"{error}; training goes on", ranks)
             if evaluates and (done == 1 or not stopping):  # else the next start does it
                 recorder.validation(step, seconds, _evaluate(model, task, config))
                 stopping = here.signal if agreed is None else stopping
@@ -177,6 +169,11 @@ def train(
         if state.step > saved:
             run.save(model, optimizers, task, state)
     return TrainResult(state.step, state.seconds, stopping if done < 1 else 0)
+
+
+def _warn_once(text: str, ranks: Ranks) -> None:
+    if ranks.first:
+        warnings.warn(text, stacklevel=3)
 
 
 def _evaluates(config: TrainConfig, step: int, done: float) -> bool:

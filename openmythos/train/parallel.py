@@ -30,6 +30,13 @@ from openmythos.train.tensor import divide_tensors, fused_orders
 AXES = ("dp_replicate", "efsdp", "ep", "tp")
 # Names of several axes together: those of dense weights, and those of one rank's experts.
 JOINT_AXES = {"dp_shard": ("efsdp", "ep"), EXPERT_SHARD: ("efsdp", "tp")}
+# A graph for one row and one for more, with and without gradients, per shape of a call: with a
+# depth per sequence more than the 8 that torch allows.
+COMPILING: dict[str, Any] = {
+    "fullgraph": True,
+    "recompile_limit": 64,
+    "isolate_recompiles": True,
+}
 
 
 @dataclass(frozen=True)
@@ -190,7 +197,7 @@ def parallelize(model: RecurrentDepthLM, config: TrainConfig, ranks: Ranks) -> N
     place = expert_placement(ranks.mesh)
     if config.compile:
         for block in blocks(model):
-            block.compile(fullgraph=True, recompile_limit=64, isolate_recompiles=True)
+            block.compile(**COMPILING)
     axes = ("dp_replicate", "dp_shard") if layout.dp_replicate > 1 else ("dp_shard",)
     mesh = ranks.mesh[axes]
     own = MixedPrecisionPolicy()
@@ -283,7 +290,11 @@ def own_parts(model: nn.Module) -> Callable[[str, Tensor], Part]:
         rows = torch.arange(parameter.shape[:-1].numel()).view(parameter.shape[:-1])
         for axis, index in enumerate(indices[:-1]):
             rows = rows.index_select(axis, index)
-        return parameter.to_local().view(rows.numel(), -1), rows.flatten(), indices[-1]
+        return (
+            parameter.to_local().view(rows.numel(), len(indices[-1])),
+            rows.flatten(),
+            indices[-1],
+        )
 
     return own_part
 

@@ -3,15 +3,14 @@
     .venv/bin/python -m benchmarks.dry_run            # all of them; writes benchmarks/dry_run.json
     .venv/bin/python -m benchmarks.dry_run tiny ouro-1.4b --worlds 8
 
-Each line is a process of its own: `openmythos plan PRESET --devices N --dry-run`, with the layout
-that the plan chooses; for models of up to 10b on 8 devices also a step with its exchanges. A
-difference ends it with status 1.
+The layout is the one that `openmythos plan` chooses for devices of 80 GiB; the first, the middle
+and the last rank are built. Of models of up to 10b, a step on 8 devices is run, too, and its
+exchanges are compared. A difference ends it with status 1. Seconds are of the processor; the peak
+of memory is that of the whole process.
 """
 
 import argparse
-import json
-import os
-import subprocess
+import resource
 import sys
 import time
 from pathlib import Path
@@ -20,59 +19,62 @@ from typing import Any
 from openmythos.config import counts
 from openmythos.config.presets import PRESETS, preset
 from openmythos.folder import write_json
+from openmythos.plan.serving import Machine
+from openmythos.plan.training import Work, plan_training
+from openmythos.train.dry_run import dry_run_shards, dry_run_step
 
 RESULT = Path(__file__).with_suffix(".json")
 WORLDS = (1, 8, 1024)
+STEP_WORLD = 8
 MOST_PARAMS = 11e9  # of a model whose step is run, too
 CONTEXT = 1024
+DEVICE = Machine(memory_bytes=80.0 * 2**30)
 
 
-def measure(name: str, world: int, kind: str) -> dict[str, Any]:
-    """One dry run: what differs, seconds and peak memory."""
-    command = [sys.executable, "-W", "ignore", "-m", "openmythos", "plan", name]
-    command += ["--devices", str(world), "--memory-gib", "80", "--json", "--dry-run", kind]
-    command += ["--context-length", str(min(CONTEXT, preset(name).max_seq_len))]
-    started = time.monotonic()
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    printed = process.stdout.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    row: dict[str, Any] = {"preset": name, "world": world, "kind": kind}
-    row |= {"seconds": round(time.monotonic() - started, 1), "cpu_seconds": round(usage.ru_utime)}
-    row["peak_gib"] = round(usage.ru_maxrss / 2**20, 2)  # in KiB on Linux
-    if process.returncode not in (0, 1) or not printed:
-        return {**row, "failed": True}
-    report = json.loads(printed)
-    found = report["dry_run"]
-    row["layout"] = report["chosen"]["in_words"]
-    row["shard_bytes"] = {str(each["rank"]): each["built"] for each in found["shards"]}
-    row["bytes_off"] = max(abs(each["built"] - each["planned"]) for each in found["shards"])
-    row["differing"] = sum(len(each["differing"]) for each in found["shards"])
-    if kind == "step":
-        row["exchanges"] = found["step"]
-        row["differing"] += sum(each["planned"] != each["counted"] for each in found["step"])
+def measure(name: str, world: int) -> dict[str, Any]:
+    """One preset on a number of ranks: bytes off, exchanges that differ, seconds."""
+    config = preset(name)
+    work = Work(context_length=min(CONTEXT, config.max_seq_len))
+    chosen = plan_training(config, world, DEVICE, work).chosen
+    started = time.process_time()
+    ranks = sorted({0, world // 2, world - 1})
+    shards = [dry_run_shards(config, chosen.layout, rank) for rank in ranks]
+    row: dict[str, Any] = {
+        "preset": name,
+        "world": world,
+        "layout": chosen.in_words,
+        "shard_bytes": {str(each.rank): each.built for each in shards},
+        "bytes_off": max(abs(each.built - each.planned) for each in shards),
+        "differing": sum(len(each.differing) for each in shards),
+        "seconds": round(time.process_time() - started, 1),
+    }
+    if world == STEP_WORLD and counts.total_params(config) <= MOST_PARAMS:
+        started = time.process_time()
+        step = dry_run_step(config, chosen.layout, chosen.work)
+        row["exchanges"] = {each.kind: each.counted for each in step}
+        row["differing"] += sum(each.planned != each.counted for each in step)
+        row["step_seconds"] = round(time.process_time() - started, 1)
     return row
 
 
 def main() -> None:
-    """Measure, print a line per dry run and write all of them."""
+    """Measure, print a line for each and write all of them."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n", maxsplit=1)[0])
     parser.add_argument("presets", nargs="*", default=list(PRESETS), metavar="PRESET")
     parser.add_argument("--worlds", nargs="+", type=int, default=list(WORLDS))
     parser.add_argument("--out", type=Path, default=RESULT)
     arguments = parser.parse_args()
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name in arguments.presets:
         for world in arguments.worlds:
-            small = counts.total_params(preset(name)) <= MOST_PARAMS
-            kind = "step" if small and world == WORLDS[1] else "shards"
-            row = measure(name, world, kind)
+            row = measure(name, world)
             rows.append(row)
-            said = "failed" if row.get("failed") else f"{row['bytes_off']} bytes off"
-            print(f"{name} on {world}, {kind}: {said}, {row['seconds']} s, {row['peak_gib']} GiB")
-            write_json(arguments.out, rows)
-    sys.exit(any(row.get("failed") or row["differing"] for row in rows))
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
+            step = f", a step {row['step_seconds']} s" if "step_seconds" in row else ""
+            said = f"{row['bytes_off']} bytes off, {row['differing']} differ"
+            print(f"{name} on {world}: {said}, {row['seconds']} s{step}", flush=True)
+            write_json(arguments.out, {"peak_gib": round(peak, 2), "runs": rows})
+    sys.exit(any(row["differing"] for row in rows))
 
 
 if __name__ == "__main__":

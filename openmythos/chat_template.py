@@ -8,7 +8,9 @@ Source: Hugging Face transformers, utils/chat_template_utils.py (names, filters 
 
 import datetime
 import json
+import re
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import jinja2
@@ -18,6 +20,8 @@ import jinja2.parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 Message = Mapping[str, str]  # role ("system", "user" or "assistant") and content
+
+_BEGIN, _END = "\U0010f0f0", "\U0010f0f1"  # of an answer; private use
 
 
 def render_chat(template: str, messages: Sequence[Message], **names: Any) -> str:
@@ -31,18 +35,72 @@ def render_chat(template: str, messages: Sequence[Message], **names: Any) -> str
     Raises:
         ValueError: The template is damaged, or refuses the messages.
     """
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals |= {"raise_exception": _refuse, "strftime_now": _now}
+    return _render(template, messages, False, {"add_generation_prompt": True, **names})
+
+
+def render_answers(
+    template: str, messages: Sequence[Message], **names: Any
+) -> tuple[str, list[tuple[int, int]]]:
+    """The text of a whole conversation, and where in it the template marks answers.
+
+    Args:
+        template: The chat template; it marks answers with ``{% generation %}``.
+        messages: The messages.
+        names: What else the template may use, such as ``bos_token``.
+
+    Returns:
+        The text, and of each answer the number of its first character and of the one after it.
+
+    Raises:
+        ValueError: The template marks no answers, is damaged, or refuses the messages.
+    """
+    if re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", template) is None:
+        raise ValueError(
+            "the checkpoint's chat template does not mark answers with {% generation %}: write a "
+            "template that does as its chat_template.jinja, or let all tokens count"
+        )
+    everything = template + "".join(message["content"] for message in messages)
+    if _BEGIN in everything or _END in everything:
+        raise ValueError(
+            f"a message holds U+{ord(_BEGIN):X} or U+{ord(_END):X}, characters of private use that "
+            "mark answers here: take them out"
+        )
+    text = _render(template, messages, True, {"add_generation_prompt": False, **names})
+    plain, spans, start = "", [], 0
+    for piece in re.split(f"({_BEGIN}|{_END})", text):
+        if piece == _BEGIN:
+            start = len(plain)
+        elif piece == _END:
+            spans.append((start, len(plain)))
+        else:
+            plain += piece
+    return plain, spans
+
+
+def _render(
+    template: str,
+    messages: Sequence[Message],
+    marked: bool,
+    names: Mapping[str, Any],
+) -> str:
     try:
-        compiled = environment.from_string(template)
-        given = {"tools": None, "documents": None, "add_generation_prompt": True, **names}
+        compiled = _compiled(template, marked)
+        given = {"tools": None, "documents": None, **names}
         return compiled.render(messages=[dict(message) for message in messages], **given)
     except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"the checkpoint's chat template fails: {reason}") from None
+
+
+@lru_cache(maxsize=8)
+def _compiled(template: str, marked: bool) -> jinja2.Template:
+    generation = _Marked if marked else _Generation
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[generation, jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals |= {"raise_exception": _refuse, "strftime_now": _now}
+    return environment.from_string(template)
 
 
 class _Generation(jinja2.ext.Extension):
@@ -53,6 +111,18 @@ class _Generation(jinja2.ext.Extension):
     def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
         next(parser.stream)
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+class _Marked(_Generation):
+    """The same with a character of private use before and after what it holds."""
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        line = parser.stream.current.lineno
+        begin, end = (
+            jinja2.nodes.Output([jinja2.nodes.TemplateData(mark)]).set_lineno(line)
+            for mark in (_BEGIN, _END)
+        )
+        return [begin, *super().parse(parser), end]
 
 
 def _to_json(

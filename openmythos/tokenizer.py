@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -22,9 +22,9 @@ import numpy as np
 import tokenizers
 from jaxtyping import Int
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
-from tokenizers.processors import TemplateProcessing
 
-from openmythos.chat_template import Message, render_chat
+from openmythos.byte_level import byte_characters, check_byte_level, mark_begin
+from openmythos.chat_template import Message, render_answers, render_chat
 from openmythos.folder import write_json, write_whole
 from openmythos.tokenizer_folder import (
     GENERATION_FILE,
@@ -80,19 +80,6 @@ PROBES = (
 )
 
 
-def _byte_characters() -> list[str]:
-    """The printable character that byte-level BPE writes for each byte value (GPT-2's table)."""
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    characters, next_free = [], 256
-    for byte in range(256):
-        if byte in printable:
-            characters.append(chr(byte))
-        else:
-            characters.append(chr(next_free))
-            next_free += 1
-    return characters
-
-
 class Tokenizer:
     """A byte-level BPE tokenizer with begin, end and padding tokens.
 
@@ -132,7 +119,7 @@ class Tokenizer:
         ours = tuple(self.names.values()) == SPECIAL_TOKENS
         self._facts = Facts(settings={} if ours else self.names) if facts is None else facts
         self._prepare_backend()
-        self._config = _check_byte_level(backend)
+        self._config = check_byte_level(backend)
         self._token_bytes = self._read_token_bytes()
         self.bos_id = self._special_id(bos_token)
         self.eos_id = self._special_id(eos_token)
@@ -160,14 +147,14 @@ class Tokenizer:
                 backend.add_special_tokens([AddedToken(name, special=True, normalized=False)])
         ours = tuple(self.names.values()) == SPECIAL_TOKENS
         if ours and backend.post_processor is None:  # a file of our first versions
-            _mark_begin(backend, BOS_TOKEN)
+            mark_begin(backend, BOS_TOKEN)
 
     def marking_begin(self) -> Tokenizer:
         """This tokenizer with the begin token before every text, as training documents have it."""
         if self.begin_ids:
             return self
         backend = tokenizers.Tokenizer.from_str(self._backend.to_str())
-        _mark_begin(backend, self.names["bos_token"])
+        mark_begin(backend, self.names["bos_token"])
         return Tokenizer(backend, **self.names, facts=self._facts)
 
     def _read_begin_ids(self) -> tuple[int, ...]:
@@ -225,26 +212,56 @@ class Tokenizer:
         ids, begin = self.encode(text, special=special), [*self.begin_ids]
         return (ids if special and ids[: len(begin)] == begin else begin + ids) or [self.bos_id]
 
-    def encode_chat(self, messages: Sequence[Message], *, special: bool = False) -> list[int]:
+    def encode_chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        special: bool = False,
+        answer_follows: bool = True,
+    ) -> list[int]:
         """Token ids of a conversation in the chat template, up to where an answer begins.
 
-        Text in a message that spells a special token stays text unless `special` is set.
+        It is complete if no `answer_follows`. Text in a message that spells a special token stays
+        text unless `special` is set.
 
         Raises:
             ValueError: There is no chat template, or it refuses the messages.
         """
-        stands_for: dict[str, str] = {}
-        if not special:
-            everything = "".join(message["content"] for message in messages)
-            # Characters of private use stand for the marks until the template's own are cut out.
-            free = (chr(code) for code in range(0xF0000, 0xFFFFD) if chr(code) not in everything)
-            spelt = [mark for mark in self._marks if mark in everything]
-            stands_for = {character: mark for mark, character in zip(spelt, free, strict=False)}
-        for character, mark in stands_for.items():
-            messages = [{**m, "content": m["content"].replace(mark, character)} for m in messages]
-        text = self.chat_text(messages)
+        messages, stands_for = (messages, {}) if special else self._without_marks(messages)
+        text = self.chat_text(messages, add_generation_prompt=answer_follows)
         _check_encodable(text)
         return self._encode_marked(text, stands_for)
+
+    def encode_answers(self, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
+        """Token ids of a whole conversation in the chat template, and which of them answer.
+
+        Text in a message that spells a special token stays text. Answers are what the template
+        marks with ``{% generation %}``; a token that is partly one counts.
+
+        Raises:
+            ValueError: There is no chat template, it marks no answers, or it refuses the messages.
+        """
+        messages, stands_for = self._without_marks(messages)
+        text, spans = render_answers(self._template(), messages, **self._template_names())
+        _check_encodable(text)
+        pieces = list(self._encode_pieces(text, stands_for))
+        answers = [any(a < stop and start < b for a, b in spans) for _, start, stop in pieces]
+        return [token_id for token_id, _, _ in pieces], answers
+
+    def _without_marks(
+        self, messages: Sequence[Message]
+    ) -> tuple[Sequence[Message], dict[str, str]]:
+        """The messages with a character of private use for each special token that they spell.
+
+        Also what each character stands for; the template's own marks are cut out before.
+        """
+        everything = "".join(message["content"] for message in messages)
+        free = (chr(code) for code in range(0xF0000, 0xFFFFD) if chr(code) not in everything)
+        spelt = [mark for mark in self._marks if mark in everything]
+        stands_for = {character: mark for mark, character in zip(spelt, free, strict=False)}
+        for character, mark in stands_for.items():
+            messages = [{**m, "content": m["content"].replace(mark, character)} for m in messages]
+        return messages, stands_for
 
     def chat_text(
         self, messages: Sequence[Message], template: str | None = None, **names: Any
@@ -254,12 +271,17 @@ class Tokenizer:
         Raises:
             ValueError: There is no chat template, or it refuses the messages.
         """
-        template = self.chat_template if template is None else template
-        if template is None:
+        template = self._template() if template is None else template
+        return render_chat(template, messages, **{**self._template_names(), **names})
+
+    def _template(self) -> str:
+        if self.chat_template is None:
             raise ValueError("the tokenizer has no chat template")
+        return self.chat_template
+
+    def _template_names(self) -> dict[str, str]:
         settings = self.settings or self.names
-        tokens = {name: text for name, text in settings.items() if name.endswith("_token")}
-        return render_chat(template, messages, **{**tokens, **names})
+        return {name: text for name, text in settings.items() if name.endswith("_token")}
 
     @cached_property
     def _marks(self) -> dict[str, tuple[int, AddedToken]]:
@@ -272,23 +294,29 @@ class Tokenizer:
 
         The library cuts a text at special tokens in the same way before it does anything else.
         """
+        return [token_id for token_id, _, _ in self._encode_pieces(text, stands_for)]
+
+    def _encode_pieces(
+        self, text: str, stands_for: Mapping[str, str]
+    ) -> Iterator[tuple[int, int, int]]:
+        """As ``_encode_marked``, each id with its first character in the text and the one after."""
         white = {True: r"\s*", False: ""}
         pattern = "|".join(
             f"{white[t.lstrip]}{re.escape(mark)}{white[t.rstrip]}"
             for mark, (_, t) in self._marks.items()
         )
-        ids: list[int] = []
         start = 0
         for found in [*re.finditer(pattern, text), None]:
             piece = text[start : found.start() if found else len(text)]
-            for character, mark in stands_for.items():
-                piece = piece.replace(character, mark)
-            ids += self._backend.encode(piece, add_special_tokens=False).ids if piece else []
+            written = [stands_for.get(character, character) for character in piece]
+            places = [start + i for i, string in enumerate(written) for _ in string]
+            encoded = self._backend.encode("".join(written), add_special_tokens=False)
+            for token_id, (first, after) in zip(encoded.ids, encoded.offsets, strict=True):
+                yield token_id, places[first], places[max(first, after - 1)] + 1
             if found is not None:
                 mark = found[0] if found[0] in self._marks else found[0].strip()
-                ids.append(self._marks[mark][0])
+                yield self._marks[mark][0], *found.span()
                 start = found.end()
-        return ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, without special tokens; faster than a loop over `encode`.
@@ -323,6 +351,10 @@ class Tokenizer:
                 raise ValueError(f"token id {int(token_id)} is negative: ids start at 0")
             pieces.append(self._token_bytes[token_id] if token_id < self.vocab_size else b"")
         return b"".join(pieces)
+
+    def special_text(self, token_id: int) -> str:
+        """The text of a special token; empty if this is none."""
+        return next((text for text, (i, _) in self._marks.items() if i == token_id), "")
 
     @property
     def sampling(self) -> dict[str, Any]:
@@ -408,7 +440,7 @@ class Tokenizer:
         facts = replace(facts, settings={**facts.settings, **named})
         backend = None if file.is_file() else read_backend(file.parent, facts)
         backend = read_file(file) if backend is None else backend
-        _check_byte_level(backend)
+        check_byte_level(backend)
         add_missing(backend, facts)
         names = {name: facts.settings[name] for name in SPECIAL_NAMES if facts.settings.get(name)}
         ours = all(backend.token_to_id(token) is not None for token in SPECIAL_TOKENS)
@@ -435,7 +467,7 @@ class Tokenizer:
         return int(token_id)
 
     def _read_token_bytes(self) -> list[bytes]:
-        byte_of = {character: byte for byte, character in enumerate(_byte_characters())}
+        byte_of = {character: byte for byte, character in enumerate(byte_characters())}
         added = {t["id"]: t for t in self._config["added_tokens"]}
         vocab = self._backend.get_vocab(with_added_tokens=True)
         table = [b""] * (max(vocab.values()) + 1)
@@ -478,35 +510,10 @@ class Tokenizer:
             )
 
 
-def _mark_begin(backend: tokenizers.Tokenizer, bos: str) -> None:
-    """Let the begin token stand before every text that is encoded with special tokens."""
-    if backend.token_to_id(bos) is not None:
-        single, pair = f"{bos}:0 $A:0", f"{bos}:0 $A:0 {bos}:1 $B:1"
-        specials = [(bos, backend.token_to_id(bos))]
-        backend.post_processor = TemplateProcessing(single, pair, specials)
-
-
-def _check_byte_level(backend: tokenizers.Tokenizer) -> dict[str, Any]:
-    """The tokenizer's file as JSON.
-
-    Raises:
-        ValueError: It is not a byte-level BPE.
-    """
-    config: dict[str, Any] = json.loads(backend.to_str())
-    decoder, model = config["decoder"] or {}, config["model"].get("type")
-    kinds = [decoder.get("type")] + [part["type"] for part in decoder.get("decoders", [])]
-    if "ByteLevel" not in kinds or model != "BPE":
-        raise ValueError(
-            f"the tokenizer is not a byte-level BPE (model {model}, decoder "
-            f"{decoder.get('type')}): give one that is, only it gives back every byte"
-        )
-    return config
-
-
 def byte_tokenizer() -> Tokenizer:
     """A tokenizer without merges: special tokens have ids 0, 1, 2, and byte b has id 3 + b."""
     vocab = {token: index for index, token in enumerate(SPECIAL_TOKENS)}
-    for byte, character in enumerate(_byte_characters()):
+    for byte, character in enumerate(byte_characters()):
         vocab[character] = len(SPECIAL_TOKENS) + byte
     return Tokenizer(_backend(models.BPE(vocab=vocab, merges=[])))
 
@@ -537,7 +544,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         min_frequency=2,
         show_progress=False,
         special_tokens=[AddedToken(token, special=True) for token in SPECIAL_TOKENS],
-        initial_alphabet=_byte_characters(),
+        initial_alphabet=byte_characters(),
     )
     num_characters = 0
 

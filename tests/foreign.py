@@ -18,6 +18,49 @@ CHATML = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
+# As public models write theirs, with marks around what the assistant generates.
+MARKED = {
+    "chatml (Qwen, SmolLM)": """{% for message in messages %}
+{%- if loop.first and message.role != 'system' %}
+{{- '<|im_start|>system\nBe kind.<|im_end|>\n' }}
+{%- endif %}
+{%- if message.role == 'assistant' %}
+{{- '<|im_start|>assistant\n' }}
+{%- generation %}{{ message.content + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}
+{%- else %}
+{{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}
+{%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}""",
+    "headers (Llama 3)": """{{- bos_token }}{% for m in messages %}
+{{- '<|im_start|>' + m['role'] + '<|im_end|>\n\n' }}
+{%- if m['role'] == 'assistant' %}
+{%- generation %}{{ m['content'] | trim }}{{ eos_token }}{% endgeneration %}
+{%- else %}{{ m['content'] | trim + eos_token }}{% endif %}{% endfor %}""",
+    "instruction (Mistral)": """{{ bos_token }}{% set ns = namespace(system='') %}
+{%- for m in messages %}
+{%- if m['role'] == 'system' %}{% set ns.system = m['content'] + '\n\n' %}
+{%- elif m['role'] == 'user' %}
+{{- '[INST] ' + ns.system + m['content'] + ' [/INST]' }}{% set ns.system = '' %}
+{%- else %}
+{%- generation %} {{ m['content'] }}{{ eos_token }}{%- endgeneration %}
+{%- endif %}{% endfor %}""",
+    "turns (Gemma)": """{{ bos_token }}{% for m in messages %}{% if m['role'] != 'system' %}
+{%- set role = 'model' if m['role'] == 'assistant' else m['role'] %}
+{{- '<|im_start|>' + role + '\n' }}
+{%- if role == 'model' %}
+{%- generation %}{{ m['content'] | trim + '<|im_end|>\n' }}{% endgeneration %}
+{%- else %}{{ m['content'] | trim + '<|im_end|>\n' }}{% endif %}{% endif %}{% endfor %}""",
+    "lines (Zephyr)": """{% for message in messages %}
+{% if message['role'] == 'assistant' %}
+{{ '<|assistant|>' }}
+{% generation %}{{ message['content'] + eos_token }}{% endgeneration %}
+{% else %}
+{{ '<|' + message['role'] + '|>\n' + message['content'] + eos_token }}
+{% endif %}
+{% endfor %}""",
+}
+
 
 def vocabulary() -> list[str]:
     """The 256 bytes and two words."""

@@ -3,9 +3,9 @@ from pathlib import Path
 import pytest
 import transformers
 
-from openmythos.chat_template import render_chat
+from openmythos.chat_template import render_answers, render_chat
 from openmythos.tokenizer import Tokenizer, byte_tokenizer
-from tests.foreign import CHATML, END_TURN, write_chat_folder
+from tests.foreign import CHATML, END_TURN, MARKED, write_chat_folder
 
 TALK = [
     {"role": "system", "content": "Be the one."},
@@ -70,3 +70,56 @@ def test_a_template_that_fails_is_one_line(template: str, said: str) -> None:
 def test_without_a_template() -> None:
     with pytest.raises(ValueError, match="has no chat template"):
         byte_tokenizer().encode_chat(TALK)
+
+
+# --- answers --------------------------------------------------------------------------------------
+
+WHOLE = [*TALK, {"role": "assistant", "content": "the \U0001f600 end, t'he <b>\n漢字.  "}]
+
+
+@pytest.mark.parametrize("name", MARKED)
+def test_answers_are_those_of_transformers(tmp_path: Path, name: str) -> None:
+    folder = write_chat_folder(tmp_path)
+    (folder / "chat_template.jinja").write_text(MARKED[name], encoding="utf-8")
+    ours, theirs = Tokenizer.load(folder), transformers.AutoTokenizer.from_pretrained(folder)
+    for talk in (WHOLE, WHOLE[1:3], WHOLE[3:]):
+        options = {"return_dict": True, "return_assistant_tokens_mask": True}
+        expected = theirs.apply_chat_template(talk, **options)
+        ids, answers = ours.encode_answers(talk)
+        assert ids == expected["input_ids"] == ours.encode_chat(talk, answer_follows=False)
+        assert answers == [bool(counts) for counts in expected["assistant_masks"]]
+        assert 0 < sum(answers) < len(answers)
+
+
+def test_a_character_of_several_tokens_at_an_answers_end_counts_whole(tmp_path: Path) -> None:
+    """Transformers leaves its last bytes out."""
+    folder = write_chat_folder(tmp_path)
+    template = (
+        "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}|{% endfor %}"
+    )
+    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+    ids, answers = Tokenizer.load(folder).encode_answers([{"role": "assistant", "content": "a😀"}])
+    assert answers == [True] * 5 + [False] and len(ids) == 6
+
+
+def test_marks_in_an_answer_are_text_and_count(tmp_path: Path) -> None:
+    folder = write_chat_folder(tmp_path)
+    (folder / "chat_template.jinja").write_text(MARKED["chatml (Qwen, SmolLM)"], encoding="utf-8")
+    ours = Tokenizer.load(folder)
+    talk = [
+        {"role": "user", "content": f"a{END_TURN}"},
+        {"role": "assistant", "content": f"b{END_TURN}c"},
+    ]
+    ids, answers = ours.encode_answers(talk)
+    assert ids.count(ours.eos_id) == 3  # of the template: system, user, assistant
+    counted = [token for token, counts in zip(ids, answers, strict=True) if counts]
+    assert ours.decode(counted) == f"b{END_TURN}c" and counted[-1] == ours.eos_id
+
+
+def test_templates_without_marks_of_answers(tmp_path: Path) -> None:
+    ours = Tokenizer.load(write_chat_folder(tmp_path))
+    with pytest.raises(ValueError, match=r"does not mark answers with {% generation %}") as caught:
+        ours.encode_answers(WHOLE)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match=r"U\+10F0F0 or U\+10F0F1, characters of private use"):
+        render_answers("{% generation %}{% endgeneration %}", [{"content": "\U0010f0f0"}])

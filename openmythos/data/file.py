@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from openmythos.config.schema import in_words
+from openmythos.data.conversation import COLUMNS, conversation
 
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
 TABLE_SUFFIXES = (".jsonl", ".parquet", ".json", ".csv", ".tsv")
@@ -67,13 +68,13 @@ def file_kind(path: Path) -> str | None:
     return kind if known and not (is_compressed and kind == ".parquet") else None
 
 
-def read_file(path: Path, name: str, column: str) -> Iterator[Document | LeftOut]:
+def read_file(path: Path, name: str, column: str | None) -> Iterator[Document | LeftOut]:
     """The documents of a file of a known kind, and what of it cannot be read, in order.
 
     Args:
         path: The file.
         name: What its documents are called; rows of tables are numbered.
-        column: The column of tables that holds the text.
+        column: The column of tables that holds the text; None: a row is a conversation.
 
     Raises:
         ValueError: A package that the file needs is not installed.
@@ -93,6 +94,8 @@ def read_file(path: Path, name: str, column: str) -> Iterator[Document | LeftOut
                 elif kind in (".csv", ".tsv"):
                     delimiter = "," if kind == ".csv" else "\t"
                     yield from _csv_rows(stream, path, name, column, delimiter)
+                elif column is None:
+                    yield LeftOut(f"{path} is a text and no table of conversations")
                 else:
                     yield Document(name, decode(stream.read(), str(path)))
     except ModuleNotFoundError:
@@ -208,15 +211,16 @@ def _json(text: str, place: str) -> Any:
         raise ValueError(f"{place} {_UNREADABLE_JSON}: {error}") from None
 
 
-def _row(row: Any, name: str, number: int, column: str, place: str) -> Document | LeftOut:
+def _row(row: Any, name: str, number: int, column: str | None, place: str) -> Document | LeftOut:
     try:
-        return Document(f"{name}:{number}", cell(row, column, place))
+        text = conversation(row, place) if column is None else cell(row, column, place)
+        return Document(f"{name}:{number}", text)
     except ValueError as error:
         return LeftOut(str(error))
 
 
 def _json_lines(
-    stream: io.BufferedIOBase, path: Path, name: str, column: str
+    stream: io.BufferedIOBase, path: Path, name: str, column: str | None
 ) -> Iterator[Document | LeftOut]:
     for number, offset, line in _lines(stream, path):
         if line.strip():
@@ -230,7 +234,7 @@ def _json_lines(
 
 
 def _json_rows(
-    stream: io.BufferedIOBase, path: Path, name: str, column: str
+    stream: io.BufferedIOBase, path: Path, name: str, column: str | None
 ) -> Iterator[Document | LeftOut]:
     """A list of objects, or one object; many files of this name hold one object per line."""
     text = decode(stream.read(), str(path))
@@ -245,14 +249,14 @@ def _json_rows(
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} {_UNREADABLE_JSON}: {error}") from None
     rows = value if isinstance(value, list) else [value]
-    if rows and not any(isinstance(row, dict) and column in row for row in rows):
+    if column and rows and not any(isinstance(row, dict) and column in row for row in rows):
         cell(rows[0], column, str(path))
     for number, row in enumerate(rows, start=1):
         yield _row(row, name, number, column, f"{path} row {number}")
 
 
 def _csv_rows(
-    stream: io.BufferedIOBase, path: Path, name: str, column: str, delimiter: str
+    stream: io.BufferedIOBase, path: Path, name: str, column: str | None, delimiter: str
 ) -> Iterator[Document | LeftOut]:
     lines = (_decode(line, str(path), offset) for _, offset, line in _lines(stream, path))
     # Strict: otherwise a quote that is never closed swallows the rest of the file.
@@ -260,7 +264,7 @@ def _csv_rows(
     limit = csv.field_size_limit(2**31 - 1)  # a setting of the process; texts are long
     try:
         columns = reader.fieldnames
-        if columns is not None and column not in columns:
+        if columns is not None and column is not None and column not in columns:
             raise ValueError(missing_column(str(path), column, columns))
         for number, row in enumerate(reader, start=1):
             if None in row:
@@ -274,7 +278,7 @@ def _csv_rows(
         csv.field_size_limit(limit)
 
 
-def _parquet_rows(path: Path, name: str, column: str) -> Iterator[Document | LeftOut]:
+def _parquet_rows(path: Path, name: str, column: str | None) -> Iterator[Document | LeftOut]:
     """The rows of one column, read a little at a time: row groups may be larger than memory."""
     from pyarrow import ArrowException, parquet
 
@@ -282,10 +286,14 @@ def _parquet_rows(path: Path, name: str, column: str) -> Iterator[Document | Lef
     reading = {"pre_buffer": False, "buffer_size": _PARQUET_BUFFER}
     try:
         with parquet.ParquetFile(path, **reading) as file:
-            if column not in file.schema_arrow.names:
-                raise ValueError(missing_column(str(path), column, file.schema_arrow.names))
+            names = file.schema_arrow.names
+            if column is not None and column not in names:
+                raise ValueError(missing_column(str(path), column, names))
+            read = [column] if column is not None else [name for name in COLUMNS if name in names]
+            if not read:
+                conversation(dict.fromkeys(names), str(path))  # says which columns there are
             number = 0
-            for batch in file.iter_batches(batch_size=PARQUET_ROWS, columns=[column]):
+            for batch in file.iter_batches(batch_size=PARQUET_ROWS, columns=read):
                 for row in batch.to_pylist():
                     number += 1
                     yield _row(row, name, number, column, f"{path} row {number}")

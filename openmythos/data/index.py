@@ -38,7 +38,9 @@ class DataFile:
 class SplitIndex:
     """The contents of one split.
 
-    `num_bytes` is the size of its text in UTF-8; `num_tokens` includes bos and eos.
+    `num_bytes` is the size of its text in UTF-8; `num_tokens` includes bos and eos. Conversations
+    have a file of `counted` for each shard: a byte per token, 1 if it counts in the loss. They are
+    empty for text, where every token counts.
     """
 
     num_documents: int
@@ -46,6 +48,7 @@ class SplitIndex:
     num_bytes: int
     shards: tuple[DataFile, ...]
     document_offsets: DataFile
+    counted: tuple[DataFile, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -132,9 +135,8 @@ class PreparedData:
             ValueError: A file is missing, or its size or content is not the recorded one.
         """
         index = self.splits[split]
-        sized = [(file, np.dtype(self.dtype).itemsize) for file in index.shards] + [
-            (index.document_offsets, 8)
-        ]
+        sized = [(file, np.dtype(self.dtype).itemsize) for file in index.shards]
+        sized += [(index.document_offsets, 8), *((file, 1) for file in index.counted)]
         for entry, itemsize in sized:
             path = self.folder / entry.file
             size, expected = (
@@ -202,7 +204,9 @@ def file_sha256(path: Path) -> str:
 
 
 def _split_from_json(data: dict[str, Any]) -> SplitIndex:
-    shards = tuple(DataFile(**shard) for shard in data["shards"])
-    return SplitIndex(
-        **{**data, "shards": shards, "document_offsets": DataFile(**data["document_offsets"])}
-    )
+    files = {
+        "shards": tuple(DataFile(**file) for file in data["shards"]),
+        "counted": tuple(DataFile(**file) for file in data.get("counted", ())),
+        "document_offsets": DataFile(**data["document_offsets"]),
+    }
+    return SplitIndex(**{**data, **files})

@@ -10,17 +10,17 @@ import hashlib
 import itertools
 import os
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from threading import Lock
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Int, Shaped
 
 from openmythos.data.hashing import permutation
 from openmythos.data.index import SPLITS, read_index
-from openmythos.data.packing import Batch, num_windows, pack_windows
+from openmythos.data.packing import Batch, num_windows, pack_windows, whole_documents
 
 
 class Windows(NamedTuple):
@@ -29,6 +29,10 @@ class Windows(NamedTuple):
     tokens: Int[np.ndarray, "B T1"]
     starts: Bool[np.ndarray, "B T1"]
     num_valid: Int[np.ndarray, " B"]
+    counted: Bool[np.ndarray, "B T1"]
+
+
+Spans = tuple[Int[np.ndarray, " W"], Int[np.ndarray, " W"]]  # where each begins, and ends
 
 
 class TokenLoader:
@@ -36,6 +40,10 @@ class TokenLoader:
 
     Every epoch goes through all windows once, in an order drawn from (seed, epoch). A batch may
     straddle two epochs. Rank r of n gets rows r, r + n, r + 2n ... of the global batch.
+
+    Text is cut into windows without gaps. A window of conversations holds whole ones, in the order
+    in which they are stored; of one that is longer than a row, the beginning (`num_cut`), unless
+    none of that counts (`num_skipped`).
 
     Args:
         folder: Folder written by `openmythos.data.prepare.prepare`.
@@ -87,8 +95,10 @@ class TokenLoader:
         self.world_size = world_size
         self.num_tokens = content.num_tokens
         self.num_bytes = content.num_bytes
+        offsets = np.memmap(index.folder / content.document_offsets.file, dtype="<i8", mode="r")
+        self._document_starts = offsets[:-1]
         self.num_windows = num_windows(self.num_tokens, seq_len)
-        if split == "train" and self.num_tokens < seq_len + 1:
+        if split == "train" and self.num_tokens < seq_len + 1 and not content.counted:
             raise ValueError(
                 f"the train split of {folder} has {self.num_tokens} tokens, fewer than the "
                 f"{seq_len + 1} of one row: lower seq_len, or prepare more text"
@@ -99,16 +109,21 @@ class TokenLoader:
                 f"again, with --val-fraction above 0"
             )
         dtype = np.dtype(index.dtype).newbyteorder("<")
-        self._shards = [
-            np.memmap(index.folder / shard.file, dtype=dtype, mode="r") for shard in content.shards
-        ]
+        self._shards, self._counted = (
+            [np.memmap(index.folder / file.file, dtype=kind, mode="r") for file in files]
+            for files, kind in ((content.shards, dtype), (content.counted, np.dtype(np.bool_)))
+        )
         self._shard_ends = np.cumsum([len(shard) for shard in self._shards])
+        self._windows: Spans | None = None
+        self.num_cut, self.num_skipped = 0, 0
+        if content.counted:
+            self._place_conversations(offsets)
         self._orders: dict[int, Int[np.ndarray, " W"]] = {}
         self._lock = Lock()  # of the orders, for threads that read ahead
-        offsets = index.folder / content.document_offsets.file
-        self._document_starts = np.memmap(offsets, dtype="<i8", mode="r")[:-1]
-        self._content = [shard.sha256 for shard in content.shards]
-        if self.tokenizer.bos_id == self.tokenizer.eos_id:  # else the tokens imply the offsets
+        self._content = [file.sha256 for file in (*content.shards, *content.counted)]
+        if (
+            content.counted or self.tokenizer.bos_id == self.tokenizer.eos_id
+        ):  # else the tokens imply the offsets
             self._content.append(content.document_offsets.sha256)
 
     @property
@@ -169,6 +184,37 @@ class TokenLoader:
         first = step * self.batch_size
         return np.arange(first + self.rank, first + self.batch_size, self.world_size)
 
+    def cut_in_words(self) -> str:
+        """What of the conversations does not fit into rows; empty if everything does."""
+        if not self.num_cut + self.num_skipped:
+            return ""
+        return (
+            f"{self.num_cut:,} conversations are cut after {self.seq_len + 1:,} tokens, "
+            f"{self.num_skipped:,} are left out because no answer begins before that"
+        )
+
+    def places(self, windows: Int[np.ndarray, " B"]) -> Int[np.ndarray, "B T"]:
+        """The place in the split of each target of these windows; past the end, of none."""
+        starts = windows * self.seq_len
+        if self._windows is not None:
+            known = np.append(self._windows[0], self.num_tokens)
+            starts = known[np.minimum(windows, self.num_windows)]
+        return starts[:, None] + np.arange(
+            1, self.seq_len + 1
+        )  # a target is the token that follows
+
+    def document(self, number: int) -> tuple[Int[np.ndarray, " T"], Bool[np.ndarray, " T"]]:
+        """The tokens of a document of the split, from 0, and which of them count in the loss."""
+        start = int(self._document_starts[number])
+        is_last = number == len(self._document_starts) - 1
+        stop = self.num_tokens if is_last else int(self._document_starts[number + 1])
+        ids, counted = np.empty(stop - start, dtype=np.int64), np.ones(stop - start, dtype=np.bool_)
+        self._read_into(ids, self._shards, start, stop)
+        if self._counted:
+            self._read_into(counted, self._counted, start, stop)
+        counted[0] = False
+        return ids, counted
+
     def document_of(self, positions: Int[np.ndarray, "..."]) -> Int[np.ndarray, "..."]:
         """The number of the document, from 0, of the tokens at these places of the split."""
         return np.searchsorted(self._document_starts, positions, side="right") - 1
@@ -181,16 +227,45 @@ class TokenLoader:
         """The tokens of these windows; of one past the end, nothing."""
         spans = np.full((len(windows), self.seq_len + 1), self.tokenizer.pad_id, dtype=np.int64)
         starts = np.zeros(spans.shape, dtype=np.bool_)
+        counted = np.ones(spans.shape, dtype=np.bool_)
         num_valid = np.zeros(len(windows), dtype=np.int64)
         for row, window in enumerate(windows.tolist()):
-            start = window * self.seq_len
-            stop = min(start + self.seq_len + 1, self.num_tokens)
+            start, stop = self._span(window)
             if start < stop:
                 num_valid[row] = stop - start
-                self._read_into(spans[row], start, stop)
+                self._read_into(spans[row], self._shards, start, stop)
+                if self._counted:
+                    self._read_into(counted[row], self._counted, start, stop)
                 first, last = np.searchsorted(self._document_starts, (start, stop))
                 starts[row, self._document_starts[first:last] - start] = True
-        return Windows(spans, starts, num_valid)
+        return Windows(spans, starts, num_valid, counted)
+
+    def _place_conversations(self, offsets: Int[np.ndarray, " N1"]) -> None:
+        """Whole conversations in windows; of one that is too long, the beginning."""
+        starts, stops = whole_documents(offsets, self.seq_len)
+        is_cut = ~np.isin(stops, offsets)
+        is_kept = np.ones(len(starts), dtype=np.bool_)
+        for window in np.flatnonzero(is_cut).tolist():
+            counted = np.zeros(stops[window] - starts[window], dtype=np.bool_)
+            self._read_into(counted, self._counted, int(starts[window]), int(stops[window]))
+            is_kept[window] = counted[1:].any()
+        self._windows = starts[is_kept], stops[is_kept]
+        self.num_windows = len(self._windows[0])
+        self.num_cut, self.num_skipped = int((is_cut & is_kept).sum()), int((~is_kept).sum())
+        if not self.num_windows and len(starts):
+            raise ValueError(
+                f"no conversation of {self.data.folder} has an answer within {self.seq_len} "
+                f"tokens: raise seq_len"
+            )
+
+    def _span(self, window: int) -> tuple[int, int]:
+        """Where a window begins and ends; past the last one it is empty."""
+        if self._windows is None:
+            start = window * self.seq_len
+            return start, min(start + self.seq_len + 1, self.num_tokens)
+        if window >= self.num_windows:
+            return 0, 0
+        return int(self._windows[0][window]), int(self._windows[1][window])
 
     def _epoch_order(self, epoch: int) -> Int[np.ndarray, " W"]:
         with self._lock:
@@ -211,13 +286,19 @@ class TokenLoader:
             token_num_bytes=self.tokenizer.token_num_bytes,
         )
 
-    def _read_into(self, span: Int[np.ndarray, " T1"], start: int, stop: int) -> None:
+    def _read_into(
+        self,
+        span: Shaped[np.ndarray, " T1"],
+        shards: Sequence[Shaped[np.ndarray, " N"]],
+        start: int,
+        stop: int,
+    ) -> None:
         shard = int(np.searchsorted(self._shard_ends, start, side="right"))
         written = 0
         while start < stop:
             end = int(self._shard_ends[shard])
-            begin = end - len(self._shards[shard])
-            piece = self._shards[shard][start - begin : min(stop, end) - begin]
+            begin = end - len(shards[shard])
+            piece = shards[shard][start - begin : min(stop, end) - begin]
             span[written : written + len(piece)] = piece
             written += len(piece)
             start = end

@@ -126,17 +126,16 @@ class MixtureLoader:
             tokens=np.empty(shape, dtype=np.int64),
             starts=np.empty(shape, dtype=np.bool_),
             num_valid=np.empty(len(sources), dtype=np.int64),
+            counted=np.empty(shape, dtype=np.bool_),
         )
         for source, loader in enumerate(self.loaders):
             own = np.flatnonzero(sources == source)
             if len(own):
                 found = loader.read(loader.windows(places[own]))
                 rows.tokens[own], rows.starts[own] = found.tokens, found.starts
-                rows.num_valid[own] = found.num_valid
+                rows.num_valid[own], rows.counted[own] = found.num_valid, found.counted
         return pack_windows(
-            rows.tokens,
-            rows.starts,
-            rows.num_valid,
+            *rows,
             pad_id=self.tokenizer.pad_id,
             token_num_bytes=self.tokenizer.token_num_bytes,
         )
@@ -157,6 +156,7 @@ class MixtureLoader:
             lines.append(
                 f"{weight:.2%} of the rows: {loader.data.settings.get('source', '')}: "
                 f"{loader.data.summary()}; read once in {steps:,.1f} steps, then in a new order"
+                + (f"; {cut}" if (cut := loader.cut_in_words()) else "")
             )
         return lines
 

@@ -70,10 +70,36 @@ def num_windows(num_tokens: int, seq_len: int) -> int:
     return max(0, -(-(num_tokens - 1) // seq_len))
 
 
+def whole_documents(
+    offsets: Int[np.ndarray, " N1"], seq_len: int
+) -> tuple[Int[np.ndarray, " W"], Int[np.ndarray, " W"]]:
+    """Windows that hold whole documents: where in the stream each begins and ends.
+
+    A window takes the documents that follow each other until the next one does not fit into
+    `seq_len` + 1 tokens. A document that does not fit into any window has one of its own, which
+    ends where that is full: the rest of it is left out.
+
+    Args:
+        offsets: Where each document begins; then the number of tokens.
+        seq_len: Tokens of a row.
+    """
+    starts, stops = [], []
+    document, most = 0, len(offsets) - 1
+    while document < most:
+        start = int(offsets[document])
+        after = int(np.searchsorted(offsets, start + seq_len + 1, side="right")) - 1
+        after = max(after, document + 1)
+        starts.append(start)
+        stops.append(min(int(offsets[after]), start + seq_len + 1))
+        document = after
+    return np.array(starts, dtype=np.int64), np.array(stops, dtype=np.int64)
+
+
 def pack_windows(
     spans: Int[np.ndarray, "B T1"],
     starts: Bool[np.ndarray, "B T1"],
     num_valid: Int[np.ndarray, " B"],
+    counted: Bool[np.ndarray, "B T1"] | None = None,
     *,
     pad_id: int,
     token_num_bytes: Int[np.ndarray, " V"],
@@ -84,7 +110,8 @@ def pack_windows(
         spans: Tokens of each window and the token after it; entries from `num_valid` on are
             ignored.
         starts: Which of these tokens begin a document.
-        num_valid: Number of tokens in each span; fewer than seq_len + 1 only at the stream's end.
+        num_valid: Number of tokens in each span.
+        counted: Which of these tokens are targets, of those that can be; None: all.
         pad_id: Id that fills the input where the stream has ended.
         token_num_bytes: Bytes of text of each id.
     """
@@ -94,7 +121,10 @@ def pack_windows(
     is_padding = columns >= (num_valid[:, None] - 1)
     tokens = np.where(is_padding, pad_id, spans[:, :-1])
     is_start = starts[:, :-1] & ~is_padding
-    targets = np.where(is_padding | starts[:, 1:], IGNORED_TARGET, spans[:, 1:])
+    is_ignored = is_padding | starts[:, 1:]
+    if counted is not None:
+        is_ignored |= ~counted[:, 1:]
+    targets = np.where(is_ignored, IGNORED_TARGET, spans[:, 1:])
 
     documents = np.cumsum(is_start, axis=1, dtype=np.int64)
     # The first document of a row has number 0 if it began in an earlier window, but 1 if the row
@@ -104,13 +134,13 @@ def pack_windows(
     positions = np.where(is_padding, 0, columns - first_columns)
     documents[is_padding] = PADDING_DOCUMENT
 
-    counted = targets != IGNORED_TARGET
+    has_loss = targets != IGNORED_TARGET
     return Batch(
         tokens=torch.from_numpy(tokens),
         targets=torch.from_numpy(targets),
         documents=torch.from_numpy(documents),
         positions=torch.from_numpy(positions),
-        num_bytes=int(token_num_bytes[targets[counted]].sum()),
+        num_bytes=int(token_num_bytes[targets[has_loss]].sum()),
     )
 
 

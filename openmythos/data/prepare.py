@@ -21,14 +21,15 @@ import os
 import re
 import shutil
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Int, Integer
+from jaxtyping import Bool, Int, Integer, Shaped
 
 from openmythos.config.schema import as_seed
+from openmythos.data.conversation import Counted, encode_conversation
 from openmythos.data.file import Document, LeftOut
 from openmythos.data.hashing import hash_bytes, mix, split_keys, threshold
 from openmythos.data.index import (
@@ -81,6 +82,7 @@ def prepare(
     seed: int = 0,
     column: str = "text",
     skip_bad: bool = False,
+    conversations: Counted | None = None,
     max_shard_tokens: int = 100_000_000,
 ) -> PreparedData:
     """Tokenise a source into `out`; do nothing if `out` already holds exactly this data, intact.
@@ -91,6 +93,9 @@ def prepare(
     longer than the validation split is meant to be: after a blank line if there is one near, else
     after a line, a sentence or a word, else between two characters. Documents are stored in an
     order shuffled by `seed`, each as bos, its tokens, eos.
+
+    A row of conversations is a document that is never cut: its messages in the chat template of the
+    tokenizer. Only their answers count in the loss, or everything.
 
     Args:
         source: What `read_source` accepts.
@@ -104,6 +109,7 @@ def prepare(
         seed: Seed of the split and of the order.
         column: Text column of tables and of Hugging Face rows.
         skip_bad: Leave out files and rows that cannot be read, instead of stopping at the first.
+        conversations: Which tokens of conversations count, "answers" or "all"; None: rows are text.
         max_shard_tokens: Maximum number of tokens per file.
 
     Raises:
@@ -111,6 +117,11 @@ def prepare(
             other files.
     """
     _check_arguments(tokenizer, vocab_size, val_fraction, seed, max_shard_tokens)
+    if conversations and (tokenizer is None or tokenizer.chat_template is None):
+        raise ValueError(
+            "conversations need a tokenizer with a chat template: give a checkpoint that has one "
+            "(--tokenizer; in training --from)"
+        )
     folder = Path(out)
     old = _existing(folder)
     settings: dict[str, Any] = {
@@ -125,24 +136,46 @@ def prepare(
         "max_shard_tokens": max_shard_tokens,
     }
     # Before source_version, whose errors are less clear.
-    items = read_source(source, column)
+    items = read_source(source, None if conversations else column)
+    if conversations:  # older data of text has no such setting
+        settings["conversations"] = conversations
+        items = _checked(items, tokenizer, conversations) if tokenizer else items
     settings["source_version"] = source_version(source)
     is_known = source != STANDARD_INPUT and old is not None and old.settings == settings
     if old is not None and is_known and _is_intact(old):
         return dataclasses.replace(old, reused=True)
 
+    return _build(folder, items, settings, tokenizer, conversations)
+
+
+def _build(
+    folder: Path,
+    items: Iterable[Document | LeftOut],
+    settings: dict[str, Any],
+    tokenizer: Tokenizer | None,
+    conversations: Counted | None,
+) -> PreparedData:
+    """Write the items as data with these settings, and put it in place."""
     folder.mkdir(parents=True, exist_ok=True)
     building = folder / f"{_BUILDING_PREFIX}{os.getpid()}"
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir()
     try:
-        spool = _Spool(building / "spool", items, skip_bad)
-        is_val = spool.arrange(seed, val_fraction)
+        spool = _Spool(building / "spool", items, settings["skip_bad"])
+        cut = conversations is None
+        is_val = spool.arrange(settings["seed"], settings["val_fraction"], cut=cut)
         if tokenizer is None:
-            tokenizer = train_bpe(spool.texts(~is_val, MAX_BPE_TRAINING_BYTES), vocab_size)
+            texts = spool.texts(~is_val, MAX_BPE_TRAINING_BYTES)
+            tokenizer = train_bpe(texts, settings["vocab_size"])
         tokenizer.marking_begin().save(building)  # as every document has it from here on
         splits = {
-            split: _write_split(spool, chosen, tokenizer, building, split, max_shard_tokens)
+            split: _write_split(
+                _token_batches(spool.texts(chosen), tokenizer, conversations),
+                tokenizer,
+                building,
+                split,
+                settings["max_shard_tokens"],
+            )
             for split, chosen in zip(SPLITS, (~is_val, is_val), strict=True)
         }
         (building / "spool").unlink()
@@ -286,9 +319,12 @@ class _Spool:
         names = ("num_duplicates", "num_replaced", "num_left_out", "left_out")
         return {name: getattr(self, name) for name in names}
 
-    def arrange(self, seed: int, val_fraction: float) -> Bool[np.ndarray, " N"]:
-        """Drop duplicates and shuffle; returns which documents are held out."""
-        if val_fraction > 0:
+    def arrange(self, seed: int, val_fraction: float, *, cut: bool) -> Bool[np.ndarray, " N"]:
+        """Drop duplicates and shuffle; returns which documents are held out.
+
+        With ``cut``, documents that are too long or too few for that are cut before.
+        """
+        if val_fraction > 0 and cut:
             is_few = len(self.sizes) < 2 / val_fraction
             self._cut_documents(0 if is_few else int(val_fraction * self.sizes.sum()))
         _, first = np.unique(self.hashes, return_index=True)
@@ -367,56 +403,105 @@ def _piece_end(data: bytes, start: int, target: int) -> int:
     return end
 
 
+def _checked(
+    items: Iterable[Document | LeftOut], tokenizer: Tokenizer, counted: Counted
+) -> Iterator[Document | LeftOut]:
+    """The items, without conversations that the template refuses."""
+    for item in items:
+        if isinstance(item, Document):
+            try:
+                _, answers = encode_conversation(item.text, tokenizer, counted)
+                if not answers[1:].any():
+                    raise ValueError("no token of it counts: the template marks no answer in it")
+            except ValueError as error:
+                yield LeftOut(f"{item.name}: {error}")
+                continue
+        yield item
+
+
+class _Tokens(NamedTuple):
+    """Documents, and which of their tokens count; the latter of conversations only."""
+
+    documents: list[Int[np.ndarray, " T"]]
+    counted: list[Bool[np.ndarray, " T"]]
+
+
 def _token_batches(
-    texts: Iterator[str], tokenizer: Tokenizer
-) -> Iterator[list[Int[np.ndarray, " T"]]]:
+    texts: Iterator[str], tokenizer: Tokenizer, counted: Counted | None
+) -> Iterator[_Tokens]:
     batch: list[str] = []
     num_characters = 0
     for text in texts:
         batch.append(text)
         num_characters += len(text)
         if num_characters >= _BATCH_BYTES:
-            yield _encode_documents(batch, tokenizer)
+            yield _encode_documents(batch, tokenizer, counted)
             batch, num_characters = [], 0
     if batch:
-        yield _encode_documents(batch, tokenizer)
+        yield _encode_documents(batch, tokenizer, counted)
 
 
-def _encode_documents(texts: list[str], tokenizer: Tokenizer) -> list[Int[np.ndarray, " T"]]:
+def _encode_documents(texts: list[str], tokenizer: Tokenizer, counted: Counted | None) -> _Tokens:
+    if counted is not None:
+        pairs = [encode_conversation(text, tokenizer, counted) for text in texts]
+        return _Tokens([ids for ids, _ in pairs], [answers for _, answers in pairs])
+    begin, end = tokenizer.bos_id, tokenizer.eos_id
     encoded = tokenizer.encode_batch(texts)
-    return [np.array([tokenizer.bos_id, *ids, tokenizer.eos_id], dtype=np.int64) for ids in encoded]
+    return _Tokens([np.array([begin, *ids, end], dtype=np.int64) for ids in encoded], [])
 
 
 def _write_split(
-    spool: _Spool,
-    chosen: Bool[np.ndarray, " N"],
+    batches: Iterator[_Tokens],
     tokenizer: Tokenizer,
     building: Path,
     split: str,
     max_shard_tokens: int,
 ) -> SplitIndex:
-    dtype = token_dtype(tokenizer.vocab_size)
-    shards: list[DataFile] = []
+    shards = _Shards(building, split, token_dtype(tokenizer.vocab_size), max_shard_tokens)
+    counted = _Shards(building, f"{split}-counted", np.dtype(np.uint8), max_shard_tokens)
     lengths: list[int] = []
-    pending = np.empty(0, dtype=dtype)
-    for batch in _token_batches(spool.texts(chosen), tokenizer):
-        lengths += map(len, batch)
-        pending = np.concatenate([pending, *(ids.astype(dtype) for ids in batch)])
-        while len(pending) >= max_shard_tokens:
-            shards.append(
-                _write_array(building, f"{split}-{len(shards):05d}.bin", pending[:max_shard_tokens])
-            )
-            pending = pending[max_shard_tokens:]
-    if len(pending):
-        shards.append(_write_array(building, f"{split}-{len(shards):05d}.bin", pending))
+    num_bytes = 0
+    for batch in batches:
+        lengths += map(len, batch.documents)
+        num_bytes += sum(int(tokenizer.token_num_bytes[ids].sum()) for ids in batch.documents)
+        shards.add(batch.documents)
+        counted.add(batch.counted)
     offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype("<i8")
     return SplitIndex(
         num_documents=len(lengths),
         num_tokens=int(offsets[-1]),
-        num_bytes=int(spool.sizes[chosen].sum()),
-        shards=tuple(shards),
+        num_bytes=num_bytes,
+        shards=shards.close(),
         document_offsets=_write_array(building, f"{split}-offsets.bin", offsets),
+        counted=counted.close(),
     )
+
+
+class _Shards:
+    """Writes arrays one after the other into files of at most so many items."""
+
+    def __init__(self, folder: Path, stem: str, dtype: np.dtype[Any], max_items: int) -> None:
+        self.folder, self.stem, self.max_items = folder, stem, max_items
+        self.pending = np.empty(0, dtype=dtype)
+        self.files: list[DataFile] = []
+
+    def add(self, arrays: Sequence[Shaped[np.ndarray, " N"]]) -> None:
+        """Write what fills files; the rest waits."""
+        dtype = self.pending.dtype
+        self.pending = np.concatenate([self.pending, *(array.astype(dtype) for array in arrays)])
+        while len(self.pending) >= self.max_items:
+            self._write(self.max_items)
+
+    def close(self) -> tuple[DataFile, ...]:
+        """Write the rest; returns all files."""
+        if len(self.pending):
+            self._write(len(self.pending))
+        return tuple(self.files)
+
+    def _write(self, count: int) -> None:
+        name = f"{self.stem}-{len(self.files):05d}.bin"
+        self.files.append(_write_array(self.folder, name, self.pending[:count]))
+        self.pending = self.pending[count:]
 
 
 def _write_array(folder: Path, name: str, values: Integer[np.ndarray, " N"]) -> DataFile:
@@ -462,6 +547,8 @@ def _publish(
 
 def _split_to_json(split: SplitIndex, folder_name: str) -> dict[str, Any]:
     data = dataclasses.asdict(split)
-    for entry in [*data["shards"], data["document_offsets"]]:
+    if not data["counted"]:
+        del data["counted"]  # as older versions write and read it
+    for entry in [*data["shards"], data["document_offsets"], *data.get("counted", ())]:
         entry["file"] = f"{folder_name}/{entry['file']}"
     return data

@@ -19,6 +19,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from openmythos.data.conversation import COLUMNS, conversation
 from openmythos.data.file import (
     ALL_SUFFIXES,
     COMPRESSED_SUFFIXES,
@@ -72,7 +73,7 @@ def _strict(items: Iterable[Document | LeftOut]) -> Iterator[Document]:
             raise ValueError(item.reason)
 
 
-def read_source(source: str, column: str = "text") -> Iterator[Document | LeftOut]:
+def read_source(source: str, column: str | None = "text") -> Iterator[Document | LeftOut]:
     """Documents of `source`, and what of it is left out, in an order that depends on it only.
 
     Args:
@@ -84,12 +85,18 @@ def read_source(source: str, column: str = "text") -> Iterator[Document | LeftOu
             Face dataset, streamed), `python-docs` (the language reference and the docstrings of
             this Python's standard library, about 2.1 MB of English in which no paragraph occurs
             twice) or `python-source` (the standard library's code, about 10 MB).
-        column: Name of the text column of rows.
+        column: Name of the text column of rows; None: every row is a conversation, as
+            `conversation` reads it.
 
     Raises:
         ValueError: The source is unknown or holds no text, or a package that it needs is not
             installed.
     """
+    if column is None and source in (*BUILTIN_SOURCES, STANDARD_INPUT):
+        raise ValueError(
+            f"{source} holds text and no conversations; give a file of rows, such as .jsonl, with "
+            "messages, or with prompt and completion"
+        )
     if source == PYTHON_DOCS:
         return _python_docs()
     if source == PYTHON_SOURCE:
@@ -206,7 +213,7 @@ def _folder_files(folder: Path) -> tuple[list[Path], list[LeftOut]]:
     return sorted(files, key=lambda file: file.relative_to(folder).as_posix()), left_out
 
 
-def _from_folder(folder: Path, column: str) -> Iterator[Document | LeftOut]:
+def _from_folder(folder: Path, column: str | None) -> Iterator[Document | LeftOut]:
     kind = _own_folder(folder)
     if kind is not None:
         hint = "give it to `train --data`" if kind == "prepared data" else "give a folder of text"
@@ -221,7 +228,7 @@ def _from_folder(folder: Path, column: str) -> Iterator[Document | LeftOut]:
 
 
 def _folder_items(
-    folder: Path, files: list[Path], left_out: list[LeftOut], column: str
+    folder: Path, files: list[Path], left_out: list[LeftOut], column: str | None
 ) -> Iterator[Document | LeftOut]:
     yield from left_out
     for file in files:
@@ -233,7 +240,7 @@ def _folder_items(
             yield item
 
 
-def _from_hugging_face(source: str, column: str) -> Iterator[Document | LeftOut]:
+def _from_hugging_face(source: str, column: str | None) -> Iterator[Document | LeftOut]:
     name, _, config = source.removeprefix(HF_PREFIX).partition(":")
     if not name:
         raise ValueError(f"source {source!r} names no dataset: write hf:NAME or hf:NAME:CONFIG")
@@ -249,21 +256,26 @@ def _from_hugging_face(source: str, column: str) -> Iterator[Document | LeftOut]
 
 
 def _hugging_face_rows(
-    datasets: Any, source: str, name: str, config: str, column: str
+    datasets: Any, source: str, name: str, config: str, column: str | None
 ) -> Iterator[Document | LeftOut]:
     # No shuffle buffer here: `prepare` shuffles all documents.
     try:
         builder = datasets.load_dataset_builder(name, name=config or None)
         rows = builder.as_streaming_dataset("train")
-        if rows.features is not None and column not in rows.features:
-            yield LeftOut(missing_column(source, column, rows.features))
+        names = list(rows.features or ())
+        if column is not None and names and column not in names:
+            yield LeftOut(missing_column(source, column, names))
             return
-        if hasattr(builder.config, "columns"):  # Parquet: no other column, and not by row groups
-            builder.config.columns, builder.config.batch_size = [column], PARQUET_ROWS
+        if names and hasattr(builder.config, "columns"):  # Parquet
+            # No other column, and not by row groups.
+            read = [column] if column is not None else [name for name in COLUMNS if name in names]
+            builder.config.columns, builder.config.batch_size = read or None, PARQUET_ROWS
             rows = builder.as_streaming_dataset("train")
         for number, row in enumerate(rows):
+            place = f"{source} row {number + 1}"
             try:
-                yield Document(f"{source}:{number}", cell(row, column, source))
+                text = conversation(row, place) if column is None else cell(row, column, source)
+                yield Document(f"{source}:{number}", text)
             except ValueError as error:
                 yield LeftOut(str(error))
     except (

@@ -133,6 +133,8 @@ class TextData:
         column: Text column of tables.
         skip_bad: Whether files and rows that cannot be read are left out; otherwise they are
             errors.
+        conversations: Of rows that are conversations, which tokens count: the assistant's answers
+            or all; null: rows are text.
     """
 
     kind: ClassVar[str] = "text"
@@ -141,6 +143,7 @@ class TextData:
     val_fraction: float = 0.1
     column: str = "text"
     skip_bad: bool = False
+    conversations: Literal["answers", "all"] | None = None
 
     @property
     def in_words(self) -> str:
@@ -160,11 +163,13 @@ class MixtureSource:
         source: What `openmythos prepare` accepts as its source, or a folder that it prepared.
         weight: Its share of the rows; at most four decimals.
         column: Text column of tables.
+        conversations: As ``TextData`` has it.
     """
 
     source: str
     weight: float
     column: str = "text"
+    conversations: Literal["answers", "all"] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,6 +202,7 @@ class MixtureData:
             TextData(
                 source=part.source,
                 column=part.column,
+                conversations=part.conversations,
                 seq_len=self.seq_len,
                 val_fraction=self.val_fraction,
                 skip_bad=self.skip_bad,

@@ -338,6 +338,7 @@ def make_own_data(data: TextData, own: Path, tokenizer: Tokenizer | None, vocab_
         val_fraction=data.val_fraction,
         column=data.column,
         skip_bad=data.skip_bad,
+        conversations=data.conversations,
     )
 
 

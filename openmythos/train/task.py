@@ -91,7 +91,8 @@ class TextTask:
         """What the data holds of its source, and what it does not; a line per source."""
         if isinstance(self.train, MixtureLoader):
             return self.train.in_words()
-        return [self.train.data.summary()]
+        cut = self.train.cut_in_words()
+        return [self.train.data.summary(), *([cut] if cut else [])]
 
     def state_dict(self) -> dict[str, Any]:
         """The fingerprint of the data; beyond it, batches depend on the step only."""

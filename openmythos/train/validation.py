@@ -53,8 +53,7 @@ def held_out_bits(
     with inference(model):
         for step, batch in enumerate(loader.validation_batches(max_batches)):
             counted = (batch.targets != IGNORED_TARGET).numpy()
-            rows = loader.rows(step)[:, None] * loader.seq_len
-            places = rows + np.arange(1, loader.seq_len + 1)  # a target is the token that follows
+            places = loader.places(loader.rows(step))
             sizes = loader.tokenizer.token_num_bytes[batch.targets.numpy()[counted]]
             batch, ctx = on_device(model, batch)
             output = model(batch.tokens, num_loops=num_loops, ctx=ctx)

@@ -8,7 +8,7 @@ from openmythos import Tokenizer
 from openmythos.cli import app
 from openmythos.data.index import read_index
 from tests.command.conftest import Invoke, refused
-from tests.foreign import END, backend, write_folder
+from tests.foreign import END, MARKED, backend, write_chat_folder, write_folder
 
 
 def test_prepare_as_json_and_as_a_table(invoke: Invoke, tmp_path: Path, text_file: Path) -> None:
@@ -69,3 +69,20 @@ def test_a_tokenizer_that_changes_text_is_refused(
     )
     assert "the tokenizer changes text" in message and "\n" not in message
     assert not (tmp_path / "data").exists()
+
+
+def test_conversations_are_shown_with_what_counts(invoke: Invoke, tmp_path: Path) -> None:
+    folder = write_chat_folder(tmp_path / "chat")
+    template = MARKED["chatml (Qwen, SmolLM)"]
+    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+    rows = [{"prompt": "one?", "completion": "two é!"}, {"prompt": "x", "completion": ""}]
+    path = tmp_path / "talks.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = ("prepare", path, "--out", tmp_path / "data", "--tokenizer", folder)
+    assert "allowed: answers, all" in refused(invoke, *command, "--conversations", "some")
+    command = (*command, "--conversations", "answers", "--val-fraction", 0, "--show", 3)
+    assert "talks.jsonl line 2 message 2 is empty" in refused(invoke, *command)
+    said = invoke(*command, "--skip-bad")
+    asked = "<|im_start|>user\none?<|im_end|>\n<|im_start|>assistant\n"
+    assert f"{asked}[two é!<|im_end|>]\n" in said and said.startswith("example 1, ")
+    assert "example 2" not in said

@@ -1,0 +1,109 @@
+"""Conversations to fine-tune on: rows with messages, with a prompt and its completion, or a text.
+
+A row becomes the text of a JSON object, `{"messages": [...]}` or `{"text": ...}`, and is one
+document from there on; the chat template is applied when it is encoded.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Literal
+
+import numpy as np
+from jaxtyping import Bool, Int
+
+from openmythos.config.schema import in_words
+from openmythos.tokenizer import Tokenizer
+
+COLUMNS = ("messages", "prompt", "completion", "text")
+Counted = Literal["answers", "all"]
+
+_ROLES = ("system", "user", "assistant")
+
+
+def conversation(row: Any, place: str) -> str:
+    """What is trained on of a row, as JSON.
+
+    Raises:
+        ValueError: The row has nothing of this kind, or messages out of order; the message begins
+            with `place`.
+    """
+    if not isinstance(row, dict):
+        raise ValueError(f"{place} is {in_words(row)}, not an object with messages")
+    given = {name: row[name] for name in COLUMNS if row.get(name) is not None}
+    if "messages" in given:
+        messages = _messages(given["messages"], place)
+    elif "prompt" in given and "completion" in given:
+        pair = [("user", given["prompt"]), ("assistant", given["completion"])]
+        messages = _messages([{"role": role, "content": text} for role, text in pair], place)
+    elif "text" in given:
+        return json.dumps({"text": _content(given["text"], f"{place} text")}, ensure_ascii=False)
+    else:
+        names = ", ".join(map(str, row)) or "none"
+        raise ValueError(
+            f"{place} has no messages, no prompt and completion, and no text; its columns are: "
+            f"{names}"
+        )
+    return json.dumps({"messages": messages}, ensure_ascii=False)
+
+
+def _messages(value: Any, place: str) -> list[dict[str, str]]:
+    """Messages of which each user's is answered, perhaps after a system's.
+
+    Raises:
+        ValueError: They are not.
+    """
+    if not isinstance(value, list) or not value:
+        raise ValueError(f"{place} messages is {in_words(value)}; give a list of messages")
+    messages: list[dict[str, str]] = []
+    for number, message in enumerate(value, start=1):
+        where = f"{place} message {number}"
+        if not isinstance(message, dict) or "role" not in message:
+            raise ValueError(f"{where} is no object with a role and a content")
+        role = message["role"]
+        if role not in _ROLES:
+            raise ValueError(f"{where} has the role {role!r}; known are {', '.join(_ROLES)}")
+        before = messages[-1]["role"] if messages else None
+        expected = "user" if before in ("system", "assistant") else "assistant"
+        if before is None:
+            expected = "system or user"
+        if role not in expected.split(" or "):
+            raise ValueError(f"{where} is of the role {role!r}, where {expected} is due")
+        messages.append({"role": role, "content": _content(message.get("content"), where)})
+    if messages[-1]["role"] != "assistant":
+        raise ValueError(f"{place} ends with a message of the {messages[-1]['role']}: no answer")
+    return messages
+
+
+def _content(value: Any, place: str) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{place} holds {in_words(value)}, not text")
+    if not value.strip():
+        raise ValueError(f"{place} is empty")
+    return value
+
+
+def encode_conversation(
+    text: str, tokenizer: Tokenizer, counted: Counted
+) -> tuple[Int[np.ndarray, " T"], Bool[np.ndarray, " T"]]:
+    """Token ids of a document that `conversation` wrote, and which of them count in the loss.
+
+    Args:
+        text: The document.
+        tokenizer: The tokenizer, with its chat template.
+        counted: Of messages, the tokens of the answers or all. Of a text all count, in any case;
+            the first token of a document is never predicted.
+
+    Raises:
+        ValueError: The template does not mark answers, or refuses the messages.
+    """
+    row = json.loads(text)
+    if "text" in row:
+        ids = [tokenizer.bos_id, *tokenizer.encode(row["text"]), tokenizer.eos_id]
+        answers = [True] * len(ids)
+    elif counted == "answers":
+        ids, answers = tokenizer.encode_answers(row["messages"])
+    else:
+        ids = tokenizer.encode_chat(row["messages"], answer_follows=False)
+        answers = [True] * len(ids)
+    return np.array(ids, dtype=np.int64), np.array(answers, dtype=np.bool_)

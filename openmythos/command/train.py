@@ -1,8 +1,8 @@
 """``openmythos train``: start or continue a training run."""
 
 import contextlib
+import io
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -104,10 +104,8 @@ def one_voice() -> Iterator[None]:
     if not started_rank():
         yield
         return
-    with contextlib.ExitStack() as silence:
-        nothing = silence.enter_context(open(os.devnull, "w", encoding="utf-8"))
-        silence.enter_context(contextlib.redirect_stdout(nothing))
-        silence.enter_context(contextlib.redirect_stderr(nothing))
+    unheard = io.StringIO()
+    with contextlib.redirect_stdout(unheard), contextlib.redirect_stderr(unheard):
         try:
             yield
         except ValueError:

@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from openmythos.config.feed_forward import MoEConfig
 from openmythos.config.model import ModelConfig
 from openmythos.config.schema import require, require_literals, require_positive
 
@@ -59,13 +58,14 @@ class ParallelConfig:
             ValueError: It has no experts, or a number of experts, heads or channels that ``ep`` or
                 ``tp`` does not divide, or a part that neither can divide.
         """
-        experts = model.core_ff
-        if self.ep > 1 and not isinstance(experts, MoEConfig):
+        num_experts = getattr(model.core_ff, "num_experts", 0)
+        if self.ep > 1 and not num_experts:
             raise ValueError(f"parallel.ep is {self.ep}, and the model has no experts: set it to 1")
-        if isinstance(experts, MoEConfig):
-            allowed = f"a multiple of parallel.ep={self.ep}"
-            fits = experts.num_experts % self.ep == 0
-            require(fits, "model.core_feed_forward.num_experts", experts.num_experts, allowed)
+        allowed, name = (
+            f"a multiple of parallel.ep={self.ep}",
+            "model.core_feed_forward.num_experts",
+        )
+        require(num_experts % self.ep == 0, name, num_experts, allowed)
         allowed = f"a multiple of parallel.tp={self.tp}"
         for name, number in _divided_by_tp(model):
             require(number % self.tp == 0, name, number, allowed)
@@ -83,11 +83,11 @@ def _divided_by_tp(model: ModelConfig) -> Iterator[tuple[str, int]]:
             yield f"model.attention.{name}", getattr(model.attention, name)
     for name in ("feed_forward", "core_feed_forward"):
         part = getattr(model, name)
-        if isinstance(part, MoEConfig):
+        if hasattr(part, "d_ff"):
+            yield f"model.{name}.d_ff", part.d_ff
+        elif hasattr(part, "shared_width"):
             shared = part.num_shared_experts * part.shared_width
             yield f"the width of model.{name}'s shared experts", shared
-        elif part is not None:
-            yield f"model.{name}.d_ff", part.d_ff
 
 
 def started_rank() -> int | None:

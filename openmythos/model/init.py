@@ -65,33 +65,14 @@ def truncated_normal(key: tuple[Number, Number], width: int) -> Float[Tensor, ".
     return uniform * (over / under)
 
 
-def normal_rows(
-    seed: int, name: str, rows: Int[Tensor, "R"], width: int
-) -> Float[Tensor, "R width"]:
-    """Rows of a parameter's initial values, before their scale; every row can be drawn alone.
-
-    The parameter counts as a matrix: its last dimension, of size ``width``, by all others.
-    """
+def normal_rows(seed: int, name: str, rows: Int[Tensor, "R"], width: int) -> Float[Tensor, "R W"]:
+    """Some rows, each drawn alone, of a parameter as a matrix: its last dimension by all others."""
     named = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
     return truncated_normal(derive(seed, named, rows), width)
 
 
-Part = tuple[Float[Tensor, "R C"], Int[Tensor, "R"], Any]  # Any: an index of columns
-
-
-def whole_part(name: str, parameter: Tensor) -> Part:
-    """A parameter as a matrix, its last dimension by all others, with its rows and columns."""
-    matrix = parameter.view(-1, parameter.shape[-1])
-    return matrix, torch.arange(len(matrix)), slice(None)
-
-
 @torch.no_grad()
-def init_weights(
-    model: nn.Module,
-    d_model: int,
-    seed: int,
-    part_of: Callable[[str, Tensor], Part] = whole_part,
-) -> None:
+def init_weights(model: nn.Module, d_model: int, seed: int, part_of: Any = None) -> None:
     """Draw weights from truncated normals of std sqrt(2 / (5 d_model)), except for some zeros.
 
     The output projections of attention and feed-forward are zero, so every block, and with it the
@@ -100,12 +81,13 @@ def init_weights(
     up-projections keep the values of their constructors.
 
     A module can state exceptions: ``drawn`` names further parameters to draw, besides the weights
-    of linear layers and embeddings, and its ``init_weights()`` is called after all are drawn. Of a
-    parameter that is split over ranks, ``part_of`` gives the part that is here.
+    of linear layers and embeddings, and its ``init_weights()`` is called after all are drawn.
+    ``part_of`` gives the part of a parameter that is here, if it is split: values, rows, columns.
 
     Source: Takase et al. 2023 (arXiv 2312.16903), as used by Huginn and Parcae.
     """
     std = math.sqrt(2 / (5 * d_model))
+    part_of = part_of or (lambda _, w: (w.flatten(0, -2), torch.arange(w[..., 0].numel()), ...))
     for prefix, module in model.named_modules():
         names = list(getattr(module, "drawn", ()))
         if isinstance(module, nn.Linear | nn.Embedding):
@@ -114,11 +96,10 @@ def init_weights(
                 module.bias.zero_()
         for name in names:
             param = getattr(module, name)
-            matrix, rows, columns = part_of(f"{prefix}.{name}", param)
-            step = max(1, DRAWN_AT_ONCE // param.shape[-1])
-            for part, numbers in zip(matrix.split(step), rows.split(step), strict=True):
-                drawn = normal_rows(seed, f"{prefix}.{name}", numbers, param.shape[-1])
-                part.copy_(std * drawn[:, columns])
+            width, (here, rows, at) = param.shape[-1], part_of(f"{prefix}.{name}", param)
+            step = max(1, DRAWN_AT_ONCE // width)
+            for part, numbers in zip(here.split(step), rows.split(step), strict=True):
+                part.copy_(std * normal_rows(seed, f"{prefix}.{name}", numbers, width)[:, at])
     for module in model.modules():
         own = getattr(module, "init_weights", None)
         if own is not None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from jaxtyping import Float, Shaped
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -20,7 +20,6 @@ from torch.distributed.tensor import DTensor
 
 from openmythos.config.parallel import ParallelConfig, started_rank
 from openmythos.model.feedforward import Router
-from openmythos.model.init import Part, whole_part
 from openmythos.model.recurrent import RecurrentDepthLM
 from openmythos.train.experts import EXPERT_SHARD, divide_experts, expert_placement
 from openmythos.train.recipe import TrainConfig
@@ -275,6 +274,9 @@ def release_gradients(model: nn.Module) -> None:
             group.finalize_backward()
 
 
+Part = tuple[Shaped[Tensor, "R C"], Int[Tensor, "R"], Any]  # values, rows, an index of columns
+
+
 def own_parts(model: nn.Module) -> Callable[[str, Tensor], Part]:
     """Of a parameter by its name, this rank's part as a matrix, and which part of the whole it is.
 
@@ -284,10 +286,11 @@ def own_parts(model: nn.Module) -> Callable[[str, Tensor], Part]:
     orders = fused_orders(model)
 
     def own_part(name: str, parameter: Tensor) -> Part:
+        others = parameter.shape[:-1]
+        rows = torch.arange(others.numel()).view(others)
         if not isinstance(parameter, DTensor):
-            return whole_part(name, parameter)
+            return parameter.view(-1, parameter.shape[-1]), rows.flatten(), slice(None)
         indices = own_indices(parameter, orders.get(name))
-        rows = torch.arange(parameter.shape[:-1].numel()).view(parameter.shape[:-1])
         for axis, index in enumerate(indices[:-1]):
             rows = rows.index_select(axis, index)
         return (

@@ -7,7 +7,7 @@ The engine is PyTorch's: one mesh of devices, and FSDP2 with a unit per block. O
 import json
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -49,6 +49,7 @@ class Ranks:
         mesh: The mesh of all ranks, with the axes of ``AXES``; None on one process alone.
         row_rank: Which part of a batch's rows this process trains, from 0.
         num_row_ranks: Number of parts of a batch's rows.
+        group: The group whose messages ``each`` sends; None: that of all other messages, too.
     """
 
     rank: int
@@ -57,6 +58,7 @@ class Ranks:
     mesh: DeviceMesh | None = None
     row_rank: int = 0
     num_row_ranks: int = 1
+    group: dist.ProcessGroup | None = None
 
     @staticmethod
     def alone(device: torch.device | str = "cpu") -> "Ranks":
@@ -101,7 +103,7 @@ class Ranks:
         except (OSError, ValueError) as raised:
             kind = "ValueError" if isinstance(raised, ValueError) else "OSError"
             error, said = raised, {kind: str(raised)}
-        answers = _gathered(said)
+        answers = _gathered(said, self.group)
         if error is not None:
             raise error
         for answer in answers:
@@ -115,6 +117,15 @@ class Ranks:
         """As ``each``, but only the first rank calls ``make``, and all get what it returns."""
         return self.each(lambda: make() if self.first else None)[0]
 
+    def apart(self) -> "Ranks":
+        """The same place with a group of its own, for another thread; all ranks call it together.
+
+        The messages of a group are told apart by their order only, and two threads have none.
+        """
+        if self.mesh is None:
+            return self
+        return replace(self, group=dist.new_group(backend="gloo"))
+
     def wait(self) -> None:
         """Wait until all ranks are here."""
         self.on_first(lambda: None)
@@ -125,14 +136,14 @@ class Ranks:
             dist.destroy_process_group()
 
 
-def _gathered(said: Any) -> list[Any]:
+def _gathered(said: Any, group: dist.ProcessGroup | None) -> list[Any]:
     """What every rank says; never pickled."""
     text = torch.frombuffer(bytearray(json.dumps(said), "utf-8"), dtype=torch.uint8)
     lengths = [torch.tensor(0) for _ in range(dist.get_world_size())]
-    dist.all_gather(lengths, torch.tensor(len(text)))
+    dist.all_gather(lengths, torch.tensor(len(text)), group)
     longest = max(map(int, lengths))
     texts = [torch.empty(longest, dtype=torch.uint8) for _ in lengths]
-    dist.all_gather(texts, torch.cat((text, text.new_zeros(longest - len(text)))))
+    dist.all_gather(texts, torch.cat((text, text.new_zeros(longest - len(text)))), group)
     pairs = zip(texts, lengths, strict=True)
     return [json.loads(bytes(each[: int(length)].tolist())) for each, length in pairs]
 

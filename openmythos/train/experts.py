@@ -98,17 +98,20 @@ class ExpertParallel(MoE):
 
     def experts(self, ctx: ForwardContext | None) -> Callable[..., Tensor]:
         """All experts; the loops of a forward share them."""
-        if ctx is None:
-            return self._distributed(self.gate_up, self.down)
+        given = None if ctx is None else ctx.experts
+        if ctx is None or given is not None:
+            return self._distributed(self.gate_up, self.down, given=given)
         made: Callable[..., Tensor] = ctx.once(self._distributed, self.gate_up, self.down)
         return made
 
-    def _distributed(self, *weights: Tensor) -> DistributedExperts:
+    def _distributed(
+        self, *weights: Tensor, given: Callable[..., Tensor] | None = None
+    ) -> DistributedExperts:
         gate_up, down = (w.to_local() if isinstance(w, DTensor) else w for w in weights)
-        if gate_up.device.type == "cpu":
+        if given is None and gate_up.device.type == "cpu":
             experts: Callable[..., Tensor] = LoopedExperts(gate_up, down)
         else:
-            experts = partial(moe_experts, gate_up=gate_up, down=down)
+            experts = partial(given or moe_experts, gate_up=gate_up, down=down)
         return DistributedExperts(experts, self.group, self.tensor)
 
 

@@ -221,20 +221,24 @@ def differences(
     """
     torch.set_default_dtype(torch.float64)
     ranks = join(arm.recipe().parallel)
-    alone, expected, _ = run(arm, Ranks.alone(), **changes)
     with ours or contextlib.nullcontext():
         model, got, _ = run(arm, ranks, **changes)
-    found: dict[str, float] = {}
-    for mine, theirs in zip(got, expected, strict=True):
-        assert mine.keys() == theirs.keys()
-        for name in mine.keys() - set(CLOCKS):
-            gap = abs(mine[name] - theirs[name]) / max(1.0, abs(theirs[name]))
-            found[name] = max(found.get(name, 0.0), gap)
-    state = model.state_dict()
-    found["weights"] = max(
-        float((whole(state[name]) - tensor).abs().max())
-        for name, tensor in alone.state_dict().items()
-    )
+    state = {name: whole(tensor) for name, tensor in model.state_dict().items()}
+    said = ranks.each(lambda: [row["loss"] for row in got])
+    assert all(losses == said[0] for losses in said)
+
+    def compared() -> dict[str, float]:
+        alone, expected, _ = run(arm, Ranks.alone(), **changes)
+        found: dict[str, float] = {}
+        for mine, theirs in zip(got, expected, strict=True):
+            assert mine.keys() == theirs.keys()
+            for name in mine.keys() - set(CLOCKS):
+                gap = abs(mine[name] - theirs[name]) / max(1.0, abs(theirs[name]))
+                found[name] = max(found.get(name, 0.0), gap)
+        gaps = [(state[n] - tensor).abs().max() for n, tensor in alone.state_dict().items()]
+        return {**found, "weights": float(max(gaps))}
+
+    found: dict[str, float] = ranks.on_first(compared)
     return found
 
 

@@ -75,7 +75,8 @@ class Arm:
             "max_steps": steps,
             "batch_size": BATCH,
             "depth": BY_ROW,
-            "optimizer": OptimizerConfig(muon_lr=None, embedding_lr=None, clip_norm=0.5),
+            # At 3e-3 the steps amplify rounding: for mla 2e-16 becomes 4e-11 within 50 of them.
+            "optimizer": OptimizerConfig(lr=3e-4, muon_lr=None, embedding_lr=None, clip_norm=0.5),
             "parallel": ParallelConfig(**{"dp_shard": dist.get_world_size(), **self.layout}),
         }
         return TrainConfig(**{**fields, **self.train, **changes})
@@ -427,7 +428,7 @@ def half_precision_learns_as_one_process() -> dict[str, float]:
     """Gathered and computed in bf16: close to one process that computes so."""
     arm = Arm(train={"autocast": "bfloat16"})
     with patch.object(torch, "set_default_dtype"):
-        found = differences(arm)
+        found = differences(arm, steps=2)
     assert found["loss"] < 0.02, found
     return found
 

@@ -224,23 +224,33 @@ def differences(
     ranks = join(arm.recipe().parallel)
     with ours or contextlib.nullcontext():
         model, got, _ = run(arm, ranks, **changes)
-    state = {name: whole(tensor) for name, tensor in model.state_dict().items()}
     said = ranks.each(lambda: [row["loss"] for row in got])
     assert all(losses == said[0] for losses in said)
-
-    def compared() -> dict[str, float]:
+    alone, expected = RecurrentDepthLM(arm.config()), got
+    if ranks.first:  # one process is enough for all
         alone, expected, _ = run(arm, Ranks.alone(), **changes)
-        found: dict[str, float] = {}
-        for mine, theirs in zip(got, expected, strict=True):
-            assert mine.keys() == theirs.keys()
-            for name in mine.keys() - set(CLOCKS):
-                gap = abs(mine[name] - theirs[name]) / max(1.0, abs(theirs[name]))
-                found[name] = max(found.get(name, 0.0), gap)
-        gaps = [(state[n] - tensor).abs().max() for n, tensor in alone.state_dict().items()]
-        return {**found, "weights": float(max(gaps))}
-
-    found: dict[str, float] = ranks.on_first(compared)
+    for tensor in alone.state_dict().values():
+        dist.broadcast(tensor, 0)
+    expected = ranks.on_first(lambda: expected)
+    found: dict[str, float] = {}
+    for mine, theirs in zip(got, expected, strict=True):
+        assert mine.keys() == theirs.keys()
+        for name in mine.keys() - set(CLOCKS):
+            gap = abs(mine[name] - theirs[name]) / max(1.0, abs(theirs[name]))
+            found[name] = max(found.get(name, 0.0), gap)
+    found["weights"] = weights_gap(model, alone)
     return found
+
+
+def weights_gap(model: RecurrentDepthLM, alone: RecurrentDepthLM) -> float:
+    """The largest difference of any rank's part of the weights to that of one process."""
+    part_of, whole, gap = parallel.own_parts(model), alone.state_dict(), torch.zeros(())
+    for name, own in model.state_dict(keep_vars=True).items():
+        part, rows, columns = part_of(name, own.detach())
+        mine = whole[name].view(-1, whole[name].shape[-1])[rows][:, columns]
+        gap = torch.maximum(gap, (part - mine).abs().max() if mine.numel() else gap)
+    dist.all_reduce(gap, op=dist.ReduceOp.MAX)
+    return float(gap)
 
 
 def layout_of(arm: Arm) -> Arm:

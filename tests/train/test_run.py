@@ -294,6 +294,7 @@ FREE_VALUES: dict[str, Any] = {
     "eval_batches": 3,
     "recompute": True,
     "track": "none",  # as compile
+    "save_in_background": True,
 }
 
 

@@ -42,7 +42,11 @@ from tests.train.ranks_shard import (
 )
 from tests.train.test_run_folder import Remembering
 
-MUON = {"optimizer": OptimizerConfig(muon_lr=0.02, clip_norm=0.5, weight_decay=0.1)}
+MUON = {
+    "optimizer": OptimizerConfig(
+        lr=3e-4, muon_lr=2e-3, embedding_lr=None, clip_norm=0.5, weight_decay=0.1
+    )
+}
 GROUPS = {"depth": replace(BY_ROW, rows_per_draw=4)}
 LORA = {"loop_adapter": WeightLoRAConfig(rank=2, num_loops=2)}
 EVERY_GQA = {

@@ -104,8 +104,12 @@ def every_arm_of_tp_ep_and_muon() -> dict[str, dict[str, float]]:
             found[name] = differences(arm)
         except Exception as error:
             raise AssertionError(f"{name}: {error}") from error
-        # Muon makes all singular values equal, and with them the rounding of the smallest.
-        limits = {"grad_norm": 1e-9, "weights": 1e-9} if name.startswith("muon") else {}
+        # Losses agree at any step. Over many steps the norm of the gradients, which moves faster
+        # than the loss, amplifies rounding; and Muon does so in weights, because it makes all
+        # singular values equal, the smallest as well.
+        limits = {"grad_norm": 1e-9} if STEPS > 2 else {}
+        if name.startswith("muon"):
+            limits = {"grad_norm": 1e-9, "weights": 1e-9}
         wrong = {k: v for k, v in found[name].items() if v > limits.get(k, 1e-12)}
         assert not wrong, (name, wrong)
     return found

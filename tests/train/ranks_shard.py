@@ -151,7 +151,7 @@ class NoFolder:
     def resume(self, *parts: Any) -> None:
         return None
 
-    def save(self, *parts: Any) -> None:
+    def save(self, *parts: Any, wait: bool = True) -> None:
         pass
 
     def last_checkpoint(self) -> None:

@@ -243,15 +243,14 @@ def _sharding(config: ModelConfig, layout: ParallelConfig, work: Work) -> Iterat
                 times *= 1 if kept else work.accumulation
                 size = sum(each.gathered for each in group)
                 row = by_ranks.setdefault(group[0].ranks, [0, 0, 0, 0, 0])
-                stored = 4 * sum(each.stored for each in group)
                 learns = int(_learns(unit, config))
-                add = (times, times * size * unit.weight_bytes, 1, 4 * size, stored)
-                add = (*add[:2], *(learns * each for each in add[2:]))
+                reduced = [1, 4 * size, 4 * sum(each.stored for each in group)]
+                add = [times, times * size * unit.weight_bytes, *(learns * n for n in reduced)]
                 row[:] = [a + b for a, b in zip(row, add, strict=True)]
-        for ranks, (number, size, units_, reduced, stored) in by_ranks.items():
+        for ranks, (number, size, units_, total, stored) in by_ranks.items():
             span = layout.dp_shard * layout.tp
             yield Exchange("all_gather", f"{what} weights", number, size, ranks, span)
-            yield Exchange("reduce_scatter", f"{what} gradients", units_, reduced, ranks, span)
+            yield Exchange("reduce_scatter", f"{what} gradients", units_, total, ranks, span)
             copies, all_ranks = layout.dp_replicate, layout.num_ranks
             yield Exchange("all_reduce", f"{what} gradients", units_, stored, copies, all_ranks)
 

@@ -154,6 +154,9 @@ class NoFolder:
     def save(self, *parts: Any, wait: bool = True) -> None:
         pass
 
+    def finish(self) -> bool:
+        return True
+
     def last_checkpoint(self) -> None:
         return None
 

@@ -152,8 +152,11 @@ class NoFolder:
     def resume(self, *parts: Any) -> None:
         return None
 
-    def save(self, *parts: Any) -> None:
+    def save(self, *parts: Any, **options: Any) -> None:
         pass
+
+    def finish(self) -> bool:
+        return True
 
     def last_checkpoint(self) -> None:
         return None

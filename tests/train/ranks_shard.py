@@ -152,7 +152,7 @@ class NoFolder:
     def resume(self, *parts: Any) -> None:
         return None
 
-    def save(self, *parts: Any, **options: Any) -> None:
+    def save(self, *parts: Any, wait: bool = True) -> None:
         pass
 
     def finish(self) -> bool:

@@ -10,10 +10,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo zoo test stress stress-engine test-vllm test-transformers test-onnx test-page test-clients lint bench docs clean
+.PHONY: help setup demo zoo test stress stress-engine stress-ranks test-vllm test-transformers test-onnx test-page test-clients lint bench docs clean
 
 help:
-	@echo "make setup | demo | zoo | test | stress | stress-engine | test-vllm | test-transformers | test-onnx | test-page | test-clients | lint | bench | docs | clean   (options: PYTHON=python3.12, ARGS=...)"
+	@echo "make setup | demo | zoo | test | stress | stress-engine | stress-ranks | test-vllm | test-transformers | test-onnx | test-page | test-clients | lint | bench | docs | clean   (options: PYTHON=python3.12, ARGS=...)"
 
 setup: $(STAMP)
 
@@ -48,6 +48,10 @@ stress: $(STAMP)
 # The engine's schedules, of which `make test` runs twenty: a thousand take twenty minutes of one core.
 stress-engine: $(STAMP)
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m tests.engine.coherence --schedules 1000 $(ARGS)
+
+# Training on 1, 2 and 4 processes against one, of which `make test` has two steps on two.
+stress-ranks: $(STAMP)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.stress.ranks $(ARGS)
 
 # vLLM gets an environment of its own, 3.4 GB; its start takes a minute and more, nine times.
 VLLM ?= .vllm

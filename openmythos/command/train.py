@@ -1,6 +1,9 @@
 """``openmythos train``: start or continue a training run."""
 
+import contextlib
+import io
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,11 +20,12 @@ from openmythos.command.option import (
     set_option,
     with_shorthands,
 )
+from openmythos.config.parallel import started_rank
 from openmythos.terminal import console, note
 
 if TYPE_CHECKING:
     from openmythos.train.loop import TrainResult
-    from openmythos.train.recipe import MixtureData
+    from openmythos.train.recipe import MixtureData, RunConfig
     from openmythos.train.run import Run
 
 
@@ -73,35 +77,63 @@ def train(
     as_json: AsJson = False,
 ) -> None:
     """Train a model; run the same command again to continue an interrupted run."""
-    note("preparing the run ...")
-    from openmythos.train.loop import TrainingStopped
-    from openmythos.train.run import resolve, set_up
-
     short = {
         "--steps": ("train.max_steps", steps),
         "--batch-size": ("train.batch_size", batch_size),
         "--lr": ("train.optimizer.lr", lr),
         "--seed": ("train.seed", seed),
     }
-    given = overrides or []
-    if data:
-        require_once(given, "--data", "data.source", data[0])
-    require_once(given, "--from", "train.init_from", init_from)
-    chosen = chosen_data(data or [], weight or [])
-    resolved = resolve(preset, chosen, config, with_shorthands(given, short), init_from)
-    check_device(device)
+    with one_voice():
+        note("preparing the run ...")
+        from openmythos.train.run import resolve
+
+        given = overrides or []
+        if data:
+            require_once(given, "--data", "data.source", data[0])
+        require_once(given, "--from", "train.init_from", init_from)
+        chosen = chosen_data(data or [], weight or [])
+        resolved = resolve(preset, chosen, config, with_shorthands(given, short), init_from)
+        check_device(device)
+        trained_on = in_words(chosen) if config is None else str(config)
+        run_to_the_end(resolved, trained_on, out, device, as_json)
+
+
+@contextlib.contextmanager
+def one_voice() -> Iterator[None]:
+    """Of the processes that ``torchrun`` started, only the first prints, and says what is wrong."""
+    if not started_rank():
+        yield
+        return
+    unheard = io.StringIO()
+    with contextlib.redirect_stdout(unheard), contextlib.redirect_stderr(unheard):
+        try:
+            yield
+        except ValueError:
+            raise typer.Exit(2) from None
+
+
+def run_to_the_end(
+    resolved: "RunConfig", trained_on: str, out: Path, device: str, as_json: bool
+) -> None:
+    """Set a run up, train it, and say how it ended; the exit code says it, too."""
+    from openmythos.train.loop import TrainingStopped
+    from openmythos.train.run import set_up
+
     screen = console(notes=as_json)
     run = set_up(resolved, out, device)
-    screen.print(run.in_words(in_words(chosen) if config is None else str(config)))
+    screen.print(run.in_words(trained_on))
     try:
         result = train_shown(run, screen)
     except TrainingStopped as error:
-        write_page(run, with_samples=False)
+        if run.ranks.first:
+            write_page(run, with_samples=False)
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from None
-    summary = ended(run, result, screen)
-    if as_json:
-        typer.echo(json.dumps(summary))
+    if run.ranks.first:
+        summary = ended(run, result, screen)
+        if as_json:
+            typer.echo(json.dumps(summary))
+    run.ranks.leave()
     if result.interrupted:
         raise typer.Exit(128 + result.signal)  # 130 or 143, as shells say it; 0: the run is done
 
@@ -160,7 +192,8 @@ def ended(run: "Run", result: "TrainResult", screen: Console) -> dict[str, Any]:
     state = "interrupted and saved" if result.interrupted else "done"
     folder, kept = run.folder.path, run.folder.last_checkpoint()
     screen.print(f"{state}: step {result.step}, {result.seconds:.0f} s, checkpoint {kept}")
-    page = write_page(run, with_samples=not result.interrupted)
+    # To continue a text, a model must be whole on one process.
+    page = write_page(run, not result.interrupted and run.ranks.mesh is None)
     if page is not None:
         screen.print(f"page: {page}")
     held_out = last_validation(folder / "metrics.jsonl")

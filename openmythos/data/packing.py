@@ -44,13 +44,13 @@ class Batch:
     positions: Int[Tensor, "B T"]
     num_bytes: int
 
-    def rows(self, start: int, stop: int) -> Batch:
-        """Rows ``start`` to ``stop``; ``num_bytes`` stays that of the whole batch."""
+    def rows(self, start: int, stop: int, step: int = 1) -> Batch:
+        """Every ``step``-th row from ``start`` on; ``num_bytes`` stays that of the whole batch."""
         return Batch(
-            tokens=self.tokens[start:stop],
-            targets=self.targets[start:stop],
-            documents=self.documents[start:stop],
-            positions=self.positions[start:stop],
+            tokens=self.tokens[start:stop:step],
+            targets=self.targets[start:stop:step],
+            documents=self.documents[start:stop:step],
+            positions=self.positions[start:stop:step],
             num_bytes=self.num_bytes,
         )
 

@@ -65,17 +65,14 @@ def truncated_normal(key: tuple[Number, Number], width: int) -> Float[Tensor, ".
     return uniform * (over / under)
 
 
-def normal_rows(seed: int, name: str, rows: range, width: int) -> Float[Tensor, "R width"]:
-    """Rows of a parameter's initial values, before their scale; every row can be drawn alone.
-
-    The parameter counts as a matrix: its last dimension, of size ``width``, by all others.
-    """
+def normal_rows(seed: int, name: str, rows: Int[Tensor, "R"], width: int) -> Float[Tensor, "R W"]:
+    """Some rows, each drawn alone, of a parameter as a matrix: its last dimension by all others."""
     named = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
-    return truncated_normal(derive(seed, named, torch.arange(rows.start, rows.stop)), width)
+    return truncated_normal(derive(seed, named, rows), width)
 
 
 @torch.no_grad()
-def init_weights(model: nn.Module, d_model: int, seed: int) -> None:
+def init_weights(model: nn.Module, d_model: int, seed: int, part_of: Any = None) -> None:
     """Draw weights from truncated normals of std sqrt(2 / (5 d_model)), except for some zeros.
 
     The output projections of attention and feed-forward are zero, so every block, and with it the
@@ -85,10 +82,12 @@ def init_weights(model: nn.Module, d_model: int, seed: int) -> None:
 
     A module can state exceptions: ``drawn`` names further parameters to draw, besides the weights
     of linear layers and embeddings, and its ``init_weights()`` is called after all are drawn.
+    ``part_of`` gives the part of a parameter that is here, if it is split: values, rows, columns.
 
     Source: Takase et al. 2023 (arXiv 2312.16903), as used by Huginn and Parcae.
     """
     std = math.sqrt(2 / (5 * d_model))
+    part_of = part_of or (lambda _, w: (w.flatten(0, -2), torch.arange(w[..., 0].numel()), ...))
     for prefix, module in model.named_modules():
         names = list(getattr(module, "drawn", ()))
         if isinstance(module, nn.Linear | nn.Embedding):
@@ -96,11 +95,11 @@ def init_weights(model: nn.Module, d_model: int, seed: int) -> None:
             if isinstance(module, nn.Linear) and module.bias is not None:
                 module.bias.zero_()
         for name in names:
-            matrix = getattr(module, name).flatten(0, -2)
-            step = max(1, DRAWN_AT_ONCE // matrix.shape[1])
-            for index, part in enumerate(matrix.split(step)):
-                rows = range(index * step, index * step + len(part))
-                part.copy_(std * normal_rows(seed, f"{prefix}.{name}", rows, matrix.shape[1]))
+            param = getattr(module, name)
+            width, (here, rows, at) = param.shape[-1], part_of(f"{prefix}.{name}", param)
+            step = max(1, DRAWN_AT_ONCE // width)
+            for part, numbers in zip(here.split(step), rows.split(step), strict=True):
+                part.copy_(std * normal_rows(seed, f"{prefix}.{name}", numbers, width)[:, at])
     for module in model.modules():
         own = getattr(module, "init_weights", None)
         if own is not None:

@@ -22,14 +22,19 @@ from openmythos.train.validation import Row
 class Recorder:
     """Appends rows to ``metrics.jsonl``, shows them, and logs to TensorBoard if it is installed.
 
-    They are sent to the tracker, too, if there is one.
+    They are sent to the tracker, too, if there is one. Over ranks, one of them ``writes``.
     """
 
     def __init__(
-        self, folder: Path, display: TrainDisplay | None = None, *, tracker: Tracker | None = None
+        self,
+        folder: Path,
+        display: TrainDisplay | None = None,
+        *,
+        tracker: Tracker | None = None,
+        writes: bool = True,
     ) -> None:
         self.folder, self.path, self.display = folder, folder / "metrics.jsonl", display
-        self.tracker = tracker
+        self.tracker, self.writes = tracker, writes
         self.board: Any = None
         self.unwritten: list[str] = []  # lines that a full disk refused
 
@@ -95,6 +100,8 @@ class Recorder:
             self.display.validation(rows)
 
     def _write(self, rows: list[dict[str, Any]]) -> None:
+        if not self.writes:
+            return
         is_first = not self.unwritten
         self.unwritten += [json.dumps(_finite(row), allow_nan=False) + "\n" for row in rows]
         try:

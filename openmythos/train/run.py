@@ -1,16 +1,15 @@
 """A training run: resolve its configuration, set up its parts, train."""
 
+import contextlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from openmythos.checkpoint.load import empty_model, fill_model
-from openmythos.checkpoint.weights import check_shapes, tensor_shapes
-from openmythos.config import ModelConfig, presets
+from openmythos.config import presets
 from openmythos.config.counts import training_bytes
 from openmythos.config.schema import apply_overrides, from_dict, to_dict
 from openmythos.data.index import INDEX_FILE, read_index
@@ -21,7 +20,7 @@ from openmythos.data.puzzle_table import CONFIGS, SeededConfig, make_puzzle
 from openmythos.data.synthetic import Curriculum, HopsConfig, Walks
 from openmythos.folder import in_a_sentence, locked
 from openmythos.interop.hub import local_folder
-from openmythos.interop.loading import load_config, load_pretrained
+from openmythos.interop.loading import load_config
 from openmythos.model.recurrent import RecurrentDepthLM
 from openmythos.plan.memory import require_memory
 from openmythos.tokenizer import Tokenizer, train_bpe
@@ -29,9 +28,10 @@ from openmythos.train import loop
 from openmythos.train.display import TrainDisplay
 from openmythos.train.loop import TrainResult
 from openmythos.train.metrics import Recorder
-from openmythos.train.parallel import Ranks
+from openmythos.train.parallel import Ranks, join
 from openmythos.train.recipe import HopsData, MixtureData, RunConfig, TextData, TrainConfig
 from openmythos.train.run_folder import RunFolder, refuse_foreign
+from openmythos.train.setup import initial_model, new_model
 from openmythos.train.task import MixtureTask, PuzzleTask, Task, TextTask
 from openmythos.train.tracking import Tracker
 
@@ -43,14 +43,16 @@ PUZZLE_DATA: Mapping[str, Callable[[], HopsData | SeededConfig]] = {"hops": Hops
 class Run:
     """Everything that training needs.
 
-    ``config`` is the resolved configuration; ``changes`` says in words what differs from the one
-    that the run's earlier steps were done with.
+    ``config`` is the resolved configuration, ``ranks`` this process's place among those that train;
+    ``changes`` says in words what differs from the configuration that the run's earlier steps were
+    done with.
     """
 
     config: RunConfig
     model: RecurrentDepthLM
     task: Task
     folder: RunFolder
+    ranks: Ranks
     changes: tuple[str, ...] = ()
 
     def in_words(self, data: str) -> str:
@@ -70,11 +72,14 @@ class Run:
         """
         if display is not None:
             display.max_steps = self.config.train.max_steps
-        library, folder = self.config.train.track, self.folder.path
-        tracker = None if library == "none" else Tracker(library, folder, to_dict(self.config))
-        recorder = Recorder(folder, display, tracker=tracker)
-        with locked(folder):
-            return loop.train(self.model, self.task, self.config.train, self.folder, recorder)
+        ranks, path = self.ranks, self.folder.path
+        library = self.config.train.track if ranks.first else "none"
+        tracker = None if library == "none" else Tracker(library, path, to_dict(self.config))
+        shown = display if ranks.first else None
+        recorder = Recorder(path, shown, tracker=tracker, writes=ranks.first)
+        with _locked_once(path, ranks):
+            config = self.config.train
+            return loop.train(self.model, self.task, config, self.folder, recorder, ranks)
 
 
 def resolve(
@@ -147,22 +152,33 @@ def set_up(config: RunConfig, out: Path, device: str = "cpu") -> Run:
         states = 8 * rows * config.data.seq_len * config.model.d_model  # at least h and e, in fp32
         advice = "lower train.batch_size and raise train.grad_accumulation"
         require_memory(needed + states, f"training on {rows} rows at once", advice)
-    refuse_foreign(out)
-    with locked(out):
-        return _set_up(config, out, device)
+    ranks = join(config.train.parallel, device)
+    ranks.on_first(lambda: refuse_foreign(out))
+    with _locked_once(out, ranks):
+        return _set_up(config, out, ranks)
 
 
-def _set_up(config: RunConfig, out: Path, device: str) -> Run:
+@contextlib.contextmanager
+def _locked_once(path: Path, ranks: Ranks) -> Iterator[None]:
+    """The folder's lock, held by the first rank for all."""
+    with contextlib.ExitStack() as stack:
+        ranks.on_first(lambda: bool(stack.enter_context(locked(path))))
+        yield
+
+
+def _set_up(config: RunConfig, out: Path, ranks: Ranks) -> Run:
     tokenizer: Tokenizer | None = None
     task: Task
     # Checked before the data is prepared, so that another run's data is not replaced.
-    changed = RunFolder(out).changes(to_dict(config), ignore=("model.vocab_size",))
+    changed = ranks.on_first(
+        lambda: RunFolder(out).changes(to_dict(config), ignore=("model.vocab_size",))
+    )
     if isinstance(config.data, TextData | MixtureData):
-        task = text_task(config.data, config, out, Ranks.alone(device))
+        task = text_task(config.data, config, out, ranks)
         tokenizer = task.train.tokenizer
         vocab_size = tokenizer.vocab_size
     else:
-        task = puzzle_task(config.data, config.train.seed)
+        task = puzzle_task(config.data, config.train.seed, ranks)
         vocab_size = task.puzzle.vocab_size
     source = config.train.init_from
     if source is None:
@@ -172,15 +188,17 @@ def _set_up(config: RunConfig, out: Path, device: str) -> Run:
             f"the data has {vocab_size} token ids, the model in {source} "
             f"{config.model.vocab_size}; prepare the data with --tokenizer {source}"
         )
-    folder = RunFolder(out, config.train.keep_checkpoints, tokenizer)
+    settings = config.train
+    keep, in_background = settings.keep_checkpoints, settings.save_in_background
+    folder = RunFolder(out, keep, tokenizer, ranks, in_background)
     if source is None or folder.last_checkpoint() is not None:
-        model = RecurrentDepthLM(config.model, config.train.seed).to(device)
+        model = new_model(config.model, config.train, ranks)
     else:
-        model = initial_model(Path(source), config.model, tokenizer, device)
+        model = initial_model(Path(source), config.model, tokenizer, config.train, ranks)
     config = _with_full_paths(config)
     said = _changes_in_words(folder, changed, config.train)
-    folder.write_config(to_dict(config))
-    return Run(config, model, task, folder, said)
+    ranks.on_first(lambda: folder.write_config(to_dict(config)))
+    return Run(config, model, task, folder, ranks, said)
 
 
 def _with_full_paths(config: RunConfig) -> RunConfig:
@@ -225,28 +243,6 @@ def _changes_in_words(
     return tuple(said)
 
 
-def initial_model(
-    source: Path, config: ModelConfig, tokenizer: Tokenizer | None, device: str
-) -> RecurrentDepthLM:
-    """A model of this config with the weights of a checkpoint, in fp32.
-
-    Raises:
-        ValueError: The weights do not fit, or belong to another tokenizer.
-    """
-    folder = local_folder(source)
-    if tokenizer is not None and (folder / "tokenizer.json").is_file():
-        theirs = Tokenizer.load(folder).fingerprint
-        if theirs != tokenizer.fingerprint:
-            raise ValueError(
-                f"tokenizer mismatch: {source} uses {theirs[:12]}, the data "
-                f"{tokenizer.fingerprint[:12]}; prepare the data with --tokenizer {source}"
-            )
-    weights = load_pretrained(folder).state_dict()
-    model = empty_model(config)
-    check_shapes(tensor_shapes(weights), tensor_shapes(model.state_dict()), folder)
-    return fill_model(model, weights.items(), folder, torch.float32, device)
-
-
 def text_task(data: TextData | MixtureData, config: RunConfig, out: Path, ranks: Ranks) -> TextTask:
     """Loaders over the run's own data in ``out/data``, which the first rank makes.
 
@@ -266,14 +262,14 @@ def text_task(data: TextData | MixtureData, config: RunConfig, out: Path, ranks:
     folders = [_own_data(part, folder, out) for part, folder in zip(parts, own, strict=True)]
     each = [_loaders(folder, config, ranks) for folder in folders]
     if isinstance(data, TextData):
-        return TextTask(each[0]["train"], each[0].get("val"))
+        return TextTask(each[0]["train"], each[0].get("val"), ranks)
     weights = [part.weight for part in data.sources]
     held_out = [
         (part.source, part.weight, loaders["val"])
         for part, loaders in zip(data.sources, each, strict=True)
         if "val" in loaders
     ]
-    return MixtureTask(MixtureLoader([of["train"] for of in each], weights), held_out)
+    return MixtureTask(MixtureLoader([of["train"] for of in each], weights), held_out, ranks)
 
 
 def _loaders(folder: Path, config: RunConfig, ranks: Ranks) -> dict[str, TokenLoader]:
@@ -364,10 +360,10 @@ def _own_data(data: TextData, own: Path, out: Path) -> Path:
     )
 
 
-def puzzle_task(data: HopsData | SeededConfig, seed: int) -> PuzzleTask:
+def puzzle_task(data: HopsData | SeededConfig, seed: int, ranks: Ranks | None = None) -> PuzzleTask:
     """A puzzle with the run's seed; walks with their curriculum."""
     if not isinstance(data, HopsData):
-        return PuzzleTask(make_puzzle(data, seed), None, 1, seed)
+        return PuzzleTask(make_puzzle(data, seed), None, 1, seed, ranks=ranks)
     config = HopsConfig(
         num_entities=data.num_entities,
         num_relations=data.num_relations,
@@ -379,4 +375,4 @@ def puzzle_task(data: HopsData | SeededConfig, seed: int) -> PuzzleTask:
         seed=seed,
     )
     curriculum = Curriculum(max_stage=data.max_train_hops, mixed=data.mixed)
-    return PuzzleTask(Walks(config), curriculum, data.check_loops, seed, data.passed_targets)
+    return PuzzleTask(Walks(config), curriculum, data.check_loops, seed, data.passed_targets, ranks)

@@ -11,6 +11,7 @@ from openmythos.data.packing import Batch
 from openmythos.data.puzzle import Puzzle, choose_size
 from openmythos.data.synthetic import Curriculum, Walks
 from openmythos.model.recurrent import RecurrentDepthLM
+from openmythos.train.parallel import Ranks
 from openmythos.train.recipe import TrainConfig
 from openmythos.train.validation import Row, held_out_bits_per_byte, puzzle_accuracy
 
@@ -22,9 +23,10 @@ class Task(Protocol):
     """Supplies the batches, the evaluation, and the state that a checkpoint keeps of them."""
 
     def batches(self, start_step: int, batch_size: int) -> Batches:
-        """Endless batches, beginning with that of ``start_step``.
+        """Endless batches of ``batch_size`` rows, beginning with that of ``start_step``.
 
-        Each is a pure function of the seed, its step, and ``state_dict`` at the time it is drawn.
+        Over ranks each has this one's rows of a batch: r, r + n, r + 2n ... of n ranks. Each is a
+        pure function of the seed, its step, and ``state_dict`` at the time it is drawn.
         """
 
     def after_step(self, model: RecurrentDepthLM, step: int) -> dict[str, float]:
@@ -47,11 +49,17 @@ class Task(Protocol):
 class TextTask:
     """Next-token prediction on prepared token shards, measured on held-out ones, if any.
 
-    ``validation`` is the first loader that has something held out.
+    ``validation`` is the first loader that has something held out. Over ranks, the loaders are this
+    one's.
     """
 
-    def __init__(self, train: TokenLoader | MixtureLoader, validation: TokenLoader | None) -> None:
-        self.train, self.validation = train, validation
+    def __init__(
+        self,
+        train: TokenLoader | MixtureLoader,
+        validation: TokenLoader | None,
+        ranks: Ranks | None = None,
+    ) -> None:
+        self.train, self.validation, self.ranks = train, validation, ranks
 
     def batches(self, start_step: int, batch_size: int) -> Batches:
         """See ``Task``; the loader's thread prefetches.
@@ -73,7 +81,9 @@ class TextTask:
         if self.validation is None:
             return rows
         for num_loops in config.eval_loops:
-            bits = held_out_bits_per_byte(model, self.validation, num_loops, config.eval_batches)
+            bits = held_out_bits_per_byte(
+                model, self.validation, num_loops, config.eval_batches, self.ranks
+            )
             rows.append({"num_loops": num_loops, "bits_per_byte": bits})
         return rows
 
@@ -106,9 +116,12 @@ class MixtureTask(TextTask):
     """
 
     def __init__(
-        self, train: MixtureLoader, held_out: Sequence[tuple[str, float, TokenLoader]]
+        self,
+        train: MixtureLoader,
+        held_out: Sequence[tuple[str, float, TokenLoader]],
+        ranks: Ranks | None = None,
     ) -> None:
-        super().__init__(train, held_out[0][2] if held_out else None)
+        super().__init__(train, held_out[0][2] if held_out else None, ranks)
         self.held_out = held_out
 
     def evaluate(self, model: RecurrentDepthLM, config: TrainConfig) -> list[Row]:
@@ -116,7 +129,7 @@ class MixtureTask(TextTask):
         rows: list[Row] = []
         for num_loops in config.eval_loops if self.held_out else ():
             bits = [
-                held_out_bits_per_byte(model, loader, num_loops, config.eval_batches)
+                held_out_bits_per_byte(model, loader, num_loops, config.eval_batches, self.ranks)
                 for _, _, loader in self.held_out
             ]
             weights = [weight for _, weight, _ in self.held_out]
@@ -143,12 +156,14 @@ class PuzzleTask:
         check_loops: int,
         seed: int,
         passed_targets: bool = False,
+        ranks: Ranks | None = None,
     ) -> None:
         if passed_targets and not isinstance(puzzle, Walks):
             raise ValueError(f"passed_targets is for walks; the puzzle is {puzzle.kind}")
         self.puzzle, self.curriculum = puzzle, curriculum
         self.check_loops, self.seed = check_loops, seed
         self.passed_targets = passed_targets
+        self.ranks = Ranks.alone() if ranks is None else ranks
 
     def batches(self, start_step: int, batch_size: int) -> Batches:
         """Examples of one size per batch; not prefetched, because the stage may change."""
@@ -161,7 +176,7 @@ class PuzzleTask:
             batch = self.puzzle.sample_batch(step, size, batch_size)
             if self.passed_targets and isinstance(self.puzzle, Walks):
                 batch = self.puzzle.with_passed_targets(batch)
-            yield batch
+            yield batch.rows(self.ranks.row_rank, batch_size, self.ranks.num_row_ranks)
 
     def after_step(self, model: RecurrentDepthLM, step: int) -> dict[str, float]:
         """Every ``check_every`` steps, go on to the next stage if the current one is learnt."""
@@ -170,7 +185,7 @@ class PuzzleTask:
         stage = self.curriculum.stage
         if step % self.check_every == 0 and stage < self.curriculum.max_stage:
             accuracy = puzzle_accuracy(
-                model, self.puzzle, stage, self.check_loops, self.check_count, seed=step
+                model, self.puzzle, stage, self.check_loops, self.check_count, step, self.ranks
             )
             self.curriculum.observe(accuracy)
         return {"stage": float(self.curriculum.stage)}
@@ -181,7 +196,7 @@ class PuzzleTask:
         rows: list[Row] = []
         for num_loops in config.eval_loops:
             accuracy = puzzle_accuracy(
-                model, self.puzzle, size, num_loops, self.check_count, seed=0
+                model, self.puzzle, size, num_loops, self.check_count, 0, self.ranks
             )
             rows.append({"num_loops": num_loops, name: size, "accuracy": accuracy})
         return rows

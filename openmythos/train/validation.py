@@ -3,6 +3,7 @@
 import math
 
 import numpy as np
+import torch
 from jaxtyping import Bool
 from torch import Tensor
 
@@ -12,16 +13,33 @@ from openmythos.data.puzzle import Puzzle
 from openmythos.model.inference import inference
 from openmythos.model.recurrent import RecurrentDepthLM
 from openmythos.ops.cross_entropy import cross_entropy
+from openmythos.train.parallel import Ranks
 
 Row = dict[str, float | int | str]  # one measurement, as it is written to metrics.jsonl
 
 
 def held_out_bits_per_byte(
-    model: RecurrentDepthLM, loader: TokenLoader, num_loops: int, max_batches: int | None = None
+    model: RecurrentDepthLM,
+    loader: TokenLoader,
+    num_loops: int,
+    max_batches: int | None = None,
+    ranks: Ranks | None = None,
 ) -> float:
-    """Bits per byte of the validation text at a fixed depth; see ``held_out_bits``."""
+    """Bits per byte of the validation text at a fixed depth; see ``held_out_bits``.
+
+    Over ranks, each measures its own rows, and the result is that of all.
+    """
     documents = held_out_bits(model, loader, num_loops, max_batches)
-    return sum(bits for bits, _ in documents) / sum(size for _, size in documents)
+    bits, sizes = sum(bits for bits, _ in documents), sum(size for _, size in documents)
+    return _over_ranks(bits, sizes, ranks)
+
+
+def _over_ranks(part: float, whole: float, ranks: Ranks | None) -> float:
+    """The quotient of two sums over the ranks."""
+    if ranks is not None and ranks.mesh is not None:
+        sums = torch.tensor([part, whole], dtype=torch.float64, device=ranks.device)
+        part, whole = ranks.sum_rows(sums).tolist()
+    return part / whole
 
 
 def held_out_bits(
@@ -48,21 +66,38 @@ def held_out_bits(
 
 
 def puzzle_accuracy(
-    model: RecurrentDepthLM, puzzle: Puzzle, size: int, num_loops: int, count: int, seed: int
+    model: RecurrentDepthLM,
+    puzzle: Puzzle,
+    size: int,
+    num_loops: int,
+    count: int,
+    seed: int,
+    ranks: Ranks | None = None,
 ) -> float:
     """Share of held-out examples that are answered right; see ``puzzle_right``."""
-    right = puzzle_right(model, puzzle, size, num_loops, count, seed)
-    return float(right.float().mean())
+    if ranks is None or ranks.mesh is None:
+        return float(puzzle_right(model, puzzle, size, num_loops, count, seed).float().mean())
+    rows = (ranks.row_rank, ranks.num_row_ranks)
+    right = puzzle_right(model, puzzle, size, num_loops, count, seed, rows)
+    return _over_ranks(float(right.sum()), float(len(right)), ranks)
 
 
 def puzzle_right(
-    model: RecurrentDepthLM, puzzle: Puzzle, size: int, num_loops: int, count: int, seed: int
+    model: RecurrentDepthLM,
+    puzzle: Puzzle,
+    size: int,
+    num_loops: int,
+    count: int,
+    seed: int,
+    rows: tuple[int, int] = (0, 1),
 ) -> Bool[Tensor, " B"]:
     """For each held-out example of a size: whether every token of its answer is the most likely.
 
-    Greedy decoding gives the answer exactly where that is so.
+    Greedy decoding gives the answer exactly where that is so. ``rows`` are the first and the step
+    of the examples that are asked, of ``count``.
     """
-    batch, ctx = on_device(model, puzzle.held_out_batch(size, count, seed))
+    examples = puzzle.held_out_batch(size, count, seed).rows(rows[0], count, rows[1])
+    batch, ctx = on_device(model, examples)
     first = puzzle.question_len(size) - 1  # where the answer's first token is predicted
     with inference(model):
         logits = model(batch.tokens, num_loops=num_loops, ctx=ctx).logits[:, first:]

@@ -120,12 +120,12 @@ def test_no_number_is_made_in_float64():
     with _NoFloat64():
         key = torch.arange(4), torch.arange(4)
         truncated_normal(key, 8)
-        normal_rows(0, "a", range(4), 8)
+        normal_rows(0, "a", torch.arange(4), 8)
 
 
 def test_the_numbers_stay_what_they_are():
     """Bit for bit, because runs and exports are repeated from their seeds."""
-    drawn = state(16, 16, seeds=5), normal_rows(5, "embed.weight", range(16), 16)
+    drawn = state(16, 16, seeds=5), normal_rows(5, "embed.weight", torch.arange(16), 16)
     digests = [hashlib.sha256(x.numpy().tobytes()).hexdigest()[:16] for x in drawn]
     assert digests == ["2868c09e1b3b6ef1", "4df4970c87455d0f"]
 
@@ -181,12 +181,12 @@ def test_a_shard_of_rows_is_drawn_alone():
     model, std = RecurrentDepthLM(config, 3), math.sqrt(2 / (5 * config.d_model))
     name = "core.0.feed_forward.gate_up"
     _, width, dim = (whole := model.get_parameter(name).detach()).shape
-    part = normal_rows(3, name, range(width, 3 * width), dim)
+    part = normal_rows(3, name, torch.arange(width, 3 * width), dim)
     assert torch.equal((std * part).view(2, width, dim), whole[1:3])
-    rows = normal_rows(3, "embed.weight", range(5, 9), dim)
+    rows = normal_rows(3, "embed.weight", torch.arange(5, 9), dim)
     assert torch.equal(std * rows, model.embed.weight[5:9])
-    many = normal_rows(3, "embed.weight", range(70_000), 2)
-    assert torch.equal(normal_rows(3, "embed.weight", range(69_990, 70_000), 2), many[-10:])
+    many = normal_rows(3, "embed.weight", torch.arange(70_000), 2)
+    assert torch.equal(normal_rows(3, "embed.weight", torch.arange(69_990, 70_000), 2), many[-10:])
 
 
 @pytest.mark.parametrize("attention", [{}, {"attention": MLA}])

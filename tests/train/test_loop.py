@@ -1,5 +1,6 @@
 import contextlib
 import itertools
+import math
 import os
 import shutil
 import signal
@@ -35,7 +36,7 @@ from openmythos.train.objective import ExitGainObjective, FinalLoopObjective, Pe
 from openmythos.train.optim import OptimizerConfig
 from openmythos.train.recipe import RunConfig, TrainConfig
 from openmythos.train.run import set_up
-from openmythos.train.run_folder import RunFolder
+from openmythos.train.run_folder import RunFolder, RunState
 from tests.strategies import random_model, small_config, unchecked
 from tests.train import examples
 from tests.train.examples import (
@@ -139,10 +140,10 @@ def test_death_at_every_instant_of_a_save(tmp_path: Path, monkeypatch: pytest.Mo
 
         return call
 
-    def save_or_die(*arguments: Any) -> Path:
+    def save_or_die(*arguments: Any, **options: Any) -> Path:
         nonlocal saving
         saving = True
-        path = write(*arguments)
+        path = write(*arguments, **options)
         saving = False
         return path
 
@@ -384,7 +385,7 @@ def gradients(
     config = TrainConfig(
         max_steps=10, batch_size=len(batch.tokens), optimizer=optimizer, **settings
     )
-    metrics = loop._gradients(model, batch, config, 3, 0.5)
+    metrics, _ = loop._gradients(model, batch, config, 3, 0.5)
     return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}, metrics
 
 
@@ -447,7 +448,7 @@ def test_measured_numbers() -> None:
 def test_clipping(tmp_path: Path) -> None:
     model = random_model(small_config()).train()
     config = TrainConfig(max_steps=1, batch_size=4, optimizer=OptimizerConfig(clip_norm=0.01))
-    metrics = loop._gradients(model, random_batch(small_config(), 4, 8), config, 0, 0.0)
+    metrics, _ = loop._gradients(model, random_batch(small_config(), 4, 8), config, 0, 0.0)
     squares = sum(p.grad.square().sum() for p in model.parameters() if p.grad is not None)
     assert metrics["grad_norm"] > 0.1
     assert float(squares) ** 0.5 == pytest.approx(0.01, rel=1e-3)
@@ -518,16 +519,47 @@ class Poison(FixedTask):
         return {}
 
 
-def test_a_loss_that_is_not_a_number_stops(tmp_path: Path) -> None:
-    task = Poison(random_batch(small_config(), 4, 8))
-    with pytest.raises(TrainingStopped, match=r"the loss is nan .* at step 4; .*step-00000002$"):
-        run_fixed(tmp_path, task, save_every=2)
+def test_a_loss_that_stays_no_number_stops(tmp_path: Path) -> None:
+    task, said = Poison(random_batch(small_config(), 4, 8)), "after 10 skipped steps, at step 14"
+    with pytest.raises(TrainingStopped, match=rf"the loss is nan .*{said}; .*step-00000002$"):
+        run_fixed(tmp_path, task, save_every=2, max_steps=20)
     kept = RunFolder(tmp_path).last_checkpoint()
     assert kept is not None
     load_pretrained(kept)  # refuses weights that are not finite
-    assert [row["step"] for row in measured(tmp_path)] == [1, 2, 3]
+    rows = measured(tmp_path)
+    assert [row["step"] for row in rows] == list(range(1, 14))
+    assert [row.get("skipped_steps", 0) for row in rows] == [0, 0, 0, *range(1, 11)]
     with pytest.raises(TrainingStopped, match="last checkpoint: none was written yet"):
-        run_fixed(tmp_path / "unsaved", task)
+        run_fixed(tmp_path / "unsaved", task, max_steps=20)
+
+
+class Infinite(FixedTask):
+    """Makes the gradients of some steps infinite, and remembers the weights after each step."""
+
+    def __init__(self, batch: Any, at: tuple[int, ...]) -> None:
+        super().__init__(batch)
+        self.at, self.weights = at, [torch.empty(0)]
+
+    def after_step(self, model: RecurrentDepthLM, step: int) -> dict[str, float]:
+        self.weights.append(model.embed.weight.detach().clone())
+        handle = getattr(self, "handle", None)
+        if handle is not None:
+            handle.remove()
+            self.handle = None
+        if step + 1 in self.at:
+            self.handle = model.final_norm.weight.register_hook(lambda grad: grad * math.inf)
+        return {}
+
+
+def test_a_step_without_finite_gradients_is_skipped_and_counted(tmp_path: Path) -> None:
+    task = Infinite(random_batch(small_config(), 4, 8), at=(3, 4, 6))
+    run_fixed(tmp_path, task)
+    same = [torch.equal(task.weights[n], task.weights[n - 1]) for n in range(2, 9)]
+    assert same == [False, True, True, False, True, False, False]
+    rows = measured(tmp_path)
+    assert [row.get("skipped_steps", 0) for row in rows] == [0, 0, 1, 2, 2, 3, 3, 3]
+    state = RunFolder(tmp_path).last_state()
+    assert state is not None and (state.skipped, state.skipped_running) == (3, 0)
 
 
 def test_a_loss_that_explodes_stops_and_keeps_an_early_checkpoint(tmp_path: Path) -> None:
@@ -549,17 +581,25 @@ def test_guard_counts_steps_in_a_row() -> None:
     def measure(nats: float, loss: float | None = None, norm: float = 1.0) -> dict[str, float]:
         return {"loss": nats if loss is None else loss, "nats_per_token": nats, "grad_norm": norm}
 
-    guard = DivergenceGuard()
+    def fresh(**fields: Any) -> DivergenceGuard:
+        return DivergenceGuard(RunState(0, 0.0, **fields))
+
+    guard = fresh()
     assert guard.check(measure(2.0, loss=-5.0)) is None  # an entropy bonus
     for _ in range(DivergenceGuard.patience - 1):
         assert guard.check(measure(3.1)) is None
     assert guard.check(measure(2.9)) is None
     for _ in range(DivergenceGuard.patience - 1):
         assert guard.check(measure(3.1)) is None
-    goes_on = DivergenceGuard(guard.first_nats, guard.bad_steps)
+    goes_on = fresh(**guard.state())
     assert "above 1.5 x its first value 2.00" in str(goes_on.check(measure(3.1)))
-    assert "gradient norm inf" in str(DivergenceGuard().check(measure(1.0, norm=float("inf"))))
-    assert "loss is nan" in str(DivergenceGuard().check(measure(1.0, loss=float("nan"))))
+    guard = fresh(skipped=14, skipped_running=9)
+    assert guard.check(measure(1.0, norm=float("inf"))) is None and guard.skips and guard.bad
+    assert "gradient norm inf" in str(guard.check(measure(1.0, norm=float("inf"))))
+    guard = fresh(skipped=14, skipped_running=10)
+    assert guard.check(measure(1.0)) is None and not guard.skips
+    assert guard.state()["skipped"] == 14
+    assert guard.check(measure(1.0, loss=float("nan"))) is None and guard.skips
 
 
 # --- experts -------------------------------------------------------------------------------------
@@ -660,9 +700,10 @@ def test_loops_that_were_not_run_report_no_load(tmp_path: Path) -> None:
 def test_every_row_and_document_of_a_step_has_initial_states_of_its_own() -> None:
     """And micro-batches do not change them: the gradients are those of the whole batch."""
     documents = torch.tensor([[0, 0, 1, -1], [0, 1, 2, 2], [0, 0, 0, 0], [0, 1, 1, 1]])
-    drawn = [loop.state_seeds(seed, step, 0, documents) for seed in (0, 1) for step in (0, 1)]
+    rows = torch.arange(4)
+    drawn = [loop.state_seeds(seed, step, rows, documents) for seed in (0, 1) for step in (0, 1)]
     assert len(torch.stack(drawn).unique()) == 4 * (2 + 3 + 1 + 2)
-    assert torch.equal(loop.state_seeds(1, 1, 2, documents[2:]), drawn[-1][2:])
+    assert torch.equal(loop.state_seeds(1, 1, rows[1::2], documents[1::2]), drawn[-1][1::2])
     config = small_config(state_init=NormalInitConfig())
     batch, found = random_batch(config, 4, 8), []
     for parts in (1, 2, 4):

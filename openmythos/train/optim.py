@@ -145,12 +145,15 @@ class OptimizerConfig:
 def make_optimizers(model: nn.Module, config: OptimizerConfig) -> list[torch.optim.Optimizer]:
     """Muon for block matrices, AdamW for embeddings, vectors, the injection and the head.
 
-    Only block matrices get weight decay. Each group keeps its unscaled rate as ``base_lr``.
+    Of a frozen model with an adapter, AdamW trains the adapter. Only block matrices get weight
+    decay. Each group keeps its unscaled rate as ``base_lr``.
     """
     matrices, embeddings, rest = [], [], []
     owners = (LoopLinear, LatentExpansion, MoE)  # of the matrices that Muon trains
     for module in model.modules():
         for name, param in module.named_parameters(recurse=False):
+            if not param.requires_grad:
+                continue
             if isinstance(module, nn.Embedding) or module is getattr(model, "head", None):
                 embeddings.append(param)
             elif isinstance(module, owners) and not name.startswith("lora"):
@@ -163,7 +166,7 @@ def make_optimizers(model: nn.Module, config: OptimizerConfig) -> list[torch.opt
     optimizers: list[torch.optim.Optimizer] = []
     if config.muon_lr is None:
         groups.append({"params": matrices, "lr": config.lr, "weight_decay": config.weight_decay})
-    else:
+    elif matrices:
         momentum, decay = config.muon_momentum, config.weight_decay
         optimizers.append(Muon(matrices, lr=config.muon_lr, momentum=momentum, weight_decay=decay))
     groups = [group for group in groups if group["params"]]

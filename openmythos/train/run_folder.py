@@ -47,6 +47,7 @@ from openmythos.folder import (
     write_json,
     write_manifest,
 )
+from openmythos.interop.adapter import Adapter, restore_adapter, save_adapter
 from openmythos.model.recurrent import RecurrentDepthLM
 from openmythos.tokenizer import Tokenizer
 from openmythos.train.parallel import Ranks
@@ -111,7 +112,9 @@ class RunFolder:
         keep: int = 2,
         tokenizer: Tokenizer | None = None,
         ranks: Ranks | None = None,
+        adapter: Adapter | None = None,
     ) -> None:
+        self.adapter = adapter  # the run trains it, and not the weights
         self.path, self.keep, self.tokenizer = path, keep, tokenizer
         self.ranks = Ranks.alone() if ranks is None else ranks
         self.config: dict[str, Any] | None = None
@@ -212,12 +215,27 @@ class RunFolder:
         with contextlib.ExitStack() as fresh_folder:
             enter = fresh_folder.enter_context
             fresh = Path(ranks.on_first(lambda: str(enter(replaced_folder(target, own)))))
-            written = ranks.each(lambda: _write_tensors(model, moments, fresh, ranks))
+            written = ranks.each(lambda: self._write_tensors(model, moments, fresh))
             known = {name: record for each in written for name, record in each.items()}
             ranks.on_first(lambda: self._write_rest(model, task, state, fresh, known))
             ranks.each(fresh_folder.close)  # renames it
         ranks.on_first(self._remove_old)
         return target
+
+    def _write_tensors(
+        self, model: RecurrentDepthLM, moments: dict[str, Tensor], fresh: Path
+    ) -> dict[str, dict[str, Any]]:
+        """Write what this rank holds of weights and optimisers; what the manifest says of it."""
+        require_stored(model)
+        if self.ranks.mesh is None:
+            if self.adapter is None:
+                save_weights(model.state_dict(), fresh)
+            else:
+                save_adapter(model, self.adapter, fresh)
+            save_tensors(moments, fresh / STATE_TENSORS)
+            return {}
+        weights = save_own_parts(model.state_dict(), fresh, WEIGHTS_STEM)
+        return weights | save_own_parts(moments, fresh, Path(STATE_TENSORS).stem)
 
     def _write_rest(
         self,
@@ -262,7 +280,10 @@ class RunFolder:
             folder = newest_checkpoint(self.path, needed, self._damage)
         if folder is None:
             return None
-        load_weights(model, folder)
+        if self.adapter is None:
+            load_weights(model, folder)
+        else:
+            restore_adapter(model, self.adapter, folder)
         try:
             record = _read_json(folder / STATE_RECORD)
             state_file = folder / STATE_TENSORS
@@ -422,16 +443,3 @@ def _named(
         optimizer, number, part = key.split(".", 2)
         found[f"{names[params[int(optimizer)][int(number)]]}.{part}"] = key
     return found
-
-
-def _write_tensors(
-    model: RecurrentDepthLM, moments: dict[str, Tensor], fresh: Path, ranks: Ranks
-) -> dict[str, dict[str, Any]]:
-    """Write what this rank holds of weights and optimisers; what the manifest says of its files."""
-    require_stored(model)
-    if ranks.mesh is None:
-        save_weights(model.state_dict(), fresh)
-        save_tensors(moments, fresh / STATE_TENSORS)
-        return {}
-    weights = save_own_parts(model.state_dict(), fresh, WEIGHTS_STEM)
-    return weights | save_own_parts(moments, fresh, Path(STATE_TENSORS).stem)

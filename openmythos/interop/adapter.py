@@ -210,7 +210,6 @@ def _trained(model: RecurrentDepthLM) -> list[tuple[Layer, LowRank]]:
         (name, change.start): change
         for name, weight in weights.items()
         for change in weight.changes
-        if isinstance(change, LowRank)
     }
     known = [layer for layer in layers(model.config) if (layer.matrix, layer.start) in by_place]
     return [(layer, by_place[layer.matrix, layer.start]) for layer in known]
@@ -234,7 +233,9 @@ def restore_adapter(model: RecurrentDepthLM, adapter: Adapter, folder: Path) -> 
 
 
 def add_adapter(model: RecurrentDepthLM, folder: Path, base: object) -> None:
-    """Give a model the adapter in a folder, ours or PEFT's; ``base`` names it in errors.
+    """Give a model the adapter in a folder, ours or PEFT's, to be merged; ``base`` is its name.
+
+    The adapter keeps its dtype.
 
     Raises:
         ValueError: It is of another base, of layers that the model does not have, or of a kind that
@@ -250,7 +251,7 @@ def add_adapter(model: RecurrentDepthLM, folder: Path, base: object) -> None:
         if not all(name in stored.shapes for name in names):
             continue
         used |= {*names}
-        down, up = (stored.read(name).to(model.embed.weight, copy=True) for name in names)
+        down, up = (stored.read(name).to(model.embed.weight.device, copy=True) for name in names)
         rank = len(down)
         if (up.shape[0], down.shape[1]) != layer.shape or up.shape[1] != rank:
             raise ValueError(

@@ -87,12 +87,12 @@ def load_pretrained(
         ValueError: There is no such folder, the family is unknown, files are damaged, weights do
             not fit the config (all names are listed), or weights are not finite.
     """
-    if adapter is None and is_adapter(found := local_folder(path, verify=False)):
-        adapter, path = local_folder(path, verify=verify), base_of(found)
+    dtype, found = dtype_for(weights, dtype, device), local_folder(path, verify=False)
+    if adapter is None and is_adapter(found):
+        adapter, path = path, base_of(found)
     if adapter is not None:
         return _load_adapted(path, adapter, dtype, device, verify, weights)
-    dtype = dtype_for(weights, dtype, device)
-    require_room(local_folder(path, verify=False), dtype, device, weights)
+    require_room(found, dtype, device, weights)
     folder = local_folder(path, verify=verify)
     if dtype is None and folder.parent == ZOO_FOLDER:
         dtype = torch.float32
@@ -124,10 +124,14 @@ def _load_adapted(
         verify_checkpoint(folder)
     model = load_pretrained(path, device=device, verify=verify)
     add_adapter(model, folder, path)
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)  # before the sum, and no buffer
+    if dtype is None:
+        merge(model)
+        return model
+    for parameter in model.parameters():  # rounded once, after the sum
+        parameter.data = parameter.data.to(torch.promote_types(dtype, torch.float32))
     merge(model)
-    return model
+    empty = empty_model(model.config)
+    return fill_model(empty, model.state_dict().items(), folder, dtype, device)
 
 
 def load_config(path: PathLike) -> ModelConfig:

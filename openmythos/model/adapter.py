@@ -5,7 +5,7 @@ to it. The model's code is the same, and all loops share the change.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
@@ -42,7 +42,7 @@ class AdaptedWeight(nn.Module):
     def __init__(self, weight: Float[Tensor, "O I"], changes: Sequence[LowRank]) -> None:
         super().__init__()
         self.frozen = nn.Parameter(weight.detach(), requires_grad=False)
-        self.changes = nn.ModuleList(changes)
+        self.changes = cast(Sequence[LowRank], nn.ModuleList(changes))
 
     @torch.no_grad()
     def merged(self) -> Float[Tensor, "O I"]:

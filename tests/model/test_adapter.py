@@ -79,12 +79,3 @@ def test_other_uses_are_refused_or_get_the_merged_matrix() -> None:
     assert not weight.merged()[3:].any()
     with pytest.raises(TypeError, match="does not take adapted weights"):
         functional.embedding(torch.zeros(2, dtype=torch.int64), weight)
-
-
-def test_a_compiled_step_with_an_adapter_is_the_eager_one() -> None:
-    """What dynamo sees of it; without generated code, which would take long."""
-    model, tokens = adapted_model(DENSE, torch.float32), random_tokens(DENSE, 2, 9)
-    with torch.no_grad():
-        eager = model(tokens).logits
-        model.step = torch.compile(model.step, backend="eager", fullgraph=True)  # type: ignore[method-assign]
-        assert torch.equal(model(tokens).logits, eager)

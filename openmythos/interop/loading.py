@@ -150,6 +150,7 @@ def load_config(path: PathLike) -> ModelConfig:
 
 def own_tokenizer(folder: Path) -> Tokenizer | None:
     """The tokenizer of one of our checkpoints or exports; None for other families' folders."""
+    folder = _or_base(folder)
     data = read_config(folder)
     ours = "format" in data or data.get("model_type") == export.MODEL_TYPE
     return Tokenizer.load(folder) if ours and (folder / TOKENIZER_FILE).is_file() else None
@@ -157,12 +158,19 @@ def own_tokenizer(folder: Path) -> Tokenizer | None:
 
 def usable_tokenizer(folder: Path) -> tuple[Tokenizer | None, str]:
     """The tokenizer of a folder of any family; or None, and the reason for a person."""
+    folder = _or_base(folder)
     if not has_tokenizer(folder):
         return None, f"{folder} has no {TOKENIZER_FILE}; the result has none either"
     try:
         return Tokenizer.load(folder), ""
     except ValueError as error:
         return None, f"the tokenizer is left out: {error}"
+
+
+def _or_base(folder: Path) -> Path:
+    """The folder; of an adapter alone, as PEFT writes it, that of its base."""
+    alone = is_adapter(folder) and not (folder / CONFIG_FILE).is_file()
+    return local_folder(base_of(folder)) if alone else folder
 
 
 def _open_foreign(

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,15 @@ from openmythos.interop.adapter import (
     weights_digest,
 )
 from openmythos.interop.export import export_hf
-from openmythos.interop.loading import load_config, load_pretrained
+from openmythos.interop.loading import (
+    load_config,
+    load_pretrained,
+    own_tokenizer,
+    usable_tokenizer,
+)
 from openmythos.model.adapter import adapted_weights, merge
 from openmythos.model.recurrent import RecurrentDepthLM
+from openmythos.tokenizer import byte_tokenizer
 from tests.interop.hf.examples import DENSE, LATENT, SPARSE
 from tests.strategies import random_model, random_tokens, randomise
 
@@ -131,6 +138,16 @@ def test_the_base_is_known_by_its_weights(tmp_path: Path) -> None:
     stored(base, seed=1)  # the base itself is another one now
     with pytest.raises(ValueError, match="is an adapter of another model"):
         load_pretrained(folder)
+
+
+def test_an_adapter_alone_reads_text_as_its_base_does(tmp_path: Path) -> None:
+    base, folder = tmp_path / "base", tmp_path / "adapter"
+    config = replace(DENSE, vocab_size=259)
+    save_pretrained(random_model(config), base, byte_tokenizer())
+    trained(base, folder)
+    found, remark = usable_tokenizer(folder)
+    assert found is not None and not remark
+    assert found.fingerprint == byte_tokenizer().fingerprint == own_tokenizer(folder).fingerprint
 
 
 def test_other_precisions(tmp_path: Path) -> None:

@@ -217,4 +217,5 @@ def test_ranks_by_layer_and_rank_stabilised_scales_are_read(tmp_path: Path) -> N
     assert scales == [3.0, 6.0 / 3**0.5]
     before = model.core[0].attention.qkv.weight.frozen[:16].clone()
     merge(model)
-    assert torch.allclose(model.core[0].attention.qkv.weight[:16], before + 3 * up @ down)
+    found = model.core[0].attention.qkv.weight[:16]
+    assert torch.allclose(found, before + 3 * up @ down, atol=1e-5)

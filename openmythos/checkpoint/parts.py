@@ -91,15 +91,25 @@ def laid_out_like(tensor: Tensor, values: Tensor) -> Tensor:
     )
 
 
-def own_parts(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Box]]:
-    """The values and places of the parts that this process writes.
+@dataclass(frozen=True)
+class OwnParts:
+    """The values and the places of what this process writes of some tensors."""
 
-    Of processes that hold the same part, the first one writes it.
-    """
+    values: Mapping[str, Tensor]
+    boxes: Mapping[str, Box]
+
+    def copy(self) -> "OwnParts":
+        """The same with values of its own, on the host."""
+        copies = {n: v.detach().to("cpu", copy=True) for n, v in self.values.items()}
+        return OwnParts(copies, self.boxes)
+
+
+def own_parts(tensors: Mapping[str, Tensor]) -> OwnParts:
+    """What this process writes of tensors; of those with the same part, the first one does."""
     mine = {name: tensor for name, tensor in tensors.items() if _writes(tensor)}
     boxes = {name: own_box(tensor) for name, tensor in mine.items()}
     boxes = {name: box for name, box in boxes.items() if box.count}
-    return {name: own_values(mine[name]) for name in boxes}, boxes
+    return OwnParts({name: own_values(mine[name]) for name in boxes}, boxes)
 
 
 def _is_laid_out(tensor: Tensor) -> "TypeGuard[DTensor]":
@@ -114,7 +124,7 @@ def _writes(tensor: Tensor) -> bool:
     # The tensor's mesh may be one of several, along axes that it does not know: the first of these
     # has the first rank.
     where = zip(mesh.get_coordinate() or (), tensor.placements, strict=True)
-    return int(mesh.mesh.min()) == 0 and not any(at for at, how in where if not how.is_shard())
+    return int(mesh.mesh.min()) == 0 and not any(at for at, how in where if how.is_replicate())
 
 
 # --- files ----------------------------------------------------------------------------------------

@@ -7,12 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from openmythos.checkpoint.parts import own_parts, places_metadata, rank_file
+from openmythos.checkpoint.parts import OwnParts, places_metadata, rank_file
 from openmythos.checkpoint.weights import (
     ADAPTER_CONFIG,
     ADAPTER_FILE,
@@ -177,8 +176,10 @@ def save_tensors(
     path.chmod(0o644)  # safetensors lets only the owner read it
 
 
-def save_own_parts(tensors: Mapping[str, Tensor], folder: Path, stem: str) -> dict[str, Any]:
-    """Write this rank's parts of tensors into a file of its own.
+def save_parts(
+    parts: OwnParts, folder: Path, stem: str, rank: int, world: int
+) -> dict[str, dict[str, Any]]:
+    """Write a rank's parts of tensors into a file of its own.
 
     Returns:
         What the manifest says of the file.
@@ -186,9 +187,7 @@ def save_own_parts(tensors: Mapping[str, Tensor], folder: Path, stem: str) -> di
     Raises:
         OSError: It cannot be written.
     """
-    named = {name.replace(COMPILED, ""): tensor for name, tensor in tensors.items()}
-    values, boxes = own_parts(named)
-    path = folder / rank_file(stem, dist.get_rank(), dist.get_world_size())
-    save_tensors(values, path, places_metadata(boxes))
+    path = folder / rank_file(stem, rank, world)
+    save_tensors(parts.values, path, places_metadata(parts.boxes))
     sync(path)
     return {path.name: file_record(path)}

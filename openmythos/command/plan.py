@@ -90,6 +90,7 @@ def plan(
     recompute: training.Recompute = None,
     network_gb: training.NetworkGb = 50.0,
     link_gb: training.LinkGb = 450.0,
+    dry_run: training.DryRun = None,
     overrides: Annotated[list[str] | None, set_option("num_loops=8")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -106,7 +107,7 @@ def plan(
     _one_plan(
         serving,
         devices is not None,
-        {**fixed, **trained, **speeds},
+        {**fixed, **trained, **speeds, "dry_run": dry_run},
         {**size, **prices, "bandwidth_tb": bandwidth_tb},
     )
     config, context = _model(source, overrides or [], num_loops, context_length)
@@ -114,7 +115,7 @@ def plan(
     if devices is not None:
         work = training.work(context, **trained)
         links = Links(inside=1e9 * link_gb, between=1e9 * network_gb)
-        training.run(source, config, devices, one, work, links, fixed, as_json)
+        training.run(source, config, devices, one, work, links, fixed, dry_run, as_json)
         return
     require(as_number("--rate", rate, "a number") >= 0, "--rate", rate, "at least 0")
     machine = replace(

@@ -12,10 +12,11 @@ from openmythos.command.table import human_bytes, human_count, human_flops, numb
 from openmythos.config import ModelConfig
 from openmythos.config.schema import require, to_dict
 from openmythos.plan.serving import Machine
-from openmythos.plan.training import Cost, Links, Work, cost_of, plan_training
+from openmythos.plan.training import Cost, Links, Plan, Work, cost_of, plan_training
 from openmythos.terminal import console, print_table
 
 GIB = 2**30
+DRY_RUNS = ("shards", "step")
 OPTIMIZERS = ("muon", "adamw")
 GATHERS = ("step", "loop")
 
@@ -37,6 +38,13 @@ NetworkGb = Annotated[
     float, typer.Option(help="What a device sends to other machines, in 10^9 bytes/s.")
 ]
 LinkGb = Annotated[float, typer.Option(help="What it sends inside of its machine of 8 devices.")]
+DryRun = Annotated[
+    str | None,
+    typer.Option(
+        help="shards: build the real ones without memory and compare; step: count the exchanges "
+        "of a real step, too."
+    ),
+]
 
 
 def work(context_length: int, rows: int, accumulation: int, optimizer: str) -> Work:
@@ -58,14 +66,22 @@ def run(
     work: Work,
     links: Links,
     fixed: dict[str, Any],
+    dry: str | None,
     as_json: bool,
 ) -> None:
-    """Print the plan."""
-    report = training_plan(config, devices, machine, work, links, fixed)
+    """Print the plan, and what a dry run finds; ends with status 1 if that differs."""
+    require(dry in (None, *DRY_RUNS), "--dry-run", dry, f"one of {', '.join(DRY_RUNS)}")
+    plan, report = training_plan(config, devices, machine, work, links, fixed)
+    screen = console()
+    if not as_json:
+        print_training(screen, source, report)
+    found = None if dry is None else dry_run(config, plan, dry)
     if as_json:
-        print(json.dumps({"source": source, **report}, indent=2))
-    else:
-        print_training(console(), source, report)
+        print(json.dumps({"source": source, **report, "dry_run": found}, indent=2))
+    elif found is not None:
+        print_dry_run(screen, found)
+    if found is not None and differs(found):
+        raise typer.Exit(1)
 
 
 def training_plan(
@@ -75,8 +91,8 @@ def training_plan(
     work: Work,
     links: Links,
     fixed: dict[str, Any],
-) -> dict[str, Any]:
-    """What ``plan --devices --json`` prints."""
+) -> tuple[Plan, dict[str, Any]]:
+    """The plan, and what ``plan --devices --json`` prints of it."""
     if fixed.get("core_gather") is not None:
         gather = fixed["core_gather"]
         require(gather in GATHERS, "--core-gather", gather, f"one of {', '.join(GATHERS)}")
@@ -96,7 +112,7 @@ def training_plan(
         for gather in (GATHERS if devices > 1 else GATHERS[:1])
         for recompute in (False, True)
     ]
-    return {
+    return plan, {
         "devices": devices,
         "machine": asdict(machine),
         "links": asdict(links),
@@ -125,6 +141,27 @@ def _cost(cost: Cost) -> dict[str, Any]:
         "tokens": cost.tokens,
         "tokens_per_second": cost.tokens_per_second,
     }
+
+
+def dry_run(config: ModelConfig, plan: Plan, kind: str) -> dict[str, Any]:
+    """Build the chosen layout without memory: at the first, the middle and the last rank."""
+    from openmythos.train.dry_run import dry_run_shards, dry_run_step
+
+    layout, world = plan.chosen.layout, plan.chosen.layout.num_ranks
+    ranks = sorted({0, world // 2, world - 1})
+    found: dict[str, Any] = {
+        "shards": [asdict(dry_run_shards(config, layout, rank)) for rank in ranks]
+    }
+    if kind == "step":
+        step = dry_run_step(config, layout, plan.chosen.work)
+        found["step"] = [asdict(each) for each in step]
+    return found
+
+
+def differs(found: dict[str, Any]) -> bool:
+    """Whether a dry run found anything but what was planned."""
+    shards = any(each["differing"] for each in found["shards"])
+    return shards or any(each["planned"] != each["counted"] for each in found.get("step", ()))
 
 
 # --- printing -------------------------------------------------------------------------------------
@@ -163,6 +200,24 @@ def print_training(screen: Console, source: str, report: dict[str, Any]) -> None
         )
     for each in report["refused"]:
         screen.print(f"Refused: {each['in_words']}: {each['reason']}.")
+
+
+def print_dry_run(screen: Console, found: dict[str, Any]) -> None:
+    """What a dry run has found."""
+    screen.print()
+    for each in found["shards"]:
+        names = each["differing"]
+        said = f"{each['built'] - each['planned']:+,} bytes off" if names else "0 bytes off"
+        where = f": {', '.join(names[:5])}" if names else ""
+        screen.print(f"Shards of rank {each['rank']:,}: {each['built']:,} bytes, {said}{where}")
+    for each in found.get("step", ()):
+        (planned, size), (counted, counted_size) = each["planned"], each["counted"]
+        same = each["planned"] == each["counted"]
+        said = "as planned" if same else f"planned: {planned:,}, {human_bytes(size)}"
+        screen.print(
+            f"Exchanges of a step, {_words(each['kind'])}: {counted:,}, "
+            f"{human_bytes(counted_size)}, {said}"
+        )
 
 
 def _words(name: str) -> str:

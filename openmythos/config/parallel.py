@@ -1,9 +1,11 @@
 """How a training run is laid out over processes. No torch."""
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from openmythos.config.model import ModelConfig
 from openmythos.config.schema import require, require_literals, require_positive
 
 
@@ -48,6 +50,44 @@ class ParallelConfig:
     def same_loops(self) -> bool:
         """Whether all ranks must run the same number of loops: they exchange in every loop."""
         return self.ep > 1 or self.tp > 1 or (self.core_gather == "loop" and self.dp_shard > 1)
+
+    def check(self, model: ModelConfig) -> None:
+        """Check that a model can be laid out like this.
+
+        Raises:
+            ValueError: It has no experts, or a number of experts, heads or channels that ``ep`` or
+                ``tp`` does not divide, or a part that neither can divide.
+        """
+        num_experts = getattr(model.core_ff, "num_experts", 0)
+        if self.ep > 1 and not num_experts:
+            raise ValueError(f"parallel.ep is {self.ep}, and the model has no experts: set it to 1")
+        allowed, name = (
+            f"a multiple of parallel.ep={self.ep}",
+            "model.core_feed_forward.num_experts",
+        )
+        require(num_experts % self.ep == 0, name, num_experts, allowed)
+        allowed = f"a multiple of parallel.tp={self.tp}"
+        for name, number in _divided_by_tp(model):
+            require(number % self.tp == 0, name, number, allowed)
+        if self.tp > 1 and model.depth_attention is not None:
+            raise ValueError(
+                f"parallel.tp is {self.tp}, and model.depth_attention cannot be divided over ranks:"
+                " set it to 1"
+            )
+
+
+def _divided_by_tp(model: ModelConfig) -> Iterator[tuple[str, int]]:
+    """Names and numbers of what tensor parallelism divides."""
+    for name in ("num_heads", "num_kv_heads"):
+        if hasattr(model.attention, name):
+            yield f"model.attention.{name}", getattr(model.attention, name)
+    for name in ("feed_forward", "core_feed_forward"):
+        part = getattr(model, name)
+        if hasattr(part, "d_ff"):
+            yield f"model.{name}.d_ff", part.d_ff
+        elif hasattr(part, "shared_width"):
+            shared = part.num_shared_experts * part.shared_width
+            yield f"the width of model.{name}'s shared experts", shared
 
 
 def started_rank() -> int | None:

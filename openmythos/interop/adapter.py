@@ -24,6 +24,7 @@ from openmythos.checkpoint.weights import (
     StoredTensors,
     check_shapes,
     read_json,
+    tensor_shapes,
 )
 from openmythos.config import ModelConfig
 from openmythos.config.adapter import AdapterConfig
@@ -181,9 +182,9 @@ def base_of(folder: Path) -> str:
     return base
 
 
-def save_adapter(model: RecurrentDepthLM, adapter: Adapter, folder: Path) -> None:
-    """Write the two files of an adapter into a temporary folder."""
-    found = list(_trained(model))
+def save_adapter(tensors: Mapping[str, Tensor], adapter: Adapter, folder: Path) -> None:
+    """Write the two files of an adapter, whose tensors ``trained`` has, into a temporary folder."""
+    names = [name.removeprefix(PREFIX) for name in tensors if name.endswith(DOWN)]
     settings = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -193,26 +194,26 @@ def save_adapter(model: RecurrentDepthLM, adapter: Adapter, folder: Path) -> Non
         "lora_dropout": 0.0,
         "bias": "none",
         "inference_mode": True,
-        "target_modules": [layer.name for layer, _ in found],
+        "target_modules": [name.removesuffix(DOWN) for name in names],
     }
-    tensors: dict[str, Tensor] = {}
-    for layer, change in found:
-        tensors[PREFIX + layer.name + DOWN] = change.down
-        tensors[PREFIX + layer.name + UP] = change.up
     write_json(folder / ADAPTER_CONFIG, settings)
     save_tensors(tensors, folder / ADAPTER_FILE, {DIGEST: adapter.digest})
 
 
-def _trained(model: RecurrentDepthLM) -> list[tuple[Layer, LowRank]]:
-    """The adapted layers of a model, each with its change."""
+def trained(model: RecurrentDepthLM) -> dict[str, Tensor]:
+    """The tensors of a model's adapter by PEFT's names."""
     weights = adapted_weights(model)
     by_place = {
         (name, change.start): change
         for name, weight in weights.items()
         for change in weight.changes
     }
-    known = [layer for layer in layers(model.config) if (layer.matrix, layer.start) in by_place]
-    return [(layer, by_place[layer.matrix, layer.start]) for layer in known]
+    found: dict[str, Tensor] = {}
+    for layer in layers(model.config):
+        if (change := by_place.get((layer.matrix, layer.start))) is not None:
+            found[PREFIX + layer.name + DOWN] = change.down
+            found[PREFIX + layer.name + UP] = change.up
+    return found
 
 
 @torch.no_grad()
@@ -222,12 +223,8 @@ def restore_adapter(model: RecurrentDepthLM, adapter: Adapter, folder: Path) -> 
     Raises:
         ValueError: The file is damaged, or of another base or other layers.
     """
-    stored = _open(folder, adapter.digest, adapter.base)
-    found = _trained(model)
-    expected = {PREFIX + layer.name + DOWN: change.down for layer, change in found}
-    expected |= {PREFIX + layer.name + UP: change.up for layer, change in found}
-    shapes = {name: tuple(tensor.shape) for name, tensor in expected.items()}
-    check_shapes(stored.shapes, shapes, folder)
+    stored, expected = _open(folder, adapter.digest, adapter.base), trained(model)
+    check_shapes(stored.shapes, tensor_shapes(expected), folder)
     for name, tensor in expected.items():
         tensor.copy_(stored.read(name))
 

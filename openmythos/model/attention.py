@@ -68,12 +68,12 @@ class GQA(Attention):
         eps = part.qk_norm_eps
         self.norm_eps = config.block.norm_eps if eps is None else eps
         num_heads, num_kv_heads, head_dim = part.num_heads, part.num_kv_heads, part.head_dim
-        self.num_qk_heads = num_heads + num_kv_heads
-        width = (self.num_qk_heads + num_kv_heads) * head_dim
+        self.group_size = num_heads // num_kv_heads
+        width = (num_heads + 2 * num_kv_heads) * head_dim
         self.qkv = LoopLinear(config.d_model, width, self.lora)
         self.out = LoopLinear(num_heads * head_dim, config.d_model, self.lora)
         if part.qk_bias:
-            self.qk_bias = nn.Parameter(torch.zeros(self.num_qk_heads, head_dim))
+            self.qk_bias = nn.Parameter(torch.zeros(num_heads + num_kv_heads, head_dim))
         if part.qk_norm == "weighted":
             self.q_norm_weight = nn.Parameter(torch.ones(head_dim))
             self.k_norm_weight = nn.Parameter(torch.ones(head_dim))
@@ -92,12 +92,11 @@ class GQA(Attention):
         """Attend causally within the context."""
         part, (num_rows, num_tokens) = self.config, x.shape[:2]
         heads = self.qkv(x, loop_idx).view(num_rows, num_tokens, -1, part.head_dim)
-        qk, v = heads.split((self.num_qk_heads, part.num_kv_heads), dim=2)
-        q, k = (
-            self._position(qk, ctx)
-            .transpose(1, 2)
-            .split((part.num_heads, part.num_kv_heads), dim=1)
-        )
+        num_kv_heads = heads.shape[2] // (self.group_size + 2)  # a process may hold some of them
+        num_heads = num_kv_heads * self.group_size
+        qk, v = heads.split((num_heads + num_kv_heads, num_kv_heads), dim=2)
+        qk = self._position(qk, ctx).transpose(1, 2)
+        q, k = qk.split((num_heads, num_kv_heads), dim=1)
         v = self._add_value_embedding(v, x, ctx).transpose(1, 2)
         place = self.place(loop_idx)
         kv = ctx.store((k, v), place)
@@ -113,8 +112,9 @@ class GQA(Attention):
         if part.qk_norm != "none":
             qk = rms_norm(qk, self.norm_eps)  # without its weight, it commutes with RoPE
         if part.qk_norm == "weighted":
-            q_weight = self.q_norm_weight.expand(part.num_heads, -1)
-            k_weight = self.k_norm_weight.expand(part.num_kv_heads, -1)
+            num_kv_heads = qk.shape[2] // (self.group_size + 1)
+            q_weight = self.q_norm_weight.expand(qk.shape[2] - num_kv_heads, -1)
+            k_weight = self.k_norm_weight.expand(num_kv_heads, -1)
             qk = qk * torch.cat((q_weight, k_weight)).to(qk.dtype)
         return self.rotate(qk, ctx)
 
@@ -142,12 +142,12 @@ class MLA(Attention):
         super().__init__(config, part, stage, layer, global_layer)
         self.config = part
         eps, rope_dim, latent = config.block.norm_eps, part.qk_rope_head_dim, part.kv_lora_rank
-        self.scale = (part.qk_nope_head_dim + rope_dim) ** -0.5
+        self.head_dim = part.qk_nope_head_dim + rope_dim
+        self.scale = self.head_dim**-0.5
         self.down = LoopLinear(config.d_model, part.q_lora_rank + latent + rope_dim, self.lora)
         self.q_norm = RMSNorm(part.q_lora_rank, eps)
         self.kv_norm = RMSNorm(latent, eps)
-        q_width = part.num_heads * (part.qk_nope_head_dim + rope_dim)
-        self.q_up = LoopLinear(part.q_lora_rank, q_width, self.lora)
+        self.q_up = LoopLinear(part.q_lora_rank, part.num_heads * self.head_dim, self.lora)
         self.kv_up = LatentExpansion(part)
         self.out = LoopLinear(part.num_heads * part.v_head_dim, config.d_model, self.lora)
 
@@ -162,12 +162,11 @@ class MLA(Attention):
         q_latent, latent, k_rope = self.down(x, loop_idx).split(
             (part.q_lora_rank, part.kv_lora_rank, part.qk_rope_head_dim), dim=-1
         )
-        q = self.q_up(self.q_norm(q_latent), loop_idx).view(
-            num_rows, num_tokens, part.num_heads, -1
-        )
+        q = self.q_up(self.q_norm(q_latent), loop_idx)
+        q = q.view(num_rows, num_tokens, -1, self.head_dim)
         q_nope, q_rope = q.split((part.qk_nope_head_dim, part.qk_rope_head_dim), dim=-1)
         rotated = self.rotate(torch.cat((q_rope, k_rope[:, :, None]), dim=2), ctx)
-        q_rope, k_rope = rotated.split((part.num_heads, 1), dim=2)
+        q_rope, k_rope = rotated.split((q.shape[2], 1), dim=2)
         latents = torch.cat((self.kv_norm(latent)[:, :, None], k_rope), dim=-1).transpose(1, 2)
         kv = ctx.store((latents,), self.place(loop_idx))
         if self.absorbs(num_tokens, ctx):
@@ -177,21 +176,13 @@ class MLA(Attention):
             y = self.kv_up(mixed=mixed.transpose(1, 2))
         else:
             q = torch.cat((q_nope, q_rope), dim=-1).transpose(1, 2)
-            y = ctx.attend(q, *self._expand(*kv.read()), self.scale).transpose(1, 2)
+            k, v = self.kv_up(*kv.read())
+            y = ctx.attend(q, k, v, self.scale).transpose(1, 2)
         return self.out(y.reshape(num_rows, num_tokens, -1), loop_idx)
 
     def absorbs(self, num_tokens: int, ctx: ForwardContext) -> bool:
         """Whether to attend to the latents: for a single token with a KV cache this costs less."""
         return num_tokens == 1 and ctx.cache is not None
-
-    def _expand(
-        self, latents: Float[Tensor, "B 1 S _"]
-    ) -> tuple[Float[Tensor, "B H S K"], Float[Tensor, "B H S W"]]:
-        """The keys and values of every head, from the latents and their rotary keys."""
-        part = self.config
-        latent, k_rope = latents.split((part.kv_lora_rank, part.qk_rope_head_dim), dim=-1)
-        k_nope, v = self.kv_up(latent[:, 0])
-        return torch.cat((k_nope, k_rope.expand(-1, part.num_heads, -1, -1)), dim=-1), v
 
 
 class LatentExpansion(nn.Linear):
@@ -209,7 +200,7 @@ class LatentExpansion(nn.Linear):
 
     def forward(
         self,
-        latent: Float[Tensor, "B S C"] | None = None,
+        latents: Float[Tensor, "B 1 S _"] | None = None,
         *,
         queries: Float[Tensor, "B 1 H N"] | None = None,
         mixed: Float[Tensor, "B 1 H C"] | None = None,
@@ -217,13 +208,16 @@ class LatentExpansion(nn.Linear):
         """Apply the projection to the one argument that is given.
 
         Args:
-            latent: Latents; returns every head's keys ``[B H S N]`` and values ``[B H S W]``.
+            latents: Latents, each followed by its rotary key, which all heads share; returns every
+                head's keys ``[B H S K]`` and values ``[B H S W]``.
             queries: Queries; returns ``q W_key``, queries for the latents, ``[B 1 H C]``.
             mixed: Latents averaged by attention; returns the heads' outputs ``[B 1 H W]``.
         """
-        if latent is not None:
-            heads = super().forward(latent).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-            return heads.split(self.widths, dim=-1)
+        if latents is not None:
+            latent, k_rope = latents.tensor_split((self.in_features,), dim=-1)
+            heads = super().forward(latent[:, 0]).unflatten(-1, (-1, sum(self.widths)))
+            k_nope, v = heads.transpose(1, 2).split(self.widths, dim=-1)
+            return torch.cat((k_nope, k_rope.expand(-1, k_nope.shape[1], -1, -1)), dim=-1), v
         w_key, w_value = self.weight.view(self.num_heads, -1, self.in_features).split(
             self.widths, dim=1
         )

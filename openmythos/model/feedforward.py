@@ -164,10 +164,10 @@ class MoE(FeedForward):
             row = loop_idx.clamp(max=self.config.bias_loops - 1).repeat_interleave(num_tokens)
         flat = x.reshape(-1, d_model)
         expert, weight, counts = self.route(flat, row, ctx)
-        y = self._experts(ctx)(flat, expert, weight.to(x.dtype), counts).view(x.shape)
+        y = self.experts(ctx)(flat, expert, weight.to(x.dtype), counts).view(x.shape)
         return y if self.shared is None else y + self.shared(x, loop_idx)
 
-    def _experts(self, ctx: ForwardContext | None) -> Callable[..., Tensor]:
+    def experts(self, ctx: ForwardContext | None) -> Callable[..., Tensor]:
         """The routed experts as a function; eager on a CPU, all loops of a forward share it."""
         own = getattr(self.gate_up, "experts", None)  # that of weights in 8 bits
         if own is not None:

@@ -87,7 +87,7 @@ def init_weights(model: nn.Module, d_model: int, seed: int, part_of: Any = None)
     Source: Takase et al. 2023 (arXiv 2312.16903), as used by Huginn and Parcae.
     """
     std = math.sqrt(2 / (5 * d_model))
-    part_of = part_of or (lambda w: (w.flatten(0, -2), torch.arange(w.shape[:-1].numel()), ...))
+    part_of = part_of or (lambda _, w: (w.flatten(0, -2), torch.arange(w[..., 0].numel()), ...))
     for prefix, module in model.named_modules():
         names = list(getattr(module, "drawn", ()))
         if isinstance(module, nn.Linear | nn.Embedding):
@@ -96,7 +96,7 @@ def init_weights(model: nn.Module, d_model: int, seed: int, part_of: Any = None)
                 module.bias.zero_()
         for name in names:
             param = getattr(module, name)
-            width, (here, rows, at) = param.shape[-1], part_of(param)
+            width, (here, rows, at) = param.shape[-1], part_of(f"{prefix}.{name}", param)
             step = max(1, DRAWN_AT_ONCE // width)
             for part, numbers in zip(here.split(step), rows.split(step), strict=True):
                 part.copy_(std * normal_rows(seed, f"{prefix}.{name}", numbers, width)[:, at])

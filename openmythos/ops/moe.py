@@ -111,7 +111,7 @@ class Pairs:
         return [(expert, slice(*pair)) for expert, pair in enumerate(bounds) if pair[0] < pair[1]]
 
 
-def _sorted_pairs(
+def sorted_pairs(
     expert: Int[Tensor, "N K"], counts: Int[Tensor, "E"]
 ) -> tuple[Int[Tensor, "M"], Int[Tensor, "M"], Int[Tensor, "E"]]:
     """The fields of ``Pairs``, from each token's experts and the number of pairs per expert.
@@ -157,7 +157,7 @@ class LoopedExperts:
         if torch.is_autocast_enabled(x.device.type):
             low = torch.get_autocast_dtype(x.device.type)
             x, weight = x.to(low), weight.to(low)
-        pairs = Pairs(*_sorted_pairs(expert, counts))
+        pairs = Pairs(*sorted_pairs(expert, counts))
         y: Tensor = _Experts.apply(x, weight, self._token, self._weights, pairs)
         return y
 
@@ -330,7 +330,7 @@ def _lazy_zeros_like(tensor: Tensor) -> Tensor:
     return zeros.view(tensor.dtype).view(tensor.shape)
 
 
-class _Spread(torch.autograd.Function):
+class Spread(torch.autograd.Function):
     """Row ``token[m]`` of x for each pair m; ``place[n, k]`` is the place of token n's pair k."""
 
     @staticmethod
@@ -340,12 +340,12 @@ class _Spread(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        gathered: Tensor = _Gather.apply(grad, *ctx.saved_tensors)
+        gathered: Tensor = Gather.apply(grad, *ctx.saved_tensors)
         return gathered, None, None
 
 
-class _Gather(torch.autograd.Function):
-    """The sum over each token's pairs, always in the order of its slots; transpose of ``_Spread``.
+class Gather(torch.autograd.Function):
+    """The sum over each token's pairs, always in the order of its slots; transpose of ``Spread``.
 
     The order of additions of ``index_add`` is not deterministic on a GPU.
     """
@@ -357,7 +357,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        spread: Tensor = _Spread.apply(grad, *ctx.saved_tensors)
+        spread: Tensor = Spread.apply(grad, *ctx.saved_tensors)
         return spread, None, None
 
 
@@ -403,13 +403,13 @@ def moe_experts(
     compiling = torch.compiler.is_compiling() and not torch.is_grad_enabled()
     if native.vmapped() or (compiling and expert.numel() <= len(gate_up)):
         return gathered_experts(x, expert, weight, gate_up, down)
-    order, token, ends = _sorted_pairs(expert, counts)
+    order, token, ends = sorted_pairs(expert, counts)
     places = torch.empty_like(order)
     places[order] = torch.arange(len(order), device=order.device)
     place, ends = places.view(expert.shape), ends.to(torch.int32)
     eager = native.eager()  # the compiler fuses both indexings; torch.func cannot take a Function
-    rows: Tensor = _Spread.apply(x, token, place) if eager else x[token]
+    rows: Tensor = Spread.apply(x, token, place) if eager else x[token]
     hidden = swiglu(grouped_mm(rows, gate_up, ends)) * weight.flatten()[order, None]
     rows = grouped_mm(hidden, down, ends)
-    y: Tensor = _Gather.apply(rows, token, place) if eager else rows[place].sum(dim=1)
+    y: Tensor = Gather.apply(rows, token, place) if eager else rows[place].sum(dim=1)
     return y

@@ -14,14 +14,12 @@ The rules are those of ``train.parallel``, written again from shapes and names a
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 from openmythos.config import ModelConfig
 from openmythos.config.counts import parameter_shapes
 from openmythos.config.parallel import ParallelConfig
-from openmythos.config.schema import require
 from openmythos.config.weights import Shapes
 
 Shape = tuple[int, ...]
@@ -126,15 +124,7 @@ def check_layout(config: ModelConfig, layout: ParallelConfig) -> None:
     Raises:
         ValueError: Heads, channels or experts cannot be divided; says which.
     """
-    if layout.ep > 1:
-        experts = [shape[0] for name, shape in _experts(config)]
-        require(bool(experts), "parallel.ep", layout.ep, "1 for a model without experts")
-        allowed = f"a divisor of num_experts={experts[0]}"
-        require(experts[0] % layout.ep == 0, "parallel.ep", layout.ep, allowed)
-    for name, number in _divided(config) if layout.tp > 1 else ():
-        require(number % layout.tp == 0, "parallel.tp", layout.tp, f"a divisor of {name}={number}")
-    if layout.tp > 1 and config.num_recent_loops:
-        raise ValueError("parallel.tp is above 1; with depth_attention it must be 1")
+    layout.check(config)
     for each in place(config, layout):
         length = each.shape[each.dim]
         if each.is_expert and length % each.ranks:
@@ -205,20 +195,3 @@ def _held(name: str, shape: Shape, layout: ParallelConfig) -> Held:
     if dim is not None:
         shape = (*shape[:dim], shape[dim] // layout.tp, *shape[dim + 1 :])
     return Held(name, shape, 0, layout.dp_shard)
-
-
-def _experts(config: ModelConfig) -> Iterator[tuple[str, Shape]]:
-    for name, shape in parameter_shapes(config).items():
-        if name.endswith(EXPERTS):
-            yield name, shape
-
-
-def _divided(config: ModelConfig) -> Iterator[tuple[str, int]]:
-    """What tensor parallel divides, by the names of the fields."""
-    for name in ("num_heads", "num_kv_heads"):
-        if hasattr(config.attention, name):
-            yield f"attention.{name}", getattr(config.attention, name)
-    for name, part in (("feed_forward", config.feed_forward), ("core_ff", config.core_ff)):
-        shared = getattr(part, "num_shared_experts", None)
-        width = part.width if shared is None else shared * getattr(part, "shared_width", 0)
-        yield f"the width of {name}", width

@@ -128,8 +128,8 @@ def train(
             step_started = time.perf_counter()
             batch = next(batches)
             metrics, agreed = _gradients(model, batch, config, state.step, done, ranks, here)
-            reason = guard.check(metrics)
-            if reason:
+            if reason := guard.check(metrics):
+                run.finish()
                 kept = run.last_checkpoint() or "none was written yet"
                 raise TrainingStopped(f"{reason} at step {state.step + 1}; last checkpoint: {kept}")
             metrics["lr_factor"] = config.optimizer.rate(done)
@@ -156,7 +156,7 @@ def train(
             if is_last or ((evaluates or by_steps) and not guard.bad):
                 try:
                     ranks.each(recorder.flush)  # a run that goes on from here finds its rows
-                    run.save(model, optimizers, task, state)
+                    run.save(model, optimizers, task, state, wait=bool(is_last))
                     saved = step
                 except OSError as error:
                     if is_last:
@@ -166,7 +166,7 @@ def train(
                 recorder.validation(step, seconds, _evaluate(model, task, config))
                 stopping = here.signal if agreed is None else stopping
         ranks.each(recorder.flush)
-        if state.step > saved:
+        if not run.finish() or state.step > saved:
             run.save(model, optimizers, task, state)
     return TrainResult(state.step, state.seconds, stopping if done < 1 else 0)
 

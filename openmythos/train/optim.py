@@ -7,11 +7,14 @@ from typing import Any, ClassVar
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from openmythos.config.schema import require
 from openmythos.model.attention import LatentExpansion
 from openmythos.model.feedforward import MoE
 from openmythos.model.loop_signal import LoopLinear
+from openmythos.train.owner import Axis, axes_of, by_owner
+from openmythos.train.shard import local_part
 
 # Source: the Polar Express (arXiv 2505.16932), algorithm 1, five steps with safety factor 2e-2.
 POLAR_COEFFICIENTS = (
@@ -26,17 +29,19 @@ POLAR_COEFFICIENTS = (
 def orthogonalise(matrices: Float[Tensor, "N R C"]) -> Float[Tensor, "N R C"]:
     """The nearest (semi-)orthogonal matrices, with singular values within about 10 % of 1.
 
-    Computed in fp32 on a CPU, where bf16 products are about a hundred times slower; else in bf16.
+    Computed in fp32 on a CPU, where bf16 products are about a hundred times slower, else in bf16;
+    matrices in fp64 in fp64.
     """
     tall = matrices.shape[1] > matrices.shape[2]
-    x = (matrices.mT if tall else matrices).float()
+    x = matrices.mT if tall else matrices
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
     tiny = torch.finfo(torch.float32).tiny
     # Divide by the largest entry first, or the squares of a tiny matrix underflow in the norm. A
     # matrix of zeros stays zero.
     x = x / x.abs().amax(dim=(1, 2), keepdim=True).clamp(min=tiny)
     norms = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True)
     x = x / (norms * 1.02).clamp(min=tiny)
-    x = x if x.device.type == "cpu" else x.bfloat16()
+    x = x if x.device.type == "cpu" or x.dtype == torch.float64 else x.bfloat16()
     for a, b, c in POLAR_COEFFICIENTS:
         gram = torch.bmm(x, x.mT)
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
@@ -45,6 +50,8 @@ def orthogonalise(matrices: Float[Tensor, "N R C"]) -> Float[Tensor, "N R C"]:
 
 class Muon(torch.optim.Optimizer):
     """Steps along the orthogonalised momentum; matrices of equal shape share one batch.
+
+    Of matrices that are sharded over ranks, each is orthogonalised by one of them.
 
     Source: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon.
     """
@@ -65,29 +72,34 @@ class Muon(torch.optim.Optimizer):
         if closure is not None:
             raise ValueError("Muon takes no closure")
         for group in self.param_groups:
-            by_shape: dict[tuple[int, ...], list[nn.Parameter]] = {}
+            alike: dict[Any, list[nn.Parameter]] = {}
             for param in group["params"]:
                 if param.grad is not None:
-                    by_shape.setdefault(tuple(param.shape[-2:]), []).append(param)
-            for params in by_shape.values():
-                self._step_shape(params, group)
+                    alike.setdefault((param.shape[-2:], axes_of(param)), []).append(param)
+            for (_, axes), params in alike.items():
+                self._step_alike(params, axes, group)
 
-    def _step_shape(self, params: list[nn.Parameter], group: dict[str, Any]) -> None:
+    def _step_alike(
+        self, params: list[nn.Parameter], axes: tuple[Axis, ...], group: dict[str, Any]
+    ) -> None:
+        """Update parameters whose matrices have one shape and are divided in one way."""
         updates = []
         for param in params:
             assert param.grad is not None
             state = self.state[param]
             if not state:
                 state["momentum"] = torch.zeros_like(param)
-            state["momentum"].lerp_(param.grad, 1 - group["momentum"])
-            nesterov = param.grad.lerp(state["momentum"], group["momentum"])
-            updates.append(nesterov.reshape(-1, *param.shape[-2:]))
+            grad, momentum = local_part(param.grad), local_part(state["momentum"])
+            momentum.lerp_(grad, 1 - group["momentum"])
+            nesterov = grad.lerp(momentum, group["momentum"])
+            updates.append(nesterov.reshape(-1, *nesterov.shape[-2:]))
         rows, cols = params[0].shape[-2:]
         scale = group["lr"] * max(1, rows / cols) ** 0.5
-        batch = orthogonalise(torch.cat(updates))
+        batch = by_owner(orthogonalise, torch.cat(updates), axes)
         for param, update in zip(params, batch.split([len(u) for u in updates]), strict=True):
-            param.mul_(1 - group["lr"] * group["weight_decay"])
-            param.add_(update.view_as(param), alpha=-scale)
+            part = local_part(param)
+            part.mul_(1 - group["lr"] * group["weight_decay"])
+            part.add_(update.view_as(part), alpha=-scale)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,8 +157,10 @@ class OptimizerConfig:
 def make_optimizers(model: nn.Module, config: OptimizerConfig) -> list[torch.optim.Optimizer]:
     """Muon for block matrices, AdamW for embeddings, vectors, the injection and the head.
 
-    Of a frozen model with an adapter, AdamW trains the adapter. Only block matrices get weight
-    decay. Each group keeps its unscaled rate as ``base_lr``.
+    Of a frozen model with an adapter, AdamW trains the adapter.
+
+    Only block matrices get weight decay. Each group keeps its unscaled rate as ``base_lr``. Sharded
+    parameters are grouped by their mesh, too, because no fused update takes several.
     """
     matrices, embeddings, rest = [], [], []
     owners = (LoopLinear, LatentExpansion, MoE)  # of the matrices that Muon trains
@@ -169,9 +183,18 @@ def make_optimizers(model: nn.Module, config: OptimizerConfig) -> list[torch.opt
     elif matrices:
         momentum, decay = config.muon_momentum, config.weight_decay
         optimizers.append(Muon(matrices, lr=config.muon_lr, momentum=momentum, weight_decay=decay))
-    groups = [group for group in groups if group["params"]]
+    groups = [{**group, "params": same} for group in groups for same in _by_mesh(group["params"])]
     optimizers.append(torch.optim.AdamW(groups, betas=betas, weight_decay=0.0, fused=True))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["base_lr"] = group["lr"]
     return optimizers
+
+
+def _by_mesh(params: Any) -> list[list[nn.Parameter]]:
+    """The parameters by the mesh over which they are sharded, in order."""
+    found: dict[Any, list[nn.Parameter]] = {}
+    for param in params:
+        mesh = param.device_mesh if isinstance(param, DTensor) else None
+        found.setdefault(mesh, []).append(param)
+    return list(found.values())

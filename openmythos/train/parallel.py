@@ -6,8 +6,9 @@ The engine is PyTorch's: one mesh of devices, and FSDP2 with a unit per block. O
 
 import json
 import os
+import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,15 +18,18 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from openmythos.config.parallel import ParallelConfig, started_rank
 from openmythos.model.feedforward import Router
 from openmythos.model.recurrent import RecurrentDepthLM
+from openmythos.train.experts import EXPERT_SHARD, divide_experts, expert_placement
 from openmythos.train.recipe import TrainConfig
+from openmythos.train.shard import own_indices
+from openmythos.train.tensor import divide_tensors, fused_orders
 
 AXES = ("dp_replicate", "efsdp", "ep", "tp")
-JOINT_AXES = {"dp_shard": ("efsdp", "ep")}  # names of several axes together
+# Names of several axes together: those of dense weights, and those of one rank's experts.
+JOINT_AXES = {"dp_shard": ("efsdp", "ep"), EXPERT_SHARD: ("efsdp", "tp")}
 # A graph for one row and one for more, with and without gradients, per shape of a call: with a
 # depth per sequence more than the 8 that torch allows.
 COMPILING: dict[str, Any] = {
@@ -46,6 +50,7 @@ class Ranks:
         mesh: The mesh of all ranks, with the axes of ``AXES``; None on one process alone.
         row_rank: Which part of a batch's rows this process trains, from 0.
         num_row_ranks: Number of parts of a batch's rows.
+        group: The group whose messages ``each`` sends; None: that of all other messages, too.
     """
 
     rank: int
@@ -54,6 +59,7 @@ class Ranks:
     mesh: DeviceMesh | None = None
     row_rank: int = 0
     num_row_ranks: int = 1
+    group: dist.ProcessGroup | None = None
 
     @staticmethod
     def alone(device: torch.device | str = "cpu") -> "Ranks":
@@ -98,7 +104,7 @@ class Ranks:
         except (OSError, ValueError) as raised:
             kind = "ValueError" if isinstance(raised, ValueError) else "OSError"
             error, said = raised, {kind: str(raised)}
-        answers = _gathered(said)
+        answers = _gathered(said, self.group)
         if error is not None:
             raise error
         for answer in answers:
@@ -112,6 +118,15 @@ class Ranks:
         """As ``each``, but only the first rank calls ``make``, and all get what it returns."""
         return self.each(lambda: make() if self.first else None)[0]
 
+    def apart(self) -> "Ranks":
+        """The same place with a group of its own, for another thread; all ranks call it together.
+
+        The messages of a group are told apart by their order only, and two threads have none.
+        """
+        if self.mesh is None:
+            return self
+        return replace(self, group=dist.new_group(backend="gloo"))
+
     def wait(self) -> None:
         """Wait until all ranks are here."""
         self.on_first(lambda: None)
@@ -122,14 +137,14 @@ class Ranks:
             dist.destroy_process_group()
 
 
-def _gathered(said: Any) -> list[Any]:
+def _gathered(said: Any, group: dist.ProcessGroup | None) -> list[Any]:
     """What every rank says; never pickled."""
     text = torch.frombuffer(bytearray(json.dumps(said), "utf-8"), dtype=torch.uint8)
     lengths = [torch.tensor(0) for _ in range(dist.get_world_size())]
-    dist.all_gather(lengths, torch.tensor(len(text)))
+    dist.all_gather(lengths, torch.tensor(len(text)), group)
     longest = max(map(int, lengths))
     texts = [torch.empty(longest, dtype=torch.uint8) for _ in lengths]
-    dist.all_gather(texts, torch.cat((text, text.new_zeros(longest - len(text)))))
+    dist.all_gather(texts, torch.cat((text, text.new_zeros(longest - len(text)))), group)
     pairs = zip(texts, lengths, strict=True)
     return [json.loads(bytes(each[: int(length)].tolist())) for each, length in pairs]
 
@@ -187,11 +202,16 @@ def parallelize(model: RecurrentDepthLM, config: TrainConfig, ranks: Ranks) -> N
     if ranks.mesh is None:
         return
     layout = config.parallel
+    layout.check(model.config)
+    divide_tensors(model, ranks.mesh["tp"])
+    divide_experts(model, ranks.mesh)
+    place = expert_placement(ranks.mesh)
     if config.compile:
         for block in blocks(model):
             block.compile(**COMPILING)
-    axes = ("dp_replicate", "dp_shard") if layout.dp_replicate > 1 else ("dp_shard",)
-    mesh = ranks.mesh[axes]
+    with warnings.catch_warnings(action="ignore"):  # of joint axes beside others
+        axes = ("dp_replicate", "dp_shard") if layout.dp_replicate > 1 else ("dp_shard",)
+        mesh = ranks.mesh[axes]
     own = MixedPrecisionPolicy()
     policy = own
     if config.autocast == "bfloat16":
@@ -200,7 +220,13 @@ def parallelize(model: RecurrentDepthLM, config: TrainConfig, ranks: Ranks) -> N
     kept: list[FSDPModule] = []
 
     def unit(module: nn.Module, keep: bool, precision: MixedPrecisionPolicy) -> None:
-        made = fully_shard(module, mesh=mesh, reshard_after_forward=not keep, mp_policy=precision)
+        made = fully_shard(
+            module,
+            mesh=mesh,
+            reshard_after_forward=not keep,
+            shard_placement_fn=place,
+            mp_policy=precision,
+        )
         if keep:
             kept.append(made)
 
@@ -261,24 +287,32 @@ def release_gradients(model: nn.Module) -> None:
             group.finalize_backward()
 
 
-def own_part(parameter: Tensor) -> tuple[Shaped[Tensor, "R C"], Int[Tensor, "R"], slice]:
-    """This rank's part of a parameter as a matrix, the rows of the whole that it has, and columns.
+Part = tuple[Shaped[Tensor, "R C"], Int[Tensor, "R"], Any]  # values, rows, an index of columns
+
+
+def own_parts(model: nn.Module) -> Callable[[str, Tensor], Part]:
+    """Of a parameter by its name, this rank's part as a matrix, and which part of the whole it is.
 
     The whole counts as a matrix: its last dimension by all others. Writing to the part writes to
     the parameter.
     """
-    others = parameter.shape[:-1]
-    if not isinstance(parameter, DTensor):
-        rows = torch.arange(others.numel())
-        return parameter.view(-1, parameter.shape[-1]), rows, slice(None)
-    sizes, starts = compute_local_shape_and_global_offset(
-        parameter.shape, parameter.device_mesh, parameter.placements
-    )
-    rows = torch.arange(others.numel()).view(others)
-    for axis, (size, start) in enumerate(zip(sizes[:-1], starts[:-1], strict=True)):
-        rows = rows.narrow(axis, start if size else 0, size)
-    columns = slice(starts[-1], starts[-1] + sizes[-1])
-    return parameter.to_local().view(rows.numel(), sizes[-1]), rows.flatten(), columns
+    orders = fused_orders(model)
+
+    def own_part(name: str, parameter: Tensor) -> Part:
+        others = parameter.shape[:-1]
+        rows = torch.arange(others.numel()).view(others)
+        if not isinstance(parameter, DTensor):
+            return parameter.view(-1, parameter.shape[-1]), rows.flatten(), slice(None)
+        indices = own_indices(parameter, orders.get(name))
+        for axis, index in enumerate(indices[:-1]):
+            rows = rows.index_select(axis, index)
+        return (
+            parameter.to_local().view(rows.numel(), len(indices[-1])),
+            rows.flatten(),
+            indices[-1],
+        )
+
+    return own_part
 
 
 def local_gradients(model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
@@ -307,7 +341,7 @@ def _counts(grad: Tensor, ranks: Ranks) -> bool:
         for name, placement in zip(
             grad.device_mesh.mesh_dim_names or (), grad.placements, strict=True
         ):
-            if placement.is_shard():
+            if not placement.is_replicate():
                 split.update(JOINT_AXES.get(name, (name,)))
     return all(ranks.mesh[axis].get_local_rank() == 0 for axis in AXES if axis not in split)
 

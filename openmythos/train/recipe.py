@@ -45,6 +45,8 @@ class TrainConfig:
         eval_loops: Numbers of loops that are evaluated.
         eval_batches: Batches of held-out text in an evaluation.
         save_every: Steps between two checkpoints; 0: not by number of steps.
+        save_in_background: Whether training goes on while a checkpoint is written: a copy of
+            weights and optimiser state lies in the host's memory meanwhile.
         keep_checkpoints: Newest checkpoints that are kept.
         track: Where the rows of metrics.jsonl are sent as well.
         parallel: How the run is laid out over processes.
@@ -71,6 +73,7 @@ class TrainConfig:
     eval_loops: tuple[int, ...] = (1, 2, 4, 8, 16)
     eval_batches: int = 16
     save_every: int = 200
+    save_in_background: bool = False
     keep_checkpoints: int = 2
     track: Literal["none", "trackio", "wandb"] = "none"
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -98,6 +101,9 @@ class TrainConfig:
         require(self.batch_size % parts == 0, "batch_size", self.batch_size, allowed)
         if self.adapter is not None:
             self._check_adapter()
+        exchanges = self.parallel.ep > 1 or self.parallel.tp > 1
+        allowed = "false with parallel.ep or parallel.tp above 1"
+        require(not (self.compile and exchanges), "compile", self.compile, allowed)
         if self.parallel.same_loops and self.depth.per_sequence:
             per_draw, ranks = self.depth.rows_per_draw, self.parallel.num_row_ranks
             allowed = f"a multiple of dp_replicate x dp_shard, {ranks}: all run the same loops"
@@ -125,6 +131,7 @@ FREE_FIELDS = frozenset(
     for name in (
         *("max_steps", "max_seconds", "grad_accumulation", "compile", "log_every", "save_every"),
         *("keep_checkpoints", "eval_every", "eval_loops", "eval_batches", "recompute", "track"),
+        "save_in_background",
         *(f"parallel.{name}" for name in ("dp_replicate", "dp_shard", "ep", "tp", "core_gather")),
     )
 )
@@ -318,3 +325,4 @@ class RunConfig:
             needs = "0, or data.kind=hops with data.passed_targets=true"
             require(passed, "objective.targets_per_loop", objective.targets_per_loop, needs)
         objective.check(self.model.halting)
+        self.train.parallel.check(self.model)

@@ -196,8 +196,10 @@ def _set_up(config: RunConfig, out: Path, ranks: Ranks) -> Run:
             f"the data has {vocab_size} token ids, the model in {source} "
             f"{config.model.vocab_size}; prepare the data with --tokenizer {source}"
         )
-    folder = RunFolder(out, config.train.keep_checkpoints, tokenizer, ranks)
-    adapter = config.train.adapter
+    settings = config.train
+    keep, in_background = settings.keep_checkpoints, settings.save_in_background
+    folder = RunFolder(out, keep, tokenizer, ranks, in_background)
+    adapter = settings.adapter
     if source is None or (adapter is None and folder.last_checkpoint() is not None):
         model = new_model(config.model, config.train, ranks)
     else:

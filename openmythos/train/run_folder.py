@@ -10,7 +10,8 @@ import re
 import shutil
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +25,19 @@ from openmythos.checkpoint.load import (
     newest_checkpoint,
     run_checkpoints,
 )
-from openmythos.checkpoint.parts import laid_out_like, own_box, rank_files
+from openmythos.checkpoint.parts import OwnParts, laid_out_like, own_box, own_parts, rank_files
 from openmythos.checkpoint.save import (
     OWN_FILES,
     require_stored,
-    save_own_parts,
+    save_parts,
     save_tensors,
     save_weights,
     write_config,
 )
 from openmythos.checkpoint.weights import COMPILED, CONFIG_FILE, WEIGHTS_STEM, StoredTensors
+from openmythos.config import ModelConfig
 from openmythos.config.schema import from_dict, to_dict
+from openmythos.data.puzzle import Puzzle
 from openmythos.folder import (
     PUZZLE_FILE,
     WALKS_FILE,
@@ -47,12 +50,13 @@ from openmythos.folder import (
     write_json,
     write_manifest,
 )
-from openmythos.interop.adapter import Adapter, restore_adapter, save_adapter
+from openmythos.interop.adapter import Adapter, restore_adapter, save_adapter, trained
 from openmythos.model.recurrent import RecurrentDepthLM
 from openmythos.tokenizer import Tokenizer
 from openmythos.train.parallel import Ranks
 from openmythos.train.recipe import FREE_FIELDS, PATH_FIELDS, RunConfig
 from openmythos.train.task import PuzzleTask, Task
+from openmythos.train.tensor import in_plain_order, put_in_fused_order
 
 STATE_TENSORS, STATE_RECORD = "training_state.safetensors", "training_state.json"
 
@@ -112,12 +116,15 @@ class RunFolder:
         keep: int = 2,
         tokenizer: Tokenizer | None = None,
         ranks: Ranks | None = None,
-        adapter: Adapter | None = None,
+        in_background: bool = False,
     ) -> None:
-        self.adapter = adapter  # the run trains it, and not the weights
         self.path, self.keep, self.tokenizer = path, keep, tokenizer
+        self.in_background = in_background
         self.ranks = Ranks.alone() if ranks is None else ranks
         self.config: dict[str, Any] | None = None
+        self.adapter: Adapter | None = None  # what the run trains instead of the weights
+        self._writer: tuple[ThreadPoolExecutor, Ranks] | None = None
+        self._saving: Future[None] | None = None
         (path / "checkpoints").mkdir(parents=True, exist_ok=True)
         (path / "samples").mkdir(exist_ok=True)
 
@@ -200,60 +207,71 @@ class RunFolder:
         optimizers: list[torch.optim.Optimizer],
         task: Task,
         state: RunState,
+        wait: bool = True,
     ) -> Path:
         """Write a checkpoint atomically, then delete all but the newest ``keep``.
 
-        Over ranks, each of them writes what it holds of the model and of the optimisers.
+        Over ranks, each of them writes what it holds of the model and of the optimisers. Unless it
+        is waited for, a folder that saves ``in_background`` copies everything to the host's memory
+        and lets another thread write it while training goes on; see ``finish``.
 
         Raises:
             OSError: It cannot be written, by this rank or another; what was there before stays.
         """
-        ranks, target = self.ranks, self.path / "checkpoints" / f"step-{state.step:08d}"
-        own = {*OWN_FILES, WALKS_FILE, PUZZLE_FILE, STATE_TENSORS, STATE_RECORD}
-        own |= {path.name for path in target.glob("*-rank-*.safetensors")}
-        moments = _optimizer_state(model, optimizers)
-        with contextlib.ExitStack() as fresh_folder:
-            enter = fresh_folder.enter_context
-            fresh = Path(ranks.on_first(lambda: str(enter(replaced_folder(target, own)))))
-            written = ranks.each(lambda: self._write_tensors(model, moments, fresh))
-            known = {name: record for each in written for name, record in each.items()}
-            ranks.on_first(lambda: self._write_rest(model, task, state, fresh, known))
-            ranks.each(fresh_folder.close)  # renames it
-        ranks.on_first(self._remove_old)
-        return target
-
-    def _write_tensors(
-        self, model: RecurrentDepthLM, moments: dict[str, Tensor], fresh: Path
-    ) -> dict[str, dict[str, Any]]:
-        """Write what this rank holds of weights and optimisers; what the manifest says of it."""
         require_stored(model)
-        if self.ranks.mesh is None:
-            if self.adapter is None:
-                save_weights(model.state_dict(), fresh)
-            else:
-                save_adapter(model, self.adapter, fresh)
-            save_tensors(moments, fresh / STATE_TENSORS)
-            return {}
-        weights = save_own_parts(model.state_dict(), fresh, WEIGHTS_STEM)
-        return weights | save_own_parts(moments, fresh, Path(STATE_TENSORS).stem)
-
-    def _write_rest(
-        self,
-        model: RecurrentDepthLM,
-        task: Task,
-        state: RunState,
-        fresh: Path,
-        known: dict[str, dict[str, Any]],
-    ) -> None:
-        """Everything in a checkpoint but its tensors, which the manifest knows; it comes last."""
+        adapter = self.adapter
+        weights = in_plain_order(model, model.state_dict()) if adapter is None else trained(model)
+        weights = {name.replace(COMPILED, ""): tensor for name, tensor in weights.items()}
         record = {"state": asdict(state), "task": task.state_dict()}
         if self.config is not None:
             record["run"] = self.config
-        write_config(model.config, fresh, self.tokenizer)
-        if isinstance(task, PuzzleTask):
-            task.puzzle.save(fresh)
-        write_json(fresh / STATE_RECORD, record)
-        write_manifest(fresh, known)
+        content = _Content(
+            name=f"step-{state.step:08d}",
+            weights=own_parts(weights),
+            moments=own_parts(in_plain_order(model, _optimizer_state(model, optimizers))),
+            record=record,
+            model=model.config,
+            adapter=adapter,
+            puzzle=task.puzzle if isinstance(task, PuzzleTask) else None,
+        )
+        self.finish()
+        if self.in_background and not wait:
+            if self._writer is None:
+                self._writer = ThreadPoolExecutor(1), self.ranks.apart()
+            thread, ranks = self._writer
+            self._saving = thread.submit(self._write, content.copy(), ranks)
+        else:
+            self._write(content, self.ranks)
+        return self.path / "checkpoints" / content.name
+
+    def finish(self) -> bool:
+        """Wait for the checkpoint that is written in the background.
+
+        Returns:
+            Whether it was written, or there is none; if it was not, that is said.
+        """
+        saving, self._saving = self._saving, None
+        try:
+            if saving is not None:
+                saving.result()
+        except OSError as error:
+            if self.ranks.first:
+                warnings.warn(f"{error}; training goes on", stacklevel=2)
+            return False
+        return True
+
+    def _write(self, content: "_Content", ranks: Ranks) -> None:
+        target = self.path / "checkpoints" / content.name
+        own = {*OWN_FILES, WALKS_FILE, PUZZLE_FILE, STATE_TENSORS, STATE_RECORD}
+        own |= {path.name for path in target.glob("*-rank-*.safetensors")}
+        with contextlib.ExitStack() as fresh_folder:
+            enter = fresh_folder.enter_context
+            fresh = Path(ranks.on_first(lambda: str(enter(replaced_folder(target, own)))))
+            written = ranks.each(lambda: content.write_tensors(fresh, ranks))
+            known = {name: record for each in written for name, record in each.items()}
+            ranks.on_first(lambda: content.write_rest(fresh, self.tokenizer, known))
+            ranks.each(fresh_folder.close)  # renames it
+        ranks.on_first(self._remove_old)
 
     def _remove_old(self) -> None:
         for old in self.checkpoints()[: -self.keep]:
@@ -299,6 +317,7 @@ class RunFolder:
         if "optimizers" in record:  # older versions numbered the parameters
             keys = _named(model, optimizers, keys)
         _load_optimizer_state(model, optimizers, stored, keys)
+        put_in_fused_order(model, model.state_dict() | _optimizer_state(model, optimizers))
         ranks.on_first(lambda: self._set_aside(folder))
         return RunState(**record["state"])
 
@@ -315,6 +334,46 @@ class RunFolder:
                 if aside.exists():
                     shutil.rmtree(aside)
                 put_in_place(damaged, aside)
+
+
+@dataclass(frozen=True)
+class _Content:
+    """What a checkpoint holds: this rank's parts of the tensors, and what the first rank writes."""
+
+    name: str
+    weights: OwnParts
+    moments: OwnParts
+    record: dict[str, Any]
+    model: ModelConfig
+    adapter: Adapter | None
+    puzzle: Puzzle | None
+
+    def copy(self) -> "_Content":
+        """The same with copies of the tensors, on the host."""
+        return replace(self, weights=self.weights.copy(), moments=self.moments.copy())
+
+    def write_tensors(self, fresh: Path, ranks: Ranks) -> dict[str, dict[str, Any]]:
+        """Write this rank's tensors; what the manifest says of its files, if they are parts."""
+        if ranks.mesh is None:
+            if self.adapter is None:
+                save_weights(self.weights.values, fresh)
+            else:
+                save_adapter(self.weights.values, self.adapter, fresh)
+            save_tensors(self.moments.values, fresh / STATE_TENSORS)
+            return {}
+        weights = save_parts(self.weights, fresh, WEIGHTS_STEM, ranks.rank, ranks.world)
+        stem = Path(STATE_TENSORS).stem
+        return weights | save_parts(self.moments, fresh, stem, ranks.rank, ranks.world)
+
+    def write_rest(
+        self, fresh: Path, tokenizer: Tokenizer | None, known: dict[str, dict[str, Any]]
+    ) -> None:
+        """Write everything but the tensors, whose files the manifest knows; it comes last."""
+        write_config(self.model, fresh, tokenizer)
+        if self.puzzle is not None:
+            self.puzzle.save(fresh)
+        write_json(fresh / STATE_RECORD, self.record)
+        write_manifest(fresh, known)
 
 
 def read_run_config(run: Path) -> dict[str, Any] | None:

@@ -20,7 +20,7 @@ from openmythos.interop.loading import load_pretrained
 from openmythos.model.init import init_weights
 from openmythos.model.recurrent import RecurrentDepthLM
 from openmythos.tokenizer import Tokenizer
-from openmythos.train.parallel import Ranks, own_part, parallelize
+from openmythos.train.parallel import Ranks, own_parts, parallelize
 from openmythos.train.recipe import TrainConfig
 
 
@@ -41,7 +41,7 @@ def new_model(config: ModelConfig, train: TrainConfig, ranks: Ranks) -> Recurren
     if ranks.mesh is None:
         return RecurrentDepthLM(config, train.seed).to(ranks.device)
     model = _laid_out(config, train, ranks)
-    init_weights(model, config.d_model, train.seed, own_part)
+    init_weights(model, config.d_model, train.seed, own_parts(model))
     return model
 
 
@@ -93,7 +93,8 @@ def _laid_out(config: ModelConfig, train: TrainConfig, ranks: Ranks) -> Recurren
 @torch.no_grad()
 def _fill_parts(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """Copy this rank's part of every weight."""
+    part_of = own_parts(model)
     for name, own in model.state_dict(keep_vars=True).items():
-        part, rows, columns = own_part(own)
+        part, rows, columns = part_of(name, own)
         whole = weights[name]
-        part.copy_(whole.view(-1, whole.shape[-1])[rows, columns])
+        part.copy_(whole.view(-1, whole.shape[-1])[rows][:, columns])

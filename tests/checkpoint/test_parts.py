@@ -108,9 +108,13 @@ def test_missing_and_misplaced_parts_are_refused(folder: Path, tmp_path: Path) -
 
 def test_a_process_alone_has_everything() -> None:
     tensors = {"a": torch.ones(2, 3), "step": torch.tensor(1.0)}
-    values, boxes = own_parts(tensors)
-    assert values.keys() == tensors.keys()
-    assert boxes == {"a": Box((0, 0), (2, 3)), "step": Box((), ())}
+    parts = own_parts(tensors)
+    tensors["a"].zero_()
+    copy = parts.copy()
+    tensors["a"].fill_(2)
+    assert parts.values["a"] is tensors["a"] and not copy.values["a"].any()
+    assert parts.values.keys() == copy.values.keys() == tensors.keys()
+    assert copy.boxes == parts.boxes == {"a": Box((0, 0), (2, 3)), "step": Box((), ())}
     assert own_box(tensors["a"]) == whole((2, 3)) and whole(()).count == 1
     one, other = Box((0, 2), (2, 3)), Box((1, 0), (5, 4))
     assert one.overlap(other) == Box((1, 2), (1, 2))

@@ -35,7 +35,7 @@ def test_json_is_what_the_plan_computes(invoke: Invoke) -> None:
     report = planned(invoke, "mythos-3b", *options)
     work = Work(context_length=2048, rows=2)
     plan = plan_training(preset("mythos-3b"), 8, GPUS["h200"], work)
-    assert report["fits"] is plan.fits is True
+    assert report["fits"] is plan.fits is True and report["dry_run"] is None
     assert report["chosen"]["memory"] == plan.chosen.memory
     assert report["chosen"]["num_bytes"] == sum(plan.chosen.memory.values())
     assert [row["reason"] for row in report["refused"]] == [each.reason for each in plan.refused]
@@ -64,6 +64,7 @@ def test_one_device_has_no_table_of_exchanges(invoke: Invoke) -> None:
         (("tiny", "--serve", "--tp", 2), "--tp belongs to a plan with --devices"),
         (("tiny", "--devices", 2, "--optimizer", "sgd"), "--optimizer is 'sgd'; it must be one of"),
         (("tiny", "--devices", 2, "--core-gather", "x"), "--core-gather is 'x'; it must be one of"),
+        (("tiny", "--devices", 2, "--dry-run", "x"), "--dry-run is 'x'; it must be one of shards"),
         (("tiny", "--devices", 2, "--tp", 3), "2 devices have no layout with tp 3"),
         (("tiny", "--devices", 2, "--ep", 2), "2 devices have no layout with ep 2"),
         (("tiny", "--devices", 2, "--network-gb", 0), "between is 0.0; it must be above 0"),
@@ -76,3 +77,27 @@ def test_one_device_has_no_table_of_exchanges(invoke: Invoke) -> None:
 def test_refusals_in_one_line(invoke: Invoke, arguments: tuple[Any, ...], said: str) -> None:
     message = refused(invoke, "plan", *arguments)
     assert said in message and "\n" not in message
+
+
+def test_a_dry_run_builds_what_was_planned(invoke: Invoke) -> None:
+    text = invoke("plan", "tiny", "--devices", 8, "--context-length", 64, "--dry-run", "step")
+    assert text.count("0 bytes off") == 3 and "Shards of rank 7:" in text
+    assert "Exchanges of a step, all gather: 6, 8.03 MiB, as planned" in text
+    report = planned(invoke, "tiny", "--devices", 1, "--dry-run", "shards")
+    (alone,) = report["dry_run"]["shards"]
+    assert alone["built"] == alone["planned"] == report["chosen"]["memory"]["parameters"]
+
+
+def test_a_difference_ends_with_status_1(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
+    from openmythos.train import dry_run
+
+    planned_shapes = dry_run.local_shapes
+    monkeypatch.setattr(
+        dry_run, "local_shapes", lambda *of: {**planned_shapes(*of), "final_norm.weight": (7,)}
+    )
+    options = ("plan", "tiny", "--devices", 1, "--dry-run", "shards")
+    output = invoke(*options, status=1)
+    assert "Shards of rank 0:" in output and "+612 bytes off: final_norm.weight" in output
+    (row,) = json.loads(invoke(*options, "--json", status=1))["dry_run"]["shards"]
+    assert row["built"] - row["planned"] == 4 * (160 - 7)
+    assert list(row["differing"]) == ["final_norm.weight"]

@@ -369,6 +369,10 @@ def main() -> int:
         bad += bool(found)
         for each in found[:5]:
             print(f"schedule {number}: {each}", flush=True)
+        done = number - options.first + 1
+        if done in (1, options.schedules) or done % 25 == 0:
+            took = f"{time.monotonic() - begun:.0f} s"
+            print(f"{done} of {options.schedules} schedules, {bad} bad, {took}", flush=True)
         stats = played.engine.stats
         counts.update(stats.finished)
         counts["tokens"] += stats.num_new_tokens

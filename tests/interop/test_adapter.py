@@ -18,6 +18,7 @@ from openmythos.interop.adapter import (
     save_adapter,
     weights_digest,
 )
+from openmythos.interop.adapter import trained as own_tensors
 from openmythos.interop.export import export_hf
 from openmythos.interop.loading import (
     load_config,
@@ -43,7 +44,7 @@ def trained(base: Path, folder: Path, **settings: Any) -> RecurrentDepthLM:
     for weight in adapted_weights(model).values():
         randomise(weight.changes)
     folder.mkdir()
-    save_adapter(model, adapter, folder)
+    save_adapter(own_tensors(model), adapter, folder)
     return model
 
 

@@ -13,7 +13,7 @@ from openmythos.config import (
     WeightLoRAConfig,
 )
 from openmythos.config.schema import apply_overrides
-from openmythos.model.attention import ATTENTIONS
+from openmythos.model.attention import ATTENTIONS, LatentExpansion
 from openmythos.model.attention import GQA as GQALayer
 from openmythos.model.attention import MLA as MLALayer
 from openmythos.model.cache import KVCache
@@ -45,9 +45,14 @@ def test_absorbed_mla_equals_expanded(dtype, tolerance, adapter, monkeypatch):
                 out = model(part, num_loops=3, ctx=model.context(part, cache=cache))
         return out.logits
 
-    expanded = MLALayer._expand
+    expand = LatentExpansion.forward
     calls = []
-    monkeypatch.setattr(MLALayer, "_expand", lambda *args: calls.append(1) or expanded(*args))
+
+    def counted(self, latents=None, **others):
+        calls.extend([1] if latents is not None else [])
+        return expand(self, latents, **others)
+
+    monkeypatch.setattr(LatentExpansion, "forward", counted)
     fast = decode()
     per_chunk = 1 + 2 * 3 + 1  # prelude, two core layers at three loops, coda
     assert len(calls) == per_chunk  # of the five tokens; the one after them is absorbed

@@ -263,7 +263,7 @@ def test_experts_shared_by_the_loops_of_a_forward_get_every_loops_gradient():
     tokens = torch.randint(0, 32, (2, 5))
     for grad_loops in (None, 2):
         found = []
-        for patch in (contextlib.nullcontext(), mock.patch.object(MoE, "_experts", whole)):
+        for patch in (contextlib.nullcontext(), mock.patch.object(MoE, "experts", whole)):
             model.zero_grad(set_to_none=True)
             with patch:
                 logits = model(tokens, num_loops=4, grad_loops=grad_loops).logits

@@ -93,8 +93,11 @@ def test_one_rank_holds_everything(name: str) -> None:
 @pytest.mark.parametrize(
     ("layout", "said"),
     [
-        (ParallelConfig(dp_shard=3, ep=3), "parallel.ep is 3; it must be a divisor of num_experts"),
-        (ParallelConfig(tp=5), "parallel.tp is 5; it must be a divisor of attention.num_heads=2"),
+        (
+            ParallelConfig(dp_shard=3, ep=3),
+            "num_experts is 4; it must be a multiple of parallel.ep=3",
+        ),
+        (ParallelConfig(tp=5), "num_heads is 2; it must be a multiple of parallel.tp=5"),
         (ParallelConfig(dp_shard=14, ep=2), "has 16 channels per expert, which 7 ranks"),
     ],
 )
@@ -105,5 +108,5 @@ def test_what_does_not_divide_is_refused(layout: ParallelConfig, said: str) -> N
 
 
 def test_experts_are_needed_for_their_division() -> None:
-    with pytest.raises(ValueError, match="1 for a model without experts"):
+    with pytest.raises(ValueError, match="the model has no experts: set it to 1"):
         check_layout(small_config(), ParallelConfig(dp_shard=2, ep=2))

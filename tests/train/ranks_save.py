@@ -2,8 +2,10 @@
 
 import contextlib
 import pickle
+import random
 import shutil
 import tempfile
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from functools import wraps
@@ -56,6 +58,7 @@ def in_a_folder(case: Callable[[Path, Ranks], None]) -> Callable[[], None]:
         try:
             with no_pickle():
                 case(folder, ranks)
+            ranks.wait()
         finally:
             if ranks.first:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -183,6 +186,40 @@ def a_damaged_part_is_passed_over_by_all(folder: Path, ranks: Ranks) -> None:
         run.resume(*trained(1, ranks), Remembering())
 
 
+@in_a_folder
+def training_goes_on_while_a_checkpoint_is_written(folder: Path, ranks: Ranks) -> None:
+    """The writer's messages are in a group of their own: both threads send, in any order."""
+    run = RunFolder(folder, ranks=ranks, in_background=True)
+    mine, expected = trained(0, ranks), trained(0, ranks)
+    rng = random.Random(ranks.rank)
+    for step in range(1, 5):
+        run.save(*mine, Remembering(stage=step), RunState(step, 0.0), wait=False)
+        with torch.no_grad():
+            for param in mine[0].parameters():
+                param.add_(1.0)  # what is written is of before
+        for number in range(50):
+            time.sleep(rng.random() / 1000)
+            total = ranks.sum(torch.tensor([float(number), float(ranks.rank)]))
+            assert total.tolist() == [number * ranks.world, ranks.world * (ranks.world - 1) / 2]
+        assert run.finish()
+        assert sorted(path.name for path in run.checkpoints())[-1] == f"step-{step:08d}"
+        other, task = trained(1, ranks), Remembering()
+        state = RunFolder(folder, ranks=ranks).resume(*other, task)
+        assert state == RunState(step, 0.0) and task.stage == step
+        assert_equal(expected, other)
+        with torch.no_grad():
+            for param in expected[0].parameters():
+                param.add_(1.0)
+    limit = full_disk(2000) if ranks.first else contextlib.nullcontext()
+    with limit, warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        run.save(*mine, Remembering(), RunState(9, 0.0), wait=False)
+        assert not run.finish()
+    words = [str(warning.message) for warning in said if "training goes on" in str(warning.message)]
+    assert len(words) == int(ranks.first) and all("too large" in each for each in words)
+    assert run.finish() and run.save(*mine, Remembering(), RunState(9, 0.0)).is_dir()
+
+
 def what_all_say_and_who_fails() -> None:
     ranks = join(ParallelConfig(dp_shard=dist.get_world_size()))
     with no_pickle():
@@ -204,4 +241,5 @@ CASES = [
     what_one_wrote_all_read,
     a_disk_that_is_full_for_one_is_said_by_all,
     a_damaged_part_is_passed_over_by_all,
+    training_goes_on_while_a_checkpoint_is_written,
 ]

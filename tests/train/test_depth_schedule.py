@@ -58,6 +58,18 @@ def test_consecutive_rows_share_a_draw() -> None:
     assert not torch.equal(first, second)
 
 
+def test_ranks_that_deal_the_rows_of_a_group_never_disagree() -> None:
+    """Each has the same depths in the same order, in each of 500 steps."""
+    sampling = PoissonDepth(mean_recurrence=8)
+    groups = DepthSchedule(sampling=sampling, per_sequence=True, rows_per_draw=6)
+    for step in range(500):
+        drawn = sample(groups, step, batch_size=14)  # the last group is not whole
+        assert torch.equal(drawn[0::2], drawn[1::2])
+    apart = DepthSchedule(sampling=sampling, per_sequence=True, rows_per_draw=3)
+    drawn = sample(apart, 0, batch_size=14)
+    assert not torch.equal(drawn[0::2], drawn[1::2])
+
+
 def test_poisson_over_steps_and_over_sequences() -> None:
     sampling = PoissonDepth(mean_recurrence=4)
     rows = sampling.draw(4.0, NUM_DRAWS, seeded()).float()

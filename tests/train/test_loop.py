@@ -140,10 +140,10 @@ def test_death_at_every_instant_of_a_save(tmp_path: Path, monkeypatch: pytest.Mo
 
         return call
 
-    def save_or_die(*arguments: Any) -> Path:
+    def save_or_die(*arguments: Any, **options: Any) -> Path:
         nonlocal saving
         saving = True
-        path = write(*arguments)
+        path = write(*arguments, **options)
         saving = False
         return path
 

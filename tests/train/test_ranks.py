@@ -2,10 +2,10 @@
 
 import pytest
 
-from tests.train import ranks_mix, ranks_save, ranks_shard
+from tests.train import ranks_expert, ranks_mix, ranks_save, ranks_shard
 from tests.train.launch import Case, Outcome, launch, name_of
 
-MODULES = (ranks_shard, ranks_save, ranks_mix)
+MODULES = (ranks_shard, ranks_save, ranks_expert, ranks_mix)
 CASES: list[Case] = [case for module in MODULES for case in module.CASES]
 
 

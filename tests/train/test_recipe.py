@@ -78,6 +78,10 @@ def test_overrides_reach_every_seam() -> None:
             },
             "rows_per_draw is 1; it must be a multiple of dp_replicate x dp_shard, 4",
         ),
+        (
+            {"max_steps": 1, "compile": True, "parallel": ParallelConfig(tp=2)},
+            "compile is True; it must be false with parallel.ep or parallel.tp above 1",
+        ),
     ],
 )
 def test_bad_training_fields(fields: dict[str, Any], said: str) -> None:

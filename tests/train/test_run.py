@@ -297,6 +297,7 @@ FREE_VALUES: dict[str, Any] = {
     "eval_batches": 3,
     "recompute": True,
     "track": "none",  # as compile
+    "save_in_background": True,
 }
 
 
@@ -567,8 +568,8 @@ def test_a_killed_run_of_an_adapter_goes_on_exactly(
     examples.run(config, whole)
     saves, save = itertools.count(1), RunFolder.save
 
-    def killed(self: RunFolder, *args: Any) -> Path:
-        path = save(self, *args)
+    def killed(self: RunFolder, *args: Any, **options: Any) -> Path:
+        path = save(self, *args, **options)
         if next(saves) in (4, 6):
             raise KeyboardInterrupt
         return path

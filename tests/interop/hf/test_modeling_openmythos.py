@@ -15,6 +15,7 @@ from openmythos.checkpoint.save import save_pretrained
 from openmythos.config import ModelConfig
 from openmythos.config.adapter import AdapterConfig
 from openmythos.interop.adapter import chosen_layers, new_adapter, save_adapter
+from openmythos.interop.adapter import trained as own_tensors
 from openmythos.interop.export import export_hf
 from openmythos.interop.loading import load_pretrained
 from openmythos.model.adapter import adapted_weights
@@ -367,7 +368,7 @@ def test_adapters_go_to_peft_and_back(opened: Open, config: ModelConfig, tmp_pat
     for weight in adapted_weights(ours).values():
         randomise(weight.changes)
     (tmp_path / "ours").mkdir()
-    save_adapter(ours, adapter, tmp_path / "ours")
+    save_adapter(own_tensors(ours), adapter, tmp_path / "ours")
     theirs = peft.PeftModel.from_pretrained(export, tmp_path / "ours")
     with torch.no_grad():
         found = theirs(tokens).logits

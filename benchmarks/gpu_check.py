@@ -56,7 +56,7 @@ class Place:
 
     @property
     def loops(self) -> tuple[int, ...]:
-        return (1, 3, 16) if self.small else (1, 2, 3, 4, 8, 16)
+        return (1, 2, 5) if self.small else (1, 2, 3, 4, 8, 16)
 
     @property
     def is_gpu(self) -> bool:

@@ -11,6 +11,9 @@ from openmythos.config.weights import Shapes, Weights, matrix, vector
 class HaltingMember(Member):
     """What every halting config states beside its fields."""
 
+    # Whether the readout mixes states by the head's weights: then the last loop's loss trains it.
+    mixes_states: ClassVar[bool] = False
+
     def weights(self, d_model: int) -> Weights:
         """The weights of the head: a linear map from the state to one logit, with a bias."""
         return matrix(d_model, 1) + vector(1)
@@ -34,6 +37,7 @@ class ACTConfig(HaltingMember):
     """
 
     kind: ClassVar[str] = "act"
+    mixes_states: ClassVar[bool] = True
     threshold: float = 0.99
     bias_init: float = -3.0
     keep_remainder: bool = True

@@ -114,6 +114,12 @@ def _is_kept(unit: Unit) -> bool:
     return unit.wide and not unit.in_core
 
 
+def _learns(unit: Unit, config: ModelConfig) -> bool:
+    """Whether the last loop's loss has a gradient for a unit; a gate beside the states has none."""
+    halting = config.halting
+    return unit.name != "halting.proj" or (halting is not None and halting.mixes_states)
+
+
 def _cast_bytes(config: ModelConfig) -> int:
     """The matrices outside the blocks, which autocast casts to bfloat16 and keeps."""
     shapes = counts.parameter_shapes(config)
@@ -207,7 +213,7 @@ class Links:
 
 
 def exchanges(config: ModelConfig, layout: ParallelConfig, work: Work) -> tuple[Exchange, ...]:
-    """The exchanges of a step, without the few numbers that the loop itself sums."""
+    """The exchanges of a step with the last loop's loss, without the numbers that are logged."""
     found = [*_sharding(config, layout, work), *_experts(config, layout, work)]
     return tuple(each for each in [*found, *_tensor(config, layout, work)] if each.ranks > 1)
 
@@ -237,13 +243,14 @@ def _sharding(config: ModelConfig, layout: ParallelConfig, work: Work) -> Iterat
                 times *= 1 if kept else work.accumulation
                 size = sum(each.gathered for each in group)
                 row = by_ranks.setdefault(group[0].ranks, [0, 0, 0, 0, 0])
-                add = (times, times * size * unit.weight_bytes, 1, 4 * size)
-                stored = 4 * sum(each.stored for each in group)
-                row[:] = [a + b for a, b in zip(row, (*add, stored), strict=True)]
-        for ranks, (number, size, units_, reduced, stored) in by_ranks.items():
+                learns = int(_learns(unit, config))
+                reduced = [1, 4 * size, 4 * sum(each.stored for each in group)]
+                add = [times, times * size * unit.weight_bytes, *(learns * n for n in reduced)]
+                row[:] = [a + b for a, b in zip(row, add, strict=True)]
+        for ranks, (number, size, units_, total, stored) in by_ranks.items():
             span = layout.dp_shard * layout.tp
             yield Exchange("all_gather", f"{what} weights", number, size, ranks, span)
-            yield Exchange("reduce_scatter", f"{what} gradients", units_, reduced, ranks, span)
+            yield Exchange("reduce_scatter", f"{what} gradients", units_, total, ranks, span)
             copies, all_ranks = layout.dp_replicate, layout.num_ranks
             yield Exchange("all_reduce", f"{what} gradients", units_, stored, copies, all_ranks)
 

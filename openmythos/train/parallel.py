@@ -6,6 +6,7 @@ The engine is PyTorch's: one mesh of devices, and FSDP2 with a unit per block. O
 
 import json
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -208,8 +209,9 @@ def parallelize(model: RecurrentDepthLM, config: TrainConfig, ranks: Ranks) -> N
     if config.compile:
         for block in blocks(model):
             block.compile(**COMPILING)
-    axes = ("dp_replicate", "dp_shard") if layout.dp_replicate > 1 else ("dp_shard",)
-    mesh = ranks.mesh[axes]
+    with warnings.catch_warnings(action="ignore"):  # of joint axes beside others
+        axes = ("dp_replicate", "dp_shard") if layout.dp_replicate > 1 else ("dp_shard",)
+        mesh = ranks.mesh[axes]
     own = MixedPrecisionPolicy()
     policy = own
     if config.autocast == "bfloat16":

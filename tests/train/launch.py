@@ -117,7 +117,7 @@ def _run(folder: Path, rank: int, world: int, names: Sequence[str]) -> None:
         init_method=f"file://{folder / 'rendezvous'}",
         rank=rank,
         world_size=world,
-        timeout=timedelta(seconds=60),
+        timeout=timedelta(seconds=300),
     )
     for number, name in enumerate(names):
         module, function = name.split(":")

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
+from openmythos.config import ACTConfig, ExitGateConfig
 from openmythos.config.parallel import ParallelConfig
 from openmythos.config.presets import preset
 from openmythos.plan import placement
@@ -57,6 +58,17 @@ def test_exchanges_of_a_step_are_the_planned_ones(name: str, recompute: bool) ->
     work = Work(context_length=32, recompute=recompute)
     for each in dry_run_step(EXPERTS, LAYOUTS[name], work):
         assert each.counted == each.planned, each
+
+
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")  # of a view that nothing writes to
+@pytest.mark.parametrize("halting", [ExitGateConfig(), ACTConfig()])
+def test_a_gate_without_a_gradient_is_not_reduced(halting: Any) -> None:
+    config = small_config(num_core_layers=1, num_coda_layers=0, num_loops=2, halting=halting)
+    found = dry_run_step(config, ParallelConfig(dp_shard=2), Work(context_length=8))
+    for each in found:
+        assert each.counted == each.planned, each
+    reduced = next(each for each in found if each.kind == "reduce_scatter")
+    assert reduced.counted[0] == 3 + halting.mixes_states  # two blocks, what is outside, the head
 
 
 def test_a_difference_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,7 +42,11 @@ from tests.train.ranks_shard import (
 )
 from tests.train.test_run_folder import Remembering
 
-MUON = {"optimizer": OptimizerConfig(muon_lr=0.02, clip_norm=0.5, weight_decay=0.1)}
+MUON = {
+    "optimizer": OptimizerConfig(
+        lr=3e-4, muon_lr=2e-3, embedding_lr=None, clip_norm=0.5, weight_decay=0.1
+    )
+}
 GROUPS = {"depth": replace(BY_ROW, rows_per_draw=4)}
 LORA = {"loop_adapter": WeightLoRAConfig(rank=2, num_loops=2)}
 EVERY_GQA = {
@@ -100,8 +104,12 @@ def every_arm_of_tp_ep_and_muon() -> dict[str, dict[str, float]]:
             found[name] = differences(arm)
         except Exception as error:
             raise AssertionError(f"{name}: {error}") from error
-        # Muon makes all singular values equal, and with them the rounding of the smallest.
-        limits = {"grad_norm": 1e-9, "weights": 1e-9} if name.startswith("muon") else {}
+        # Losses agree at any step. Over many steps the norm of the gradients, which moves faster
+        # than the loss, amplifies rounding; and Muon does so in weights, because it makes all
+        # singular values equal, the smallest as well.
+        limits = {"grad_norm": 1e-9} if STEPS > 2 else {}
+        if name.startswith("muon"):
+            limits = {"grad_norm": 1e-9, "weights": 1e-9}
         wrong = {k: v for k, v in found[name].items() if v > limits.get(k, 1e-12)}
         assert not wrong, (name, wrong)
     return found

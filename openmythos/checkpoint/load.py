@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from openmythos.checkpoint.parts import own_box, own_values
 from openmythos.checkpoint.save import FORMAT, FORMAT_VERSION
 from openmythos.checkpoint.weights import (
+    ADAPTER_FILE,
     COMPILED,
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -99,7 +100,12 @@ def newest_checkpoint(
 
 
 def _has(folder: Path, name: str) -> bool:
-    """Whether a checkpoint has a file, or a first part of it; the manifest knows the others."""
+    """Whether a checkpoint has a file, or a first part of it; the manifest knows the others.
+
+    An adapter may stand for the weights.
+    """
+    if name == WEIGHTS_FILE and (folder / ADAPTER_FILE).is_file():
+        return True
     parts = folder.glob(f"{name.removesuffix('.safetensors')}-rank-*")
     return (folder / name).is_file() or (name.endswith(".safetensors") and any(parts))
 

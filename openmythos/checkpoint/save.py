@@ -12,7 +12,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from openmythos.checkpoint.parts import OwnParts, places_metadata, rank_file
-from openmythos.checkpoint.weights import COMPILED, CONFIG_FILE, WEIGHTS_FILE, WEIGHTS_STEM
+from openmythos.checkpoint.weights import (
+    ADAPTER_CONFIG,
+    ADAPTER_FILE,
+    COMPILED,
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    WEIGHTS_STEM,
+)
 from openmythos.config import ModelConfig
 from openmythos.config.schema import to_dict
 from openmythos.folder import (
@@ -39,7 +46,7 @@ MEASURED = EXIT_FILE, EXIT_PICTURE = "exit.json", "exit.png"  # what calibrate-e
 COMPANIONS = (WALKS_FILE, PUZZLE_FILE, HELD_OUT_FILE)
 LICENCES = ("LICENSE*", "NOTICE*")
 OWN_FILES = {
-    *(CONFIG_FILE, WEIGHTS_FILE, MANIFEST_FILE),
+    *(CONFIG_FILE, WEIGHTS_FILE, ADAPTER_CONFIG, ADAPTER_FILE, MANIFEST_FILE),
     *MEASURED,  # of the weights that were there before
     *(TOKENIZER_FILE, SETTINGS_FILE, GENERATION_FILE),
 }

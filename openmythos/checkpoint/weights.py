@@ -22,6 +22,7 @@ from openmythos.config.schema import in_words
 from openmythos.folder import in_a_sentence, listed
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
+ADAPTER_CONFIG, ADAPTER_FILE = "adapter_config.json", "adapter_model.safetensors"
 WEIGHTS_STEM = "model"  # of the files of ranks
 PICKLE_FILES = ("pytorch_model.bin", "model.bin", "model.pt", "model.pth")
 INDEX_FILES = (WEIGHTS_FILE + ".index.json", "pytorch_model.bin.index.json")

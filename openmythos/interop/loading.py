@@ -21,6 +21,7 @@ from openmythos.checkpoint.weights import CONFIG_FILE, StoredWeights
 from openmythos.config import ModelConfig
 from openmythos.folder import PathLike
 from openmythos.interop import export
+from openmythos.interop.adapter import add_adapter, base_of, is_adapter
 from openmythos.interop.families import (
     huginn,
     ifm_looped_lm,
@@ -34,6 +35,7 @@ from openmythos.interop.families.not_loaded import why_not
 from openmythos.interop.gguf import PARTS_FIELD, GgufWeights
 from openmythos.interop.hub import ZOO_FOLDER, local_folder
 from openmythos.interop.mapping import read_tensors
+from openmythos.model.adapter import merge
 from openmythos.model.int8 import int8_names
 from openmythos.model.recurrent import RecurrentDepthLM
 from openmythos.tokenizer import Tokenizer
@@ -61,12 +63,14 @@ def load_pretrained(
     device: torch.device | str = "cpu",
     verify: bool = True,
     weights: str = "stored",
+    adapter: PathLike | None = None,
 ) -> RecurrentDepthLM:
-    """Load a checkpoint folder: ours, or one of a family in ``FAMILIES``.
+    """Load a checkpoint folder: ours, one of a family in ``FAMILIES``, or an adapter's.
 
     Args:
         path: A folder with config.json and the weights, a ``.gguf`` file of a Llama, ``zoo:NAME``
-            of a model that ships, or a model's name on the Hugging Face hub.
+            of a model that ships, or a model's name on the Hugging Face hub. Of a folder with an
+            adapter only, the base that it names is loaded, and the adapter merged into it.
         dtype: Dtype of the parameters; None keeps the stored one, and is fp32 for a GGUF file and
             for the models that ship, whose bf16 only saves space.
         device: Device of the model.
@@ -74,6 +78,7 @@ def load_pretrained(
             (about 1 GB/s); of a run, a damaged newest checkpoint falls back to the one before it.
         weights: "int8": matrices in 8 bits with one scale per output channel, for computing on a
             CPU in a quarter of the memory; the rest is in fp32. They are rounded as they are read.
+        adapter: A folder or run with an adapter of this model, ours or PEFT's, to merge into it.
 
     Returns:
         The model in evaluation mode.
@@ -82,8 +87,12 @@ def load_pretrained(
         ValueError: There is no such folder, the family is unknown, files are damaged, weights do
             not fit the config (all names are listed), or weights are not finite.
     """
-    dtype = dtype_for(weights, dtype, device)
-    require_room(local_folder(path, verify=False), dtype, device, weights)
+    dtype, found = dtype_for(weights, dtype, device), local_folder(path, verify=False)
+    if adapter is None and is_adapter(found):
+        adapter, path = path, base_of(found)
+    if adapter is not None:
+        return _load_adapted(path, adapter, dtype, device, verify, weights)
+    require_room(found, dtype, device, weights)
     folder = local_folder(path, verify=verify)
     if dtype is None and folder.parent == ZOO_FOLDER:
         dtype = torch.float32
@@ -96,6 +105,35 @@ def load_pretrained(
     return fill_model(model, tensors, folder, dtype, device, in_int8)
 
 
+def _load_adapted(
+    path: PathLike,
+    adapter: PathLike,
+    dtype: torch.dtype | None,
+    device: torch.device | str,
+    verify: bool,
+    weights: str,
+) -> RecurrentDepthLM:
+    """A base with an adapter merged into it, as ``load_pretrained``."""
+    if weights != "stored":
+        raise ValueError(
+            f"{adapter} is an adapter, which is not merged into weights in 8 bits: merge it first, "
+            f"openmythos convert {adapter} --out MERGED, and load that"
+        )
+    folder = local_folder(adapter, verify=verify)
+    if verify:
+        verify_checkpoint(folder)
+    model = load_pretrained(path, device=device, verify=verify)
+    add_adapter(model, folder, path)
+    if dtype is None:
+        merge(model)
+        return model
+    for parameter in model.parameters():  # rounded once, after the sum
+        parameter.data = parameter.data.to(torch.promote_types(dtype, torch.float32))
+    merge(model)
+    empty = empty_model(model.config)
+    return fill_model(empty, model.state_dict().items(), folder, dtype, device)
+
+
 def load_config(path: PathLike) -> ModelConfig:
     """The config of a checkpoint folder of any family; names and shapes of its weights are checked.
 
@@ -103,6 +141,8 @@ def load_config(path: PathLike) -> ModelConfig:
         ValueError: As ``load_pretrained``, except for weights that are not finite.
     """
     folder = local_folder(path)
+    if is_adapter(folder):
+        return load_config(base_of(folder))
     if "format" in read_config(folder):
         return open_checkpoint(folder)[0].config
     return _open_foreign(folder, None)[0].config
@@ -110,6 +150,7 @@ def load_config(path: PathLike) -> ModelConfig:
 
 def own_tokenizer(folder: Path) -> Tokenizer | None:
     """The tokenizer of one of our checkpoints or exports; None for other families' folders."""
+    folder = _or_base(folder)
     data = read_config(folder)
     ours = "format" in data or data.get("model_type") == export.MODEL_TYPE
     return Tokenizer.load(folder) if ours and (folder / TOKENIZER_FILE).is_file() else None
@@ -117,12 +158,19 @@ def own_tokenizer(folder: Path) -> Tokenizer | None:
 
 def usable_tokenizer(folder: Path) -> tuple[Tokenizer | None, str]:
     """The tokenizer of a folder of any family; or None, and the reason for a person."""
+    folder = _or_base(folder)
     if not has_tokenizer(folder):
         return None, f"{folder} has no {TOKENIZER_FILE}; the result has none either"
     try:
         return Tokenizer.load(folder), ""
     except ValueError as error:
         return None, f"the tokenizer is left out: {error}"
+
+
+def _or_base(folder: Path) -> Path:
+    """The folder; of an adapter alone, as PEFT writes it, that of its base."""
+    alone = is_adapter(folder) and not (folder / CONFIG_FILE).is_file()
+    return local_folder(base_of(folder)) if alone else folder
 
 
 def _open_foreign(

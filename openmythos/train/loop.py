@@ -134,8 +134,8 @@ def train(
                 raise TrainingStopped(f"{reason} at step {state.step + 1}; last checkpoint: {kept}")
             metrics["lr_factor"] = config.optimizer.rate(done)
             _update(optimizers, metrics["lr_factor"], guard.skips)
-            # Where only the gate is trained, the experts' selection is frozen, too.
-            frozen = config.objective.trains_gate_only or guard.skips
+            # Where only the gate or an adapter is trained, the experts' selection is frozen.
+            frozen = config.objective.trains_gate_only or config.adapter or guard.skips
             metrics |= _balance_experts(model, 0.0 if frozen else config.balance_rate)
             metrics |= {"skipped_steps": float(guard.skipped)} if guard.skipped else {}
             num_tokens = batch.tokens.numel() * ranks.num_row_ranks

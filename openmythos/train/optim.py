@@ -157,6 +157,8 @@ class OptimizerConfig:
 def make_optimizers(model: nn.Module, config: OptimizerConfig) -> list[torch.optim.Optimizer]:
     """Muon for block matrices, AdamW for embeddings, vectors, the injection and the head.
 
+    Of a frozen model with an adapter, AdamW trains the adapter.
+
     Only block matrices get weight decay. Each group keeps its unscaled rate as ``base_lr``. Sharded
     parameters are grouped by their mesh, too, because no fused update takes several.
     """
@@ -164,6 +166,8 @@ def make_optimizers(model: nn.Module, config: OptimizerConfig) -> list[torch.opt
     owners = (LoopLinear, LatentExpansion, MoE)  # of the matrices that Muon trains
     for module in model.modules():
         for name, param in module.named_parameters(recurse=False):
+            if not param.requires_grad:
+                continue
             if isinstance(module, nn.Embedding) or module is getattr(model, "head", None):
                 embeddings.append(param)
             elif isinstance(module, owners) and not name.startswith("lora"):
@@ -176,7 +180,7 @@ def make_optimizers(model: nn.Module, config: OptimizerConfig) -> list[torch.opt
     optimizers: list[torch.optim.Optimizer] = []
     if config.muon_lr is None:
         groups.append({"params": matrices, "lr": config.lr, "weight_decay": config.weight_decay})
-    else:
+    elif matrices:
         momentum, decay = config.muon_momentum, config.weight_decay
         optimizers.append(Muon(matrices, lr=config.muon_lr, momentum=momentum, weight_decay=decay))
     groups = [{**group, "params": same} for group in groups for same in _by_mesh(group["params"])]

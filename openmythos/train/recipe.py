@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from openmythos.config import ModelConfig
+from openmythos.config.adapter import AdapterConfig
 from openmythos.config.parallel import ParallelConfig
 from openmythos.config.schema import as_seed, require, require_literals, require_positive
 from openmythos.data.mixture import rows_per_cycle
@@ -26,6 +27,7 @@ class TrainConfig:
         seed: Seed of everything that is random.
         init_from: Checkpoint folder, of any family, with the initial weights; null: new ones are
             drawn.
+        adapter: What is trained beside frozen weights, those of ``init_from``; null: the weights.
         max_steps: Optimiser steps in all; null: no limit.
         max_seconds: Seconds of training in all; null: no limit.
         batch_size: Rows of one optimiser step, over all its micro-batches.
@@ -52,6 +54,7 @@ class TrainConfig:
 
     seed: int = 0
     init_from: str | None = None
+    adapter: AdapterConfig | None = None
     max_steps: int | None = None
     max_seconds: float | None = None
     batch_size: int = 16
@@ -96,6 +99,8 @@ class TrainConfig:
         parts = self.parallel.num_row_ranks * self.grad_accumulation
         allowed = f"a multiple of dp_replicate x dp_shard x grad_accumulation, {parts}"
         require(self.batch_size % parts == 0, "batch_size", self.batch_size, allowed)
+        if self.adapter is not None:
+            self._check_adapter()
         exchanges = self.parallel.ep > 1 or self.parallel.tp > 1
         allowed = "false with parallel.ep or parallel.tp above 1"
         require(not (self.compile and exchanges), "compile", self.compile, allowed)
@@ -103,6 +108,14 @@ class TrainConfig:
             per_draw, ranks = self.depth.rows_per_draw, self.parallel.num_row_ranks
             allowed = f"a multiple of dp_replicate x dp_shard, {ranks}: all run the same loops"
             require(per_draw % ranks == 0, "depth.rows_per_draw", per_draw, allowed)
+
+    def _check_adapter(self) -> None:
+        allowed = "null without train.init_from (--from), the model that it changes"
+        require(self.init_from is not None, "train.adapter", self.adapter, allowed)
+        allowed = "null where the objective trains the gate only: an adapter trains all but it"
+        require(not self.objective.trains_gate_only, "train.adapter", self.adapter, allowed)
+        allowed = "1: adapters are trained by one process"
+        require(self.parallel.num_ranks == 1, "parallel.dp_shard x tp", self.parallel, allowed)
 
     def progress(self, step: int, seconds: float) -> float:
         """The share of the run that is done before ``step``, 0..1."""

@@ -19,6 +19,7 @@ from openmythos.data.prepare import MAX_BPE_TRAINING_BYTES, prepare
 from openmythos.data.puzzle_table import CONFIGS, SeededConfig, make_puzzle
 from openmythos.data.synthetic import Curriculum, HopsConfig, Walks
 from openmythos.folder import in_a_sentence, locked
+from openmythos.interop.adapter import chosen_layers, new_adapter
 from openmythos.interop.hub import local_folder
 from openmythos.interop.loading import load_config
 from openmythos.model.recurrent import RecurrentDepthLM
@@ -61,6 +62,9 @@ class Run:
         count = sum(p.numel() for p in self.model.parameters())
         p, c, d = config.num_prelude_layers, config.num_core_layers, config.num_coda_layers
         layers = f"{p} prelude + {c} core (looped) + {d} coda layers"
+        if self.folder.adapter is not None:
+            trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+            layers += f", of which an adapter's {trained:,} are trained"
         return f"{count:,} parameters, {layers}, on {data}"
 
     def train(self, display: TrainDisplay | None = None) -> TrainResult:
@@ -138,8 +142,8 @@ def set_up(config: RunConfig, out: Path, device: str = "cpu") -> Run:
     """Prepare the data, fit the vocabulary, make the model and write the resolved configuration.
 
     A run with a checkpoint goes on with its own data and weights: neither the source nor
-    ``train.init_from`` is read again. Before that, the weights of ``train.init_from`` are loaded,
-    and the vocabulary is theirs.
+    ``train.init_from`` is read again, except by a run that trains an adapter of it. Before that,
+    the weights of ``train.init_from`` are loaded, and the vocabulary is theirs.
 
     Raises:
         ValueError: The data cannot be used, ``out`` holds another run or other files or is in use,
@@ -147,6 +151,8 @@ def set_up(config: RunConfig, out: Path, device: str = "cpu") -> Run:
     """
     if torch.device(device).type == "cpu":
         needed = training_bytes(config.model, moment_bytes=2)  # Muon keeps one moment
+        if config.train.adapter is not None:  # of frozen weights there is nothing else
+            needed = training_bytes(config.model, grad_bytes=0, moment_bytes=0)
         require_memory(needed, "training this model", "choose a smaller preset, or --set its sizes")
         rows = config.train.batch_size
         states = 8 * rows * config.data.seq_len * config.model.d_model  # at least h and e, in fp32
@@ -173,6 +179,8 @@ def _set_up(config: RunConfig, out: Path, ranks: Ranks) -> Run:
     changed = ranks.on_first(
         lambda: RunFolder(out).changes(to_dict(config), ignore=("model.vocab_size",))
     )
+    if config.train.adapter is not None:
+        chosen_layers(config.model, config.train.adapter.targets)  # refuses what it lacks
     if isinstance(config.data, TextData | MixtureData):
         task = text_task(config.data, config, out, ranks)
         tokenizer = task.train.tokenizer
@@ -191,11 +199,15 @@ def _set_up(config: RunConfig, out: Path, ranks: Ranks) -> Run:
     settings = config.train
     keep, in_background = settings.keep_checkpoints, settings.save_in_background
     folder = RunFolder(out, keep, tokenizer, ranks, in_background)
-    if source is None or folder.last_checkpoint() is not None:
+    adapter = settings.adapter
+    if source is None or (adapter is None and folder.last_checkpoint() is not None):
         model = new_model(config.model, config.train, ranks)
     else:
         model = initial_model(Path(source), config.model, tokenizer, config.train, ranks)
     config = _with_full_paths(config)
+    if adapter is not None:
+        base = str(config.train.init_from)
+        folder.adapter = new_adapter(model, adapter, base, config.train.seed)
     said = _changes_in_words(folder, changed, config.train)
     ranks.on_first(lambda: folder.write_config(to_dict(config)))
     return Run(config, model, task, folder, ranks, said)

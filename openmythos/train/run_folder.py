@@ -50,6 +50,7 @@ from openmythos.folder import (
     write_json,
     write_manifest,
 )
+from openmythos.interop.adapter import Adapter, restore_adapter, save_adapter, trained
 from openmythos.model.recurrent import RecurrentDepthLM
 from openmythos.tokenizer import Tokenizer
 from openmythos.train.parallel import Ranks
@@ -121,6 +122,7 @@ class RunFolder:
         self.in_background = in_background
         self.ranks = Ranks.alone() if ranks is None else ranks
         self.config: dict[str, Any] | None = None
+        self.adapter: Adapter | None = None  # what the run trains instead of the weights
         self._writer: tuple[ThreadPoolExecutor, Ranks] | None = None
         self._saving: Future[None] | None = None
         (path / "checkpoints").mkdir(parents=True, exist_ok=True)
@@ -217,7 +219,8 @@ class RunFolder:
             OSError: It cannot be written, by this rank or another; what was there before stays.
         """
         require_stored(model)
-        weights = in_plain_order(model, model.state_dict())
+        adapter = self.adapter
+        weights = in_plain_order(model, model.state_dict()) if adapter is None else trained(model)
         weights = {name.replace(COMPILED, ""): tensor for name, tensor in weights.items()}
         record = {"state": asdict(state), "task": task.state_dict()}
         if self.config is not None:
@@ -228,6 +231,7 @@ class RunFolder:
             moments=own_parts(in_plain_order(model, _optimizer_state(model, optimizers))),
             record=record,
             model=model.config,
+            adapter=adapter,
             puzzle=task.puzzle if isinstance(task, PuzzleTask) else None,
         )
         self.finish()
@@ -294,7 +298,10 @@ class RunFolder:
             folder = newest_checkpoint(self.path, needed, self._damage)
         if folder is None:
             return None
-        load_weights(model, folder)
+        if self.adapter is None:
+            load_weights(model, folder)
+        else:
+            restore_adapter(model, self.adapter, folder)
         try:
             record = _read_json(folder / STATE_RECORD)
             state_file = folder / STATE_TENSORS
@@ -338,6 +345,7 @@ class _Content:
     moments: OwnParts
     record: dict[str, Any]
     model: ModelConfig
+    adapter: Adapter | None
     puzzle: Puzzle | None
 
     def copy(self) -> "_Content":
@@ -347,7 +355,10 @@ class _Content:
     def write_tensors(self, fresh: Path, ranks: Ranks) -> dict[str, dict[str, Any]]:
         """Write this rank's tensors; what the manifest says of its files, if they are parts."""
         if ranks.mesh is None:
-            save_weights(self.weights.values, fresh)
+            if self.adapter is None:
+                save_weights(self.weights.values, fresh)
+            else:
+                save_adapter(self.weights.values, self.adapter, fresh)
             save_tensors(self.moments.values, fresh / STATE_TENSORS)
             return {}
         weights = save_parts(self.weights, fresh, WEIGHTS_STEM, ranks.rank, ranks.world)

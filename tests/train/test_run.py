@@ -14,12 +14,15 @@ from openmythos.checkpoint.load import checkpoint_folder
 from openmythos.checkpoint.save import save_pretrained
 from openmythos.command.evaluate import held_out
 from openmythos.config import LinearInjectionConfig
+from openmythos.config.adapter import AdapterConfig
+from openmythos.config.parallel import ParallelConfig
 from openmythos.config.schema import from_dict, to_dict
 from openmythos.data.prepare import prepare
 from openmythos.folder import locked
 from openmythos.interop.loading import load_config, load_pretrained
 from openmythos.tokenizer import byte_tokenizer
 from openmythos.train.metrics import read_metrics
+from openmythos.train.objective import ExitGainObjective
 from openmythos.train.recipe import FREE_FIELDS, MixtureData, MixtureSource, RunConfig, TextData
 from openmythos.train.run import resolve, set_up
 from openmythos.train.run_folder import RunFolder
@@ -516,3 +519,86 @@ def test_a_start_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="tokenizer mismatch"):
         set_up(mixed, tmp_path / "mixed")
     assert not (tmp_path / "mixed" / "config.json").exists()
+
+
+# --- adapters -------------------------------------------------------------------------------------
+
+
+def adapter_config(folder: Path, **adapter: Any) -> RunConfig:
+    """Experts, per-sequence depths and a random base, beside which an adapter is trained."""
+    start = folder / "start"
+    if not start.exists():
+        base = random_model(replace(tiny_model(core_feed_forward=examples.MOE), vocab_size=259))
+        save_pretrained(base, start, byte_tokenizer())
+    config = from_checkpoint(write_text(folder), start, max_steps=9, save_every=1)
+    return changed(config, adapter=AdapterConfig(**{"rank": 2, **adapter}))
+
+
+def test_an_adapter_is_trained_and_its_base_stays(tmp_path: Path) -> None:
+    config, out = adapter_config(tmp_path), tmp_path / "run"
+    base = tmp_path / "start"
+    before = {path.name: path.read_bytes() for path in base.iterdir()}
+    run = set_up(config, out)
+    initial = {name: p.clone() for name, p in run.model.named_parameters()}
+    buffers = {name: b.clone() for name, b in run.model.named_buffers()}
+    count = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
+    assert f"of which an adapter's {count:,} are trained" in run.in_words("text")
+    run.train()
+    for name, parameter in run.model.named_parameters():
+        assert torch.equal(parameter, initial[name]) == (".changes." not in name), name
+    for name, buffer in run.model.named_buffers():
+        assert torch.equal(buffer, buffers[name]), name  # the experts' selection, too
+    assert {path.name: path.read_bytes() for path in base.iterdir()} == before
+    kept = checkpoint_folder(out)
+    assert (kept / "adapter_model.safetensors").is_file() and (kept / "tokenizer.json").is_file()
+    assert not (kept / "model.safetensors").exists()
+    loaded, tokens = load_pretrained(out), torch.arange(8)[None]
+    run.model.eval()
+    with torch.no_grad():
+        assert (loaded(tokens).logits - run.model(tokens).logits).abs().max() < 1e-5
+        assert (loaded(tokens).logits - load_pretrained(base)(tokens).logits).abs().max() > 1e-3
+    losses = [row["loss"] for row in measured(out) if row["kind"] == "train"]
+    assert losses[-1] < losses[0]
+
+
+def test_a_killed_run_of_an_adapter_goes_on_exactly(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, whole, out = adapter_config(tmp_path), tmp_path / "whole", tmp_path / "killed"
+    examples.run(config, whole)
+    saves, save = itertools.count(1), RunFolder.save
+
+    def killed(self: RunFolder, *args: Any, **options: Any) -> Path:
+        path = save(self, *args, **options)
+        if next(saves) in (4, 6):
+            raise KeyboardInterrupt
+        return path
+
+    monkeypatch.setattr(RunFolder, "save", killed)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            examples.run(config, out)
+    examples.run(config, out)
+    examples.assert_equal_runs(whole, out)
+    with pytest.raises(ValueError, match=r"another configuration: train\.adapter\.rank \(2 there"):
+        set_up(adapter_config(tmp_path, rank=3), out)
+    save_pretrained(random_model(config.model, seed=5), tmp_path / "start", byte_tokenizer())
+    with pytest.raises(ValueError, match="is an adapter of another model"):
+        examples.run(config, out)
+
+
+def test_adapters_that_cannot_be_trained_are_refused(tmp_path: Path) -> None:
+    config = adapter_config(tmp_path, targets=("q_poj",))
+    with pytest.raises(ValueError, match="nearest names are q_proj"):
+        set_up(config, tmp_path / "run")
+    assert not (tmp_path / "run" / "config.json").exists()
+    with pytest.raises(ValueError, match=r"train\.adapter is .*; it must be null without"):
+        changed(config, init_from=None)
+    with pytest.raises(ValueError, match=r"adapters are trained by one process"):
+        changed(config, parallel=ParallelConfig(dp_shard=2))
+    with pytest.raises(ValueError, match="objective trains the gate only"):
+        changed(config, objective=ExitGainObjective())
+    start = str(tmp_path / "start")
+    words = ["train.adapter.rank=4", 'train.adapter.targets=["core"]']
+    adapter = resolve(None, str(tmp_path / "text.txt"), None, words, Path(start)).train.adapter
+    assert adapter == AdapterConfig(rank=4, targets=("core",))

@@ -11,13 +11,18 @@ import pytest
 import torch
 
 from openmythos import generate
+from openmythos.checkpoint.save import save_pretrained
 from openmythos.config import ModelConfig
+from openmythos.config.adapter import AdapterConfig
+from openmythos.interop.adapter import chosen_layers, new_adapter, save_adapter
+from openmythos.interop.adapter import trained as own_tensors
 from openmythos.interop.export import export_hf
 from openmythos.interop.loading import load_pretrained
+from openmythos.model.adapter import adapted_weights
 from openmythos.tokenizer import byte_tokenizer
 from tests.interop.hf.conftest import Open
 from tests.interop.hf.examples import CONFIGS, DENSE, LATENT, ORIGINAL, PARCAE, SPARSE
-from tests.strategies import random_model, random_tokens, small_config
+from tests.strategies import random_model, random_tokens, randomise, small_config
 
 PROMPTS = [[5, 6, 7, 8, 9], [3, 4]]
 PADDED = torch.tensor([[5, 6, 7, 8, 9], [0, 0, 0, 3, 4]])
@@ -348,3 +353,37 @@ def test_peft_lora_lowers_the_loss(opened: Open, transformers: ModuleType, tmp_p
         tuned.merge_and_unload().save_pretrained(tmp_path / "merged")
         found = load_pretrained(tmp_path / "merged")(tokens).logits
     assert (found - expected).abs().max() < 1e-4
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("config", [LATENT, SPARSE], ids=["latent", "sparse"])
+def test_adapters_go_to_peft_and_back(opened: Open, config: ModelConfig, tmp_path: Path) -> None:
+    """Ours on the export, and one that PEFT made there on our model; all layers, the head not."""
+    import peft
+
+    model, export = opened(config)
+    base, tokens = save_pretrained(model, tmp_path / "base"), random_tokens(config, 2, 9)
+    ours = load_pretrained(base)
+    adapter = new_adapter(ours, AdapterConfig(rank=3, alpha=1.5), str(base), seed=1)
+    for weight in adapted_weights(ours).values():
+        randomise(weight.changes)
+    (tmp_path / "ours").mkdir()
+    save_adapter(own_tensors(ours), adapter, tmp_path / "ours")
+    theirs = peft.PeftModel.from_pretrained(export, tmp_path / "ours")
+    with torch.no_grad():
+        found = theirs(tokens).logits
+        assert (found - ours(tokens).logits).abs().max() < 1e-5
+        assert (found - model(tokens).logits).abs().max() > 0.1
+    names = sorted({layer.name.rpartition(".")[2] for layer in chosen_layers(config, ())})
+    lora = peft.LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=2, target_modules=names)
+    tuned = peft.get_peft_model(theirs.unload(), lora)
+    randomise(torch.nn.ParameterList(p for p in tuned.parameters() if p.requires_grad), seed=3)
+    tuned.eval().save_pretrained(tmp_path / "theirs")
+    with torch.no_grad():
+        wanted = tuned(tokens).logits
+        for loaded in (
+            load_pretrained(base, adapter=tmp_path / "theirs"),
+            load_pretrained(tmp_path / "theirs"),  # its base is the export
+        ):
+            assert (loaded(tokens).logits - wanted).abs().max() < 1e-5
+    assert (wanted - found).abs().max() > 0.1

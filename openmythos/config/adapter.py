@@ -1,0 +1,33 @@
+"""What is trained of a model whose own weights stay as they are. No torch."""
+
+from dataclasses import dataclass
+
+from openmythos.config.schema import require, require_positive
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterConfig:
+    """LoRA: changes of low rank of some linear layers, which all loops share.
+
+    Source: Hu et al. 2021 (arXiv 2106.09685), section 4.1.
+
+    Attributes:
+        rank: Rank of each layer's change.
+        alpha: The changes are multiplied by ``alpha / rank``.
+        targets: Names of layers, as transformers calls them, or of what they are in: ``q_proj``,
+            ``mlp``, ``core``, ``core.0.self_attn``; empty: all linear layers of attention and
+            feed-forward.
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    targets: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        require_positive(self, "rank")
+        require(self.alpha > 0, "adapter.alpha", self.alpha, "above 0")
+
+    @property
+    def scale(self) -> float:
+        """What the changes are multiplied by."""
+        return self.alpha / self.rank

@@ -59,6 +59,7 @@ MACHINE_PATH = re.compile(
 REGISTRY_HOST = re.compile(
     "index" + r"[-_]url|find" + r"[-_]links|pypi\.org/" + r"simple|python" + r"hosted\.org"
 )
+PAGE = re.compile(r"(?:docs|experiments|openmythos/zoo)/.*\.md|[A-Z]+\.md|tests/.*/results\.md")
 
 Rule = Callable[[Path], list[str]]
 
@@ -358,6 +359,19 @@ def version_copies(root: Path) -> list[str]:
     return complaints
 
 
+def pages_without_place(root: Path) -> list[str]:
+    """Pages for readers that the navigation of the site does not name."""
+    settings = root / "zensical.toml"
+    text = settings.read_text(encoding="utf-8") if settings.exists() else ""
+    named = set(re.findall(r'= "([^"]+\.md)"', text))
+    names = [path.relative_to(root).as_posix() for path in committed_files(root)]
+    return [
+        f"{name} has no place in nav of zensical.toml"
+        for name in names
+        if PAGE.fullmatch(name) and name not in named
+    ]
+
+
 # --- the reading closure -------------------------------------------------------------------------
 
 
@@ -453,6 +467,7 @@ def import_circles(root: Path) -> list[str]:
         machine_paths,
         registry_hosts,
         version_copies,
+        pages_without_place,
     ],
     ids=lambda rule: rule.__name__,
 )
@@ -638,6 +653,15 @@ def test_version_is_written_once(tmp_path: Path) -> None:
     assert len(version_copies(tmp_path)) == 3
     write(tmp_path, "openmythos/__init__.py", "")
     assert len(version_copies(tmp_path)) == 1
+
+
+def test_page_without_place_is_named(tmp_path: Path) -> None:
+    write(tmp_path, "zensical.toml", 'nav = [{ "A" = [{ "B" = "docs/b.md" }] }]\n')
+    write(tmp_path, "docs/b.md", "")
+    write(tmp_path, "tests/notes.md", "")
+    assert pages_without_place(tmp_path) == []
+    write(tmp_path, "docs/b/c.md", "")
+    assert pages_without_place(tmp_path) == ["docs/b/c.md has no place in nav of zensical.toml"]
 
 
 def test_ignored_files_are_not_read(tmp_path: Path) -> None:

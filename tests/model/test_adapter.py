@@ -9,7 +9,7 @@ from openmythos.config import ModelConfig
 from openmythos.model.adapter import AdaptedWeight, LowRank, adapt, adapted_weights, merge
 from openmythos.model.recurrent import RecurrentDepthLM
 from tests.interop.hf.examples import DENSE, LATENT, SPARSE
-from tests.strategies import random_model, random_tokens, seeded
+from tests.strategies import random_model, random_tokens, seeded, unchecked
 
 KINDS = {"dense": DENSE, "latent": LATENT, "sparse": SPARSE}
 
@@ -79,3 +79,12 @@ def test_other_uses_are_refused_or_get_the_merged_matrix() -> None:
     assert not weight.merged()[3:].any()
     with pytest.raises(TypeError, match="does not take adapted weights"):
         functional.embedding(torch.zeros(2, dtype=torch.int64), weight)
+
+
+def test_a_compiled_step_with_an_adapter_is_the_eager_one() -> None:
+    """In one graph, as dynamo sees it; without generated code, which would take long."""
+    model, tokens = adapted_model(DENSE, torch.float32), random_tokens(DENSE, 2, 9)
+    with torch.no_grad(), unchecked():
+        eager = model(tokens).logits
+        model.step = torch.compile(model.step, backend="eager", fullgraph=True)
+        assert torch.equal(model(tokens).logits, eager)

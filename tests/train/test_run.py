@@ -535,7 +535,7 @@ def adapter_config(folder: Path, **adapter: Any) -> RunConfig:
 
 
 def test_an_adapter_is_trained_and_its_base_stays(tmp_path: Path) -> None:
-    config, out = adapter_config(tmp_path), tmp_path / "run"
+    config, out = changed(adapter_config(tmp_path), save_in_background=True), tmp_path / "run"
     base = tmp_path / "start"
     before = {path.name: path.read_bytes() for path in base.iterdir()}
     run = set_up(config, out)

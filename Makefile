@@ -143,5 +143,5 @@ docs: $(STAMP)
 
 # Keeps runs/: what a user trained is not a build product.
 clean:
-	@rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	@rm -rf $(VENV) build dist *.egg-info .cache .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	@find . -type d -name __pycache__ -prune -exec rm -rf {} +

@@ -27,9 +27,14 @@ LINK = re.compile(r"\]\(<?([^)\s>]+)>?\)|(?:href|src)=\"([^\"]+)\"")
 CODE = re.compile(r"^(`{3,}).*?^\1\s*$|`[^`\n]+`", re.MULTILINE | re.DOTALL)
 
 
+def project() -> dict[str, Any]:
+    """The settings of the site."""
+    return dict(tomllib.loads(SETTINGS.read_text(encoding="utf-8"))["project"])
+
+
 def navigation() -> list[str]:
     """The pages that the navigation names, in its order."""
-    return list(_leaves(tomllib.loads(SETTINGS.read_text(encoding="utf-8"))["project"]["nav"]))
+    return list(_leaves(project()["nav"]))
 
 
 def _leaves(entry: Any) -> Iterator[str]:
@@ -181,11 +186,14 @@ def foreign_requests(page: str) -> list[str]:
 
 def main() -> None:
     """Put the pages together, build the site, and refuse one that asks other hosts for anything."""
-    put_pages(ROOT / "build" / "pages")
+    pages = ROOT / project()["docs_dir"]
+    put_pages(pages)
+    for name in project()["extra_css"]:
+        shutil.copy(ROOT / name, pages / name)
     command = [sys.executable, "-m", "zensical", "build", "--clean", "--strict"]
     if subprocess.run(command, cwd=ROOT, check=False).returncode:
         sys.exit(1)
-    for page in sorted((ROOT / "build" / "site").rglob("*.html")):
+    for page in sorted((ROOT / project()["site_dir"]).rglob("*.html")):
         if found := foreign_requests(page.read_text(encoding="utf-8")):
             sys.exit(f"error: {page.relative_to(ROOT)} asks for {found[0]}")
 

@@ -59,7 +59,7 @@ MACHINE_PATH = re.compile(
 REGISTRY_HOST = re.compile(
     "index" + r"[-_]url|find" + r"[-_]links|pypi\.org/" + r"simple|python" + r"hosted\.org"
 )
-PAGE = re.compile(r"(?:docs|experiments|openmythos/zoo)/.*\.md|[A-Z]+\.md|tests/.*/results\.md")
+PAGE = re.compile(r"(?:docs|experiments|openmythos/zoo)/.*\.md|[A-Z]+\.md|tests/(?!golden/).*\.md")
 
 Rule = Callable[[Path], list[str]]
 
@@ -658,7 +658,7 @@ def test_version_is_written_once(tmp_path: Path) -> None:
 def test_page_without_place_is_named(tmp_path: Path) -> None:
     write(tmp_path, "zensical.toml", 'nav = [{ "A" = [{ "B" = "docs/b.md" }] }]\n')
     write(tmp_path, "docs/b.md", "")
-    write(tmp_path, "tests/notes.md", "")
+    write(tmp_path, "tests/golden/notes.md", "")
     assert pages_without_place(tmp_path) == []
     write(tmp_path, "docs/b/c.md", "")
     assert pages_without_place(tmp_path) == ["docs/b/c.md has no place in nav of zensical.toml"]

@@ -1,5 +1,6 @@
 """The site names pages that exist, its reference every name and command; nothing is built."""
 
+import functools
 import importlib
 import re
 from pathlib import Path
@@ -14,6 +15,8 @@ from openmythos.command.config import fields_below
 from openmythos.config.fields import FieldDoc
 from tests.test_repo_rules import ROOT, parsed
 
+part_page = functools.cache(python_names.part_page)  # parsing takes seconds
+
 
 def test_the_navigation_names_what_there_is_once() -> None:
     """That it names every page is a rule of the repository."""
@@ -27,7 +30,7 @@ def test_the_navigation_names_what_there_is_once() -> None:
 
 def test_the_reference_has_every_public_name() -> None:
     """Told apart from the reader of sources: what the modules' own names are when imported."""
-    pages = {part: python_names.part_page(part) for part in python_names.parts()}
+    pages = {part: part_page(part) for part in python_names.parts()}
     for part, page in pages.items():
         told = set(re.findall(r"\{#(openmythos[\w.]*)\}", page))
         for path in python_names.modules(part):
@@ -46,7 +49,7 @@ def test_the_front_page_of_the_reference_has_the_names_of_the_package() -> None:
     for name in openmythos.__all__:
         link = re.search(rf"\[`om\.{name}`\]\(python/(\w+)\.md#([\w.]+)\)", page)
         assert link
-        assert f"{{#{link[2]}}}" in python_names.part_page(link[1])
+        assert f"{{#{link[2]}}}" in part_page(link[1])
         module, _, attribute = link[2].rpartition(".")
         assert getattr(importlib.import_module(module), attribute) is getattr(openmythos, name)
 

@@ -146,7 +146,7 @@ def test_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for number, config in enumerate(runs(write_text(tmp_path))):
         here, there = (set_up(config, tmp_path / f"{number}-{place}") for place in ("cpu", "mps"))
         for run in (here, there):  # safetensors reads memory, which is not pretended
-            monkeypatch.setattr(run.folder, "save", lambda *state: None)
+            monkeypatch.setattr(run.folder, "save", lambda *state, wait: None)
         here.train()
         with pretended_mps():
             to_mps(there.model)

@@ -6,6 +6,7 @@ import os
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -263,15 +264,19 @@ def layout_of(arm: Arm) -> Arm:
     return arm
 
 
-def every_arm_trains_as_one_process() -> dict[str, dict[str, float]]:
-    found = {}
-    for name in ARMS if STEPS > 2 else QUICK:
-        arm = ARMS[name]
-        try:
-            found[name] = differences(layout_of(arm))
-        except Exception as error:
-            raise AssertionError(f"{name}: {error}") from error
-        assert max(found[name].values()) <= 1e-12, (name, found[name])
+def trains_as_one_process(name: str) -> dict[str, float]:
+    """One of the arms, in fp64."""
+    return within_limits(differences(layout_of(ARMS[name])))
+
+
+def within_limits(found: dict[str, float], **limits: float) -> dict[str, float]:
+    """Losses agree to 1e-12 at any step, and so does all else but what has a limit of its own.
+
+    Over many steps the norm of the gradients, which moves faster than the loss, amplifies rounding.
+    """
+    limits = {**({"grad_norm": 1e-9} if STEPS > 2 else {}), **limits}
+    wrong = {k: v for k, v in found.items() if not v <= limits.get(k, 1e-12)}
+    assert not wrong, wrong
     return found
 
 
@@ -318,7 +323,7 @@ def one_lost_gradient_is_noticed() -> list[float]:
         model.core[0].attention_norm.weight.grad = None  # type: ignore[index, union-attr]
         return parallel.square_sum(model, ranks)
 
-    wrong = differences(ARMS["dense"], patch.object(loop, "square_sum", lossy))
+    wrong = differences(ARMS["dense"], patch.object(loop, "square_sum", lossy), steps=2)
     assert wrong["weights"] > 1e-6, wrong
     return [wrong["weights"]]
 
@@ -723,7 +728,7 @@ CASES = [
     every_rank_has_its_place,
     an_error_of_one_rank_ends_all,
     initial_values_are_those_of_one_process,
-    every_arm_trains_as_one_process,
+    *(partial(trains_as_one_process, name) for name in QUICK),
     the_norm_includes_the_kept_units,
     one_lost_gradient_is_noticed,
     checkpointing_is_not_reentrant,
@@ -736,6 +741,7 @@ CASES = [
     a_step_that_is_not_finite_on_one_rank_is_skipped_on_all,
 ]
 MORE = [  # by `make stress-ranks` only
+    *(partial(trains_as_one_process, name) for name in ARMS if name not in QUICK),
     in_single_precision,
     half_precision_learns_as_one_process,
     gathers_of_other_layouts,

@@ -121,10 +121,11 @@ def _last_words(folder: Path, seconds: float) -> str:
 
 
 def _lead(folder: Path, world: int, names: Sequence[str]) -> int:
-    """Start the ranks and wait for them; the first failure ends all."""
+    """Start the ranks and wait for them; the first failure, or the launcher's end, ends all."""
     import torch
     import torch._dynamo  # many a case needs it
 
+    launcher = os.getppid()
     torch.set_num_threads(1)
     cases = [_case(name) for name in names]
     ranks = []
@@ -132,11 +133,19 @@ def _lead(folder: Path, world: int, names: Sequence[str]) -> int:
         ranks.append(os.fork())
         if ranks[-1] == 0:
             _run(folder, rank, world, cases)
-    for _ in ranks:
-        if os.wait()[1]:
-            time.sleep(0.5)  # the others notice that their partner has gone
-            return 1
-    return 0
+    failed = False
+    while ranks and not failed and os.getppid() == launcher:
+        pid, status = os.waitpid(-1, os.WNOHANG)
+        failed = status != 0
+        if pid:
+            ranks.remove(pid)
+        else:
+            time.sleep(0.02)
+    if failed:
+        time.sleep(0.5)  # the others notice that their partner has gone
+    for pid in ranks:
+        os.kill(pid, signal.SIGKILL)
+    return int(failed)
 
 
 def _case(name: str) -> Case:

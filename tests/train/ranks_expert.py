@@ -285,7 +285,7 @@ def gathers_with_experts_do_not_grow_with_the_loops() -> dict[str, dict[str, int
         arm = at_depth(loops, model=MOE, layout={"dp_shard": 4, "ep": 2})
         found[f"{loops} loops"] = got = counted(arm)
         exchanges = sum(n for name, n in got.items() if "alltoall" in name.replace("_", ""))
-        assert _named(got)[0] == 5 + 2 * 2, (loops, got)
+        assert _named(got)[0] == 6 + 2 * 2, (loops, got)
         assert exchanges == 5 * 2 * loops, (loops, got)
     return found
 

@@ -29,6 +29,7 @@ from openmythos.train.parallel import Ranks, join
 from openmythos.train.run_folder import RunFolder, RunState
 from tests.strategies import random_model, seeded
 from tests.train.examples import full_disk
+from tests.train.launch import on_ranks
 from tests.train.test_run_folder import CONFIG, Remembering
 
 STATE = RunState(step=3, seconds=1.5, first_nats=2.0)
@@ -154,6 +155,7 @@ def a_disk_that_is_full_for_one_is_said_by_all(folder: Path, ranks: Ranks) -> No
     assert run.last_state() == RunState(step=4, seconds=2.0)
 
 
+@on_ranks(2, 4)
 @in_a_folder
 def a_damaged_part_is_passed_over_by_all(folder: Path, ranks: Ranks) -> None:
     run, mine = RunFolder(folder, ranks=ranks), trained(0, ranks)
@@ -220,6 +222,7 @@ def training_goes_on_while_a_checkpoint_is_written(folder: Path, ranks: Ranks) -
     assert run.finish() and run.save(*mine, Remembering(), RunState(9, 0.0)).is_dir()
 
 
+@on_ranks(2, 4)
 def what_all_say_and_who_fails() -> None:
     ranks = join(ParallelConfig(dp_shard=dist.get_world_size()))
     with no_pickle():

@@ -44,6 +44,7 @@ from openmythos.train.parallel import Ranks, join
 from openmythos.train.recipe import TrainConfig
 from openmythos.train.task import Batches
 from tests.strategies import MLA, randomise, seeded, small_config
+from tests.train.launch import on_ranks
 
 STEPS = int(os.environ.get("RANKS_STEPS", "2"))  # make stress-ranks: 50, and all arms
 BATCH = 8
@@ -84,13 +85,14 @@ class Arm:
 
 
 MOE = {"core_feed_forward": EXPERTS}
+UNTIED = {"tie_embeddings": False}
 REPLICATED = {"dp_shard": 1}  # and dp_replicate, of all ranks
 BY_LOOP = {"core_gather": "loop"}
 ARMS = {
     "dense": Arm(),
     "experts": Arm(MOE),
     "mla": Arm({"attention": MLA}),
-    "tied": Arm({"tie_embeddings": True}),
+    "untied": Arm(UNTIED),
     "random states": Arm({"state_init": NormalInitConfig()}),
     "one depth per step": Arm(train={"depth": POISSON}),
     "truncated": Arm(MOE, {"depth": replace(BY_ROW, mean_backprop_depth=2)}),
@@ -113,7 +115,7 @@ ARMS = {
     ),
     "replicated": Arm(MOE, layout=REPLICATED),
 }
-QUICK = ("experts", "tied", "accumulation", "per loop", "exit gain", "gathered by loop")
+QUICK = ("experts", "untied", "accumulation", "per loop", "exit gain", "gathered by loop")
 
 
 # --- a run without files -------------------------------------------------------------------------
@@ -442,6 +444,31 @@ def decay_and_router_stay_in_single_precision() -> dict[str, list[bool]]:
     return found
 
 
+def logits_are_those_of_rounded_weights() -> list[float]:
+    """What is gathered in bf16 is computed with as such, while the state stays in fp32."""
+    gaps = []
+    for changes in ({}, UNTIED):
+        arm = Arm({**MOE, **changes}, {"autocast": "bfloat16"})
+        recipe = arm.recipe()
+        ranks = join(recipe.parallel)
+        alone, ours = make(arm.config(), recipe, Ranks.alone()), make(arm.config(), recipe, ranks)
+        tokens = next(Rows(Ranks.alone()).batches(0, BATCH)).tokens
+        rows = slice(ranks.row_rank, None, ranks.num_row_ranks)
+        with torch.no_grad(), loop.autocast(recipe, ranks.device):
+            exact, got = alone(tokens).logits, [ours(tokens[rows]) for _ in range(2)]
+            for name, parameter in alone.named_parameters():
+                inside = name.partition(".")[0] in ("prelude", "core", "coda", "embed", "head")
+                if inside and "router" not in name:
+                    parameter.copy_(parameter.bfloat16())
+            expected = alone(tokens).logits
+        for each in got:  # the tables may be gathered already
+            assert each.logits.dtype == torch.bfloat16 and each.h.dtype == torch.float32
+            assert torch.equal(each.logits, expected[rows])
+        gaps.append(float((exact - expected).float().abs().max() / exact.float().std()))
+        assert 0 < gaps[-1] < 0.2, gaps  # rounding alone
+    return gaps
+
+
 def half_precision_learns_as_one_process() -> dict[str, float]:
     """Gathered and computed in bf16: close to one process that computes so."""
     arm = Arm(train={"autocast": "bfloat16"})
@@ -497,28 +524,35 @@ def at_depth(loops: int, **changes: Any) -> Arm:
     return Arm(changes.pop("model", {}), {"depth": depth, **changes}, layout)
 
 
+@on_ranks(2, 4)
 def gathers_do_not_grow_with_the_loops() -> dict[str, dict[str, int]]:
     found = {}
     for loops in (1, 4, 16):
         found[f"{loops} loops"] = got = counted(at_depth(loops))
-        assert _named(got) == (5 + 2, 5, 1), (loops, got)
+        assert _named(got) == (6 + 2, 6, 1), (loops, got)
     return found
 
 
+@on_ranks(2, 4)
 def gathers_of_other_layouts() -> dict[str, dict[str, int]]:
     """The table of docs/many-devices.md, with P = D = 1."""
     gate = {"halting": ExitGateConfig()}
     expected = {
-        "three core layers": (at_depth(4, model={"num_core_layers": 3}), (5 + 3, 6, 1)),
-        "by loop, one loop": (at_depth(1, layout=BY_LOOP), (5 + 4, 5, 1)),
-        "by loop, four loops": (at_depth(4, layout=BY_LOOP), (5 + 4 * 4, 5, 1)),
-        "four micro-batches": (at_depth(4, grad_accumulation=4), (1 + 2 + 4 * 4, 5, 1)),
-        "the loss of every loop": (at_depth(4, objective=PerLoopObjective()), (4 + 2, 5, 1)),
+        "three core layers": (at_depth(4, model={"num_core_layers": 3}), (6 + 3, 7, 1)),
+        "by loop, one loop": (at_depth(1, layout=BY_LOOP), (6 + 4, 6, 1)),
+        "by loop, four loops": (at_depth(4, layout=BY_LOOP), (6 + 4 * 4, 6, 1)),
+        "four micro-batches": (at_depth(4, grad_accumulation=4), (1 + 2 + 4 * 5, 6, 1)),
+        "the loss of every loop": (at_depth(4, objective=PerLoopObjective()), (5 + 2, 6, 1)),
         "a halting head": (
             at_depth(4, model=gate, objective=ExitWeightedObjective()),
-            (5 + 2, 6, 1),
+            (6 + 2, 7, 1),
         ),
-        "checkpointing": (at_depth(4, recompute=True), (5 + 2, 5, 1)),
+        "untied": (at_depth(4, model=UNTIED), (7 + 2, 7, 1)),
+        "untied, two micro-batches, the loss of every loop": (
+            at_depth(4, model=UNTIED, objective=PerLoopObjective(), grad_accumulation=2),
+            (3 + 2 + 2 * 3, 7, 1),
+        ),
+        "checkpointing": (at_depth(4, recompute=True), (6 + 2, 6, 1)),
     }
     found = {}
     for name, (arm, wanted) in expected.items():
@@ -734,6 +768,7 @@ CASES = [
     checkpointing_is_not_reentrant,
     checkpointing_counts_every_token_once,
     decay_and_router_stay_in_single_precision,
+    logits_are_those_of_rounded_weights,
     gathers_do_not_grow_with_the_loops,
     counting_needs_the_rule_for_dtensors,
     all_stop_after_the_same_step,

@@ -11,6 +11,7 @@ it are tried in a launch of their own.
 """
 
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -128,6 +129,7 @@ def _lead(folder: Path, world: int, names: Sequence[str]) -> int:
     launcher = os.getppid()
     torch.set_num_threads(1)
     cases = [_case(name) for name in names]
+    gc.freeze()  # what was imported is never garbage
     ranks = []
     for rank in range(world):
         ranks.append(os.fork())

@@ -197,7 +197,7 @@ def make(config: ModelConfig, recipe: TrainConfig, ranks: Ranks) -> RecurrentDep
     if ranks.mesh is None:
         return whole
     model = setup._laid_out(config, recipe, ranks)
-    setup._fill_parts(model, whole.state_dict())
+    setup._fill_parts(model, whole.state_dict().items())
     return model
 
 

@@ -159,7 +159,8 @@ def join(config: ParallelConfig, device: torch.device | str = "cpu") -> Ranks:
     started = dist.is_available() and (dist.is_initialized() or started_rank() is not None)
     if started and not dist.is_initialized():
         # Two groups in one: what the host has to say needs no accelerator.
-        dist.init_process_group("cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo")
+        backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo"
+        dist.init_process_group(backend, **_meeting_place())
     world = dist.get_world_size() if started else 1
     if world != config.num_ranks:
         layout = f"dp_replicate {config.dp_replicate} x dp_shard {config.dp_shard} x tp {config.tp}"
@@ -179,6 +180,24 @@ def join(config: ParallelConfig, device: torch.device | str = "cpu") -> Ranks:
         mesh[axes]._flatten(name)
     rank = dist.get_rank()
     return Ranks(rank, world, place, mesh, rank // config.tp, config.num_row_ranks)
+
+
+def _meeting_place() -> dict[str, Any]:
+    """Where processes that ``torchrun`` has started again meet; nothing: where they always do.
+
+    Its store outlives the attempts (torch 2.13): ranks would read the addresses of dead ones there.
+    Attempts are counted by machine, and so tell them apart only if there is one.
+    """
+    said = os.environ
+    attempt = int(said.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    if attempt == 0 or said.get("LOCAL_WORLD_SIZE") != said.get("WORLD_SIZE"):
+        return {}
+    store, rank, world = next(dist.rendezvous("env://"))
+    return {
+        "store": dist.PrefixStore(f"attempt-{attempt}", store),
+        "rank": rank,
+        "world_size": world,
+    }
 
 
 # --- the layout of a model -----------------------------------------------------------------------

@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from openmythos.config.parallel import ParallelConfig
-from openmythos.train import loop
+from openmythos.train import loop, parallel
 from openmythos.train.dry_run import fake_rank
 from openmythos.train.parallel import Ranks, join
 from tests.strategies import unchecked
@@ -30,6 +30,22 @@ def test_one_process_is_alone() -> None:
 def test_a_layout_needs_its_processes() -> None:
     with pytest.raises(ValueError, match="there are 1: start it with torchrun"):
         join(ParallelConfig(dp_shard=2))
+
+
+def test_ranks_that_are_started_again_meet_apart_from_the_dead(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert parallel._meeting_place() == {}
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True)
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port, "RANK": 0}
+    elastic = {"TORCHELASTIC_RESTART_COUNT": 2, "TORCHELASTIC_USE_AGENT_STORE": True}
+    for name, value in {**place, **elastic, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 1}.items():
+        monkeypatch.setenv(name, str(value))
+    assert parallel._meeting_place() == {}  # several machines count their own attempts
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    found = parallel._meeting_place()
+    found.pop("store").set("where", "here")
+    assert found == {"rank": 0, "world_size": 2} and store.get("attempt-2/where") == b"here"
 
 
 class Order(TorchDispatchMode):

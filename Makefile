@@ -10,10 +10,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo zoo test stress stress-engine stress-ranks test-vllm test-transformers test-onnx test-page test-clients lint bench docs clean
+.PHONY: help setup demo zoo test stress stress-engine stress-ranks test-vllm test-transformers test-onnx test-trl test-page test-clients lint bench docs clean
 
 help:
-	@echo "make setup | demo | zoo | test | stress | stress-engine | stress-ranks | test-vllm | test-transformers | test-onnx | test-page | test-clients | lint | bench | docs | clean   (options: PYTHON=python3.12, ARGS=...)"
+	@echo "make setup | demo | zoo | test | stress | stress-engine | stress-ranks | test-vllm | test-transformers | test-onnx | test-trl | test-page | test-clients | lint | bench | docs | clean   (options: PYTHON=python3.12, ARGS=...)"
 
 setup: $(STAMP)
 
@@ -95,6 +95,10 @@ $(ONNX)/.installed:
 		onnx==1.23.2 onnx-ir==1.1.0 onnxscript==0.7.2 onnxruntime==1.32.0 \
 		flatbuffers==25.12.19 ml_dtypes==0.6.0 protobuf==7.36.2
 	@touch $@
+
+# SFT, DPO and GRPO of TRL on exports: two minutes of one core.
+test-trl: $(STAMP)
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest tests/trl_suite/training.py $(ARGS)
 
 # A browser that the system has (Debian and Ubuntu: apt install chromium), driven from Node.js.
 CHROMIUM ?= chromium

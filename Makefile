@@ -10,10 +10,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo zoo test stress stress-engine stress-ranks test-vllm test-transformers test-onnx test-trl test-page test-clients lint bench docs clean
+.PHONY: help setup demo zoo test stress stress-engine stress-ranks test-vllm test-transformers test-onnx test-trl test-page test-site test-clients lint bench docs clean
 
 help:
-	@echo "make setup | demo | zoo | test | stress | stress-engine | stress-ranks | test-vllm | test-transformers | test-onnx | test-trl | test-page | test-clients | lint | bench | docs | clean   (options: PYTHON=python3.12, ARGS=...)"
+	@echo "make setup | demo | zoo | test | stress | stress-engine | stress-ranks | test-vllm | test-transformers | test-onnx | test-trl | test-page | test-site | test-clients | lint | bench | docs | clean   (options: PYTHON=python3.12, ARGS=...)"
 
 setup: $(STAMP)
 
@@ -112,6 +112,10 @@ $(PAGE)/.installed:
 	@rm -rf $(PAGE)
 	@npm install --silent --no-audit --no-fund --prefix $(PAGE) playwright-core@1.65.1 axe-core@4.14.1
 	@touch $@
+
+# The site in the same browser; it must be built.
+test-site: docs $(PAGE)/.installed
+	@$(BIN)/python -m tests.site_suite.run --chromium $(CHROMIUM) --packages $(PAGE) $(ARGS)
 
 # Clients of OpenAI's API and suites for it get an environment of their own.
 CLIENTS ?= .clients

@@ -282,8 +282,8 @@ def test_the_seams_page_lists_every_member() -> None:
     assert not complaints, "\n" + "\n".join(complaints)
 
 
-def test_the_readmes_code_runs_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    text, names = (ROOT / "README.md").read_text(encoding="utf-8"), dict[str, Any]()
+def test_the_code_from_python_runs_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text, names = (ROOT / "docs/from-python.md").read_text(encoding="utf-8"), dict[str, Any]()
     tokenizer = byte_tokenizer()
     model = random_model(small_config(vocab_size=tokenizer.vocab_size, max_seq_len=256), seed=0)
     save_pretrained(model, tmp_path / "runs" / "demo" / "text", tokenizer)

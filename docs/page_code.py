@@ -11,8 +11,8 @@ GUIDE = tuple(sorted(str(page.relative_to(ROOT)) for page in (ROOT / "docs/guide
 FENCE = re.compile(r"^(\s*)(`{3,}|~{3,})\s*([\w-]*).*$")
 NOT_RUN = re.compile(r"<!-- not run: (.+) -->")
 SAVED = re.compile(r"saved as `([^`]+)`:$")
-PICTURE = re.compile(r"!\[[^\]]*\]\((\S+\.png)\)")
-MADE_BY = re.compile(r"<!-- made by: (\S+) -->")
+PICTURE = re.compile(r"!\[[^\]]*\]\((\S+\.png)\)|<img src=\"([^\"]+\.png)\"")
+MADE_BY = re.compile(r"<!-- made by: (.+) -->")
 
 
 @dataclass(frozen=True)
@@ -48,13 +48,19 @@ def commands_of(text: str) -> list[str]:
 
 
 def pictures_of(page: str) -> dict[str, str]:
-    """The pictures of a page of the guide, each with the file that the page's commands make.
+    """The pictures of a page, each with what makes it; empty where the page does not say.
 
-    It stands in a comment on the line before: ``<!-- made by: runs/scores/scores.png -->``.
+    It stands in a comment before the picture, or before the table that holds it:
+    ``<!-- made by: python -m docs.concept_figures -->``. In the guide it is the file that the
+    page's own commands make.
     """
-    found, before = {}, ""
+    found: dict[str, str] = {}
+    made = ""
     for line in page.splitlines():
-        made = MADE_BY.fullmatch(before)
-        found |= dict.fromkeys(PICTURE.findall(line), made[1] if made else "")
-        before = line.strip() or before
+        names = [a or b for a, b in PICTURE.findall(line)]
+        if told := MADE_BY.fullmatch(line.strip()):
+            made = told[1]
+        elif line.strip() and not names and not line.startswith("|"):
+            made = ""
+        found |= dict.fromkeys(names, made)
     return found

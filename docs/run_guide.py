@@ -1,12 +1,13 @@
 """Runs the guide as a reader does, and keeps its pictures: ``python -m docs.run_guide``.
 
 Every command and every block of Python is a process of its own, in one folder that begins empty. A
-server runs until its page ends. Printed are the seconds of each page; the pictures go to their
-places in ``docs/guide``.
+server runs until its page ends. Printed are the seconds of each page, and those of the processor,
+which other work on the machine changes less; the pictures go to their places in ``docs/guide``.
 """
 
 import argparse
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -79,6 +80,12 @@ def commands(page: str) -> Iterator[list[str]]:
             yield ["python", "-c", block.text]
 
 
+def processor_seconds() -> float:
+    """Seconds that the processes which ended so far have computed, on all cores together."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def main() -> None:
     """Run the pages and keep their pictures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -92,10 +99,13 @@ def main() -> None:
     for page in (page for page in GUIDE if (given.only or "") in page):
         name = Path(page).stem
         log = given.folder / f"{name}.log"
+        before = processor_seconds()
         seconds = run_page(page, given.folder.resolve(), given.program.resolve(), log)
-        print(f"{name}: {seconds:.0f} s", flush=True)
+        computed = processor_seconds() - before
+        print(f"{name}: {seconds:.0f} s, {computed:.0f} of them computing", flush=True)
         for picture, made in pictures_of((ROOT / page).read_text(encoding="utf-8")).items():
-            shutil.copy(given.folder / made, ROOT / "docs/guide" / picture)
+            if (given.folder / made).is_file():
+                shutil.copy(given.folder / made, ROOT / "docs/guide" / picture)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ CHECKS = Path(__file__).parent / "check.mjs"
 class Quiet(http.server.SimpleHTTPRequestHandler):
     """Files of a folder, without a line for each."""
 
-    def log_message(self, format: str, *args: object) -> None:
+    def log_message(self, *args: object) -> None:
         """Nothing."""
 
 

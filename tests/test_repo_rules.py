@@ -356,6 +356,9 @@ def version_copies(root: Path) -> list[str]:
     citation = (root / "CITATION.cff").read_text(encoding="utf-8")
     if f"\nversion: {versions[0]}\n" not in citation:
         complaints.append(f"CITATION.cff does not say 'version: {versions[0]}' as the package does")
+    changes = root / "CHANGELOG.md"
+    if changes.exists() and f"\n## [{versions[0]}] - " not in changes.read_text(encoding="utf-8"):
+        complaints.append(f"CHANGELOG.md has no '## [{versions[0]}] - DATE'")
     return complaints
 
 

@@ -186,14 +186,21 @@ def with_section(page: str, text: str) -> str:
 
 def section(finding: Finding) -> str:
     """The written part of a study's page."""
-    study, parts = finding.study, ["## Claims and verdicts\n"]
+    study, parts = finding.study, ["## What was found\n"]
     if finding.conclusion is None:
         ended, known = len(finding.results), len(finding.runs)
         parts.append(f"{ended} of the {known} runs known so far are stored; no verdict yet.\n")
-    parts += [_claim(claim, verdict) for claim, verdict in finding.verdicts]
+    else:
+        rows = [
+            [f"[{_title(claim)}](#{claim.name})", "" if found is None else found.decision]
+            for claim, found in finding.verdicts
+        ]
+        parts.append(markdown(Table("Verdicts", ["claim", "verdict"], rows)))
     for name, digest in finding.figures.items():
         path = finding.picture(name).relative_to(study.folder).as_posix()
         parts.append(f"![{name.replace('_', ' ')}]({path})\n\nData `{digest}`.\n")
+    parts.append("## Claims and rules\n")
+    parts += [_claim(claim, verdict) for claim, verdict in finding.verdicts]
     if finding.conclusion is not None:
         parts += [f"## {table.title}\n\n{markdown(table)}" for table in finding.conclusion.tables]
     parts += [_fresh(finding), _runs(finding.runs, finding.results)]
@@ -221,12 +228,17 @@ def _fresh(finding: Finding) -> str:
     return f"## Seeds that were not used\n\n{said}\n{markdown(table)}"
 
 
+def _title(claim: Claim) -> str:
+    """The heading of a claim; its anchor is the claim's name."""
+    return claim.name.replace("-", " ").capitalize()
+
+
 def _claim(claim: Claim, verdict: Verdict | None) -> str:
     said = f"**{NOT_YET.capitalize()}.**"
     if verdict is not None:
         said = f"**{verdict.decision.capitalize()}.** {verdict.sentence}{_number(verdict)}"
     return (
-        f"### {claim.name.replace('-', ' ').capitalize()}\n\n"
+        f"### {_title(claim)}\n\n"
         f"> {claim.quote}\n>\n> {claim.article}\n\n{said}\n\n"
         f"Rule, written before the runs: {claim.rule_in_numbers}\n\n"
         f"What would change it: {claim.would_change}\n"

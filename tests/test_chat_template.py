@@ -1,3 +1,5 @@
+import importlib.util
+import re
 from pathlib import Path
 
 import pytest
@@ -5,7 +7,7 @@ import transformers
 
 from openmythos.chat_template import render_answers, render_chat
 from openmythos.tokenizer import Tokenizer, byte_tokenizer
-from tests.foreign import CHATML, END_TURN, MARKED, write_chat_folder
+from tests.foreign import CHATML, END_TURN, MARKED, backend, write_chat_folder, write_folder
 
 TALK = [
     {"role": "system", "content": "Be the one."},
@@ -89,6 +91,50 @@ def test_answers_are_those_of_transformers(tmp_path: Path, name: str) -> None:
         assert ids == expected["input_ids"] == ours.encode_chat(talk, answer_follows=False)
         assert answers == [bool(counts) for counts in expected["assistant_masks"]]
         assert 0 < sum(answers) < len(answers)
+
+
+def public_templates() -> dict[str, str]:
+    """Templates of public models that mark answers, as TRL ships them; none without TRL."""
+    found = importlib.util.find_spec("trl")
+    if found is None or found.origin is None:
+        return {}
+    files = sorted((Path(found.origin).parent / "chat_templates").glob("*.jinja"))
+    texts = {path.stem: path.read_text(encoding="utf-8") for path in files}
+    return {name: t for name, t in texts.items() if re.search(r"{%-?\s*generation", t)}
+
+
+def test_answers_in_templates_of_public_models(tmp_path: Path) -> None:
+    """Of Qwen 2.5 and 3, Llama 3, Gemma, Phi-3 and all others that TRL trains with."""
+    templates = public_templates()
+    if not templates:
+        pytest.skip("needs trl, whose package holds the templates")
+    assert {"qwen2_5_training", "qwen3_training", "llama3_training"} < templates.keys()
+    assert {"gemma_training", "phi3_training", "lfm2_training"} < templates.keys()
+    marks = r"<[|\uff5c]\S+?[|\uff5c]>"
+    specials = {mark for text in templates.values() for mark in re.findall(marks, text)}
+    turns = ("<start_of_turn>", "<end_of_turn>", "<|bos|>", "<|eos|>")
+    folder = write_folder(
+        tmp_path,
+        backend(*sorted(specials | {*turns})),
+        tokenizer_config={"bos_token": "<|bos|>", "eos_token": "<|eos|>", "pad_token": "<|eos|>"},
+    )
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    # Ends in one byte, see the next test.
+    talk = [WHOLE[0], WHOLE[1], {"role": "assistant", "content": "é\n t"}, *WHOLE[3:]]
+    del templates["llava_next_training"]  # its messages are lists of parts
+    for name, template in templates.items():
+        (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+        ours, options = Tokenizer.load(folder), {"chat_template": template, "return_dict": True}
+        talks = [talk, talk[1:], talk[1:3]]
+        if name == "gemma_training":
+            with pytest.raises(ValueError, match="template fails: System role not supported"):
+                ours.encode_answers(talks.pop(0))
+        for each in talks:
+            found = theirs.apply_chat_template(each, return_assistant_tokens_mask=True, **options)
+            ids, answers = ours.encode_answers(each)
+            assert ids == found["input_ids"], name
+            assert answers == [bool(counts) for counts in found["assistant_masks"]], name
+            assert 0 < sum(answers) < len(answers), name
 
 
 def test_a_character_of_several_tokens_at_an_answers_end_counts_whole(tmp_path: Path) -> None:

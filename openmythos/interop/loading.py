@@ -101,7 +101,7 @@ def load_pretrained(
         verify_checkpoint(folder)
     if "format" in read_config(folder):
         return load_checkpoint(folder, dtype=dtype, device=device, verify=verify, weights=weights)
-    model, tensors = _open_foreign(folder, dtype)
+    model, tensors = open_foreign(folder, dtype)
     in_int8 = int8_names(model) if weights == "int8" else ()
     return fill_model(model, tensors, folder, dtype, device, in_int8)
 
@@ -146,7 +146,7 @@ def load_config(path: PathLike) -> ModelConfig:
         return load_config(base_of(folder))
     if "format" in read_config(folder):
         return open_checkpoint(folder)[0].config
-    return _open_foreign(folder, None)[0].config
+    return open_foreign(folder, None)[0].config
 
 
 def own_tokenizer(folder: Path) -> Tokenizer | None:
@@ -190,10 +190,15 @@ def _recognised(
     return data, weights, next((f for f in FAMILIES if f.recognises(data, weights.shapes)), None)
 
 
-def _open_foreign(
+def open_foreign(
     folder: Path, dtype: torch.dtype | None
 ) -> tuple[RecurrentDepthLM, Iterator[tuple[str, Tensor]]]:
-    """The empty model, and its weights to come; their names and shapes have been checked."""
+    """Of another family's folder, the empty model and its weights to come, which fit it by shape.
+
+    Raises:
+        ValueError: The family is unknown, or names or shapes do not fit; while weights are read, as
+            ``load_pretrained``.
+    """
     data, weights, family = _recognised(folder)
     if family is None and (reason := why_not(data)) is not None:
         raise ValueError(f"{weights.folder}: {reason}; docs/families/README.md lists what loads")

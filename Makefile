@@ -10,10 +10,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo zoo test stress stress-engine stress-ranks test-vllm test-transformers test-onnx test-trl test-page test-clients lint bench docs clean
+.PHONY: help setup demo zoo test stress stress-engine stress-ranks test-vllm test-transformers test-onnx test-trl test-page test-site test-clients test-dist lint bench docs dist clean
 
 help:
-	@echo "make setup | demo | zoo | test | stress | stress-engine | stress-ranks | test-vllm | test-transformers | test-onnx | test-trl | test-page | test-clients | lint | bench | docs | clean   (options: PYTHON=python3.12, ARGS=...)"
+	@echo "make setup | demo | zoo | test | stress | stress-engine | stress-ranks | test-vllm | test-transformers | test-onnx | test-trl | test-page | test-site | test-clients | test-dist | lint | bench | docs | dist | clean   (options: PYTHON=python3.12, ARGS=...)"
 
 setup: $(STAMP)
 
@@ -113,6 +113,10 @@ $(PAGE)/.installed:
 	@npm install --silent --no-audit --no-fund --prefix $(PAGE) playwright-core@1.65.1 axe-core@4.14.1
 	@touch $@
 
+# The site in the same browser; it must be built.
+test-site: docs $(PAGE)/.installed
+	@$(BIN)/python -m tests.site_suite.run --chromium $(CHROMIUM) --packages $(PAGE) $(ARGS)
+
 # Clients of OpenAI's API and suites for it get an environment of their own.
 CLIENTS ?= .clients
 
@@ -144,6 +148,22 @@ bench: $(STAMP) .bench/open_mythos
 # The site, in build/site: strict, and without a network.
 docs: $(STAMP)
 	@$(BIN)/python -m docs.site
+
+# The wheel and the sources, in dist/; what builds them lies beside the environment.
+BUILDER := .builder
+
+dist: $(STAMP) $(BUILDER)/.installed
+	@rm -rf dist
+	@PYTHONPATH=$(BUILDER) $(BIN)/python -m hatchling build -d dist
+
+$(BUILDER)/.installed:
+	@rm -rf $(BUILDER)
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --target $(BUILDER) hatchling==1.33.0
+	@touch $@
+
+# The wheel in an environment of its own, with and without a compiler.
+test-dist: dist
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m tests.dist_suite.run $(ARGS)
 
 # Keeps runs/: what a user trained is not a build product.
 clean:

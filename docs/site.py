@@ -24,6 +24,7 @@ SETTINGS = ROOT / "zensical.toml"
 REFERENCE = "docs/reference"
 PYTHON_PAGE = re.compile(rf"{REFERENCE}/python/(\w+)\.md")
 LINK = re.compile(r"\]\(<?([^)\s>]+)>?\)|(?:href|src)=\"([^\"]+)\"")
+MAKER = re.compile(r"^<!-- made by: ((?:openmythos|make|python) .+) -->\n(!\[.*)$", re.MULTILINE)
 CODE = re.compile(r"^(`{3,}).*?^\1\s*$|`[^`\n]+`", re.MULTILINE | re.DOTALL)
 
 
@@ -150,7 +151,8 @@ def put_pages(into: Path, root: Path = ROOT) -> None:
         if write := generated(name):
             (into / name).write_text(write(), encoding="utf-8")
             continue
-        shutil.copy(root / name, into / name)
+        text = (root / name).read_text(encoding="utf-8")
+        (into / name).write_text(told_makers(text), encoding="utf-8")
         for target in linked(root / name, root):
             place = into / target
             place.parent.mkdir(parents=True, exist_ok=True)
@@ -161,6 +163,11 @@ def put_pages(into: Path, root: Path = ROOT) -> None:
                     shutil.copy(file, place / file.name)
             elif place.suffix != ".md":  # pages are there, or the strict build says which is not
                 shutil.copy(root / target, place)
+
+
+def told_makers(page: str) -> str:
+    """A page that shows the command which made a figure; in the file it is a comment."""
+    return MAKER.sub(r"\2\n<small>Made by `\1`.</small>", page)
 
 
 def listing(folder: Path) -> str:

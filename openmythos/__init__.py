@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from openmythos.model.recurrent import RecurrentDepthLM
     from openmythos.tokenizer import Tokenizer
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "Engine",

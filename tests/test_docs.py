@@ -17,6 +17,8 @@ from urllib.parse import unquote
 import pytest
 import torch
 
+from docs.page_code import FENCE, pictures_of
+from experiments.board import BEGIN, END
 from openmythos.checkpoint.save import save_pretrained
 from openmythos.config.schema import from_dict, to_dict
 from openmythos.model.exit import EXIT_RULES
@@ -32,11 +34,13 @@ REPOSITORY_FOLDERS = (
     "experiments",
     "benchmarks",
     "docs",
+    "examples",
     "constraints",
     ".ci",
 )
 SCRIPT_SUFFIXES = (".py", ".sh")
-FENCE = re.compile(r"^(\s*)(`{3,}|~{3,})\s*([\w-]*).*$")
+MAX_PAGE_WORDS = 1200
+MAX_FRONT_LINES = 80
 
 Help = Callable[[tuple[str, ...]], str | None]
 
@@ -156,21 +160,66 @@ def command_complaints(root: Path, help_of: Help) -> list[str]:
     complaints = []
     for page in documents(root):
         for command in bash_commands(page.read_text(encoding="utf-8")):
-            words = list(command)
-            while words and re.match(r"\w+=", words[0]):
-                words.pop(0)
-            if not words:
-                continue
-            problem = file_complaint(words, root)
-            if Path(words[0]).name == "openmythos" or words[1:3] == ["-m", "openmythos"]:
-                rest = words[1:] if Path(words[0]).name == "openmythos" else words[3:]
-                problem = openmythos_complaint(rest, help_of) or problem
-            elif words[0] == "make":
-                asked = [word for word in words[1:] if "=" not in word and not word.startswith("-")]
-                absent = [target for target in asked if target not in make_targets(root)]
-                problem = f"no such target: {', '.join(absent)}" if absent else problem
-            if problem:
+            if problem := complaint_about(command, root, help_of):
                 complaints.append(f"{page.relative_to(root)}: `{shlex.join(command)}`: {problem}")
+    return complaints
+
+
+def complaint_about(command: list[str], root: Path, help_of: Help) -> str | None:
+    """What is wrong with a command; None: nothing is known to be."""
+    words = list(command)
+    while words and re.match(r"\w+=", words[0]):
+        words.pop(0)
+    if not words:
+        return None
+    problem = file_complaint(words, root)
+    if Path(words[0]).name == "openmythos" or words[1:3] == ["-m", "openmythos"]:
+        rest = words[1:] if Path(words[0]).name == "openmythos" else words[3:]
+        problem = openmythos_complaint(rest, help_of) or problem
+    elif words[0] == "make":
+        asked = [word for word in words[1:] if "=" not in word and not word.startswith("-")]
+        absent = [target for target in asked if target not in make_targets(root)]
+        problem = f"no such target: {', '.join(absent)}" if absent else problem
+    return problem
+
+
+def written_by_hand(page: str) -> str:
+    """A page without what `openmythos reproduce` writes into it."""
+    if page.startswith("# Scoreboard\n"):
+        return ""
+    return re.sub(rf"{re.escape(BEGIN)}.*?{re.escape(END)}", "", page, flags=re.DOTALL)
+
+
+def long_page_complaints(root: Path) -> list[str]:
+    """Pages of too many words; those of code and tables are looked up and not read."""
+    complaints = []
+    for page in documents(root):
+        prose, _ = split_code(written_by_hand(page.read_text(encoding="utf-8")))
+        lines = [line for line in prose.splitlines() if not line.startswith("|")]
+        words = len(" ".join(lines).split())
+        if words > MAX_PAGE_WORDS:
+            complaints.append(
+                f"{page.relative_to(root)} has {words} words; at most {MAX_PAGE_WORDS} are allowed"
+            )
+    return complaints
+
+
+def figure_complaints(root: Path, help_of: Help) -> list[str]:
+    """Figures without what makes them: a command, a page of the guide, or a file of its own."""
+    complaints = []
+    for page in documents(root):
+        for name, made in pictures_of(written_by_hand(page.read_text(encoding="utf-8"))).items():
+            words = shlex.split(made)
+            if not made:
+                problem: str | None = "no comment before it says <!-- made by: COMMAND -->"
+            elif words[0] in ("openmythos", "make", "python"):
+                problem = complaint_about(words, root, help_of)
+            elif made.startswith("docs/guide/"):
+                problem = None if (root / made).is_file() else f"no such page: {made}"
+            else:  # tests/test_docs_run.py runs the guide and looks for the file
+                problem = None if page.parent.name == "guide" else f"no command: {made}"
+            if problem:
+                complaints.append(f"{page.relative_to(root)}: {name}: {problem}")
     return complaints
 
 
@@ -255,6 +304,24 @@ def test_commands_in_the_docs_exist() -> None:
     assert not complaints, "\n" + "\n".join(complaints)
 
 
+def test_no_page_is_long() -> None:
+    complaints = long_page_complaints(ROOT)
+    assert not complaints, "\n" + "\n".join(complaints)
+
+
+def test_every_figure_names_the_command_that_made_it() -> None:
+    complaints = figure_complaints(ROOT, real_help)
+    assert not complaints, "\n" + "\n".join(complaints)
+
+
+def test_the_front_page_is_one_screen() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= MAX_FRONT_LINES
+    assert len(re.findall(r"<img |!\[", text)) == 1
+    assert "It has nothing to do with Anthropic" in text
+    assert "reconstruction of public hypotheses" in text
+
+
 def test_links_in_the_docs_resolve() -> None:
     complaints = link_complaints(ROOT)
     assert not complaints, "\n" + "\n".join(complaints)
@@ -281,8 +348,10 @@ def test_the_seams_page_lists_every_member() -> None:
     assert not complaints, "\n" + "\n".join(complaints)
 
 
-def test_the_readmes_code_runs_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    text, names = (ROOT / "README.md").read_text(encoding="utf-8"), dict[str, Any]()
+def test_the_code_from_python_runs_in_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text, names = (ROOT / "docs/from-python.md").read_text(encoding="utf-8"), dict[str, Any]()
     tokenizer = byte_tokenizer()
     model = random_model(small_config(vocab_size=tokenizer.vocab_size, max_seq_len=256), seed=0)
     save_pretrained(model, tmp_path / "runs" / "demo" / "text", tokenizer)
@@ -339,6 +408,38 @@ def test_members_of_a_seam(rows: str, complaints: list[str]) -> None:
 def page(root: Path, text: str) -> Path:
     (root / "README.md").write_text(text, encoding="utf-8")
     return root
+
+
+@pytest.mark.parametrize(
+    ("text", "complaints"),
+    [
+        ("word " * 1200, 0),
+        ("word " * 1201, 1),
+        ("| word |\n" * 1300 + "```text\n" + "word " * 1300 + "\n```\n", 0),
+        (f"{BEGIN}\n" + "word " * 1300 + f"\n{END}\n", 0),
+    ],
+)
+def test_long_pages(tmp_path: Path, text: str, complaints: int) -> None:
+    assert len(long_page_complaints(page(tmp_path, text))) == complaints
+
+
+@pytest.mark.parametrize(
+    ("text", "complaints"),
+    [
+        ("<!-- made by: openmythos train -->\n![a](a.png)\n![b](b.png)\n", 0),
+        ("<!-- made by: make test -->\n\n| ![a](a.png) |\n|---|\n| ![b](b.png) |\n", 0),
+        (f"{BEGIN}\n![a](a.png)\n{END}\n", 0),
+        ("![a](a.png)\n", 1),
+        ('<img src="a.png">\n', 1),
+        ("<!-- made by: openmythos train -->\nSome words.\n![a](a.png)\n", 1),
+        ("<!-- made by: openmythos fly -->\n![a](a.png)\n", 1),
+        ("<!-- made by: make gone -->\n![a](a.png)\n", 1),
+        ("<!-- made by: runs/a.png -->\n![a](a.png)\n", 1),
+    ],
+)
+def test_figures(tmp_path: Path, text: str, complaints: int) -> None:
+    (tmp_path / "Makefile").write_text("test:\n", encoding="utf-8")
+    assert len(figure_complaints(page(tmp_path, text), small_help)) == complaints
 
 
 def small_help(path: tuple[str, ...]) -> str | None:

@@ -5,13 +5,15 @@ of the demo and of ``train`` are small, Python's own texts are this project's do
 comment ``<!-- not run: REASON -->`` is only read: its options and names must exist.
 """
 
+import os
 import re
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -19,54 +21,28 @@ from typing import Any
 import pytest
 import typer
 
+from docs.page_code import GUIDE, blocks_of, commands_of, pictures_of
+from docs.run_guide import SERVE, SERVER, wait_for
 from openmythos.cli import app
 from openmythos.eval import python_docs
 from tests.command.conftest import SMALL, invoke_app, sets
 from tests.eval.examples import documents
-from tests.test_docs import FENCE, ROOT
+from tests.test_docs import ROOT
 from tests.train.examples import write_text
 
 PAGES = ["README.md", *(str(p.relative_to(ROOT)) for p in sorted((ROOT / "docs").rglob("*.md")))]
-NOT_RUN = re.compile(r"<!-- not run: (.+) -->")
-SAVED = re.compile(r"saved as `([^`]+)`:$")
+ALONE = [page for page in PAGES if page not in GUIDE]
 INPUTS = (".yaml", ".json", ".jsonl", ".csv", ".txt")
-SHORTER = {
-    "train": sets(*SMALL[1:-4], "train.batch_size=1", "train.max_steps=2", "train.eval_loops=[1]"),
-    "generate": ["--max-new-tokens", "2"],
-    "analyze": ["--num-examples", "4", "--max-loops", "2"],
+SMALLER = [*SMALL[1:-4], "train.batch_size=1", "train.max_steps=2", "train.eval_loops=[1]"]
+LESS = {  # of what a command is given; what the page gives itself is replaced
+    "generate": {"--max-new-tokens": "2"},
+    "analyze": {"--num-examples": "4", "--max-loops": "2"},
+    "calibrate-exit": {"--num-tokens": "64", "--max-loops": "2"},
+    "eval": {"--num-loops": "1,2"},
+    "train": {},
 }
-
-
-@dataclass(frozen=True)
-class Block:
-    """A fenced block; why it is not run, and the file that a reader saves it as, if any."""
-
-    language: str
-    text: str
-    reason: str | None
-    name: str | None
-
-
-def blocks_of(page: str) -> Iterator[Block]:
-    """The blocks of a page, in order."""
-    fence, language, before, lines = "", "", "", list[str]()
-    for line in page.splitlines():
-        mark = FENCE.match(line)
-        if fence and mark and mark[2].startswith(fence) and not mark[3]:
-            reason, saved = NOT_RUN.search(before), SAVED.search(before)
-            yield Block(language, "\n".join(lines), reason and reason[1], saved and saved[1])
-            fence, before = "", ""
-        elif fence:
-            lines.append(line)
-        elif mark:
-            fence, language, lines = mark[2], mark[3], []
-        elif line.strip():
-            before = line.strip()
-
-
-def commands_of(text: str) -> list[str]:
-    """The lines of a block, those that go on joined, without comments."""
-    return [line.strip() for line in text.replace("\\\n", " ").splitlines() if line.strip()]
+SHORT_FOR = {"--steps": "train.max_steps", "--batch-size": "train.batch_size"}
+PORT = "8000"  # on the pages
 
 
 # --- one command ----------------------------------------------------------------------------------
@@ -83,18 +59,30 @@ def parsed(words: list[str]) -> None:
 def shortened(words: list[str]) -> list[str]:
     """The same command on less: small models, few steps, questions and texts."""
     words = ["docs" if word in ("python-source", "python-docs") else word for word in words]
-    extra = SHORTER.get(words[0], [])
-    if "--steps" in words:
-        words[words.index("--steps") + 1] = "2"
-        steps = extra.index("train.max_steps=2")
-        extra = extra[: steps - 1] + extra[steps + 1 :]
-    if words[0] == "train" and "--from" in words:  # the model is the given one
-        extra = sets(*(word for word in extra if not word.startswith(("model.", "--"))))
+    less = dict(LESS.get(words[0], {}))
     if words[0] == "eval":
         on_tasks = "--tasks" in words or "zoo:text" in words
-        extra = ["--limit", "2"] if on_tasks else ["--max-batches", "1"]
-        extra += ["--num-loops", "1,2"]
-    return [*words, *extra]
+        less |= {"--limit": "2"} if on_tasks else {"--max-batches": "1"}
+    more = smaller(words) if words[0] == "train" else []
+    for option, value in less.items():
+        if option in words:
+            words[words.index(option) + 1] = value
+        else:
+            more += [option, value]
+    return [*words, *more]
+
+
+def smaller(words: list[str]) -> list[str]:
+    """Settings that make a training small; sizes that the page gives stay, its length does not."""
+    fields = dict(item.split("=", 1) for item in SMALLER)
+    for option, field in SHORT_FOR.items():
+        if option in words:
+            words[words.index(option) + 1] = fields.pop(field)
+    for word in words:
+        fields.pop(word.partition("=")[0], None)
+    if "--from" in words:  # the model is the given one
+        fields = {name: value for name, value in fields.items() if not name.startswith("model.")}
+    return sets(*(f"{name}={value}" for name, value in fields.items()))
 
 
 def run_command(line: str, folder: Path, demo: Path) -> None:
@@ -141,35 +129,72 @@ def stand_in(words: list[str], folder: Path) -> None:
 # --- the pages ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", PAGES)
+@pytest.mark.parametrize("name", ALONE)
 def test_a_page_runs_in_order(
     name: str, demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    page = (ROOT / name).read_text(encoding="utf-8")
-    for item in ("docs", "openmythos", "LICENSE", "README.md"):
+    for item in ("docs", "openmythos", "examples", "LICENSE", "README.md"):
         (tmp_path / item).symlink_to(ROOT / item)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(python_docs, "documents", documents)
+    run_page((ROOT / name).read_text(encoding="utf-8"), name, tmp_path, demo)
+
+
+def test_the_guide_runs_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its pages follow each other in one folder, which begins empty, and make its pictures."""
+    monkeypatch.chdir(tmp_path)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    for name in GUIDE:
+        page = (ROOT / name).read_text(encoding="utf-8")
+        run_page(page.replace(PORT, port), name, tmp_path, tmp_path)
+        for picture, made in pictures_of(page).items():
+            assert not made or (tmp_path / made).is_file(), f"{name}: {picture}"
+
+
+def run_page(page: str, name: str, folder: Path, demo: Path) -> None:
+    """Run all blocks of a page; a server runs until its end."""
     names: dict[str, Any] = {}
-    for block in blocks_of(page):
-        if block.name is not None:
-            Path(block.name).write_text(block.text + "\n", encoding="utf-8")
-        elif block.language == "bash":
-            for line in commands_of(block.text):
-                words = shlex.split(line, comments=True)
-                if block.reason is None:
-                    run_command(line, tmp_path, demo)
-                elif words[0] == "openmythos":
-                    parsed(words[1:])
-        elif (
-            block.language == "python" and block.reason is None and not has_a_test_of_its_code(name)
-        ):
-            exec(block.text, names)
+    with ExitStack() as servers:
+        for block in blocks_of(page):
+            if block.name is not None:
+                Path(block.name).write_text(block.text + "\n", encoding="utf-8")
+            elif block.language == "bash":
+                for line in commands_of(block.text):
+                    words = shlex.split(line, comments=True)
+                    if block.reason is None and line.startswith(SERVE):
+                        servers.enter_context(serving(words))
+                    elif block.reason is None:
+                        run_command(line, folder, demo)
+                    elif words[0] == "openmythos":
+                        parsed(words[1:])
+            elif (
+                block.language == "python"
+                and block.reason is None
+                and not has_a_test_of_its_code(name)
+            ):
+                exec(block.text, names)
+
+
+@contextmanager
+def serving(words: list[str]) -> Iterator[None]:
+    """A server in a process of its own."""
+    parsed(words[1:])
+    port = words[words.index("--port") + 1]
+    command = [sys.executable, "-m", *words]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL) as server:
+        try:
+            wait_for(server, SERVER.replace(PORT, port) + "/ready")
+            yield
+        finally:
+            server.kill()
 
 
 def has_a_test_of_its_code(name: str) -> bool:
     """Whether tests/test_docs.py runs the page's Python and looks at what it gives."""
-    return name in ("README.md", "docs/seams.md")
+    return name in ("docs/from-python.md", "docs/seams.md")
 
 
 def test_python_of_the_docs_has_no_undefined_name() -> None:

@@ -356,6 +356,9 @@ def version_copies(root: Path) -> list[str]:
     citation = (root / "CITATION.cff").read_text(encoding="utf-8")
     if f"\nversion: {versions[0]}\n" not in citation:
         complaints.append(f"CITATION.cff does not say 'version: {versions[0]}' as the package does")
+    changes = root / "CHANGELOG.md"
+    if changes.exists() and f"\n## [{versions[0]}] - " not in changes.read_text(encoding="utf-8"):
+        complaints.append(f"CHANGELOG.md has no '## [{versions[0]}] - DATE'")
     return complaints
 
 
@@ -650,7 +653,8 @@ def test_version_is_written_once(tmp_path: Path) -> None:
     write(tmp_path, "pyproject.toml", '[project]\nversion = "0.2.0"\n')
     write(tmp_path, "CITATION.cff", "title: x\nversion: 0.1.0\n")
     write(tmp_path, "openmythos/cli.py", '__version__ = "0.2.0"\n')
-    assert len(version_copies(tmp_path)) == 3
+    write(tmp_path, "CHANGELOG.md", "# Changes\n\n## [Unreleased]\n")
+    assert len(version_copies(tmp_path)) == 4
     write(tmp_path, "openmythos/__init__.py", "")
     assert len(version_copies(tmp_path)) == 1
 

@@ -133,7 +133,7 @@ def run_check(python: Path, check: str, url: str, model: str, environment: dict[
 def table(rows: Sequence[Row], python: Path) -> str:
     """The rows in Markdown, those of checks that did not run too."""
     done = {row.check: row for row in rows}
-    lines = ["| check | with | result | s | |", "|---|---|---|---|---|"]
+    lines = ["| check | with | result | s | remark |", "|---|---|---|---|---|"]
     for check, package in CHECKS.items():
         row = done.get(check, Row(check, "not run", "", ""))
         cells = (check, f"{package} {version(python, package)}", row.result, row.seconds, row.said)

@@ -100,7 +100,7 @@ def load_pretrained(
         verify_checkpoint(folder)
     if "format" in read_config(folder):
         return load_checkpoint(folder, dtype=dtype, device=device, verify=verify, weights=weights)
-    model, tensors = _open_foreign(folder, dtype)
+    model, tensors = open_foreign(folder, dtype)
     in_int8 = int8_names(model) if weights == "int8" else ()
     return fill_model(model, tensors, folder, dtype, device, in_int8)
 
@@ -145,7 +145,7 @@ def load_config(path: PathLike) -> ModelConfig:
         return load_config(base_of(folder))
     if "format" in read_config(folder):
         return open_checkpoint(folder)[0].config
-    return _open_foreign(folder, None)[0].config
+    return open_foreign(folder, None)[0].config
 
 
 def own_tokenizer(folder: Path) -> Tokenizer | None:
@@ -173,10 +173,15 @@ def _or_base(folder: Path) -> Path:
     return local_folder(base_of(folder)) if alone else folder
 
 
-def _open_foreign(
+def open_foreign(
     folder: Path, dtype: torch.dtype | None
 ) -> tuple[RecurrentDepthLM, Iterator[tuple[str, Tensor]]]:
-    """The empty model, and its weights to come; their names and shapes have been checked."""
+    """Of another family's folder, the empty model and its weights to come, which fit it by shape.
+
+    Raises:
+        ValueError: The family is unknown, or names or shapes do not fit; while weights are read, as
+            ``load_pretrained``.
+    """
     data = read_config(folder)
     parts = data.pop(PARTS_FIELD, None)
     weights = StoredWeights(folder) if parts is None else GgufWeights(parts, data)

@@ -84,7 +84,8 @@ class RecurrentDepthLM(LoopedModel):
     def context(self, tokens: Ids, **options: Any) -> ForwardContext:
         """The context of a batch; the options are those of ``make_context``."""
         w = self.embed.weight
-        return make_context(self.config, tokens, dtype=w.dtype, device=w.device, **options)
+        dtype = self.embed.activations or w.dtype
+        return make_context(self.config, tokens, dtype=dtype, device=w.device, **options)
 
     # --- the model's calls -----------------------------------------------------------------------
 
@@ -227,7 +228,12 @@ class RecurrentDepthLM(LoopedModel):
 
 
 class Embedding(nn.Embedding):
-    """The token embedding, which is also the head if the two are tied."""
+    """The token embedding, which is also the head if the two are tied.
+
+    Where the weight is gathered in a lower precision, ``activations`` is that of the embeddings.
+    """
+
+    activations: torch.dtype | None = None
 
     def forward(
         self,
@@ -237,7 +243,8 @@ class Embedding(nn.Embedding):
     ) -> Float[Tensor, "B T _"]:
         """The embeddings of ``tokens`` or, as the tied head, the logits of ``states``."""
         if tokens is not None:
-            return super().forward(tokens)
+            rows = super().forward(tokens)
+            return rows if self.activations is None else rows.to(self.activations)
         assert states is not None
         plain = native.eager() and not torch.is_autocast_enabled(states.device.type)
         if plain and self.weight.requires_grad:

@@ -9,8 +9,8 @@ The rules are those of ``train.parallel``, written again from shapes and names a
 - Every parameter is then cut along one dimension into equal chunks, the last ones shorter or empty:
   experts of a divided layer along their channels, over the ranks that hold the same experts; all
   else along the first dimension, over ``dp_shard``.
-- Parameters are gathered by unit: one per block, in bfloat16. What that would harm is in float32:
-  the routers, which are units of their own, and one unit of all that is outside the blocks.
+- Parameters are gathered by unit: one per block, embedding and head, in bfloat16. What that would
+  harm is in float32: the routers, which are units of their own, and one unit of all that is left.
 """
 
 import math
@@ -40,6 +40,7 @@ TENSOR_DIMS = {
 EXPERTS = ("feed_forward.gate_up", "feed_forward.down")  # stacked, without a ``.weight``
 WIDE = ("feed_forward.router", "halting.proj")  # units of their own in float32
 STAGES = ("prelude", "core", "coda")
+TABLES = ("embed", "head")  # units of their own outside the blocks
 
 
 @dataclass(frozen=True)
@@ -184,6 +185,8 @@ def _unit_of(name: str) -> str:
         if wide in name:
             return name[: name.index(wide) + len(wide)]
     stage, *rest = name.split(".")
+    if stage in TABLES:
+        return stage
     return f"{stage}.{rest[0]}" if stage in STAGES else ""
 
 

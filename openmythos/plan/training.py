@@ -7,8 +7,10 @@ float32, products in bfloat16.
 - The core's weights are gathered once per step and kept, or again in every loop of the forward and
   of the backward pass (``core_gather``). A looped core keeps the whole gradients of all its layers
   in either case: none is complete before the first loop's backward.
-- What is outside the blocks (tables, injection) is gathered in float32 and kept, gradients as well.
-- A unit's gradients are reduced through one float32 buffer.
+- Embedding and head are gathered once per micro-batch, for the time that they are used.
+- What is left outside the blocks is gathered in float32 and kept, gradients as well.
+- A unit's gradients are reduced through one float32 buffer. With accumulation they are added up in
+  float32 before, those of every unit.
 - Activations are those of uncompiled blocks. With ``recompute`` the forward keeps the states
   between loops and the activations of one loop at a time.
 
@@ -25,7 +27,15 @@ from openmythos.config import ModelConfig, counts
 from openmythos.config.parallel import ParallelConfig
 from openmythos.config.schema import as_integer, as_number, require, require_literals
 from openmythos.plan.memory import in_words
-from openmythos.plan.placement import Unit, check_layout, in_block, place, tensor_dim, units
+from openmythos.plan.placement import (
+    TABLES,
+    Unit,
+    check_layout,
+    in_block,
+    place,
+    tensor_dim,
+    units,
+)
 from openmythos.plan.serving import Machine
 
 LOGIT_BYTES = 4  # of one logit: itself and its gradient in bfloat16
@@ -74,33 +84,56 @@ class Work:
 
 
 def memory(config: ModelConfig, layout: ParallelConfig, work: Work) -> dict[str, int]:
-    """Bytes of the fullest device, by what they hold; all at once at the first loop's backward."""
+    """Bytes of the fullest device, by what they hold, at the fuller of two moments.
+
+    At the loss there are logits, and the head with its gradient; in the loops' backward passes the
+    whole gradients of the core.
+    """
+    moments = (_memory(config, layout, work, at_loss=each) for each in (False, True))
+    return max(moments, key=lambda found: sum(found.values()))
+
+
+def _memory(
+    config: ModelConfig, layout: ParallelConfig, work: Work, *, at_loss: bool
+) -> dict[str, int]:
     held = place(config, layout)
     every, alone = units(config, layout), layout.num_ranks == 1
     size = {unit.name: unit.gathered * unit.weight_bytes for unit in every}
     core = [size[unit.name] for unit in every if unit.in_core]
-    once = [size[unit.name] for unit in every if not unit.in_core and not _is_kept(unit)]
+    once = [size[u.name] for u in every if not (u.in_core or _is_kept(u) or u.name in TABLES)]
     # One block computes, the next one is on its way. Alone, autocast casts the weights instead, and
     # keeps them for every use that has a backward.
     weights = sum(sorted(core)[-2:] if layout.core_gather == "loop" else core)
     weights *= config.num_loops if alone and not work.recompute else 1
-    root = 0 if alone else sum(size[unit.name] for unit in every if _is_kept(unit))
-    # When what is outside the blocks is reduced, the core's gradients are gone.
-    buffers = {unit.name: 4 * sum(each.gathered for each in unit.held) for unit in every}
-    buffer = max([*(buffers[u.name] for u in every if u.name), buffers[""] - sum(core)])
     stored = sum(each.stored for each in held)
-    return {
+    found = {
         "parameters": 4 * stored,
         "gradients": 4 * stored,
         "optimizer": sum(4 * each.stored * _moments(each.name, each.shape, work) for each in held),
         "core_weights": weights,
-        "core_gradients": 0 if alone else sum(core),
-        "other_weights": root + sum(sorted(once)[-2:]) + _cast_bytes(config),
-        "other_gradients": root,
-        "reduce_buffer": 0 if alone else buffer,
+        "core_gradients": 0,
+        "other_weights": sum(sorted(once)[-2:]) + _cast_bytes(config, alone),
+        "other_gradients": 0,
+        "reduce_buffer": 0,
         "activations": activation_bytes(config, layout, work),
-        "logits": _logit_bytes(config, work),
+        "logits": _logit_bytes(config, work, at_loss),
     }
+    if alone:
+        return found
+    kept = sum(size[unit.name] for unit in every if _is_kept(unit))
+    head = size["embed" if config.tie_embeddings else "head"]
+    buffers = {unit.name: 4 * sum(each.gathered for each in unit.held) for unit in every}
+    used = [u.name for u in every if not u.wide and (u.name not in TABLES or at_loss)]
+    found["core_gradients"] = 0 if at_loss else sum(core)
+    found["other_weights"] += kept + at_loss * head
+    # The gradient of a tied table is whole when its first use has one, too.
+    found["other_gradients"] = kept + (at_loss or config.tie_embeddings) * head
+    found["reduce_buffer"] = max(buffers[name] for name in used)
+    if work.accumulation > 1:
+        for unit in every:
+            where = "core_gradients" if unit.in_core else "other_gradients"
+            found[where] += 0 if unit.wide else 4 * unit.gathered
+    return found
 
 
 def _moments(name: str, shape: tuple[int, ...], work: Work) -> int:
@@ -120,14 +153,18 @@ def _learns(unit: Unit, config: ModelConfig) -> bool:
     return unit.name != "halting.proj" or (halting is not None and halting.mixes_states)
 
 
-def _cast_bytes(config: ModelConfig) -> int:
-    """The matrices outside the blocks, which autocast casts to bfloat16 and keeps."""
+def _cast_bytes(config: ModelConfig, alone: bool) -> int:
+    """The matrices outside the blocks, which autocast casts to bfloat16 and keeps.
+
+    Over ranks, embedding and head are in bfloat16 already.
+    """
     shapes = counts.parameter_shapes(config)
-    unused = () if config.tie_embeddings else ("embed.weight",)
+    cast_table = "embed" if config.tie_embeddings else "head"
+    skipped = {*TABLES} - ({cast_table} if alone else set())
     cast = (
         math.prod(shape)
         for name, shape in shapes.items()
-        if not in_block(name) and len(shape) == 2 and name not in unused
+        if not in_block(name) and len(shape) == 2 and name.partition(".")[0] not in skipped
     )
     return 2 * sum(cast)
 
@@ -151,8 +188,10 @@ def activation_bytes(config: ModelConfig, layout: ParallelConfig, work: Work) ->
     return work.tokens * kept
 
 
-def _logit_bytes(config: ModelConfig, work: Work) -> int:
+def _logit_bytes(config: ModelConfig, work: Work, at_loss: bool) -> int:
     number = work.tokens * config.vocab_size
+    if not at_loss:  # their gradient is gone
+        return LOGIT_BYTES // 2 * number
     return LOGIT_BYTES * number + LOSS_BYTES * min(number, LOSS_CHUNK)
 
 
@@ -227,7 +266,7 @@ def _passes(config: ModelConfig, work: Work) -> tuple[int, int]:
 def gathers(unit: Unit, config: ModelConfig, layout: ParallelConfig, work: Work) -> int:
     """How often a unit is gathered in a micro-batch."""
     if not unit.in_core:
-        return 1 if _is_kept(unit) else 2
+        return 1 if _is_kept(unit) or unit.name in TABLES else 2
     # What runs again in the backward pass keeps what it has gathered for that.
     return 1 if layout.core_gather == "step" else 2 * config.num_loops
 

@@ -16,7 +16,9 @@ import torch.distributed as dist
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 
 from openmythos.config.parallel import ParallelConfig, started_rank
@@ -159,7 +161,8 @@ def join(config: ParallelConfig, device: torch.device | str = "cpu") -> Ranks:
     started = dist.is_available() and (dist.is_initialized() or started_rank() is not None)
     if started and not dist.is_initialized():
         # Two groups in one: what the host has to say needs no accelerator.
-        dist.init_process_group("cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo")
+        backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo"
+        dist.init_process_group(backend, **_meeting_place())
     world = dist.get_world_size() if started else 1
     if world != config.num_ranks:
         layout = f"dp_replicate {config.dp_replicate} x dp_shard {config.dp_shard} x tp {config.tp}"
@@ -181,6 +184,24 @@ def join(config: ParallelConfig, device: torch.device | str = "cpu") -> Ranks:
     return Ranks(rank, world, place, mesh, rank // config.tp, config.num_row_ranks)
 
 
+def _meeting_place() -> dict[str, Any]:
+    """Where processes that ``torchrun`` has started again meet; nothing: where they always do.
+
+    Its store outlives the attempts (torch 2.13): ranks would read the addresses of dead ones there.
+    Attempts are counted by machine, and so tell them apart only if there is one.
+    """
+    said = os.environ
+    attempt = int(said.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    if attempt == 0 or said.get("LOCAL_WORLD_SIZE") != said.get("WORLD_SIZE"):
+        return {}
+    store, rank, world = next(rendezvous("env://"))
+    return {
+        "store": PrefixStore(f"attempt-{attempt}", store),
+        "rank": rank,
+        "world_size": world,
+    }
+
+
 # --- the layout of a model -----------------------------------------------------------------------
 
 
@@ -190,14 +211,14 @@ def parallelize(model: RecurrentDepthLM, config: TrainConfig, ranks: Ranks) -> N
     In this order: tensor parallel, expert parallel, compilation by block, FSDP2. Activation
     checkpointing is the loop's (``recompute``), inside which the units of FSDP2 lie.
 
-    A unit is a block. With ``autocast`` the weights of the blocks are gathered in that precision,
-    except for the routers, which are units of their own: rounded router weights choose other
-    experts. Everything outside the blocks is one unit in the weights' own precision: the
-    embedding, the head, the norms and the injection, whose decay is too close to 1 to be rounded.
+    A unit is a block, the embedding or the head. With ``autocast`` their weights are gathered in
+    that precision, except for the routers, which are units of their own: rounded router weights
+    choose other experts. What is left is one unit in the weights' own precision: the norms outside
+    the blocks, and the injection, whose decay is too close to 1 to be rounded.
 
     Unless the core is gathered in every loop, its blocks keep their weights from their first use in
-    a step until ``reshard``. So does what lies outside the blocks, and the coda if it reads every
-    loop.
+    a step until ``reshard``. So does what is left, and the coda and the head if they read every
+    loop. The embedding is gathered for the forward pass only: its gradient needs no weights.
     """
     if ranks.mesh is None:
         return
@@ -219,8 +240,8 @@ def parallelize(model: RecurrentDepthLM, config: TrainConfig, ranks: Ranks) -> N
         policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     kept: list[FSDPModule] = []
 
-    def unit(module: nn.Module, keep: bool, precision: MixedPrecisionPolicy) -> None:
-        made = fully_shard(
+    def unit(module: nn.Module, keep: bool, precision: MixedPrecisionPolicy) -> FSDPModule:
+        made: FSDPModule = fully_shard(
             module,
             mesh=mesh,
             reshard_after_forward=not keep,
@@ -229,10 +250,11 @@ def parallelize(model: RecurrentDepthLM, config: TrainConfig, ranks: Ranks) -> N
         )
         if keep:
             kept.append(made)
+        return made
 
-    by_step = layout.core_gather == "step"
+    by_step, every_loop = layout.core_gather == "step", config.objective.needs_states
     keeps = {id(block): by_step for block in model.core}
-    keeps |= {id(block): by_step and config.objective.needs_states for block in model.coda}
+    keeps |= {id(block): by_step and every_loop for block in model.coda}
     for block in blocks(model):
         keep = keeps.get(id(block), False)
         if policy is not own:
@@ -242,9 +264,20 @@ def parallelize(model: RecurrentDepthLM, config: TrainConfig, ranks: Ranks) -> N
         unit(block, keep, policy)
     if model.halting is not None:  # an objective calls it outside the model's forward
         unit(model.halting.proj, True, own)
+    # What the head has gathered in the forward pass is used next in its backward pass.
+    head = model.embed if model.head is None else model.head
+    last = unit(head, every_loop, policy)
+    last.set_reshard_after_forward(False, recurse=False)
+    first = last if head is model.embed else unit(model.embed, False, policy)
+    first.set_unshard_in_backward(False)
+    model.embed.activations = model.embed.weight.dtype
     unit(model, True, own)
     for held in kept:
         held.set_reshard_after_backward(False, recurse=False)
+        # By default it would gather what ran before it, here the prelude, ahead of its own backward
+        # pass; but not where its first loops have no gradient, and so not on every rank at the same
+        # time: they would wait for each other for ever.
+        held.set_modules_to_backward_prefetch([held])
     for each in units(model):
         # Losses are divided by the number of targets of the whole batch, so gradients are summed.
         each.set_gradient_divide_factor(1.0)
@@ -343,7 +376,8 @@ def _counts(grad: Tensor, ranks: Ranks) -> bool:
         ):
             if not placement.is_replicate():
                 split.update(JOINT_AXES.get(name, (name,)))
-    return all(ranks.mesh[axis].get_local_rank() == 0 for axis in AXES if axis not in split)
+    coordinate = ranks.mesh.get_coordinate() or ()  # slicing a mesh by axis takes far longer
+    return not any(at for axis, at in zip(AXES, coordinate, strict=True) if axis not in split)
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ Over ranks no process ever holds the whole model. What is drawn is a function of
 so that each rank draws its own part, the same on any number of ranks.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +12,24 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from openmythos.checkpoint.load import empty_model, fill_model
+from openmythos.checkpoint.load import (
+    checkpoint_damage,
+    empty_model,
+    fill_model,
+    load_weights,
+    read_config,
+)
 from openmythos.checkpoint.weights import check_shapes, tensor_shapes
 from openmythos.config import ModelConfig
+from openmythos.interop.adapter import is_adapter
 from openmythos.interop.hub import local_folder
-from openmythos.interop.loading import load_pretrained
+from openmythos.interop.loading import load_pretrained, open_foreign
 from openmythos.model.init import init_weights
 from openmythos.model.recurrent import RecurrentDepthLM
 from openmythos.tokenizer import Tokenizer
 from openmythos.train.parallel import Ranks, own_parts, parallelize
 from openmythos.train.recipe import TrainConfig
+from openmythos.train.tensor import put_in_fused_order
 
 
 class _DrawnOnMeta(TorchFunctionMode):
@@ -52,7 +60,10 @@ def initial_model(
     train: TrainConfig,
     ranks: Ranks,
 ) -> RecurrentDepthLM:
-    """A model of this config with the weights of a checkpoint, in fp32.
+    """A model of this config with the weights of a checkpoint, in fp32; over ranks, a part of it.
+
+    Of one of our checkpoints each rank reads only its part, of another family's one tensor after
+    the other, of which it keeps its part.
 
     Raises:
         ValueError: The weights do not fit, or belong to another tokenizer.
@@ -65,13 +76,27 @@ def initial_model(
                 f"tokenizer mismatch: {source} uses {theirs[:12]}, the data "
                 f"{tokenizer.fingerprint[:12]}; prepare the data with --tokenizer {source}"
             )
-    weights = load_pretrained(folder).state_dict()
-    empty = empty_model(config)
-    check_shapes(tensor_shapes(weights), tensor_shapes(empty.state_dict()), folder)
     if ranks.mesh is None:
+        weights = load_pretrained(folder).state_dict()
+        empty = empty_model(config)
+        check_shapes(tensor_shapes(weights), tensor_shapes(empty.state_dict()), folder)
         return fill_model(empty, weights.items(), folder, torch.float32, ranks.device)
     model = _laid_out(config, train, ranks)
-    _fill_parts(model, weights)
+    damaged = ranks.each(lambda: checkpoint_damage(folder, (ranks.rank, ranks.world)))
+    if problem := next(filter(None, damaged), None):
+        raise ValueError(f"{folder} is damaged: {problem}")
+    if not is_adapter(folder) and "format" in read_config(folder):
+        load_weights(model, folder)
+        put_in_fused_order(model, model.state_dict())
+        return model
+    if is_adapter(folder):  # merged into its base, as a whole
+        weights = load_pretrained(folder).state_dict()
+        shapes, tensors = tensor_shapes(weights), iter(weights.items())
+    else:
+        empty, tensors = open_foreign(folder, torch.float32)
+        shapes = tensor_shapes(empty.state_dict())
+    check_shapes(shapes, tensor_shapes(model.state_dict()), folder)
+    _fill_parts(model, tensors)
     return model
 
 
@@ -91,10 +116,9 @@ def _laid_out(config: ModelConfig, train: TrainConfig, ranks: Ranks) -> Recurren
 
 
 @torch.no_grad()
-def _fill_parts(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+def _fill_parts(model: nn.Module, weights: Iterable[tuple[str, Tensor]]) -> None:
     """Copy this rank's part of every weight."""
-    part_of = own_parts(model)
-    for name, own in model.state_dict(keep_vars=True).items():
-        part, rows, columns = part_of(name, own)
-        whole = weights[name]
+    part_of, own = own_parts(model), model.state_dict(keep_vars=True)
+    for name, whole in weights:
+        part, rows, columns = part_of(name, own[name])
         part.copy_(whole.view(-1, whole.shape[-1])[rows][:, columns])

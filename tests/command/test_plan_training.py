@@ -82,7 +82,7 @@ def test_refusals_in_one_line(invoke: Invoke, arguments: tuple[Any, ...], said: 
 def test_a_dry_run_builds_what_was_planned(invoke: Invoke) -> None:
     text = invoke("plan", "tiny", "--devices", 8, "--context-length", 64, "--dry-run", "step")
     assert text.count("0 bytes off") == 3 and "Shards of rank 7:" in text
-    assert "Exchanges of a step, all gather: 6, 8.03 MiB, as planned" in text
+    assert "Exchanges of a step, all gather: 8, 5.53 MiB, as planned" in text
     report = planned(invoke, "tiny", "--devices", 1, "--dry-run", "shards")
     (alone,) = report["dry_run"]["shards"]
     assert alone["built"] == alone["planned"] == report["chosen"]["memory"]["parameters"]

@@ -1,12 +1,34 @@
+from functools import partial
+
 from tests.stress.ranks import table_of
+from tests.train.launch import on_ranks
 
 
-def test_the_table_has_a_line_per_arm() -> None:
-    found = {"dense": {"loss": 1e-15, "grad_norm": 2e-15, "weights": 3e-16, "rho": 0.0}}
-    assert table_of((found, None)) == [
-        "| arm | loss | gradient norm | weights |",
-        "|---|---|---|---|",
+def trains(name: str) -> None:
+    """A case with arms."""
+
+
+@on_ranks(2)
+def stops_on_two() -> None:
+    """A case without."""
+
+
+def test_the_table_says_what_passed_what_failed_and_what_did_not_run() -> None:
+    cases = [*(partial(trains, name) for name in ("dense", "mla", "tied")), stops_on_two]
+    found = {"loss": 1e-15, "grad_norm": 2e-15, "weights": 3e-16, "rho": 0.0}
+    name = f"{__name__}:trains"
+    ranks = {
+        "1": {f"{name}:dense": {"found": found}, f"{name}:mla": {"error": "too far"}},
+        "2": {f"{__name__}:stops_on_two": {"found": None}},
+    }
+    page = table_of(50, cases, ranks)
+    assert "fp64, 50 steps" in page and page.endswith(".\n")
+    one, two = page.split("## 1 rank\n")[1].split("## 2 ranks\n")
+    assert one.strip().split("\n\n") == [
+        "| arm | loss | gradient norm | weights |\n|---|---|---|---|\n"
         "| dense | 1e-15 | 2e-15 | 3e-16 |",
-        "",
+        "Failed: trains: mla.",
+        "Not run: trains: tied.",
     ]
-    assert table_of(()) == []
+    assert "Passed, too: stops on two.\n\n" in two
+    assert "Not run: trains: dense; trains: mla; trains: tied.\n" in two

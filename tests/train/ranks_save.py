@@ -7,7 +7,9 @@ import shutil
 import tempfile
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -20,15 +22,21 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from openmythos import load_pretrained
+from openmythos import load_pretrained, save_pretrained
+from openmythos.checkpoint import weights
 from openmythos.config.parallel import ParallelConfig
 from openmythos.folder import write_manifest
+from openmythos.interop import export
 from openmythos.model.recurrent import RecurrentDepthLM
+from openmythos.train import parallel
 from openmythos.train.optim import OptimizerConfig, make_optimizers
 from openmythos.train.parallel import Ranks, join
+from openmythos.train.recipe import TrainConfig
 from openmythos.train.run_folder import RunFolder, RunState
-from tests.strategies import random_model, seeded
+from openmythos.train.setup import initial_model
+from tests.strategies import MLA, random_model, seeded, small_config
 from tests.train.examples import full_disk
+from tests.train.launch import on_ranks
 from tests.train.test_run_folder import CONFIG, Remembering
 
 STATE = RunState(step=3, seconds=1.5, first_nats=2.0)
@@ -154,6 +162,7 @@ def a_disk_that_is_full_for_one_is_said_by_all(folder: Path, ranks: Ranks) -> No
     assert run.last_state() == RunState(step=4, seconds=2.0)
 
 
+@on_ranks(2, 4)
 @in_a_folder
 def a_damaged_part_is_passed_over_by_all(folder: Path, ranks: Ranks) -> None:
     run, mine = RunFolder(folder, ranks=ranks), trained(0, ranks)
@@ -220,6 +229,45 @@ def training_goes_on_while_a_checkpoint_is_written(folder: Path, ranks: Ranks) -
     assert run.finish() and run.save(*mine, Remembering(), RunState(9, 0.0)).is_dir()
 
 
+@in_a_folder
+def initial_weights_are_read_in_parts(folder: Path, ranks: Ranks) -> None:
+    """Of one of our checkpoints, twice (once to refuse what is not finite); of others, in turn."""
+    config = small_config(attention=MLA, tie_embeddings=False)
+    whole = random_model(config, seed=3)
+    if ranks.first:
+        save_pretrained(whole, folder / "ours")
+        export.export_hf(whole, folder / "theirs")
+    ranks.wait()
+    read, real = Counter[str](), weights._Tensors.read
+
+    def counted(self: Any, name: str, box: Any = None) -> torch.Tensor:
+        tensor = real(self, name, box)
+        read["bytes"] += tensor.nbytes
+        return tensor
+
+    layouts = [{"dp_shard": ranks.world}, {"dp_shard": 1, "tp": 2}][: 2 if ranks.world == 2 else 1]
+    for layout in layouts:
+        train = TrainConfig(max_steps=1, batch_size=8, parallel=ParallelConfig(**layout))
+        place = join(train.parallel)
+        for source in ("ours", "theirs"):
+            read.clear()
+            with mock.patch.object(weights._Tensors, "read", counted):
+                model = initial_model(folder / source, config, None, train, place)
+            part_of, held, expected = parallel.own_parts(model), 0, whole.state_dict()
+            for name, own in model.state_dict(keep_vars=True).items():
+                part, rows, columns = part_of(name, own.detach())
+                tensor = expected[name].view(-1, expected[name].shape[-1])
+                assert torch.equal(part, tensor[rows][:, columns]), (source, layout, name)
+                held += part.nbytes
+            if source == "ours":
+                assert read["bytes"] == 2 * held, (read, held)
+                total = sum(tensor.nbytes for tensor in expected.values())
+                assert held < (0.6 if "tp" not in layout else 0.9) * total or ranks.world == 1
+    with pytest.raises(ValueError, match="shape"):
+        initial_model(folder / "ours", replace(config, vocab_size=40), None, train, place)
+
+
+@on_ranks(2, 4)
 def what_all_say_and_who_fails() -> None:
     ranks = join(ParallelConfig(dp_shard=dist.get_world_size()))
     with no_pickle():
@@ -236,6 +284,7 @@ def what_all_say_and_who_fails() -> None:
 
 
 CASES = [
+    initial_weights_are_read_in_parts,
     what_all_say_and_who_fails,
     all_write_and_any_number_reads,
     what_one_wrote_all_read,

@@ -6,6 +6,7 @@ import os
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -43,6 +44,7 @@ from openmythos.train.parallel import Ranks, join
 from openmythos.train.recipe import TrainConfig
 from openmythos.train.task import Batches
 from tests.strategies import MLA, randomise, seeded, small_config
+from tests.train.launch import on_ranks
 
 STEPS = int(os.environ.get("RANKS_STEPS", "2"))  # make stress-ranks: 50, and all arms
 BATCH = 8
@@ -83,13 +85,14 @@ class Arm:
 
 
 MOE = {"core_feed_forward": EXPERTS}
+UNTIED = {"tie_embeddings": False}
 REPLICATED = {"dp_shard": 1}  # and dp_replicate, of all ranks
 BY_LOOP = {"core_gather": "loop"}
 ARMS = {
     "dense": Arm(),
     "experts": Arm(MOE),
     "mla": Arm({"attention": MLA}),
-    "tied": Arm({"tie_embeddings": True}),
+    "untied": Arm(UNTIED),
     "random states": Arm({"state_init": NormalInitConfig()}),
     "one depth per step": Arm(train={"depth": POISSON}),
     "truncated": Arm(MOE, {"depth": replace(BY_ROW, mean_backprop_depth=2)}),
@@ -112,7 +115,7 @@ ARMS = {
     ),
     "replicated": Arm(MOE, layout=REPLICATED),
 }
-QUICK = ("experts", "tied", "accumulation", "per loop", "exit gain", "gathered by loop")
+QUICK = ("experts", "untied", "accumulation", "per loop", "exit gain", "gathered by loop")
 
 
 # --- a run without files -------------------------------------------------------------------------
@@ -194,7 +197,7 @@ def make(config: ModelConfig, recipe: TrainConfig, ranks: Ranks) -> RecurrentDep
     if ranks.mesh is None:
         return whole
     model = setup._laid_out(config, recipe, ranks)
-    setup._fill_parts(model, whole.state_dict())
+    setup._fill_parts(model, whole.state_dict().items())
     return model
 
 
@@ -263,15 +266,19 @@ def layout_of(arm: Arm) -> Arm:
     return arm
 
 
-def every_arm_trains_as_one_process() -> dict[str, dict[str, float]]:
-    found = {}
-    for name in ARMS if STEPS > 2 else QUICK:
-        arm = ARMS[name]
-        try:
-            found[name] = differences(layout_of(arm))
-        except Exception as error:
-            raise AssertionError(f"{name}: {error}") from error
-        assert max(found[name].values()) <= 1e-12, (name, found[name])
+def trains_as_one_process(name: str) -> dict[str, float]:
+    """One of the arms, in fp64."""
+    return within_limits(differences(layout_of(ARMS[name])))
+
+
+def within_limits(found: dict[str, float], **limits: float) -> dict[str, float]:
+    """Losses agree to 1e-12 at any step, and so does all else but what has a limit of its own.
+
+    Over many steps the norm of the gradients, which moves faster than the loss, amplifies rounding.
+    """
+    limits = {**({"grad_norm": 1e-9} if STEPS > 2 else {}), **limits}
+    wrong = {k: v for k, v in found.items() if not v <= limits.get(k, 1e-12)}
+    assert not wrong, wrong
     return found
 
 
@@ -318,7 +325,7 @@ def one_lost_gradient_is_noticed() -> list[float]:
         model.core[0].attention_norm.weight.grad = None  # type: ignore[index, union-attr]
         return parallel.square_sum(model, ranks)
 
-    wrong = differences(ARMS["dense"], patch.object(loop, "square_sum", lossy))
+    wrong = differences(ARMS["dense"], patch.object(loop, "square_sum", lossy), steps=2)
     assert wrong["weights"] > 1e-6, wrong
     return [wrong["weights"]]
 
@@ -437,6 +444,31 @@ def decay_and_router_stay_in_single_precision() -> dict[str, list[bool]]:
     return found
 
 
+def logits_are_those_of_rounded_weights() -> list[float]:
+    """What is gathered in bf16 is computed with as such, while the state stays in fp32."""
+    gaps = []
+    for changes in (MOE, UNTIED):
+        arm = Arm(changes, {"autocast": "bfloat16"})
+        recipe = arm.recipe()
+        ranks = join(recipe.parallel)
+        alone, ours = make(arm.config(), recipe, Ranks.alone()), make(arm.config(), recipe, ranks)
+        tokens = next(Rows(Ranks.alone()).batches(0, BATCH)).tokens
+        rows = slice(ranks.row_rank, None, ranks.num_row_ranks)
+        with torch.no_grad(), loop.autocast(recipe, ranks.device):
+            exact, got = alone(tokens).logits, [ours(tokens[rows]) for _ in range(2)]
+            for name, parameter in alone.named_parameters():
+                inside = name.partition(".")[0] in ("prelude", "core", "coda", "embed", "head")
+                if inside and "router" not in name:
+                    parameter.copy_(parameter.bfloat16())
+            expected = alone(tokens).logits
+        for each in got:  # the tables may be gathered already
+            assert each.logits.dtype == torch.bfloat16 and each.h.dtype == torch.float32
+            assert torch.equal(each.logits, expected[rows])
+        gaps.append(float((exact - expected).float().std() / exact.float().std()))
+        assert 0 < gaps[-1] < 0.2, gaps  # rounding, which moves an expert here and there
+    return gaps
+
+
 def half_precision_learns_as_one_process() -> dict[str, float]:
     """Gathered and computed in bf16: close to one process that computes so."""
     arm = Arm(train={"autocast": "bfloat16"})
@@ -492,28 +524,35 @@ def at_depth(loops: int, **changes: Any) -> Arm:
     return Arm(changes.pop("model", {}), {"depth": depth, **changes}, layout)
 
 
+@on_ranks(2, 4)
 def gathers_do_not_grow_with_the_loops() -> dict[str, dict[str, int]]:
     found = {}
     for loops in (1, 4, 16):
         found[f"{loops} loops"] = got = counted(at_depth(loops))
-        assert _named(got) == (5 + 2, 5, 1), (loops, got)
+        assert _named(got) == (6 + 2, 6, 1), (loops, got)
     return found
 
 
+@on_ranks(2, 4)
 def gathers_of_other_layouts() -> dict[str, dict[str, int]]:
     """The table of docs/many-devices.md, with P = D = 1."""
     gate = {"halting": ExitGateConfig()}
     expected = {
-        "three core layers": (at_depth(4, model={"num_core_layers": 3}), (5 + 3, 6, 1)),
-        "by loop, one loop": (at_depth(1, layout=BY_LOOP), (5 + 4, 5, 1)),
-        "by loop, four loops": (at_depth(4, layout=BY_LOOP), (5 + 4 * 4, 5, 1)),
-        "four micro-batches": (at_depth(4, grad_accumulation=4), (1 + 2 + 4 * 4, 5, 1)),
-        "the loss of every loop": (at_depth(4, objective=PerLoopObjective()), (4 + 2, 5, 1)),
+        "three core layers": (at_depth(4, model={"num_core_layers": 3}), (6 + 3, 7, 1)),
+        "by loop, one loop": (at_depth(1, layout=BY_LOOP), (6 + 4, 6, 1)),
+        "by loop, four loops": (at_depth(4, layout=BY_LOOP), (6 + 4 * 4, 6, 1)),
+        "four micro-batches": (at_depth(4, grad_accumulation=4), (1 + 2 + 4 * 5, 6, 1)),
+        "the loss of every loop": (at_depth(4, objective=PerLoopObjective()), (5 + 2, 6, 1)),
         "a halting head": (
             at_depth(4, model=gate, objective=ExitWeightedObjective()),
-            (5 + 2, 6, 1),
+            (6 + 2, 7, 1),
         ),
-        "checkpointing": (at_depth(4, recompute=True), (5 + 2, 5, 1)),
+        "untied": (at_depth(4, model=UNTIED), (7 + 2, 7, 1)),
+        "untied, two micro-batches, the loss of every loop": (
+            at_depth(4, model=UNTIED, objective=PerLoopObjective(), grad_accumulation=2),
+            (3 + 2 + 2 * 3, 7, 1),
+        ),
+        "checkpointing": (at_depth(4, recompute=True), (6 + 2, 6, 1)),
     }
     found = {}
     for name, (arm, wanted) in expected.items():
@@ -723,12 +762,13 @@ CASES = [
     every_rank_has_its_place,
     an_error_of_one_rank_ends_all,
     initial_values_are_those_of_one_process,
-    every_arm_trains_as_one_process,
+    *(partial(trains_as_one_process, name) for name in QUICK),
     the_norm_includes_the_kept_units,
     one_lost_gradient_is_noticed,
     checkpointing_is_not_reentrant,
     checkpointing_counts_every_token_once,
     decay_and_router_stay_in_single_precision,
+    logits_are_those_of_rounded_weights,
     gathers_do_not_grow_with_the_loops,
     counting_needs_the_rule_for_dtensors,
     all_stop_after_the_same_step,
@@ -736,6 +776,7 @@ CASES = [
     a_step_that_is_not_finite_on_one_rank_is_skipped_on_all,
 ]
 MORE = [  # by `make stress-ranks` only
+    *(partial(trains_as_one_process, name) for name in ARMS if name not in QUICK),
     in_single_precision,
     half_precision_learns_as_one_process,
     gathers_of_other_layouts,

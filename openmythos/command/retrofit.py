@@ -17,6 +17,13 @@ if TYPE_CHECKING:
 RECIPE_STD = 0.0087  # standard deviation of h_0 in the published retrofits
 STATE_INITS = ("zeros", "copy", "normal")
 LayerList = "Layers of the source, as 0-3 or 0-3,7."
+Carry = Annotated[
+    float,
+    typer.Option(
+        help="Share of the state that the next loop reads before any training, as adapters need; "
+        "with --state-init copy."
+    ),
+]
 
 
 def retrofit(
@@ -32,13 +39,7 @@ def retrofit(
     state_init: Annotated[
         str, typer.Option(help=f"h_0: zeros, copy, or normal (std {RECIPE_STD}).")
     ] = "zeros",
-    carry: Annotated[
-        float,
-        typer.Option(
-            help="Share of the state that the next loop reads before any training, as adapters "
-            "need; with --state-init copy."
-        ),
-    ] = 0.0,
+    carry: Carry = 0.0,
     untie: Annotated[bool, typer.Option(help="Copy a tied embedding to a head.")] = False,
     tie: Annotated[
         int | None, typer.Option(help="Tie the core into so many layers that are looped.")

@@ -21,12 +21,30 @@ from openmythos.command.option import (
     with_shorthands,
 )
 from openmythos.config.parallel import started_rank
-from openmythos.terminal import console, note
+from openmythos.terminal import console, note, print_table
 
 if TYPE_CHECKING:
+    from openmythos.eval.before_after import BeforeAfter
     from openmythos.train.loop import TrainResult
     from openmythos.train.recipe import MixtureData, RunConfig
     from openmythos.train.run import Run
+
+
+FixedDepthOption = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Always this number of loops, instead of depths as the checkpoint was trained at; "
+        "the model is then trained for this depth only.",
+    ),
+]
+BaseText = Annotated[
+    str | None,
+    typer.Option(
+        help="Text, as --data takes it, that is scored by loops before and after --from; "
+        "default: what goes with the checkpoint."
+    ),
+]
 
 
 def train(
@@ -71,14 +89,8 @@ def train(
             "matrices have a rate of their own, train.optimizer.muon_lr."
         ),
     ] = None,
-    fixed_depth: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="Always this number of loops, instead of depths as the checkpoint was trained at; "
-            "the model is then trained for this depth only.",
-        ),
-    ] = None,
+    fixed_depth: FixedDepthOption = None,
+    base_text: BaseText = None,
     seed: TrainSeed = None,
     overrides: Annotated[list[str] | None, set_option("model.num_loops=8")] = None,
     device: Device = "cpu",
@@ -107,7 +119,9 @@ def train(
         resolved = resolve(preset, chosen, config, with_shorthands(given, short), init_from)
         check_device(device)
         trained_on = in_words(chosen) if config is None else str(config)
-        run_to_the_end(resolved, trained_on, out, device, as_json)
+        if base_text is not None and resolved.train.init_from is None:
+            raise ValueError(f"--base-text {base_text} is of a checkpoint; give --from, too")
+        run_to_the_end(resolved, trained_on, out, device, as_json, base_text)
 
 
 @contextlib.contextmanager
@@ -125,7 +139,12 @@ def one_voice() -> Iterator[None]:
 
 
 def run_to_the_end(
-    resolved: "RunConfig", trained_on: str, out: Path, device: str, as_json: bool
+    resolved: "RunConfig",
+    trained_on: str,
+    out: Path,
+    device: str,
+    as_json: bool,
+    base_text: str | None = None,
 ) -> None:
     """Set a run up, train it, and say how it ended; the exit code says it, too."""
     from openmythos.train.loop import TrainingStopped
@@ -137,6 +156,8 @@ def run_to_the_end(
     screen.print(run.in_words(trained_on))
     if resolved.train.init_from is not None:
         screen.print(depth_in_words(resolved))
+    say_memory(run, screen)
+    scores = scored_before(run, base_text, screen)
     try:
         result = train_shown(run, screen)
     except TrainingStopped as error:
@@ -146,11 +167,78 @@ def run_to_the_end(
         raise typer.Exit(1) from None
     if run.ranks.first:
         summary = ended(run, result, screen)
+        if scores is not None and not result.interrupted:
+            summary["scores"] = str(scored_after(scores, screen))
         if as_json:
             typer.echo(json.dumps(summary))
     run.ranks.leave()
     if result.interrupted:
         raise typer.Exit(128 + result.signal)  # 130 or 143, as shells say it; 0: the run is done
+
+
+def say_memory(run: "Run", screen: Console) -> None:
+    """Say what the deepest step takes, and what the machine has.
+
+    Raises:
+        DoesNotFitError: It has less.
+    """
+    from openmythos.train.fits import memory_in_words
+
+    parameters = list(run.model.parameters())
+    trained = sum(p.numel() for p in parameters if p.requires_grad)
+    adapter = None if run.folder.adapter is None else trained
+    held = sum(p.numel() * p.element_size() for p in parameters)
+    screen.print(memory_in_words(run.config, run.ranks.device, adapter, held))
+
+
+def scored_before(run: "Run", base_text: str | None, screen: Console) -> "BeforeAfter | None":
+    """Score the checkpoint that a run starts from; None if it starts from none.
+
+    Raises:
+        ValueError: ``base_text`` cannot be used.
+    """
+    from openmythos.eval.before_after import BeforeAfter
+
+    settings = run.config.train
+    if settings.init_from is None or not settings.eval_loops:
+        return None
+    if run.ranks.mesh is not None:
+        screen.print("scores before and after: one process measures them; use openmythos eval")
+        return None
+    scores = BeforeAfter(run, base_text)
+    screen.print(scores.in_words)
+    note("scores by loops before training ...")
+    try:
+        scores.before()
+    except ValueError as error:
+        screen.print(f"scores before and after: none: {error}")
+        return None
+    return scores
+
+
+def scored_after(scores: "BeforeAfter", screen: Console) -> Path:
+    """Score the trained model, print both, and draw them if matplotlib is there."""
+    from rich.table import Table
+
+    from openmythos.eval.before_after import curves_of
+    from openmythos.eval.picture import plot_before_after
+    from openmythos.train.run_folder import SCORES_PICTURE
+
+    note("scores by loops after training ...")
+    scores.after()
+    head, rows = scores.rows()
+    table = Table(title="scores by number of loops, before and after")
+    for name in head:
+        table.add_column(name, justify="right", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    print_table(screen, table)
+    try:
+        before, after = (curves_of(scores.stored[when]) for when in ("before", "after"))
+        plot_before_after(before, after, scores.path.with_name(SCORES_PICTURE))
+    except ValueError as error:
+        note(f"note: no picture: {error}")
+    return scores.path
 
 
 def chosen_data(sources: list[str], weights: list[float]) -> "str | MixtureData | None":

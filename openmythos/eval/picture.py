@@ -23,6 +23,33 @@ MARKERS = {
 OFFSET: dict[str, Any] = {"textcoords": "offset points", "annotation_clip": False}
 
 
+def plot_before_after(
+    before: Sequence[ScoreCurve], after: Sequence[ScoreCurve], path: Path
+) -> None:
+    """Write the picture of ``before_after``."""
+    plots.save(before_after(before, after), path)
+
+
+def before_after(before: Sequence[ScoreCurve], after: Sequence[ScoreCurve]) -> Any:
+    """The picture: each curve after training, and the one before it in grey."""
+    columns = min(COLUMNS, len(after))
+    rows = -(-len(after) // columns)
+    with plots.styled():
+        figure = plots.figure_of(columns * PANEL_WIDTH, rows * PANEL_HEIGHT)
+        panels = figure.subplots(rows, columns, squeeze=False).flatten()
+        figure.subplots_adjust(0.5 / (columns * PANEL_WIDTH), 0.48 / (rows * PANEL_HEIGHT), 0.98)
+        figure.subplots_adjust(top=1 - 0.5 / (rows * PANEL_HEIGHT), hspace=0.6, wspace=0.3)
+        for axes, old, new in zip(panels, before, after, strict=False):
+            _draw(axes, new)
+            values = [score.value for score in old.scores.values()]
+            style: dict[str, Any] = {"color": plots.MUTED, "linewidth": 1.2, "markersize": 3.5}
+            axes.plot(list(old.scores), values, marker="s", linestyle="--", label="before", **style)
+            axes.legend(frameon=False, fontsize=8)
+        for axes in panels[len(after) :]:
+            axes.set_visible(False)
+    return figure
+
+
 def plot_score_curves(curves: Sequence[ScoreCurve], path: Path) -> None:
     """Write the picture of ``score_curves``."""
     plots.save(score_curves(curves), path)

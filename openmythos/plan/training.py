@@ -61,6 +61,10 @@ class Work:
         accumulation: Micro-batches of a step.
         optimizer: muon: Muon for the blocks' matrices and AdamW for all else. adamw: AdamW alone.
         recompute: Whether the backward pass runs every loop again (``train.recompute``).
+        autocast: Whether products are in bfloat16 (``train.autocast``); else all is in float32.
+        grad_loops: Last loops with gradients; None: all.
+        trained: Parameters that are trained, those of an adapter; None: all of the model.
+        every_loop: Whether the loss reads every loop, so that the logits of each are kept.
     """
 
     context_length: int
@@ -68,6 +72,10 @@ class Work:
     accumulation: int = 1
     optimizer: Literal["muon", "adamw"] = "muon"
     recompute: bool = False
+    autocast: bool = True
+    grad_loops: int | None = None
+    trained: int | None = None
+    every_loop: bool = False
 
     def __post_init__(self) -> None:
         for name in ("context_length", "rows", "accumulation"):
@@ -104,15 +112,17 @@ def _memory(
     # One block computes, the next one is on its way. Alone, autocast casts the weights instead, and
     # keeps them for every use that has a backward.
     weights = sum(sorted(core)[-2:] if layout.core_gather == "loop" else core)
-    weights *= config.num_loops if alone and not work.recompute else 1
-    stored = sum(each.stored for each in held)
+    weights *= _grad_loops(config, work) if alone and not work.recompute else 1
+    weights *= not (alone and not work.autocast)
+    stored, adapter = sum(each.stored for each in held), work.trained
+    moments = sum(4 * each.stored * _moments(each.name, each.shape, work) for each in held)
     found = {
-        "parameters": 4 * stored,
-        "gradients": 4 * stored,
-        "optimizer": sum(4 * each.stored * _moments(each.name, each.shape, work) for each in held),
+        "parameters": 4 * (stored + (adapter or 0)),
+        "gradients": 4 * (stored if adapter is None else adapter),
+        "optimizer": moments if adapter is None else 8 * adapter,
         "core_weights": weights,
         "core_gradients": 0,
-        "other_weights": sum(sorted(once)[-2:]) + _cast_bytes(config, alone),
+        "other_weights": (sum(sorted(once)[-2:]) + _cast_bytes(config, alone)) * work.autocast,
         "other_gradients": 0,
         "reduce_buffer": 0,
         "activations": activation_bytes(config, layout, work),
@@ -175,10 +185,12 @@ def activation_bytes(config: ModelConfig, layout: ParallelConfig, work: Work) ->
     def of_block(stage: str) -> int:
         part = config.core_ff if stage == "core" else config.feed_forward
         dim = config.d_model
-        own = config.block.kept_bytes(dim) + config.attention.kept_bytes(layout.tp)
-        return own + part.kept_bytes(dim, layout.tp, layout.ep)
+        norms, products = config.block.kept_bytes(dim), config.attention.kept_bytes(layout.tp)
+        products += part.kept_bytes(dim, layout.tp, layout.ep)
+        # Of a norm's three numbers in six bytes, one is a product's input.
+        return norms + products if work.autocast else norms * 4 // 3 + 2 * products
 
-    dim, loops = config.d_model, config.num_loops
+    dim, loops = config.d_model, _grad_loops(config, work)
     state = (6 if config.loop_norm else 4) * dim
     one_loop = config.num_core_layers * of_block("core")
     kept = loops * state
@@ -188,11 +200,20 @@ def activation_bytes(config: ModelConfig, layout: ParallelConfig, work: Work) ->
     return work.tokens * kept
 
 
+def _grad_loops(config: ModelConfig, work: Work) -> int:
+    """Loops of which something is kept for the backward pass."""
+    loops = config.num_loops
+    return loops if work.grad_loops is None else min(loops, work.grad_loops)
+
+
 def _logit_bytes(config: ModelConfig, work: Work, at_loss: bool) -> int:
     number = work.tokens * config.vocab_size
+    one = LOGIT_BYTES if work.autocast else 2 * LOGIT_BYTES
+    others = _grad_loops(config, work) - 1 if work.every_loop else 0
+    number_kept = number * (1 + others)
     if not at_loss:  # their gradient is gone
-        return LOGIT_BYTES // 2 * number
-    return LOGIT_BYTES * number + LOSS_BYTES * min(number, LOSS_CHUNK)
+        return one // 2 * number_kept
+    return one * number + one // 2 * number * others + LOSS_BYTES * min(number, LOSS_CHUNK)
 
 
 # --- exchanges ------------------------------------------------------------------------------------

@@ -58,11 +58,12 @@ from openmythos.train.recipe import FREE_FIELDS, PATH_FIELDS, RunConfig
 from openmythos.train.task import PuzzleTask, Task
 from openmythos.train.tensor import in_plain_order, put_in_fused_order
 
+SCORES_FILE, SCORES_PICTURE = "scores.json", "scores.png"  # before and after fine-tuning
 STATE_TENSORS, STATE_RECORD = "training_state.safetensors", "training_state.json"
 
 RUN_FILES = {
     *("config.json", "metrics.jsonl", "checkpoints", "samples", "data", "tensorboard"),
-    "report.html",
+    *("report.html", SCORES_FILE, SCORES_PICTURE),
 }
 
 

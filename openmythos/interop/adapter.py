@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from openmythos.checkpoint.load import empty_model
+from openmythos.checkpoint.parts import own_box, own_values, whole_values
 from openmythos.checkpoint.save import save_tensors
 from openmythos.checkpoint.weights import (
     ADAPTER_CONFIG,
@@ -31,7 +32,7 @@ from openmythos.config.adapter import AdapterConfig
 from openmythos.folder import listed, write_json
 from openmythos.interop import export
 from openmythos.interop.mapping import Join, Rename
-from openmythos.model.adapter import LowRank, adapt, adapted_weights
+from openmythos.model.adapter import LowRank, adapt, adapted_weights, base_tensors
 from openmythos.model.attention import LatentExpansion
 from openmythos.model.feedforward import Router
 from openmythos.model.init import normal_rows
@@ -121,10 +122,10 @@ def _is_in(layer: Layer, target: str) -> bool:
 
 
 def new_adapter(model: RecurrentDepthLM, config: AdapterConfig, base: str, seed: int) -> Adapter:
-    """Freeze a model and give it an adapter that changes nothing yet.
+    """Freeze a model and give it an adapter, unless it has one; the new one changes nothing yet.
 
     Args:
-        model: The base.
+        model: The base. Over ranks it was laid out with its adapter, and all of them call this.
         config: The adapter's settings.
         base: Where the base lies, as ``load_pretrained`` takes it.
         seed: Seed of the down-projections; their spread is PEFT's.
@@ -132,27 +133,39 @@ def new_adapter(model: RecurrentDepthLM, config: AdapterConfig, base: str, seed:
     Raises:
         ValueError: A target names no layer.
     """
+    if not adapted_weights(model):
+        draw_adapter(model, config, seed)
+    return Adapter(config, base, weights_digest(model))
+
+
+def draw_adapter(model: RecurrentDepthLM, config: AdapterConfig, seed: int) -> None:
+    """Freeze a model, with values or without, and give it an adapter that changes nothing yet.
+
+    Raises:
+        ValueError: A target names no layer.
+    """
     chosen = chosen_layers(model.config, config.targets)
-    made = Adapter(config, base, weights_digest(model))
     changes: dict[str, list[LowRank]] = {}
     like, rows = model.embed.weight, torch.arange(config.rank)
+    place = {"dtype": like.dtype, "device": "cpu" if like.is_meta else like.device}
     for layer in chosen:
         num_out, num_in = layer.shape
         down = (3 * num_in) ** -0.5 * normal_rows(seed, layer.name, rows, num_in)
         up = torch.zeros(num_out, config.rank)
-        change = LowRank(down.to(like), up.to(like), layer.start, config.scale)
+        change = LowRank(down.to(**place), up.to(**place), layer.start, config.scale)
         changes.setdefault(layer.matrix, []).append(change)
     adapt(model, changes)
-    return made
 
 
 def weights_digest(model: nn.Module) -> str:
-    """The SHA-256 of a model's weights as fp32: names, shapes and numbers.
+    """The SHA-256 of a model's weights as fp32, without its adapter: names, shapes and numbers.
 
-    It is that of the model's export or conversion, too, as long as its numbers are the same.
+    It is that of the model's export or conversion, too, as long as its numbers are the same. Over
+    ranks all of them call it, and hold one whole tensor at a time.
     """
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted(base_tensors(model).items()):
+        tensor = whole_values(tensor)
         digest.update(f"{name} {list(tensor.shape)}\n".encode())
         numbers = tensor.detach().cpu().float().contiguous()
         digest.update(numbers.flatten().view(torch.uint8).numpy().data)
@@ -226,7 +239,7 @@ def restore_adapter(model: RecurrentDepthLM, adapter: Adapter, folder: Path) -> 
     stored, expected = _open(folder, adapter.digest, adapter.base), trained(model)
     check_shapes(stored.shapes, tensor_shapes(expected), folder)
     for name, tensor in expected.items():
-        tensor.copy_(stored.read(name))
+        own_values(tensor).copy_(stored.read_part(name, own_box(tensor)))
 
 
 def add_adapter(model: RecurrentDepthLM, folder: Path, base: object) -> None:

@@ -94,6 +94,17 @@ def merge(model: nn.Module) -> None:
     model.requires_grad_(True)
 
 
+def base_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict without adapters, by the names that it had before there were any."""
+    tensors, frozen = (
+        model.state_dict(),
+        {f"{name}.frozen": name for name in adapted_weights(model)},
+    )
+    changes = tuple(f"{name}.changes." for name in frozen.values())
+    kept = (name for name in tensors if not (changes and name.startswith(changes)))
+    return {frozen.get(name, name): tensors[name] for name in kept}
+
+
 def adapted_weights(model: nn.Module) -> dict[str, AdaptedWeight]:
     """The adapted matrices by their names, those of ``adapt``."""
     return {

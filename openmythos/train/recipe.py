@@ -114,8 +114,8 @@ class TrainConfig:
         require(self.init_from is not None, "train.adapter", self.adapter, allowed)
         allowed = "null where the objective trains the gate only: an adapter trains all but it"
         require(not self.objective.trains_gate_only, "train.adapter", self.adapter, allowed)
-        allowed = "1: adapters are trained by one process"
-        require(self.parallel.num_ranks == 1, "parallel.dp_shard x tp", self.parallel, allowed)
+        allowed = "1 with train.adapter"
+        require(self.parallel.tp == 1, "parallel.tp", self.parallel.tp, allowed)
 
     def progress(self, step: int, seconds: float) -> float:
         """The share of the run that is done before ``step``, 0..1."""

@@ -24,10 +24,11 @@ FOLDER = Path(__file__).parent / "concepts"
 DRAWS = 100_000
 
 
-def panels(number: int, titles: Sequence[str]) -> tuple[Any, Sequence[Any]]:
-    """A row of panels with titles."""
-    figure = figure_of(3.1 * number, 2.7)
-    axes = [figure.add_subplot(1, number, place + 1) for place in range(number)]
+def panels(titles: Sequence[str], columns: int) -> tuple[Any, Sequence[Any]]:
+    """Panels with titles, in rows."""
+    rows = -(-len(titles) // columns)
+    figure = figure_of(3.1 * columns, 2.5 * rows)
+    axes = [figure.add_subplot(rows, columns, place + 1) for place in range(len(titles))]
     for panel, title in zip(axes, titles, strict=True):
         panel.set_title(title)
     return figure, axes
@@ -41,7 +42,7 @@ def depth_in_training() -> Any:
         "uniform": UniformDepth(low=2, high=6),
         "log-normal Poisson": LogNormalPoissonDepth(mean_recurrence=3),
     }
-    figure, axes = panels(len(schedules), tuple(schedules))
+    figure, axes = panels(tuple(schedules), columns=2)
     for panel, schedule in zip(axes, schedules.values(), strict=True):
         generator = torch.Generator().manual_seed(0)
         drawn = schedule.draw(schedule.mean_recurrence, DRAWS, generator)
@@ -50,7 +51,8 @@ def depth_in_training() -> Any:
         panel.set_xticks(range(2, 13, 2))
         panel.set_xlabel("loops of a step")
         panel.set_ylim(0, 0.4 if len(drawn.unique()) > 1 else 1.05)
-    axes[0].set_ylabel("share of steps", color=MUTED)
+    for panel in axes[::2]:
+        panel.set_ylabel("share of steps", color=MUTED)
     return figure
 
 
@@ -59,16 +61,16 @@ def experts_read() -> Any:
     experts = om.preset("mythos-1b").core_feed_forward
     assert isinstance(experts, MoEConfig)
     chosen, total = experts.num_experts_per_token, experts.num_experts
-    figure, (read, used) = panels(2, ("Weights read by a loop", "Weights used by a token"))
+    figure, (read, used) = panels(("Weights read by a loop", "Weights used by a token"), columns=2)
     tokens = [2**power for power in range(11)]
     read.plot(tokens, [1 - (1 - chosen / total) ** n for n in tokens], color=BLUE)
-    read.set_xscale("log", base=2)
     read.set_xlabel("tokens at once")
     read.set_ylabel("share of a layer's experts", color=MUTED)
     used.plot(tokens, [chosen / total for _ in tokens], color=ORANGE)
-    used.set_xscale("log", base=2)
-    used.set_ylim(0, 1.05)
-    read.set_ylim(0, 1.05)
+    for panel in (read, used):
+        panel.set_xscale("log", base=2)
+        panel.set_xticks(tokens[::2], [str(number) for number in tokens[::2]])
+        panel.set_ylim(0, 1.05)
     used.set_xlabel("tokens at once")
     return figure
 
@@ -79,7 +81,9 @@ def counting() -> Any:
     loops = list(range(1, 17))
     counts = [count(looped, num_loops=number, context_length=2048) for number in loops]
     beside = count(plain, context_length=2048)
-    figure, axes = panels(3, ("Parameters, billions", "GFLOPs per token", "Cache, KiB per token"))
+    figure, axes = panels(
+        ("Parameters, billions", "GFLOPs per token", "Cache, KiB per token"), columns=2
+    )
     curves = [
         ([each.total_params / 1e9 for each in counts], beside.total_params / 1e9),
         ([each.inference_flops_per_token / 1e9 for each in counts], None),
@@ -92,7 +96,8 @@ def counting() -> Any:
         panel.set_ylim(0, 1.1 * max(*values, other or 0.0))
         panel.set_xticks((1, 4, 8, 12, 16))
         panel.set_xlabel("loops")
-    axes[1].legend(frameon=False, loc="upper left", fontsize=8)
+    lines, names = axes[0].get_legend_handles_labels()
+    figure.legend(lines, names, frameon=False, loc="center", bbox_to_anchor=(0.76, 0.3))
     return figure
 
 

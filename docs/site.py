@@ -195,7 +195,7 @@ def main() -> None:
     """Put the pages together, build the site, and refuse one that asks other hosts for anything."""
     pages = ROOT / project()["docs_dir"]
     put_pages(pages)
-    for name in project()["extra_css"]:
+    for name in (*project()["extra_css"], *project()["extra_javascript"]):
         shutil.copy(ROOT / name, pages / name)
     command = [sys.executable, "-m", "zensical", "build", "--clean", "--strict"]
     if subprocess.run(command, cwd=ROOT, check=False).returncode:

@@ -150,7 +150,8 @@ def test_the_guide_runs_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         page = (ROOT / name).read_text(encoding="utf-8")
         run_page(page.replace(PORT, port), name, tmp_path, tmp_path)
         for picture, made in pictures_of(page).items():
-            assert not made or (tmp_path / made).is_file(), f"{name}: {picture}"
+            if not made.startswith(("make ", "python ")):  # those are other commands' pictures
+                assert (tmp_path / made).is_file(), f"{name}: {picture}"
 
 
 def run_page(page: str, name: str, folder: Path, demo: Path) -> None:

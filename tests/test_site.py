@@ -13,6 +13,7 @@ from docs import python_names, site
 from openmythos.cli import app
 from openmythos.command.config import fields_below
 from openmythos.config.fields import FieldDoc
+from tests.site_suite.run import address_of
 from tests.test_repo_rules import ROOT, parsed
 
 part_page = functools.cache(python_names.part_page)  # parsing takes seconds
@@ -119,6 +120,18 @@ def test_pages_bring_what_they_link_to(tmp_path: Path, monkeypatch: pytest.Monke
     page.write_text("[gone](gone.json)")
     with pytest.raises(ValueError, match=r"docs/a\.md links to gone\.json"):
         site.put_pages(into, root)
+
+
+def test_readers_see_what_made_a_figure() -> None:
+    page = "<!-- made by: make test -->\n![a](a.png)\n\n<!-- made by: runs/b.png -->\n![b](b.png)\n"
+    told = site.told_makers(page)
+    assert told.startswith("![a](a.png)\n<small>Made by `make test`.</small>\n")
+    assert told.endswith("\n<!-- made by: runs/b.png -->\n![b](b.png)\n")
+
+
+def test_pages_have_addresses() -> None:
+    found = [address_of(name) for name in ("README.md", "docs/guide/x.md", "docs/y/README.md")]
+    assert found == ["index.html", "docs/guide/x.html", "docs/y/index.html"]
 
 
 @pytest.mark.parametrize(

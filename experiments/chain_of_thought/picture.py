@@ -22,9 +22,9 @@ def draw(data: Mapping[str, Any]) -> "dict[str, Figure]":
 def _right_by_hops(data: Mapping[str, Any]) -> "Figure":
     hops, words = data["hops"], ("silent loop", "written, stack", "written, loop")
     with styled():
-        figure = figure_of(7.6, 3.6)
-        panels = figure.subplots(1, 2, sharey=True)
-        figure.subplots_adjust(0.07, 0.16, 0.98, 0.88, wspace=0.08)
+        figure = figure_of(4.6, 6.4)
+        panels = figure.subplots(2, 1)
+        figure.subplots_adjust(0.1, 0.18, 0.97, 0.95, hspace=0.42)
         for axes, arms, title in zip(panels, (WALKS, SUMS), ("Walks", "Sums"), strict=True):
             for arm, word, colour in zip(arms, words, (BLUE, ORANGE, INK), strict=False):
                 curves = data["arms"].get(arm.name, {})
@@ -35,11 +35,14 @@ def _right_by_hops(data: Mapping[str, Any]) -> "Figure":
                         axes.plot(hops, means, style, color=colour, markersize=3.5, label=label)
             axes.axvline(max(TRAINED_HOPS) + 0.5, color=MUTED, linewidth=1, linestyle=(0, (2, 2)))
             axes.axhline(100 / 16, color=MUTED, linewidth=1)
+            axes.text(1, 100 / 16 + 2, "chance", color=MUTED, fontsize=7, ha="left")
             axes.set_title(f"{title}: right answers, %; trained up to {max(TRAINED_HOPS)}")
             axes.set_xlabel("hops" if title == "Walks" else "numbers to add")
             axes.set_ylim(0, 104)
             axes.set_xticks([1, 4, 8, 12, 16])
-        panels[0].legend(frameon=False, loc="center left", fontsize=8)
+        # Below, because the curves of a silent loop are everywhere.
+        names = panels[0].get_legend_handles_labels()
+        figure.legend(*names, frameon=False, loc="lower center", ncols=2, handlelength=3.5)
     return figure
 
 

@@ -1,6 +1,7 @@
 """``openmythos convert``: write a checkpoint under another family's names."""
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -24,6 +25,14 @@ def convert(
         bool,
         typer.Option("--no-verify", help="Take files that differ from the checkpoint's manifest."),
     ] = False,
+    adapter_only: Annotated[
+        bool,
+        typer.Option(
+            "--adapter-only",
+            help="Of a run that trained an adapter: the adapter alone, for PEFT; --to openmythos "
+            "names layers as the Hugging Face export does.",
+        ),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Write a checkpoint under another family's names, or a published one under ours."""
@@ -36,6 +45,10 @@ def convert(
 
     family = None if to == "openmythos" else family_named(to)
     folder = local_folder(path, verify=not no_verify)
+    if adapter_only:
+        convert_adapter(folder, family, out)
+        print(json.dumps({"folder": str(out), "format": to}) if as_json else f"wrote {out}")
+        return
     model = load_pretrained(folder, dtype=wanted, verify=not no_verify)
     tokenizer, remark = usable_tokenizer(folder)
     if remark:
@@ -53,6 +66,22 @@ def convert(
         print(json.dumps({"folder": str(out), "format": to, **has}))
         return
     print(f"wrote {out}")
+
+
+def convert_adapter(folder: Path, family: "Family | None", out: Path) -> None:
+    """Write the adapter of a run alone.
+
+    Raises:
+        ValueError: The folder holds none, or the family cannot express it.
+    """
+    from openmythos.interop.adapter import base_of, is_adapter
+    from openmythos.interop.export import FAMILY
+    from openmythos.interop.loading import load_config
+    from openmythos.interop.peft import write_adapter
+
+    if not is_adapter(folder):
+        raise ValueError(f"{folder} has no adapter: leave --adapter-only out")
+    write_adapter(folder, load_config(base_of(folder)), family or FAMILY, out)
 
 
 def family_named(name: str) -> "Family":

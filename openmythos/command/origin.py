@@ -19,10 +19,16 @@ def require_text(checkpoint: Path) -> None:
         ValueError: It holds no checkpoint, one of a run on a puzzle, or one without a tokenizer.
     """
     from openmythos.checkpoint.load import read_config
+    from openmythos.checkpoint.weights import ADAPTER_CONFIG
     from openmythos.tokenizer_folder import TOKENIZER_FILE, has_tokenizer
 
     if has_tokenizer(checkpoint):
         return
+    if (checkpoint / ADAPTER_CONFIG).is_file():
+        raise ValueError(
+            f"{checkpoint} is an adapter without a tokenizer, so it reads no text: copy its base's "
+            f"{TOKENIZER_FILE} and what belongs to it there"
+        )
     read_config(checkpoint)  # refuses what is no checkpoint
     puzzle = puzzle_of(checkpoint)
     if puzzle is not None:

@@ -1,15 +1,16 @@
-"""Adapters as folders in PEFT's format, under the names of the Hugging Face export.
+"""Adapters that are trained here: folders in PEFT's format, under the names of our export.
 
-PEFT loads such a folder onto the export of the base, and what it trained there loads here. The
-base's weights are not copied: a folder says where they lie, and their SHA-256.
+PEFT loads such a folder onto the export of the base. The base's weights are not copied: a folder
+says where they lie, and their SHA-256. Where each loop has a change of its own, tensors have a
+first dimension more.
 """
 
 import difflib
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import safetensors
 import torch
@@ -32,7 +33,7 @@ from openmythos.config.adapter import AdapterConfig
 from openmythos.folder import listed, write_json
 from openmythos.interop import export
 from openmythos.interop.mapping import Join, Rename
-from openmythos.model.adapter import LowRank, adapt, adapted_weights, base_tensors
+from openmythos.model.adapter import LowRank, adapt, base_tensors, changes_of
 from openmythos.model.attention import LatentExpansion
 from openmythos.model.feedforward import Router
 from openmythos.model.init import normal_rows
@@ -40,23 +41,16 @@ from openmythos.model.loop_signal import LoopLinear
 from openmythos.model.recurrent import RecurrentDepthLM
 
 PREFIX, DOWN, UP = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
+PER_LOOP = "LORA_PER_LOOP"  # for "LORA": PEFT has no such kind, and refuses it
 DIGEST = "base_sha256"  # in the metadata of the adapter's safetensors file
-# Fields of adapter_config.json that change what is computed, and the values that change nothing.
-PLAIN: dict[str, Any] = {
-    "bias": ("none",),
-    **dict.fromkeys(("use_dora", "fan_in_fan_out", "lora_bias"), (False, None)),
-    **dict.fromkeys(
-        ("modules_to_save", "alpha_pattern", "layer_replication", "trainable_token_indices"),
-        (None, {}, []),
-    ),
-}
 
 
 @dataclass(frozen=True)
 class Layer:
     """A linear layer under its name in the export: some rows of one of our matrices.
 
-    ``is_usual`` says whether it is adapted where no targets are named.
+    ``is_usual`` says whether it is adapted where no targets are named, ``is_looped`` whether it may
+    have a change per loop.
     """
 
     name: str
@@ -64,6 +58,7 @@ class Layer:
     start: int
     shape: tuple[int, int]
     is_usual: bool
+    is_looped: bool
 
 
 @dataclass(frozen=True)
@@ -89,19 +84,43 @@ def layers(config: ModelConfig) -> list[Layer]:
         sizes = rule.sizes if isinstance(rule, Join) else None
         sizes = sizes or (num_rows // len(rule.theirs),) * len(rule.theirs)
         usual = isinstance(module, LoopLinear | LatentExpansion)
+        looped = isinstance(module, LoopLinear) and matrix.startswith("core.")
         for number, (name, size) in enumerate(zip(rule.theirs, sizes, strict=True)):
             start = sum(sizes[:number])
             name = name.removesuffix(".weight")
-            found.append(Layer(name, matrix, start, (size, num_in), usual))
+            found.append(Layer(name, matrix, start, (size, num_in), usual, looped))
     return found
 
 
-def chosen_layers(config: ModelConfig, targets: Sequence[str]) -> list[Layer]:
-    """The layers that targets name, see ``AdapterConfig``.
+def chosen_layers(config: ModelConfig, adapter: AdapterConfig) -> list[Layer]:
+    """The layers that an adapter changes.
 
     Raises:
-        ValueError: A target names none; the nearest names are in the message.
+        ValueError: A target names none, the nearest names are in the message; or the model cannot
+            have a change per loop.
     """
+    chosen = _targeted(config, adapter.targets)
+    if adapter.num_loops is not None:
+        has = f"adapter.num_loops is {adapter.num_loops}, and"
+        if config.loop_embedding is None and config.loop_adapter is None:
+            raise ValueError(
+                f"{has} the model's loops are all the same: it has no loop_embedding and no "
+                "loop_adapter; leave num_loops out, and all loops share the change"
+            )
+        if config.loop_adapter is not None and config.loop_adapter.core_lora is None:
+            raise ValueError(
+                f"{has} the model has {config.loop_adapter.kind} where a change per loop would be "
+                "merged; leave num_loops out, and all loops share the change"
+            )
+        if not any(layer.is_looped for layer in chosen):
+            raise ValueError(
+                f"{has} the targets name no layer of the core that can have a change per loop: "
+                f"{listed([*adapter.targets])}"
+            )
+    return chosen
+
+
+def _targeted(config: ModelConfig, targets: Sequence[str]) -> list[Layer]:
     known = layers(config)
     if not targets:
         return [layer for layer in known if layer.is_usual]
@@ -131,9 +150,9 @@ def new_adapter(model: RecurrentDepthLM, config: AdapterConfig, base: str, seed:
         seed: Seed of the down-projections; their spread is PEFT's.
 
     Raises:
-        ValueError: A target names no layer.
+        ValueError: As ``chosen_layers``.
     """
-    if not adapted_weights(model):
+    if not changes_of(model):
         draw_adapter(model, config, seed)
     return Adapter(config, base, weights_digest(model))
 
@@ -142,17 +161,22 @@ def draw_adapter(model: RecurrentDepthLM, config: AdapterConfig, seed: int) -> N
     """Freeze a model, with values or without, and give it an adapter that changes nothing yet.
 
     Raises:
-        ValueError: A target names no layer.
+        ValueError: As ``chosen_layers``.
     """
-    chosen = chosen_layers(model.config, config.targets)
+    chosen = chosen_layers(model.config, config)
     changes: dict[str, list[LowRank]] = {}
-    like, rows = model.embed.weight, torch.arange(config.rank)
-    place = {"dtype": like.dtype, "device": "cpu" if like.is_meta else like.device}
+    like = model.embed.weight
+    device = torch.device("cpu") if like.is_meta else like.device
     for layer in chosen:
         num_out, num_in = layer.shape
+        sizes = () if config.num_loops is None or not layer.is_looped else (config.num_loops,)
+        rows = torch.arange(math.prod(sizes) * config.rank)
         down = (3 * num_in) ** -0.5 * normal_rows(seed, layer.name, rows, num_in)
-        up = torch.zeros(num_out, config.rank)
-        change = LowRank(down.to(**place), up.to(**place), layer.start, config.scale)
+        down = down.view(*sizes, config.rank, num_in)
+        up = torch.zeros(*sizes, num_out, config.rank)
+        change = LowRank(
+            down.to(device, like.dtype), up.to(device, like.dtype), layer.start, config.scale
+        )
         changes.setdefault(layer.matrix, []).append(change)
     adapt(model, changes)
 
@@ -198,8 +222,10 @@ def base_of(folder: Path) -> str:
 def save_adapter(tensors: Mapping[str, Tensor], adapter: Adapter, folder: Path) -> None:
     """Write the two files of an adapter, whose tensors ``trained`` has, into a temporary folder."""
     names = [name.removeprefix(PREFIX) for name in tensors if name.endswith(DOWN)]
+    num_loops = adapter.config.num_loops
     settings = {
-        "peft_type": "LORA",
+        "peft_type": "LORA" if num_loops is None else PER_LOOP,
+        **({} if num_loops is None else {"num_loops": num_loops}),
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": adapter.base,
         "r": adapter.config.rank,
@@ -215,11 +241,8 @@ def save_adapter(tensors: Mapping[str, Tensor], adapter: Adapter, folder: Path) 
 
 def trained(model: RecurrentDepthLM) -> dict[str, Tensor]:
     """The tensors of a model's adapter by PEFT's names."""
-    weights = adapted_weights(model)
     by_place = {
-        (name, change.start): change
-        for name, weight in weights.items()
-        for change in weight.changes
+        (name, change.start): change for name, each in changes_of(model).items() for change in each
     }
     found: dict[str, Tensor] = {}
     for layer in layers(model.config):
@@ -236,81 +259,47 @@ def restore_adapter(model: RecurrentDepthLM, adapter: Adapter, folder: Path) -> 
     Raises:
         ValueError: The file is damaged, or of another base or other layers.
     """
-    stored, expected = _open(folder, adapter.digest, adapter.base), trained(model)
+    stored, expected = open_adapter(folder), trained(model)
+    check_base(folder, adapter.digest, adapter.base)
     check_shapes(stored.shapes, tensor_shapes(expected), folder)
     for name, tensor in expected.items():
         own_values(tensor).copy_(stored.read_part(name, own_box(tensor)))
 
 
-def add_adapter(model: RecurrentDepthLM, folder: Path, base: object) -> None:
-    """Give a model the adapter in a folder, ours or PEFT's, to be merged; ``base`` is its name.
-
-    The adapter keeps its dtype.
+def open_adapter(folder: Path) -> StoredTensors:
+    """An adapter's tensors.
 
     Raises:
-        ValueError: It is of another base, of layers that the model does not have, or of a kind that
-            cannot be added.
+        ValueError: There are none, they are damaged, or not finite.
     """
-    settings = read_json(folder / ADAPTER_CONFIG)
-    scale = _scale(settings, folder)
-    stored = _open(folder, weights_digest(model), base)
-    changes: dict[str, list[LowRank]] = {}
-    used = set()
-    for layer in layers(model.config):
-        names = (PREFIX + layer.name + DOWN, PREFIX + layer.name + UP)
-        if not all(name in stored.shapes for name in names):
-            continue
-        used |= {*names}
-        down, up = (stored.read(name).to(model.embed.weight.device, copy=True) for name in names)
-        rank = len(down)
-        if (up.shape[0], down.shape[1]) != layer.shape or up.shape[1] != rank:
-            raise ValueError(
-                f"{folder} changes {layer.name} by {list(up.shape)} x {list(down.shape)}, and it "
-                f"is {list(layer.shape)} in {base}: the adapter is of another model"
-            )
-        change = LowRank(down, up, layer.start, scale(rank))
-        changes.setdefault(layer.matrix, []).append(change)
-    if left := sorted(stored.shapes.keys() - used):
-        raise ValueError(
-            f"{folder} changes what {base} does not have, or what cannot be adapted: {listed(left)}"
-        )
-    adapt(model, changes)
-
-
-def _scale(settings: Mapping[str, Any], folder: Path) -> Any:
-    """The factor of a change by its rank.
-
-    Raises:
-        ValueError: The adapter is no plain LoRA.
-    """
-    where = folder / ADAPTER_CONFIG
-    if settings.get("peft_type") != "LORA":
-        raise ValueError(f"{where} has peft_type {settings.get('peft_type')!r}; only LORA is read")
-    for name, plain in PLAIN.items():
-        if name in settings and settings[name] not in plain:
-            raise ValueError(f"{where} has {name} {settings[name]!r}; only plain LoRA is read")
-    alpha = settings.get("lora_alpha", 8)
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float):
-        raise ValueError(f"{where} has lora_alpha {alpha!r}; it must be a number")
-    return lambda rank: alpha / (rank**0.5 if settings.get("use_rslora") else rank)
-
-
-def _open(folder: Path, digest: str, base: object) -> StoredTensors:
-    """An adapter's tensors; what is not finite, or of another base, is refused."""
     path = folder / ADAPTER_FILE
     if not path.is_file():
         raise ValueError(f"{folder} has no {ADAPTER_FILE}; an adapter's weights must be in it")
     stored = StoredTensors([path])
-    with safetensors.safe_open(path, framework="pt") as file:
-        said = (file.metadata() or {}).get(DIGEST)
+    for name in stored.shapes:
+        tensor = stored.read(name)
+        if not tensor.is_floating_point() or not bool(tensor.isfinite().all()):
+            raise ValueError(f"{path}: {name} holds something else than finite numbers")
+    return stored
+
+
+def base_digest(folder: Path) -> str | None:
+    """The SHA-256 of the base's weights, if the adapter says it."""
+    with safetensors.safe_open(folder / ADAPTER_FILE, framework="pt") as file:
+        said: str | None = (file.metadata() or {}).get(DIGEST)
+        return said
+
+
+def check_base(folder: Path, digest: str, base: object) -> None:
+    """Check that an adapter that says the digest of its base is of this one.
+
+    Raises:
+        ValueError: It is of another model.
+    """
+    said = base_digest(folder)
     if said not in (None, digest):
         raise ValueError(
             f"{folder} is an adapter of another model than {base}: it was trained on weights with "
             f"the SHA-256 {said[:12]}, and these have {digest[:12]}; give the model that it was "
             "trained on"
         )
-    for name in stored.shapes:
-        tensor = stored.read(name)
-        if not tensor.is_floating_point() or not bool(tensor.isfinite().all()):
-            raise ValueError(f"{path}: {name} holds something else than finite numbers")
-    return stored

@@ -21,7 +21,7 @@ from openmythos.checkpoint.weights import CONFIG_FILE, StoredWeights
 from openmythos.config import ModelConfig
 from openmythos.folder import PathLike
 from openmythos.interop import export
-from openmythos.interop.adapter import add_adapter, base_of, is_adapter
+from openmythos.interop.adapter import base_of, is_adapter
 from openmythos.interop.families import (
     huginn,
     ifm_looped_lm,
@@ -35,7 +35,7 @@ from openmythos.interop.families.not_loaded import why_not
 from openmythos.interop.gguf import PARTS_FIELD, GgufWeights
 from openmythos.interop.hub import ZOO_FOLDER, local_folder
 from openmythos.interop.mapping import read_tensors
-from openmythos.model.adapter import merge
+from openmythos.interop.peft import merge_adapter, merged_config
 from openmythos.model.int8 import int8_names
 from openmythos.model.recurrent import RecurrentDepthLM
 from openmythos.tokenizer import Tokenizer
@@ -123,13 +123,11 @@ def _load_adapted(
     if verify:
         verify_checkpoint(folder)
     model = load_pretrained(path, device=device, verify=verify)
-    add_adapter(model, folder, path)
     if dtype is None:
-        merge(model)
-        return model
+        return merge_adapter(model, folder, path, FAMILIES)
     for parameter in model.parameters():  # rounded once, after the sum
         parameter.data = parameter.data.to(torch.promote_types(dtype, torch.float32))
-    merge(model)
+    model = merge_adapter(model, folder, path, FAMILIES)
     empty = empty_model(model.config)
     return fill_model(empty, model.state_dict().items(), folder, dtype, device)
 
@@ -142,7 +140,7 @@ def load_config(path: PathLike) -> ModelConfig:
     """
     folder = local_folder(path)
     if is_adapter(folder):
-        return load_config(base_of(folder))
+        return merged_config(load_config(base_of(folder)), folder)
     if "format" in read_config(folder):
         return open_checkpoint(folder)[0].config
     return open_foreign(folder, None)[0].config

@@ -316,7 +316,7 @@ def read_tensors(
             differs.
     """
     rules = family.rules(model.config)
-    expected = tensor_shapes(_written(rules, model.state_dict()))
+    expected = export_shapes(rules, model)
     optional = {rule.their_name for rule in rules if isinstance(rule, TiedCopy | Recomputed)}
     present = {name: shape for name, shape in expected.items() if name in weights.shapes}
     needed = {name: shape for name, shape in expected.items() if name not in optional}
@@ -354,6 +354,12 @@ def _check_tied(rule: TiedCopy, weights: StoredWeights) -> None:
 def export_tensors(family: Family, model: RecurrentDepthLM) -> dict[str, Tensor]:
     """The model's weights under the family's names, without ``Recomputed`` buffers."""
     return _written(family.rules(model.config), model.state_dict())
+
+
+def export_shapes(rules: Sequence[AnyRule], model: RecurrentDepthLM) -> dict[str, tuple[int, ...]]:
+    """The shapes of a family's tensors."""
+    meta = {name: tensor.to("meta") for name, tensor in model.state_dict().items()}
+    return tensor_shapes(_written(rules, meta))
 
 
 @torch.no_grad()

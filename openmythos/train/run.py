@@ -180,7 +180,7 @@ def _set_up(config: RunConfig, out: Path, ranks: Ranks) -> Run:
         lambda: RunFolder(out).changes(to_dict(config), ignore=("model.vocab_size",))
     )
     if config.train.adapter is not None:
-        chosen_layers(config.model, config.train.adapter.targets)  # refuses what it lacks
+        chosen_layers(config.model, config.train.adapter)  # refuses what it lacks
     if isinstance(config.data, TextData | MixtureData):
         task = text_task(config.data, config, out, ranks)
         tokenizer = task.train.tokenizer

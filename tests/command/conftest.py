@@ -1,10 +1,13 @@
 import json
+import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
+from openmythos import cli
 from openmythos.cli import app
 from tests.train.examples import write_text
 
@@ -78,4 +81,16 @@ def refused(invoke: Invoke, *arguments: object) -> str:
     return str(caught.value)
 
 
-__all__ = ["Invoke", "invoke_app", "refused", "sets", "stored"]
+def error_line(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """The one line on standard error, after notes, of a command that ends with status 2."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["openmythos", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended, warnings.catch_warnings():
+            cli.main()
+    lines = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 2 and lines[-1].startswith("error: ")
+    assert not any(line.startswith(("error: ", "Traceback")) for line in lines[:-1])
+    return lines[-1]
+
+
+__all__ = ["Invoke", "error_line", "invoke_app", "refused", "sets", "stored"]

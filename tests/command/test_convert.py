@@ -10,13 +10,18 @@ import torch
 from openmythos.checkpoint.load import checkpoint_damage
 from openmythos.checkpoint.save import EXIT_FILE, EXIT_PICTURE, save_pretrained
 from openmythos.command.origin import puzzle_of
+from openmythos.config import LearnedLoopConfig
+from openmythos.config.adapter import AdapterConfig
 from openmythos.folder import HELD_OUT_FILE, PUZZLE_FILE, WALKS_FILE
+from openmythos.interop.adapter import new_adapter, save_adapter
+from openmythos.interop.adapter import trained as own_tensors
 from openmythos.interop.hub import local_folder
 from openmythos.interop.loading import load_pretrained
-from openmythos.tokenizer import Tokenizer
-from tests.command.conftest import Invoke, refused, stored
+from openmythos.model.adapter import changes_of
+from openmythos.tokenizer import Tokenizer, byte_tokenizer
+from tests.command.conftest import Invoke, error_line, refused, stored
 from tests.foreign import write_chat_folder
-from tests.strategies import random_model, small_config
+from tests.strategies import random_model, randomise, small_config
 
 
 def test_a_published_checkpoint_is_converted_there_and_back(
@@ -167,3 +172,56 @@ def test_other_peoples_texts_and_licences_are_not_replaced(
         (folder / name).write_text("mine")
         assert "would delete" in refused(invoke, "convert", text_run, "--out", folder)
         assert (folder / name).read_text() == "mine"
+
+
+# --- adapters -------------------------------------------------------------------------------------
+
+
+def adapter_of(base: Path, folder: Path, num_loops: int | None = None) -> Path:
+    """A base in a folder, and an adapter of it in another."""
+    signal = None if num_loops is None else LearnedLoopConfig(num_loops=2)
+    model = random_model(small_config(vocab_size=259, loop_embedding=signal))
+    save_pretrained(model, base, byte_tokenizer())
+    adapter = new_adapter(model, AdapterConfig(rank=2, num_loops=num_loops), str(base), seed=0)
+    for changes in changes_of(model).values():
+        randomise(torch.nn.ModuleList(changes))
+    folder.mkdir()
+    save_adapter(own_tensors(model), adapter, folder)
+    return folder
+
+
+def test_an_adapter_alone_or_merged(invoke: Invoke, tmp_path: Path) -> None:
+    folder = adapter_of(tmp_path / "base", tmp_path / "adapter", num_loops=2)
+    invoke("convert", folder, "--out", tmp_path / "merged")
+    merged, tokens = load_pretrained(tmp_path / "merged"), torch.arange(12).view(2, 6)
+    assert stored(tmp_path / "merged")["loop_adapter"]["num_loops"] == 2
+    assert torch.equal(merged(tokens).logits, load_pretrained(folder)(tokens).logits)
+    said = refused(invoke, "convert", folder, "--adapter-only", "--out", tmp_path / "no")
+    assert "has a change per loop, which PEFT cannot express" in said
+    shared = adapter_of(tmp_path / "base", tmp_path / "shared")
+    options = ("--adapter-only", "--out", tmp_path / "alone")
+    assert json.loads(invoke("convert", shared, *options, "--json"))["format"] == "openmythos"
+    found = load_pretrained(tmp_path / "base", adapter=tmp_path / "alone")(tokens).logits
+    assert (found - load_pretrained(shared)(tokens).logits).abs().max() < 1e-5
+    said = refused(invoke, "convert", tmp_path / "base", *options)
+    assert "base has no adapter: leave --adapter-only out" in said
+
+
+def test_bad_adapters_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base, out = tmp_path / "base", tmp_path / "out"
+    folder = adapter_of(base, tmp_path / "adapter")
+    (tmp_path / "text.txt").write_text("some text\n" * 50)
+    train = ("train", "--from", base, "--data", tmp_path / "text.txt", "--out", out, "--set")
+    said = error_line(capsys, *train, 'train.adapter.targets=["q_poj"]')
+    assert "no layer of the model is called 'q_poj'" in said and "nearest names are q_proj" in said
+    said = error_line(capsys, *train, "train.adapter.num_loops=2")
+    assert "the model's loops are all the same" in said
+    said = error_line(capsys, "generate", folder, "--prompt", "a")
+    assert "is an adapter without a tokenizer" in said
+    shutil.copy(base / "tokenizer.json", folder)
+    save_pretrained(random_model(small_config(vocab_size=259), seed=5), base, byte_tokenizer())
+    said = error_line(capsys, "generate", folder, "--prompt", "a")
+    assert (
+        "is an adapter of another model than" in said and "it was trained on weights with" in said
+    )
+    assert not out.exists() or not (out / "config.json").exists()

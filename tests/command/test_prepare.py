@@ -1,13 +1,14 @@
 import json
 from pathlib import Path
 
+import pytest
 from tokenizers import normalizers
 from typer.testing import CliRunner
 
 from openmythos import Tokenizer
 from openmythos.cli import app
 from openmythos.data.index import read_index
-from tests.command.conftest import Invoke, refused
+from tests.command.conftest import Invoke, error_line, refused
 from tests.foreign import END, MARKED, backend, write_chat_folder, write_folder
 
 
@@ -86,3 +87,35 @@ def test_conversations_are_shown_with_what_counts(invoke: Invoke, tmp_path: Path
     asked = "<|im_start|>user\none?<|im_end|>\n<|im_start|>assistant\n"
     assert f"{asked}[two é!<|im_end|>]\n" in said and said.startswith("example 1, ")
     assert "example 2" not in said
+
+
+USER, ANSWER = {"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}
+MARKS = MARKED["chatml (Qwen, SmolLM)"]
+
+
+@pytest.mark.parametrize(
+    ("messages", "template", "said"),
+    [
+        ([ANSWER, USER], MARKS, "line 1 message 1 is of the role 'assistant', where system or"),
+        ([USER, USER, ANSWER], MARKS, "line 1 message 2 is of the role 'user', where assistant"),
+        ([USER, {**ANSWER, "content": "  "}], MARKS, "line 1 message 2 is empty"),
+        ([USER, {"role": "tool", "content": "x"}], MARKS, "has the role 'tool'; known are system"),
+        ([{"role": "system", "content": "x"}, USER], MARKS, "a message of the user: no answer"),
+        ([USER, ANSWER], "{{ raise_exception('no\nuser') }}" + MARKS, "template fails: no user"),
+        ([USER, ANSWER], "{{ messages[0].content }}", "does not mark answers with {% generation"),
+        ([USER, ANSWER], "{% for %}{% generation %}", "the checkpoint's chat template fails"),
+    ],
+)
+def test_a_bad_conversation_is_one_line(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    messages: list[dict[str, str]],
+    template: str,
+    said: str,
+) -> None:
+    folder, path = write_chat_folder(tmp_path / "chat"), tmp_path / "talks.jsonl"
+    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+    path.write_text(json.dumps({"messages": messages}), encoding="utf-8")
+    options = ("--conversations", "answers", "--tokenizer", folder, "--out", tmp_path / "out")
+    assert said in error_line(capsys, "prepare", path, *options)
+    assert not (tmp_path / "out" / "index.json").exists()

@@ -9,16 +9,21 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from openmythos.config import LearnedLoopConfig
+from openmythos.config.adapter import AdapterConfig
 from openmythos.data.conversation import conversation, encode_conversation
 from openmythos.data.file import LeftOut
 from openmythos.data.loader import TokenLoader
 from openmythos.data.packing import on_device, whole_documents
 from openmythos.data.prepare import prepare
 from openmythos.data.source import read_source
+from openmythos.interop.adapter import new_adapter
+from openmythos.model.adapter import changes_of
+from openmythos.model.recurrent import RecurrentDepthLM
 from openmythos.ops.cross_entropy import cross_entropy
 from openmythos.tokenizer import Tokenizer, byte_tokenizer
 from tests.foreign import MARKED, write_chat_folder
-from tests.strategies import random_model, small_config
+from tests.strategies import random_model, randomise, small_config
 
 TALK = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]
 
@@ -140,27 +145,46 @@ def test_packed_conversations_are_learnt_as_each_alone(
     said = "".join(loader.cut_in_words() for loader in loaders)
     assert "1 conversations are cut after 97 tokens" in said and "1 are left out" in said
     answers: list[str] = []
-    model = random_model(small_config(vocab_size=300, max_seq_len=512)).double()
+    models = learners()
     for loader in loaders:
-        packed = torch.zeros(())
-        for batch in loader.validation_batches():
+        documents = [loader.document(n) for n in range(data.splits[loader.split].num_documents)]
+        batches = list(loader.validation_batches())
+        for batch in batches:
             for targets in batch.targets.tolist():
                 kept = [token for token in targets if token != -100]
                 answers += loader.tokenizer.decode(kept).split("\n")[:-1]
-            moved, ctx = on_device(model, batch)
-            packed = (
-                packed + cross_entropy(model(moved.tokens, ctx=ctx).logits, batch.targets).sum()
-            )
-        alone = torch.zeros(())
-        for number in range(data.splits[loader.split].num_documents):
-            ids, counted = (torch.from_numpy(a[:97]) for a in loader.document(number))
-            if counted.any():
-                targets = torch.where(counted[1:], ids[1:], -100)[None]
-                alone = alone + cross_entropy(model(ids[None, :-1]).logits, targets).sum()
-        gradients = [torch.autograd.grad(loss, [*model.parameters()]) for loss in (packed, alone)]
-        for one, other in zip(*gradients, strict=True):
-            assert torch.allclose(one, other, rtol=1e-12, atol=1e-12)
+        for model in models:
+            packed = torch.zeros(())
+            for batch in batches:
+                moved, ctx = on_device(model, batch)
+                logits = model(moved.tokens, ctx=ctx).logits
+                packed = packed + cross_entropy(logits, batch.targets).sum()
+            alone = torch.zeros(())
+            for document in documents:
+                ids, counted = (torch.from_numpy(a[:97]) for a in document)
+                if counted.any():
+                    targets = torch.where(counted[1:], ids[1:], -100)[None]
+                    alone = alone + cross_entropy(model(ids[None, :-1]).logits, targets).sum()
+            learnt = [p for p in model.parameters() if p.requires_grad]
+            gradients = [torch.autograd.grad(loss, learnt) for loss in (packed, alone)]
+            for one, other in zip(*gradients, strict=True):
+                assert (one - other).abs().max() <= 1e-12 * max(1, other.abs().max())
+                assert one.any()
     assert sorted(a for a in answers if a[0] == "a") == sorted(f"a{i}" for i in range(20))
+
+
+def learners() -> list[RecurrentDepthLM]:
+    """Models with random weights; all are trained, an adapter, or one with a change per loop."""
+    config = small_config(
+        vocab_size=300, max_seq_len=512, loop_embedding=LearnedLoopConfig(num_loops=3)
+    )
+    models = [random_model(config) for _ in range(3)]
+    for model, num_loops in zip(models[1:], (None, 3), strict=True):
+        adapter = AdapterConfig(rank=2, alpha=1.0, num_loops=num_loops)
+        new_adapter(model, adapter, "base", seed=0)
+        for changes in changes_of(model).values():
+            randomise(torch.nn.ModuleList(changes))
+    return [model.double() for model in models]
 
 
 def test_conversations_that_cannot_be_prepared(tokenizer: Tokenizer, tmp_path: Path) -> None:

@@ -11,7 +11,6 @@ from openmythos.checkpoint.save import save_pretrained
 from openmythos.config import ModelConfig
 from openmythos.config.adapter import AdapterConfig
 from openmythos.interop.adapter import (
-    add_adapter,
     chosen_layers,
     new_adapter,
     restore_adapter,
@@ -26,7 +25,7 @@ from openmythos.interop.loading import (
     own_tokenizer,
     usable_tokenizer,
 )
-from openmythos.model.adapter import adapted_weights, merge
+from openmythos.model.adapter import changes_of
 from openmythos.model.recurrent import RecurrentDepthLM
 from openmythos.tokenizer import byte_tokenizer
 from tests.interop.hf.examples import DENSE, LATENT, SPARSE
@@ -41,8 +40,8 @@ def trained(base: Path, folder: Path, **settings: Any) -> RecurrentDepthLM:
     model = load_pretrained(base)
     config = AdapterConfig(**{"rank": 3, "alpha": 1.0, **settings})
     adapter = new_adapter(model, config, str(base), seed=1)
-    for weight in adapted_weights(model).values():
-        randomise(weight.changes)
+    for changes in changes_of(model).values():
+        randomise(torch.nn.ModuleList(changes))
     folder.mkdir()
     save_adapter(own_tensors(model), adapter, folder)
     return model
@@ -67,15 +66,15 @@ def changed(folder: Path, **fields: Any) -> None:
 
 
 def test_targets_are_names_of_layers_or_of_what_they_are_in() -> None:
-    usual = chosen_layers(DENSE, ())
+    usual = chosen_layers(DENSE, AdapterConfig())
     assert {layer.name.rpartition(".")[2] for layer in usual} == {
         *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     }
-    core = [layer.name for layer in chosen_layers(DENSE, ("core",))]
+    core = [layer.name for layer in chosen_layers(DENSE, AdapterConfig(targets=("core",)))]
     assert core == [layer.name for layer in usual if layer.name.startswith("model.core.")]
-    (only,) = chosen_layers(DENSE, ("core.1.self_attn.v_proj",))
+    (only,) = chosen_layers(DENSE, AdapterConfig(targets=("core.1.self_attn.v_proj",)))
     assert (only.matrix, only.start, only.shape) == ("core.1.attention.qkv.weight", 24, (8, 16))
-    assert [x.name for x in chosen_layers(SPARSE, ()) if ".experts" in x.name] == []
+    assert [x.name for x in chosen_layers(SPARSE, AdapterConfig()) if ".experts" in x.name] == []
 
 
 @pytest.mark.parametrize(
@@ -83,7 +82,7 @@ def test_targets_are_names_of_layers_or_of_what_they_are_in() -> None:
 )
 def test_a_target_that_matches_nothing_gets_the_nearest_names(target: str, nearest: str) -> None:
     with pytest.raises(ValueError, match="nearest names are") as said:
-        chosen_layers(DENSE, ("q_proj", target))
+        chosen_layers(DENSE, AdapterConfig(targets=("q_proj", target)))
     assert repr(target) in str(said.value) and nearest in str(said.value)
     assert "\n" not in str(said.value)
 
@@ -97,7 +96,7 @@ def test_a_new_adapter_changes_nothing_and_has_pefts_spread() -> None:
         before = model(tokens).logits
         new_adapter(model, AdapterConfig(rank=8), "base", seed=1)
         assert torch.equal(model(tokens).logits, before)
-    downs = [c.down for w in adapted_weights(model).values() for c in w.changes]
+    downs = [c.down for each in changes_of(model).values() for c in each]
     spread = torch.cat([down.flatten() * down.shape[1] ** 0.5 for down in downs]).std()
     assert abs(spread - 3**-0.5) < 0.02
 
@@ -211,12 +210,9 @@ def test_ranks_by_layer_and_rank_stabilised_scales_are_read(tmp_path: Path) -> N
     tensors[f"{Q}.lora_B.weight"] = torch.cat((up, torch.ones(16, 1)), dim=1)
     save_file(tensors, folder / TENSORS)
     changed(folder, use_rslora=True)
-    model = load_pretrained(base)
-    add_adapter(model, folder, base)
-    weights = adapted_weights(model)
-    scales = [weights[f"core.{i}.attention.qkv.weight"].changes[0].scale for i in (0, 1)]
-    assert scales == [3.0, 6.0 / 3**0.5]
-    before = model.core[0].attention.qkv.weight.frozen[:16].clone()
-    merge(model)
-    found = model.core[0].attention.qkv.weight[:16]
+    before = load_pretrained(base).core[0].attention.qkv.weight[:16]
+    found = load_pretrained(base, adapter=folder).core[0].attention.qkv.weight[:16]
     assert torch.allclose(found, before + 3 * up @ down, atol=1e-5)
+    other = [load_pretrained(f).core[1].attention.qkv.weight[:16] for f in (base, folder)]
+    down, up = (tensors[f"{Q.replace('core.0', 'core.1')}.lora_{part}.weight"] for part in "AB")
+    assert torch.allclose(other[1], other[0] + 6.0 / 3**0.5 * up @ down, atol=1e-5)

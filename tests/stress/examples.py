@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from openmythos.checkpoint.save import save_pretrained
+from openmythos.config import LearnedLoopConfig
+from openmythos.config.adapter import AdapterConfig
 from openmythos.data.prepare import prepare
 from openmythos.folder import damage
 from openmythos.tokenizer import byte_tokenizer
@@ -26,7 +28,7 @@ from tests.train.examples import (
     write_text,
 )
 
-KINDS = ("text", "walks", "from a checkpoint")
+KINDS = ("text", "walks", "from a checkpoint", "adapter")
 
 
 @dataclass
@@ -58,13 +60,16 @@ def make_config(kind: str, room: Path, steps: int) -> RunConfig:
     source = write_text(room, 60)
     if kind == "text":
         return text_config(source, max_steps=steps)
-    start = replace(tiny_model(), vocab_size=264)
+    # The adapter has a change per loop in the core, which needs a model whose loops differ.
+    signal = LearnedLoopConfig(num_loops=2) if kind == "adapter" else None
+    adapter = AdapterConfig(rank=2, num_loops=2) if kind == "adapter" else None
+    start = replace(tiny_model(), vocab_size=264, loop_embedding=signal)
     save_pretrained(random_model(start), room / "start", byte_tokenizer())
     prepare(str(source), room / "prepared", tokenizer=byte_tokenizer())
     config = text_config(
         room / "prepared", max_steps=steps, init_from=str(room / "start"), grad_accumulation=2
     )
-    return replace(config, model=start)
+    return replace(changed(config, adapter=adapter), model=start)
 
 
 class Reference:
@@ -129,7 +134,7 @@ def facts(checkpoint: Path) -> dict[str, Any]:
         return {"damage": found or "manifest.json is missing"}
     record = json.loads((checkpoint / "training_state.json").read_text(encoding="utf-8"))
     state = {k: v for k, v in record["state"].items() if k != "seconds"}
-    tensors = [digest(checkpoint / f"{n}.safetensors") for n in ("model", "training_state")]
+    tensors = [digest(path) for path in sorted(checkpoint.glob("*.safetensors"))]
     config = (checkpoint / "config.json").read_text(encoding="utf-8")
     return {
         "damage": None,

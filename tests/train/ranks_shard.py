@@ -88,7 +88,11 @@ class Arm:
 
 MOE = {"core_feed_forward": EXPERTS}
 UNTIED = {"tie_embeddings": False}
-ADAPTER = {"adapter": AdapterConfig(rank=3), "init_from": "base", "grad_accumulation": 2}
+ADAPTER = {
+    "adapter": AdapterConfig(rank=3, num_loops=2),
+    "init_from": "base",
+    "grad_accumulation": 2,
+}
 REPLICATED = {"dp_shard": 1}  # and dp_replicate, of all ranks
 BY_LOOP = {"core_gather": "loop"}
 ARMS = {

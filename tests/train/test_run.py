@@ -13,7 +13,7 @@ import torch
 from openmythos.checkpoint.load import checkpoint_folder
 from openmythos.checkpoint.save import save_pretrained
 from openmythos.command.evaluate import held_out
-from openmythos.config import LinearInjectionConfig
+from openmythos.config import LearnedLoopConfig, LinearInjectionConfig
 from openmythos.config.adapter import AdapterConfig
 from openmythos.config.parallel import ParallelConfig
 from openmythos.config.schema import from_dict, to_dict
@@ -528,14 +528,22 @@ def adapter_config(folder: Path, **adapter: Any) -> RunConfig:
     """Experts, per-sequence depths and a random base, beside which an adapter is trained."""
     start = folder / "start"
     if not start.exists():
-        base = random_model(replace(tiny_model(core_feed_forward=examples.MOE), vocab_size=259))
+        base = random_model(
+            replace(
+                tiny_model(core_feed_forward=examples.MOE),
+                vocab_size=259,
+                loop_embedding=LearnedLoopConfig(num_loops=2),
+            )
+        )
         save_pretrained(base, start, byte_tokenizer())
     config = from_checkpoint(write_text(folder), start, max_steps=9, save_every=1)
     return changed(config, adapter=AdapterConfig(**{"rank": 2, **adapter}))
 
 
-def test_an_adapter_is_trained_and_its_base_stays(tmp_path: Path) -> None:
-    config, out = changed(adapter_config(tmp_path), save_in_background=True), tmp_path / "run"
+@pytest.mark.parametrize("num_loops", [None, 3])
+def test_an_adapter_is_trained_and_its_base_stays(tmp_path: Path, num_loops: int | None) -> None:
+    config, out = adapter_config(tmp_path, num_loops=num_loops), tmp_path / "run"
+    config = changed(config, save_in_background=True)
     base = tmp_path / "start"
     before = {path.name: path.read_bytes() for path in base.iterdir()}
     run = set_up(config, out)
@@ -561,10 +569,12 @@ def test_an_adapter_is_trained_and_its_base_stays(tmp_path: Path) -> None:
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.parametrize("num_loops", [None, 3])
 def test_a_killed_run_of_an_adapter_goes_on_exactly(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_loops: int | None
 ) -> None:
-    config, whole, out = adapter_config(tmp_path), tmp_path / "whole", tmp_path / "killed"
+    config = adapter_config(tmp_path, num_loops=num_loops)
+    whole, out = tmp_path / "whole", tmp_path / "killed"
     examples.run(config, whole)
     saves, save = itertools.count(1), RunFolder.save
 
@@ -581,7 +591,7 @@ def test_a_killed_run_of_an_adapter_goes_on_exactly(
     examples.run(config, out)
     examples.assert_equal_runs(whole, out)
     with pytest.raises(ValueError, match=r"another configuration: train\.adapter\.rank \(2 there"):
-        set_up(adapter_config(tmp_path, rank=3), out)
+        set_up(adapter_config(tmp_path, rank=3, num_loops=num_loops), out)
     save_pretrained(random_model(config.model, seed=5), tmp_path / "start", byte_tokenizer())
     with pytest.raises(ValueError, match="is an adapter of another model"):
         examples.run(config, out)

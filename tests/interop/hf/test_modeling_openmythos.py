@@ -18,7 +18,7 @@ from openmythos.interop.adapter import chosen_layers, new_adapter, save_adapter
 from openmythos.interop.adapter import trained as own_tensors
 from openmythos.interop.export import export_hf
 from openmythos.interop.loading import load_pretrained
-from openmythos.model.adapter import adapted_weights
+from openmythos.model.adapter import changes_of
 from openmythos.tokenizer import byte_tokenizer
 from tests.interop.hf.conftest import Open
 from tests.interop.hf.examples import CONFIGS, DENSE, LATENT, ORIGINAL, PARCAE, SPARSE
@@ -365,8 +365,8 @@ def test_adapters_go_to_peft_and_back(opened: Open, config: ModelConfig, tmp_pat
     base, tokens = save_pretrained(model, tmp_path / "base"), random_tokens(config, 2, 9)
     ours = load_pretrained(base)
     adapter = new_adapter(ours, AdapterConfig(rank=3, alpha=1.5), str(base), seed=1)
-    for weight in adapted_weights(ours).values():
-        randomise(weight.changes)
+    for changes in changes_of(ours).values():
+        randomise(torch.nn.ModuleList(changes))
     (tmp_path / "ours").mkdir()
     save_adapter(own_tensors(ours), adapter, tmp_path / "ours")
     theirs = peft.PeftModel.from_pretrained(export, tmp_path / "ours")
@@ -374,7 +374,9 @@ def test_adapters_go_to_peft_and_back(opened: Open, config: ModelConfig, tmp_pat
         found = theirs(tokens).logits
         assert (found - ours(tokens).logits).abs().max() < 1e-5
         assert (found - model(tokens).logits).abs().max() > 0.1
-    names = sorted({layer.name.rpartition(".")[2] for layer in chosen_layers(config, ())})
+    names = sorted(
+        {layer.name.rpartition(".")[2] for layer in chosen_layers(config, AdapterConfig())}
+    )
     lora = peft.LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=2, target_modules=names)
     tuned = peft.get_peft_model(theirs.unload(), lora)
     randomise(torch.nn.ParameterList(p for p in tuned.parameters() if p.requires_grad), seed=3)

@@ -32,6 +32,7 @@ MODE_SWITCH = f"{PACKAGE}/model/inference.py"
 FOREIGN_CODE = f"{PACKAGE}/interop/hf/"  # what an export carries
 # Writers besides openmythos/folder.py, and why what they write need not appear at once.
 OTHER_WRITERS = {
+    "openmythos/checkpoint/save.py:_sort_metadata": "in a file that is not in its place yet",
     "benchmarks/int8.py:memory_of": "resets the peak that the system counts; no file",
     "openmythos/analysis/picture.py:save": "draws into a whole_file",
     "openmythos/analysis/picture.py:to_svg": "draws into memory",

@@ -3,6 +3,7 @@
 Its manifest.json, which is written last, holds the SHA-256 of each of them.
 """
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -173,7 +174,21 @@ def save_tensors(
         save_file(plain, path, metadata={"format": "pt", **(metadata or {})})
     except SafetensorError as error:
         raise OSError(f"{path} cannot be written: {error}") from None
+    if metadata:
+        _sort_metadata(path)
     path.chmod(0o644)  # safetensors lets only the owner read it
+
+
+def _sort_metadata(path: Path) -> None:
+    """Give the same tensors the same file: safetensors writes metadata in a random order."""
+    with path.open("r+b") as file:
+        header = file.read(int.from_bytes(file.read(8), "little"))
+        fields = json.loads(header)
+        fields["__metadata__"] = dict(sorted(fields["__metadata__"].items()))
+        again = json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode()
+        assert len(again) <= len(header)
+        file.seek(8)
+        file.write(again.ljust(len(header)))
 
 
 def save_parts(

@@ -3,9 +3,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from openmythos.checkpoint.load import load_checkpoint, load_weights
-from openmythos.checkpoint.save import save_pretrained
+from openmythos.checkpoint.save import save_pretrained, save_tensors
 from openmythos.checkpoint.weights import StoredWeights
 from openmythos.config import ModelConfig
 from openmythos.config.schema import apply_overrides, from_dict
@@ -51,3 +52,18 @@ def test_a_model_whose_blocks_were_compiled_is_saved_under_plain_names(tmp_path:
     assert sorted(StoredWeights(folder).shapes) == sorted(expected)
     load_checkpoint(folder)
     load_weights(model, folder)
+
+
+def test_the_same_tensors_are_the_same_file(tmp_path: Path) -> None:
+    """Whatever order their metadata comes in."""
+    tensors = {"b": torch.arange(3.0), "a": torch.zeros(2, 2)}
+    metadata = dict.fromkeys("zyxw", '{"é": [1, "\\n"]}')
+    written = set()
+    for number in range(8):
+        path = tmp_path / f"{number}.safetensors"
+        save_tensors(tensors, path, metadata)
+        written.add(path.read_bytes())
+    assert len(written) == 1
+    with safe_open(path, framework="pt") as file:
+        assert file.metadata() == {"format": "pt", **metadata}
+        assert all(torch.equal(file.get_tensor(name), tensors[name]) for name in "ab")

@@ -26,7 +26,6 @@ from openmythos.train.shard import local_part
 from tests.strategies import GQA, MLA
 from tests.train.launch import Case, on_ranks
 from tests.train.ranks_shard import (
-    ADAPTER,
     ARMS,
     BATCH,
     BY_ROW,
@@ -77,7 +76,6 @@ ON_TWO = {
         EP,
     ),
     "ep, gathered by loop": Arm(MOE, GROUPS, {**EP, "core_gather": "loop"}),
-    "adapter, ep": Arm(MOE, {**GROUPS, **ADAPTER}, EP),
     "muon": Arm(MOE, MUON),
     "muon, tp": Arm(EVERY_GQA, {**MUON, **GROUPS}, TP),
     "muon, ep": Arm(MLA_MOE, {**MUON, **GROUPS}, EP),

@@ -89,7 +89,7 @@ class Arm:
 MOE = {"core_feed_forward": EXPERTS}
 UNTIED = {"tie_embeddings": False}
 ADAPTER = {
-    "adapter": AdapterConfig(rank=3, num_loops=2),
+    "adapter": AdapterConfig(rank=3),
     "init_from": "base",
     "grad_accumulation": 2,
 }

@@ -42,6 +42,7 @@ from openmythos.eval.scoring import Scorer
 from openmythos.eval.task import measure_tasks, shipped_task
 from openmythos.eval.task_name import HELD_OUT
 from openmythos.folder import (
+    DEPTH_FILE,
     HELD_OUT_FILE,
     PUZZLE_FILE,
     WALKS_FILE,
@@ -61,6 +62,7 @@ from openmythos.train.display import TrainDisplay
 from openmythos.train.optim import OptimizerConfig
 from openmythos.train.recipe import RunConfig, TextData, TrainConfig
 from openmythos.train.run import set_up
+from openmythos.train.trained_depth import trained_depth
 from openmythos.train.validation import puzzle_accuracy
 
 TEXT_STEPS = 1074
@@ -172,7 +174,8 @@ def ship(run: Path, target: Path) -> None:
     newest = max((run / "checkpoints").glob("step-*"))
     tokenizer = Tokenizer.load(newest) if has_tokenizer(newest) else None
     puzzle, others = puzzle_of(newest), {}
-    own = {*OWN_FILES, PUZZLE_FILE, WALKS_FILE, HELD_OUT_FILE, SCORES, *BY_HAND}
+    depth = trained_depth(newest, model.config).schedule
+    own = {*OWN_FILES, DEPTH_FILE, PUZZLE_FILE, WALKS_FILE, HELD_OUT_FILE, SCORES, *BY_HAND}
     with replaced_folder(target, own) as fresh:
         write_checkpoint(model, fresh, tokenizer)
         if puzzle is not None:
@@ -180,6 +183,7 @@ def ship(run: Path, target: Path) -> None:
         else:
             training = TokenLoader(run / "data", "train", seq_len=512, batch_size=1).text()
             others = bring_text(fresh, training)
+        write_json(fresh / DEPTH_FILE, to_dict(depth))
         write_manifest(fresh)
         for name in BY_HAND:
             if (target / name).is_file():

@@ -45,7 +45,7 @@ def depth_in_training() -> Any:
     figure, axes = panels(tuple(schedules), columns=2)
     for panel, schedule in zip(axes, schedules.values(), strict=True):
         generator = torch.Generator().manual_seed(0)
-        drawn = schedule.draw(schedule.mean_recurrence, DRAWS, generator)
+        drawn = schedule.draw(float(schedule.mean_recurrence), DRAWS, generator)
         shares = torch.bincount(drawn, minlength=13)[:13] / DRAWS
         panel.bar(range(1, 13), shares[1:].tolist(), color=BLUE)
         panel.set_xticks(range(2, 13, 2))

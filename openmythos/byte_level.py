@@ -8,6 +8,19 @@ from typing import Any
 import tokenizers
 from tokenizers.processors import TemplateProcessing
 
+# Every byte that UTF-8 can hold; then what normalizers compose, decompose, fold, strip or drop.
+PROBES = (
+    "a",
+    " Two  spaces,\tA TAB \r\n\r\n and white space at both ends \n ",
+    "".join(map(chr, range(0xC0))),
+    "".join(chr(lead << 6) for lead in range(3, 32)),
+    "".join(chr(lead << 12 | 0x800 * (lead == 0)) for lead in range(16)),
+    "".join(map(chr, (0x10000, 0x40000, 0x80000, 0xC0000, 0x10FFFF))),
+    "e\u0301 \u00e9 \u212b \ufb01 \uff21 \u1100\u1161 \ud55c \u0958",
+    "\u0130 \u00df \u00ad \u200b \ufeff",
+    "It's 1234567890 'quoted' ``text'' ... don't , here . we 've",
+)
+
 
 def byte_characters() -> list[str]:
     """The printable character that byte-level BPE writes for each byte value (GPT-2's table)."""

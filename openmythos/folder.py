@@ -27,6 +27,7 @@ LOCK_FILE = ".lock"
 # Beside the weights of a checkpoint: the settings of the puzzle that it was trained on, and texts
 # that it was not trained on. Older versions wrote the settings of walks into a file of their own.
 PUZZLE_FILE, WALKS_FILE, HELD_OUT_FILE = "puzzle.json", "walks.json", "held_out.jsonl"
+DEPTH_FILE = "depth.json"  # the schedule of depths that a checkpoint was trained with
 
 
 @contextlib.contextmanager

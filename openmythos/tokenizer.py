@@ -23,7 +23,7 @@ import tokenizers
 from jaxtyping import Int
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 
-from openmythos.byte_level import byte_characters, check_byte_level, mark_begin
+from openmythos.byte_level import PROBES, byte_characters, check_byte_level, mark_begin
 from openmythos.chat_template import Message, render_answers, render_chat
 from openmythos.folder import write_json, write_whole
 from openmythos.tokenizer_folder import (
@@ -64,20 +64,6 @@ SPLIT_PATTERN = (
 # Training takes quadratic time in the length of a piece (a run of letters without a boundary), so
 # longer pieces are cut there. Encoding takes linear time and cuts nothing.
 MAX_TRAINING_PIECE = 256
-
-
-# Every byte that UTF-8 can hold; then what normalizers compose, decompose, fold, strip or drop.
-PROBES = (
-    "a",
-    " Two  spaces,\tA TAB \r\n\r\n and white space at both ends \n ",
-    "".join(map(chr, range(0xC0))),
-    "".join(chr(lead << 6) for lead in range(3, 32)),
-    "".join(chr(lead << 12 | 0x800 * (lead == 0)) for lead in range(16)),
-    "".join(map(chr, (0x10000, 0x40000, 0x80000, 0xC0000, 0x10FFFF))),
-    "e\u0301 \u00e9 \u212b \ufb01 \uff21 \u1100\u1161 \ud55c \u0958",
-    "\u0130 \u00df \u00ad \u200b \ufeff",
-    "It's 1234567890 'quoted' ``text'' ... don't , here . we 've",
-)
 
 
 class Tokenizer:
@@ -481,13 +467,21 @@ class Tokenizer:
         return table
 
     @cached_property
+    def lacks(self) -> frozenset[int]:
+        """Bytes without a token, as in vocabularies that were made from text: they are lost."""
+        vocab = self._config["model"]["vocab"]
+        return frozenset(byte for byte, token in enumerate(byte_characters()) if token not in vocab)
+
+    @cached_property
     def change(self) -> str | None:
         """How a text changes when it is encoded and decoded; None if it comes back unchanged.
 
-        Found on texts that hold every byte, and what normalizers and careless splitting change.
+        Found on texts that hold every byte but those that it ``lacks``, and what normalizers and
+        careless splitting change.
         """
         added = [t.content for t in self._backend.get_added_tokens_decoder().values()]
-        for text in (*PROBES, *(f" a  {content}  B " for content in added)):
+        known = ("".join(c for c in text if not self.lacks & {*c.encode()}) for text in PROBES)
+        for text in (*known, *(f" a  {content}  B " for content in added)):
             back = self.decode(self.encode(text))
             if back != text:
                 at = next(
@@ -497,12 +491,17 @@ class Tokenizer:
                 return f"{text[at : at + 8]!r} becomes {back[at : at + 8]!r}"
         return None
 
-    def require_lossless(self, purpose: str) -> None:
-        """Check that a text comes back unchanged from its ids.
+    def require_lossless(self, purpose: str, *texts: str) -> None:
+        """Check that a text, and these in particular, comes back unchanged from its ids.
 
         Raises:
             ValueError: It does not; says what this is needed for.
         """
+        if self.lacks and (lost := self.lacks & set().union(*(t.encode() for t in texts))):
+            raise ValueError(
+                f"the text holds the byte 0x{min(lost):02x}, for which the tokenizer has no token, "
+                f"so {purpose} would be wrong; remove the character"
+            )
         if self.change is not None:
             raise ValueError(
                 f"the tokenizer changes text ({self.change}), so {purpose} would be wrong; use one "

@@ -21,6 +21,8 @@ from typing import Any
 import pytest
 import typer
 
+from docs import run_guide
+from docs.concept_figures import FIGURES
 from docs.page_code import GUIDE, blocks_of, commands_of, pictures_of
 from docs.run_guide import SERVE, SERVER, wait_for
 from openmythos.cli import app
@@ -247,3 +249,36 @@ def test_blocks_know_their_reason_and_their_file() -> None:
     assert (big.reason, big.name, commands_of(big.text)) == ("too large", None, ["a    b"])
     assert (saved.language, saved.text, saved.name) == ("yaml", "k: v", "x.yaml")
     assert (plain.reason, plain.name) == (None, None)
+
+
+def test_the_runner_of_the_guide_runs_all_blocks_and_names_what_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_guide, "ROOT", tmp_path)
+    program, log = Path(sys.executable).parent, tmp_path / "log"
+    text = (
+        "```bash\necho one > a.txt\n```\n```python\nprint(open('a.txt').read() * 2)\n```\n"
+        "<!-- not run: no -->\n```bash\nrm a.txt\n```\n"
+    )
+    (tmp_path / "page.md").write_text(text)
+    assert run_guide.run_page("page.md", tmp_path, program, log) > 0
+    assert "one\none\n" in log.read_text()
+    assert (tmp_path / "a.txt").exists()
+    (tmp_path / "page.md").write_text(f"{text}```bash\ncat gone\n```\n")
+    with pytest.raises(SystemExit, match="cat gone"):
+        run_guide.run_page("page.md", tmp_path, program, log)
+
+
+def test_pictures_know_what_makes_them() -> None:
+    text = "<!-- made by: runs/a.png -->\n![a](a.png)\nWords.\n![b](b.png)\n"
+    assert pictures_of(text) == {"a.png": "runs/a.png", "b.png": ""}
+
+
+def test_figures_of_the_concepts_are_drawn() -> None:
+    pages = (ROOT / "docs" / "concepts").glob("*.md")
+    told = [pictures_of(page.read_text(encoding="utf-8")).items() for page in pages]
+    made = {name for page in told for name, by in page if by == "python -m docs.concept_figures"}
+    assert made == set(FIGURES)
+    for draw in FIGURES.values():
+        axes = draw().axes
+        assert all(panel.lines or panel.patches for panel in axes)

@@ -11,6 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, normalizers, pre_tokenizers
 
+from openmythos.byte_level import byte_characters
+from openmythos.data.prepare import prepare
 from openmythos.tokenizer import (
     BOS_TOKEN,
     EOS_TOKEN,
@@ -263,12 +265,27 @@ def test_a_tokenizer_that_changes_text_is_known_and_not_trained_with(
         found.require_lossless("training")
 
 
-def test_other_ways_to_lose_text(tmp_path: Path) -> None:
-    holes = backend(END)
-    file = json.loads(holes.to_str())
-    lost = next(token for token in file["model"]["vocab"] if token == "~")
-    file["model"]["vocab"]["unused~"] = file["model"]["vocab"].pop(lost)
-    assert Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(file)), **NAMED).change is not None
+def test_bytes_without_a_token_are_lost_only_where_they_are(tmp_path: Path) -> None:
+    """SmolLM2's vocabulary has such holes: control characters, parts of rare ones."""
+    file = json.loads(backend(END).to_str())
+    for byte in (0x04, 0xF1):
+        token = byte_characters()[byte]
+        file["model"]["vocab"][f"unused{token}"] = file["model"]["vocab"].pop(token)
+    found = Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(file)), **NAMED)
+    assert found.lacks == {0x04, 0xF1} and found.change is None and not BYTES.lacks
+    found.require_lossless("training", "a tab\t and a line\n", "more")
+    with pytest.raises(ValueError, match="holds the byte 0xf1, for which"):
+        found.require_lossless("training", "plain", "a\U00040000b")
+    rows = [{"text": f"row {i} is long enough"} for i in range(20)] + [{"text": "a\x04b"}]
+    source = tmp_path / "rows.jsonl"
+    source.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"rows.jsonl:21: .* holds the byte 0x04.*--skip-bad"):
+        prepare(str(source), tmp_path / "data", tokenizer=found)
+    made = prepare(str(source), tmp_path / "data", tokenizer=found, skip_bad=True)
+    assert made.num_left_out == 1
+
+
+def test_other_ways_to_lose_text() -> None:
     splits = backend(END)
     splits.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.WhitespaceSplit(), splits.pre_tokenizer]

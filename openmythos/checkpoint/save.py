@@ -24,6 +24,7 @@ from openmythos.checkpoint.weights import (
 from openmythos.config import ModelConfig
 from openmythos.config.schema import to_dict
 from openmythos.folder import (
+    DEPTH_FILE,
     HELD_OUT_FILE,
     MANIFEST_FILE,
     PUZZLE_FILE,
@@ -44,7 +45,7 @@ from openmythos.tokenizer_folder import GENERATION_FILE, SETTINGS_FILE, TOKENIZE
 # A checkpoint of version 2 has a manifest.json; without it, it is damaged.
 FORMAT, FORMAT_VERSION = "openmythos", 2
 MEASURED = EXIT_FILE, EXIT_PICTURE = "exit.json", "exit.png"  # what calibrate-exit writes
-COMPANIONS = (WALKS_FILE, PUZZLE_FILE, HELD_OUT_FILE)
+COMPANIONS = (WALKS_FILE, PUZZLE_FILE, HELD_OUT_FILE, DEPTH_FILE)
 LICENCES = ("LICENSE*", "NOTICE*")
 OWN_FILES = {
     *(CONFIG_FILE, WEIGHTS_FILE, ADAPTER_CONFIG, ADAPTER_FILE, MANIFEST_FILE),
@@ -102,7 +103,8 @@ def licences(folder: Path) -> list[str]:
 def read_companions(folder: Path, *, measured: bool) -> dict[str, bytes]:
     """The files that go where a checkpoint goes, besides weights, config and tokenizer, by name.
 
-    They are the settings of its walks, texts that it was not trained on, and licences.
+    They are the settings of its walks, texts that it was not trained on, the depths that it was
+    trained at, and licences.
 
     Args:
         folder: The checkpoint.

@@ -100,7 +100,8 @@ def require_once(overrides: list[str], option: str, name: str, value: object | N
         ValueError: They do; names both.
     """
     for override in overrides if value is not None else ():
-        if f"{name}.".startswith(f"{override.partition('=')[0]}."):
+        one, other = f"{name}.", f"{override.partition('=')[0]}."
+        if one.startswith(other) or other.startswith(one):
             raise ValueError(
                 f"{option} {value} and --set {override} set the same field; give one of them"
             )

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from openmythos.folder import PUZZLE_FILE, WALKS_FILE
+from openmythos.folder import DEPTH_FILE, PUZZLE_FILE, WALKS_FILE
 from openmythos.terminal import note
 
 if TYPE_CHECKING:
@@ -157,8 +157,8 @@ def puzzle_of(folder: Path) -> "Puzzle | None":
 def companions_of(folder: Path, *, measured: bool) -> dict[str, bytes]:
     """The files that go with a checkpoint which is written elsewhere, as ``read_companions``.
 
-    A checkpoint of an older version, whose puzzle its run knows, gets their settings now. A note
-    says if what was measured stays behind.
+    A checkpoint of an older version, whose puzzle its run knows, gets their settings now, and that
+    of a run the depths of its training. A note says if what was measured stays behind.
     """
     from openmythos.checkpoint.save import EXIT_FILE, read_companions
 
@@ -166,6 +166,9 @@ def companions_of(folder: Path, *, measured: bool) -> dict[str, bytes]:
     if puzzle is not None:
         found.pop(WALKS_FILE, None)  # from here on as it is written now
         found[PUZZLE_FILE] = (json.dumps(puzzle.settings, indent=2) + "\n").encode()
+    depth = run_config(folder).get("train", {}).get("depth")
+    if depth is not None:
+        found[DEPTH_FILE] = (json.dumps(depth, indent=2) + "\n").encode()
     if not measured and (folder / EXIT_FILE).is_file():
         note(f"note: {EXIT_FILE} is left out: it was measured before this change; measure again")
     return found

@@ -17,6 +17,13 @@ if TYPE_CHECKING:
 RECIPE_STD = 0.0087  # standard deviation of h_0 in the published retrofits
 STATE_INITS = ("zeros", "copy", "normal")
 LayerList = "Layers of the source, as 0-3 or 0-3,7."
+Carry = Annotated[
+    float,
+    typer.Option(
+        help="Share of the state that the next loop reads before any training, as adapters need; "
+        "with --state-init copy."
+    ),
+]
 
 
 def retrofit(
@@ -32,6 +39,7 @@ def retrofit(
     state_init: Annotated[
         str, typer.Option(help=f"h_0: zeros, copy, or normal (std {RECIPE_STD}).")
     ] = "zeros",
+    carry: Carry = 0.0,
     untie: Annotated[bool, typer.Option(help="Copy a tied embedding to a head.")] = False,
     tie: Annotated[
         int | None, typer.Option(help="Tie the core into so many layers that are looped.")
@@ -56,8 +64,9 @@ def retrofit(
     parts = (*given, parse_layers(coda, "--coda"))
     if tie is None and rank is not None:
         raise ValueError(f"--rank {rank} needs --tie K: only tied layers have low-rank changes")
-    if tie is not None and (untie or state_init != "zeros"):
-        raise ValueError("--tie keeps head and h_0 as they are; leave --untie, --state-init out")
+    if tie is not None and (untie or carry or state_init != "zeros"):
+        left_out = "leave --untie, --carry, --state-init out"
+        raise ValueError(f"--tie keeps head, h_0 and input as they are; {left_out}")
     initial = state_init_of(state_init)
 
     from openmythos.checkpoint.save import save_pretrained
@@ -74,7 +83,7 @@ def retrofit(
     said: dict[str, Any] = describe(layers, model.config.num_core_layers)
     if tie is None:
         depth = 4 if num_loops is None else num_loops
-        made = split(model, layers, num_loops=depth, state_init=initial, untie=untie)
+        made = split(model, layers, num_loops=depth, state_init=initial, untie=untie, carry=carry)
     else:
         chosen = 0 if rank is None else rank
         result = tie_layers(model, layers, num_core_layers=tie, rank=chosen, start=start)

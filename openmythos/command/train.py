@@ -71,6 +71,14 @@ def train(
             "matrices have a rate of their own, train.optimizer.muon_lr."
         ),
     ] = None,
+    fixed_depth: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Always this number of loops, instead of depths as the checkpoint was trained at; "
+            "the model is then trained for this depth only.",
+        ),
+    ] = None,
     seed: TrainSeed = None,
     overrides: Annotated[list[str] | None, set_option("model.num_loops=8")] = None,
     device: Device = "cpu",
@@ -91,6 +99,10 @@ def train(
         if data:
             require_once(given, "--data", "data.source", data[0])
         require_once(given, "--from", "train.init_from", init_from)
+        require_once(given, "--fixed-depth", "train.depth.sampling", fixed_depth)
+        if fixed_depth is not None:
+            sampling = {"kind": "fixed", "mean_recurrence": fixed_depth}
+            given = [*given, f"train.depth.sampling={json.dumps(sampling)}"]
         chosen = chosen_data(data or [], weight or [])
         resolved = resolve(preset, chosen, config, with_shorthands(given, short), init_from)
         check_device(device)
@@ -118,10 +130,13 @@ def run_to_the_end(
     """Set a run up, train it, and say how it ended; the exit code says it, too."""
     from openmythos.train.loop import TrainingStopped
     from openmythos.train.run import set_up
+    from openmythos.train.trained_depth import depth_in_words
 
     screen = console(notes=as_json)
     run = set_up(resolved, out, device)
     screen.print(run.in_words(trained_on))
+    if resolved.train.init_from is not None:
+        screen.print(depth_in_words(resolved))
     try:
         result = train_shown(run, screen)
     except TrainingStopped as error:

@@ -83,6 +83,12 @@ def _content(value: Any, place: str) -> str:
     return value
 
 
+def contents(text: str) -> str:
+    """All that is said in a document that `conversation` wrote."""
+    row = json.loads(text)
+    return "\n".join([row.get("text", ""), *(m["content"] for m in row.get("messages", ()))])
+
+
 def encode_conversation(
     text: str, tokenizer: Tokenizer, counted: Counted
 ) -> tuple[Int[np.ndarray, " T"], Bool[np.ndarray, " T"]]:

@@ -29,7 +29,7 @@ import numpy as np
 from jaxtyping import Bool, Int, Integer, Shaped
 
 from openmythos.config.schema import as_seed
-from openmythos.data.conversation import Counted, encode_conversation
+from openmythos.data.conversation import Counted, contents, encode_conversation
 from openmythos.data.file import Document, LeftOut
 from openmythos.data.hashing import hash_bytes, mix, split_keys, threshold
 from openmythos.data.index import (
@@ -52,6 +52,7 @@ from openmythos.tokenizer import MIN_BPE_VOCAB, Tokenizer, train_bpe
 
 MAX_BPE_TRAINING_BYTES = 128 * 2**20
 
+_PURPOSE = "training data and bits per byte"
 _BATCH_BYTES = 4 * 2**20
 _BUILDING_PREFIX = ".building-"
 _DATA_FOLDER = re.compile(r"data-[0-9a-f]{12}(-\d+)?")
@@ -139,7 +140,8 @@ def prepare(
     items = read_source(source, None if conversations else column)
     if conversations:  # older data of text has no such setting
         settings["conversations"] = conversations
-        items = _checked(items, tokenizer, conversations) if tokenizer else items
+    if tokenizer is not None:
+        items = _checked(items, tokenizer, conversations)
     settings["source_version"] = source_version(source)
     is_known = source != STANDARD_INPUT and old is not None and old.settings == settings
     if old is not None and is_known and _is_intact(old):
@@ -192,7 +194,7 @@ def _check_arguments(
     max_shard_tokens: int,
 ) -> None:
     if tokenizer is not None:
-        tokenizer.require_lossless("training data and bits per byte")
+        tokenizer.require_lossless(_PURPOSE)
     elif vocab_size < MIN_BPE_VOCAB:
         raise ValueError(
             f"vocab_size is {vocab_size}; it must be at least {MIN_BPE_VOCAB}, for the 256 bytes "
@@ -404,14 +406,15 @@ def _piece_end(data: bytes, start: int, target: int) -> int:
 
 
 def _checked(
-    items: Iterable[Document | LeftOut], tokenizer: Tokenizer, counted: Counted
+    items: Iterable[Document | LeftOut], tokenizer: Tokenizer, counted: Counted | None
 ) -> Iterator[Document | LeftOut]:
-    """The items, without conversations that the template refuses."""
+    """The items, without those that the tokenizer loses a part of, or its template refuses."""
     for item in items:
         if isinstance(item, Document):
             try:
-                _, answers = encode_conversation(item.text, tokenizer, counted)
-                if not answers[1:].any():
+                said = item.text if counted is None else contents(item.text)
+                tokenizer.require_lossless(_PURPOSE, said)
+                if counted and not encode_conversation(item.text, tokenizer, counted)[1][1:].any():
                     raise ValueError("no token of it counts: the template marks no answer in it")
             except ValueError as error:
                 yield LeftOut(f"{item.name}: {error}")

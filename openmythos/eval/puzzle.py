@@ -60,7 +60,7 @@ class PuzzleCodec:
             raise ValueError(f"there is no {self.puzzle.noun}; {self.puzzle.form}")
         return self.encode(text)
 
-    def require_lossless(self, purpose: str) -> None:
+    def require_lossless(self, purpose: str, *texts: str) -> None:
         """Nothing: words come back as they are, but for the white space between them."""
 
     def decode(self, ids: Iterable[int]) -> str:

@@ -54,8 +54,8 @@ class Codec(ByteDecoder, Protocol):
     def encode(self, text: str, *, special: bool = False) -> list[int]:
         """Token ids of a text; those of special tokens only with ``special``."""
 
-    def require_lossless(self, purpose: str) -> None:
-        """Raise a ValueError if a text does not come back unchanged from its ids."""
+    def require_lossless(self, purpose: str, *texts: str) -> None:
+        """Raise a ValueError if a text, or one of these, does not come back from its ids."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,7 +167,7 @@ class Scorer:
         Raises:
             ValueError: The tokenizer changes text, so that the nats are those of another text.
         """
-        self.codec.require_lossless("bits per byte")
+        self.codec.require_lossless("bits per byte", *texts)
         windows: list[Pair] = []
         owners: list[int] = []
         for index, text in enumerate(texts):

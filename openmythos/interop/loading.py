@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,7 +35,7 @@ from openmythos.interop.families import (
 from openmythos.interop.families.not_loaded import why_not
 from openmythos.interop.gguf import PARTS_FIELD, GgufWeights
 from openmythos.interop.hub import ZOO_FOLDER, local_folder
-from openmythos.interop.mapping import read_tensors
+from openmythos.interop.mapping import Family, read_tensors
 from openmythos.interop.peft import merge_adapter, merged_config
 from openmythos.model.int8 import int8_names
 from openmythos.model.recurrent import RecurrentDepthLM
@@ -171,6 +172,22 @@ def _or_base(folder: Path) -> Path:
     return local_folder(base_of(folder)) if alone else folder
 
 
+def family_of(path: PathLike) -> Family | None:
+    """The published family of a checkpoint; None if it is ours or of no known one."""
+    folder = local_folder(path)
+    return None if "format" in read_config(folder) else _recognised(folder)[2]
+
+
+def _recognised(
+    folder: Path,
+) -> tuple[dict[str, Any], StoredWeights | GgufWeights, Family | None]:
+    """The config.json of a checkpoint that is not ours, its weights, and the family of both."""
+    data = read_config(folder)
+    parts = data.pop(PARTS_FIELD, None)
+    weights = StoredWeights(folder) if parts is None else GgufWeights(parts, data)
+    return data, weights, next((f for f in FAMILIES if f.recognises(data, weights.shapes)), None)
+
+
 def open_foreign(
     folder: Path, dtype: torch.dtype | None
 ) -> tuple[RecurrentDepthLM, Iterator[tuple[str, Tensor]]]:
@@ -180,10 +197,7 @@ def open_foreign(
         ValueError: The family is unknown, or names or shapes do not fit; while weights are read, as
             ``load_pretrained``.
     """
-    data = read_config(folder)
-    parts = data.pop(PARTS_FIELD, None)
-    weights = StoredWeights(folder) if parts is None else GgufWeights(parts, data)
-    family = next((f for f in FAMILIES if f.recognises(data, weights.shapes)), None)
+    data, weights, family = _recognised(folder)
     if family is None and (reason := why_not(data)) is not None:
         raise ValueError(f"{weights.folder}: {reason}; docs/families/README.md lists what loads")
     if family is None:

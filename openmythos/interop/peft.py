@@ -137,14 +137,16 @@ def _read(folder: Path, base: object) -> dict[str, Change]:
             continue
         left -= {name, other}
         down, up = (stored.read(each).clone() for each in (name, other))
-        layer, rank = name.removeprefix(PREFIX).removesuffix(DOWN), down.shape[-2]
-        fits = down.ndim in (2, 3) and up.shape[-1] == rank and up.shape[:-2] == down.shape[:-2]
-        if not fits or (down.ndim == 3) > (settings["peft_type"] == PER_LOOP):
+        allowed = (2, 3) if settings["peft_type"] == PER_LOOP else (2,)
+        fits = down.ndim == up.ndim in allowed and down.shape[:-2] == up.shape[:-2]
+        if not fits or not down.shape[-2] == up.shape[-1] > 0:
             raise ValueError(
                 f"{folder / ADAPTER_FILE}: {name} is {list(down.shape)} and {other} "
                 f"{list(up.shape)}: they are no two matrices of one rank"
             )
-        found[layer] = Change(down, up, alpha / (rank**0.5 if is_rooted else rank))
+        rank = down.shape[-2]
+        scale = alpha / (rank**0.5 if is_rooted else rank)
+        found[name.removeprefix(PREFIX).removesuffix(DOWN)] = Change(down, up, scale)
     if left:
         raise ValueError(
             f"{folder} changes what {base} does not have, or what cannot be adapted: "

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from openmythos.checkpoint.load import empty_model, fill_model
 from openmythos.config import (
+    CopyInitConfig,
     LinearInjectionConfig,
     ModelConfig,
     StateInitConfig,
@@ -87,13 +88,18 @@ def retrofit(
     num_loops: int = 4,
     state_init: StateInitConfig | None = None,
     untie: bool = False,
+    carry: float = 0.0,
 ) -> RecurrentDepthLM:
-    """Convert a stack into prelude, core and coda with Huginn's injection x = W_h h + W_e e.
+    """Convert a stack into prelude, core and coda with Huginn's injection x = W_h h + W_e p.
 
-    Initially W_h = 0 and W_e = I: the core's input is the prelude's output for any h_0, so at every
-    number of loops the model computes the kept layers run once. Training can turn on the recurrence
-    through W_h, which gets a gradient from the second loop on (from the first only if h_0 is not
-    zero).
+    p is the prelude's output. Initially W_h = 0 and W_e = I: the core's input is p for any h_0, so
+    at every number of loops the model computes the kept layers run once. Training can turn on the
+    recurrence through W_h, which gets a gradient from the second loop on (from the first only if
+    h_0 is not zero).
+
+    An adapter does not train W_h, and its loops would all do the same. With ``carry`` c, W_h = c I
+    and W_e = I / (1 + c); then h_0 = W_e p gives the core p in the first loop, and every later loop
+    reads c times the state before.
 
     Args:
         model: A plain stack, as ``load_pretrained`` returns for a Llama.
@@ -101,11 +107,16 @@ def retrofit(
         num_loops: The default depth of the result.
         state_init: The initial state h_0; None: zeros.
         untie: Give the head its own copy of a tied embedding, as the published recipe does.
+        carry: Share of the state that the next loop reads before training; needs h_0 = copy.
 
     Raises:
-        ValueError: The model is not a plain stack, or has fewer layers.
+        ValueError: The model is not a plain stack, or has fewer layers, or ``carry`` is not such.
     """
     check_stack(model.config, layers)
+    require(0 <= carry <= 1, "carry", carry, "in 0..1")
+    is_copy = isinstance(state_init, CopyInitConfig)
+    allowed = "0 unless h_0 is a copy (state_init): else one loop would not be the source"
+    require(is_copy or carry == 0, "carry", carry, allowed)
     config = replace(
         model.config,
         num_prelude_layers=len(layers.prelude),
@@ -118,8 +129,9 @@ def retrofit(
     )
     weights = dict(carried(model, layers))
     embed = model.embed.weight
-    weights["injection.h_weight"] = embed.new_zeros(config.d_model, config.d_model)
-    weights["injection.e_weight"] = torch.eye(config.d_model).to(embed)
+    unit = torch.eye(config.d_model).to(embed)
+    weights["injection.h_weight"] = carry * unit
+    weights["injection.e_weight"] = unit / (1 + carry)
     if model.config.tie_embeddings and untie:
         weights["head.weight"] = embed.clone()
     return fill_model(empty_model(config), weights.items(), WHERE, None, embed.device)

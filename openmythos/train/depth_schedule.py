@@ -29,6 +29,10 @@ class FixedDepth:
         """``size`` depths with this mean, which is below ``mean_recurrence`` during a ramp."""
         return torch.full((size,), max(1, round(mean)))
 
+    def in_words(self, most: int) -> str:
+        """Which loops are drawn, at most ``most``."""
+        return f"always {self.mean_recurrence} loop{'s' * (self.mean_recurrence != 1)}"
+
 
 @dataclass(frozen=True, kw_only=True)
 class PoissonDepth(FixedDepth):
@@ -44,6 +48,10 @@ class PoissonDepth(FixedDepth):
         return (
             torch.poisson(torch.full((size,), float(mean)), generator=generator).long().clamp(min=1)
         )
+
+    def in_words(self, most: int) -> str:
+        """See ``FixedDepth.in_words``."""
+        return f"1 to {most} loops around {self.mean_recurrence} (Poisson)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +76,11 @@ class ClippedPoissonDepth(PoissonDepth):
     def draw(self, mean: float, size: int, generator: torch.Generator) -> Int[Tensor, "N"]:
         """See ``FixedDepth.draw``."""
         return super().draw(mean, size, generator).clamp(self.low, self.high)
+
+    def in_words(self, most: int) -> str:
+        """See ``FixedDepth.in_words``."""
+        ends = f"{self.low} to {min(most, self.high)}"
+        return f"{ends} loops around {self.mean_recurrence} (Poisson)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +113,10 @@ class UniformDepth:
         low, high = (round(1 + (end - 1) * grown) for end in (self.low, self.high))
         return torch.randint(low, high + 1, (size,), generator=generator)
 
+    def in_words(self, most: int) -> str:
+        """See ``FixedDepth.in_words``."""
+        return f"{self.low} to {min(most, self.high)} loops, each as often"
+
 
 @dataclass(frozen=True, kw_only=True)
 class LogNormalPoissonDepth(FixedDepth):
@@ -123,6 +140,10 @@ class LogNormalPoissonDepth(FixedDepth):
         normal = torch.randn(size, generator=generator)
         rate = torch.exp(math.log(mean) - self.sigma**2 / 2 + self.sigma * normal)
         return torch.poisson(rate, generator=generator).long() + 1
+
+    def in_words(self, most: int) -> str:
+        """See ``FixedDepth.in_words``."""
+        return f"1 to {most} loops around {self.mean_recurrence + 1} (log-normal Poisson)"
 
 
 DepthConfig = FixedDepth | PoissonDepth | ClippedPoissonDepth | UniformDepth | LogNormalPoissonDepth
@@ -181,6 +202,23 @@ class DepthSchedule:
         size = -(-batch_size // per_draw)
         depths = self.sampling.draw(mean, size, generator).clamp(max=self.max_loops)
         return depths.repeat_interleave(per_draw)[:batch_size], self.mean_backprop_depth
+
+    @property
+    def in_words(self) -> str:
+        """What is drawn, for whom, and which loops get gradients."""
+        drawn, back = self.sampling.in_words(self.max_loops), self.mean_backprop_depth
+        if type(self.sampling) is not FixedDepth:
+            drawn += ", drawn for every " + ("row" if self.per_sequence else "step")
+        through = "all" if back is None else f"the last {back}" if back > 1 else "the last one"
+        return f"{drawn}; gradients through {through}"
+
+    def deepest(self, *, seed: int, steps: int, batch_size: int) -> int:
+        """The most loops that a run of so many steps draws, were its ramp over."""
+        drawn = (
+            self.sample(seed=seed, step=step, progress=1.0, batch_size=batch_size)[0].max()
+            for step in range(steps)
+        )
+        return int(max(drawn))
 
     def mean(self, progress: float) -> float:
         """The mean depth when ``progress`` (0..1) of the run is done."""

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from openmythos.config import presets
+from openmythos.config import ModelConfig, presets
 from openmythos.config.counts import training_bytes
 from openmythos.config.schema import apply_overrides, from_dict, to_dict
 from openmythos.data.index import INDEX_FILE, read_index
@@ -35,6 +35,7 @@ from openmythos.train.run_folder import RunFolder, refuse_foreign
 from openmythos.train.setup import initial_model, new_model
 from openmythos.train.task import MixtureTask, PuzzleTask, Task, TextTask
 from openmythos.train.tracking import Tracker
+from openmythos.train.trained_depth import loops_to_score, trained_depth
 
 DEFAULT_PRESET, DEFAULT_DATA = "tiny", "python-docs"
 PUZZLE_DATA: Mapping[str, Callable[[], HopsData | SeededConfig]] = {"hops": HopsData, **CONFIGS}
@@ -95,6 +96,8 @@ def resolve(
 ) -> RunConfig:
     """The run's configuration: defaults, then preset, checkpoint or file, then overrides.
 
+    A checkpoint gives the depths, too: those that it was trained at.
+
     Raises:
         ValueError: A field is unknown or out of range, or two arguments choose the same thing.
     """
@@ -122,9 +125,27 @@ def resolve(
             model = presets.preset(preset or DEFAULT_PRESET)
         else:
             model = load_config(init_from)
+            settings = _as_trained(settings, init_from, model, overrides)
         seq_len = min(TextData.seq_len, model.max_seq_len)
         base = RunConfig(model=model, train=settings, data=_data_of(data, seq_len))
     return apply_overrides(base, overrides)
+
+
+def _as_trained(
+    settings: TrainConfig, init_from: Path, model: ModelConfig, overrides: list[str]
+) -> TrainConfig:
+    """The settings with the depths that a checkpoint was trained at.
+
+    Raises:
+        ValueError: They are not known, and no override gives others.
+    """
+    try:
+        known = trained_depth(init_from, model).schedule
+    except ValueError:
+        if any(override.startswith("train.depth") for override in overrides):
+            return settings
+        raise
+    return replace(settings, depth=known, eval_loops=loops_to_score(known))
 
 
 def _data_of(

@@ -147,6 +147,23 @@ def test_a_lost_run_ends_with_status_1_and_one_line(
     assert "stopped at step 0" in page  # what was logged until then
 
 
+def test_fixed_depth_is_possible_and_says_what_it_costs(invoke: Invoke, tmp_path: Path) -> None:
+    few = sets("train.eval_loops=[]", "train.log_every=1")
+    walks = ("train", "--from", "zoo:walks", "--data", "hops", "--steps", 1, "--batch-size", 2)
+    said = " ".join(invoke(*walks, "--out", tmp_path / "a", *few).split())
+    assert "depth: 2 to 8 loops around 4 (Poisson)" in said and "as zoo:walks was trained" in said
+    said = " ".join(invoke(*walks, "--fixed-depth", 3, "--out", tmp_path / "b", *few).split())
+    assert "depth: always 3 loops" in said and "what it can cost is the dial" in said
+    sampling = stored(tmp_path / "b")["train"]["depth"]["sampling"]
+    assert sampling == {"kind": "fixed", "mean_recurrence": 3}
+    assert stored(tmp_path / "a")["train"]["depth"]["per_sequence"]
+    both = sets("train.depth.sampling.kind=poisson")
+    message = refused(invoke, *walks, "--fixed-depth", 3, *both)
+    assert "--fixed-depth 3 and --set train.depth.sampling.kind=poisson set the same" in message
+    message = refused(invoke, *walks, "--fixed-depth", 99)
+    assert "at most max_loops=64" in message
+
+
 def test_prepare_and_train_from_a_checkpoint(
     invoke: Invoke, text_run: Path, text_file: Path, tmp_path: Path
 ) -> None:

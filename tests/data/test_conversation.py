@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from openmythos.config import LearnedLoopConfig
 from openmythos.config.adapter import AdapterConfig
-from openmythos.data.conversation import conversation, encode_conversation
+from openmythos.data.conversation import contents, conversation, encode_conversation
 from openmythos.data.file import LeftOut
 from openmythos.data.loader import TokenLoader
 from openmythos.data.packing import on_device, whole_documents
@@ -206,3 +206,10 @@ def test_conversations_that_cannot_be_prepared(tokenizer: Tokenizer, tmp_path: P
     prepare(str(tmp_path / "late.jsonl"), tmp_path / "late", **late)
     with pytest.raises(ValueError, match=r"no conversation of .* has an answer within 64 tokens"):
         TokenLoader(tmp_path / "late", seq_len=64, batch_size=1)
+
+
+def test_all_that_is_said_is_what_a_tokenizer_must_have_tokens_for() -> None:
+    """As it is said, and not as JSON writes it."""
+    told = conversation({"prompt": "Say \x04.", "completion": "No\x06."}, "row 1")
+    assert contents(told) == "\nSay \x04.\nNo\x06." and "\x04" not in told
+    assert contents(conversation({"text": "a\x04b"}, "row 1")) == "a\x04b"

@@ -190,6 +190,10 @@ def test_what_is_no_plain_lora_of_the_model_is_refused(tmp_path: Path) -> None:
     wide = torch.zeros(3, 17)
     save_file({**tensors, f"{Q}.lora_A.weight": wide}, folder / TENSORS)
     refused("the adapter is of another model")
+    for down, up in ((3, 16), (16, 3, 1)), ((16,), (3,)), ((0, 16), (16, 0)), ((3, 16), (16, 2)):
+        parts = {f"{Q}.lora_A.weight": torch.ones(down), f"{Q}.lora_B.weight": torch.ones(up)}
+        save_file({**tensors, **parts}, folder / TENSORS)
+        refused("they are no two matrices of one rank")
     save_file({**tensors, f"{Q}.lora_A.weight": torch.full((3, 16), torch.nan)}, folder / TENSORS)
     refused("something else than finite numbers")
     (folder / TENSORS).write_bytes(b"no tensors")

@@ -56,6 +56,19 @@ def test_one_loop_of_all_layers_is_the_original(tmp_path: Path, init: Any, tied:
 
 
 @torch.no_grad()
+def test_with_carry_one_loop_is_the_original_and_more_are_not(tmp_path: Path) -> None:
+    """So that an adapter, which does not train W_h, has a loop to change."""
+    theirs, ours = loaded(tmp_path)
+    made = retrofit(ours, WHOLE, state_init=CopyInitConfig(), carry=0.5)
+    wanted = llama_logits(theirs, TOKENS)
+    one, two = (made(TOKENS, num_loops=n).logits for n in (1, 2))
+    assert (one - wanted).abs().max() < 1e-5 < (two - wanted).abs().max()
+    for init, carry in ((None, 0.5), (CopyInitConfig(), 1.5), (CopyInitConfig(), -0.1)):
+        with pytest.raises(ValueError, match="carry"):
+            retrofit(ours, WHOLE, state_init=init, carry=carry)
+
+
+@torch.no_grad()
 def test_one_loop_after_dropping_is_the_kept_layers(tmp_path: Path) -> None:
     theirs, ours = loaded(tmp_path)
     made = retrofit(ours, DROPPING, num_loops=3)

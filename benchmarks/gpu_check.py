@@ -10,7 +10,9 @@ said to be skipped.
 
 import argparse
 import itertools
+import json
 import math
+import subprocess
 import sys
 import tempfile
 import time
@@ -43,6 +45,7 @@ RESULT = Path(__file__).with_suffix(".json")
 HOST_READS = ("_local_scalar_dense", "nonzero", "unique", "masked_select")
 LOW = torch.bfloat16
 ROUNDING = 0.03  # relative error that sums of bfloat16 products may have
+GRACE = 30.0  # seconds for a process to begin, and for a check to see that the time is over
 SAME = 1e-5  # of the same sums in float32 in another order
 
 
@@ -483,33 +486,71 @@ def run(place: Place, names: list[str]) -> dict[str, Any]:
             each.wrong.append(f"{type(error).__name__}: {error}")
         seconds = round(time.monotonic() - started, 1)
         found[name] = {"numbers": each.numbers, "wrong": each.wrong, "seconds": seconds}
-        print(
-            f"{name}: {'wrong: ' + '; '.join(each.wrong) if each.wrong else 'right'}, {seconds} s"
-        )
-        if place.is_gpu:
-            torch.cuda.empty_cache()
     return found
 
 
+def run_apart(name: str, flags: list[str], seconds: float, out: Path) -> dict[str, Any]:
+    """Run one check in a process of its own: what hangs or breaks the GPU's state ends alone."""
+    started = time.monotonic()
+    command = [sys.executable, "-m", "benchmarks.gpu_check", *flags, "--apart", name]
+    wrong = ""
+    try:
+        ended = subprocess.run(
+            [*command, "--seconds", str(seconds), "--out", str(out)],
+            check=False,
+            timeout=seconds + GRACE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        if out.is_file():
+            found: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
+            return found
+        wrong = f"the process ended with {ended.returncode}: {ended.stderr.strip()[-500:]}"
+    except subprocess.TimeoutExpired:
+        wrong = f"no end within {seconds + GRACE:.0f} s"
+    return {"numbers": {}, "wrong": [wrong], "seconds": round(time.monotonic() - started, 1)}
+
+
+def table_of(found: dict[str, Any]) -> str:
+    """A line per number, and per check what is wrong with it."""
+    lines = []
+    for name, each in found.items():
+        said = f"wrong: {'; '.join(each['wrong'])}" if each["wrong"] else "right"
+        lines.append(f"{name}: {said}, {each['seconds']} s")
+        lines += [f"    {key:40} {json.dumps(number)}" for key, number in each["numbers"].items()]
+    return "\n".join(lines)
+
+
 def main() -> None:
-    """Run all checks and write what they found."""
+    """Run all checks, each in a process of its own, and write what was found after each."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n", maxsplit=1)[0])
     parser.add_argument("--cpu", action="store_true", help="small, on a CPU")
     parser.add_argument("--only", nargs="+", choices=CHECKS, default=list(CHECKS))
-    parser.add_argument("--seconds", type=float, default=420.0, help="after these nothing is timed")
+    parser.add_argument("--seconds", type=float, default=420.0, help="of all checks together")
     parser.add_argument("--out", type=Path, default=None, help="a JSON file")
+    parser.add_argument("--apart", choices=CHECKS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if not arguments.cpu and not torch.cuda.is_available():
         raise SystemExit("error: no GPU; --cpu runs the checks small")
     torch.manual_seed(0)
-    device = "cpu" if arguments.cpu else "cuda"
-    place = Place(device, arguments.cpu, time.monotonic() + arguments.seconds)
-    found = run(place, arguments.only)
+    end = time.monotonic() + arguments.seconds
+    if arguments.apart is not None:
+        place = Place("cpu" if arguments.cpu else "cuda", arguments.cpu, end)
+        write_json(arguments.out, run(place, [arguments.apart])[arguments.apart])
+        return
     machine = "cpu" if arguments.cpu else torch.cuda.get_device_name()
+    found: dict[str, Any] = {}
     result = {"machine": machine, "torch": torch.__version__, "checks": found}
     out = arguments.out or (None if arguments.cpu else RESULT)
-    if out is not None:
-        write_json(out, result)
+    with tempfile.TemporaryDirectory() as folder:
+        for name in arguments.only:
+            left = max(0.0, end - time.monotonic())
+            flags = ["--cpu"] if arguments.cpu else []
+            found[name] = run_apart(name, flags, left, Path(folder) / f"{name}.json")
+            print(table_of({name: found[name]}), flush=True)
+            if out is not None:
+                write_json(out, result)
+    print(json.dumps(result))
     sys.exit(any(each["wrong"] for each in found.values()))
 
 

@@ -42,6 +42,8 @@ def test_wrong_numbers_fail(
 ) -> None:
     product = gpu_check.grouped_mm
     monkeypatch.setattr(gpu_check, "grouped_mm", lambda x, w, ends: 1.1 * product(x, w, ends))
+    alone = lambda name, *_: gpu_check.run(SMALL, [name])[name]  # noqa: E731
+    monkeypatch.setattr(gpu_check, "run_apart", alone)
     out = tmp_path / "found.json"
     words = ["gpu_check", "--cpu", "--only", "experts_products", "--out", str(out)]
     monkeypatch.setattr("sys.argv", words)
@@ -50,6 +52,20 @@ def test_wrong_numbers_fail(
     assert ended.value.code == 1
     assert "experts_products: wrong: low is 0.1; at most 0.03 is right" in capsys.readouterr().out
     assert json.loads(out.read_text())["checks"]["experts_products"]["wrong"]
+
+
+def test_a_check_that_dies_or_hangs_ends_alone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    program = tmp_path / "program"
+    monkeypatch.setattr("sys.executable", str(program))
+    for words, said in (("echo broken >&2; exit 3", "ended with 3: broken"), ("sleep 9", "no end")):
+        program.write_text(f"#!/bin/sh\n{words}\n")
+        program.chmod(0o755)
+        monkeypatch.setattr(gpu_check, "GRACE", 0.5)
+        found = gpu_check.run_apart("speeds", [], 0.5, tmp_path / "none.json")
+        assert said in found["wrong"][0] and found["numbers"] == {}
+        assert f"speeds: wrong: {found['wrong'][0]}" in gpu_check.table_of({"speeds": found})
 
 
 def test_a_check_that_cannot_run_is_wrong_and_hides_no_other(

@@ -31,6 +31,7 @@ from openmythos.checkpoint.weights import (
 from openmythos.config import ModelConfig
 from openmythos.config.schema import from_dict, require
 from openmythos.folder import MANIFEST_FILE, PathLike, damage, old_name
+from openmythos.model.adapter import base_tensors
 from openmythos.model.int8 import Int8Weight, int8_names
 from openmythos.model.recurrent import RecurrentDepthLM
 from openmythos.plan.memory import require_memory
@@ -251,7 +252,7 @@ def fill_model(
 
 @torch.no_grad()
 def load_weights(model: RecurrentDepthLM, path: PathLike) -> None:
-    """Copy a checkpoint's weights into an existing model, which keeps its dtype and device.
+    """Copy a checkpoint's weights into a model, which keeps its dtype, its device and its adapter.
 
     Over ranks, each of them copies and reads what it holds of the model.
 
@@ -259,7 +260,7 @@ def load_weights(model: RecurrentDepthLM, path: PathLike) -> None:
         ValueError: As ``load_checkpoint``; the model is then unchanged.
     """
     folder = checkpoint_folder(path)
-    ours = {name.replace(COMPILED, ""): part for name, part in model.state_dict().items()}
+    ours = {name.replace(COMPILED, ""): part for name, part in base_tensors(model).items()}
     weights = StoredWeights(folder)
     check_shapes(weights.shapes, tensor_shapes(ours), folder)
     for name, tensor in ours.items():

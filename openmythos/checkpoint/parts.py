@@ -77,6 +77,11 @@ def own_values(tensor: Tensor) -> Tensor:
     return tensor.to_local() if _is_laid_out(tensor) else tensor
 
 
+def whole_values(tensor: Tensor) -> Tensor:
+    """All values of a tensor; where it lies in parts, its ranks call it together."""
+    return tensor.full_tensor() if _is_laid_out(tensor) else tensor
+
+
 def laid_out_like(tensor: Tensor, values: Tensor) -> Tensor:
     """A tensor with the layout of another, of which this process holds these values."""
     if not _is_laid_out(tensor):

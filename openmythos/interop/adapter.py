@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from openmythos.checkpoint.load import empty_model
+from openmythos.checkpoint.parts import own_box, own_values, whole_values
 from openmythos.checkpoint.save import save_tensors
 from openmythos.checkpoint.weights import (
     ADAPTER_CONFIG,
@@ -32,7 +33,7 @@ from openmythos.config.adapter import AdapterConfig
 from openmythos.folder import listed, write_json
 from openmythos.interop import export
 from openmythos.interop.mapping import Join, Rename
-from openmythos.model.adapter import LowRank, adapt, changes_of
+from openmythos.model.adapter import LowRank, adapt, base_tensors, changes_of
 from openmythos.model.attention import LatentExpansion
 from openmythos.model.feedforward import Router
 from openmythos.model.init import normal_rows
@@ -140,10 +141,10 @@ def _is_in(layer: Layer, target: str) -> bool:
 
 
 def new_adapter(model: RecurrentDepthLM, config: AdapterConfig, base: str, seed: int) -> Adapter:
-    """Freeze a model and give it an adapter that changes nothing yet.
+    """Freeze a model and give it an adapter, unless it has one; the new one changes nothing yet.
 
     Args:
-        model: The base.
+        model: The base. Over ranks it was laid out with its adapter, and all of them call this.
         config: The adapter's settings.
         base: Where the base lies, as ``load_pretrained`` takes it.
         seed: Seed of the down-projections; their spread is PEFT's.
@@ -151,10 +152,21 @@ def new_adapter(model: RecurrentDepthLM, config: AdapterConfig, base: str, seed:
     Raises:
         ValueError: As ``chosen_layers``.
     """
+    if not changes_of(model):
+        draw_adapter(model, config, seed)
+    return Adapter(config, base, weights_digest(model))
+
+
+def draw_adapter(model: RecurrentDepthLM, config: AdapterConfig, seed: int) -> None:
+    """Freeze a model, with values or without, and give it an adapter that changes nothing yet.
+
+    Raises:
+        ValueError: As ``chosen_layers``.
+    """
     chosen = chosen_layers(model.config, config)
-    made = Adapter(config, base, weights_digest(model))
     changes: dict[str, list[LowRank]] = {}
     like = model.embed.weight
+    device = torch.device("cpu") if like.is_meta else like.device
     for layer in chosen:
         num_out, num_in = layer.shape
         sizes = () if config.num_loops is None or not layer.is_looped else (config.num_loops,)
@@ -162,19 +174,22 @@ def new_adapter(model: RecurrentDepthLM, config: AdapterConfig, base: str, seed:
         down = (3 * num_in) ** -0.5 * normal_rows(seed, layer.name, rows, num_in)
         down = down.view(*sizes, config.rank, num_in)
         up = torch.zeros(*sizes, num_out, config.rank)
-        change = LowRank(down.to(like), up.to(like), layer.start, config.scale)
+        change = LowRank(
+            down.to(device, like.dtype), up.to(device, like.dtype), layer.start, config.scale
+        )
         changes.setdefault(layer.matrix, []).append(change)
     adapt(model, changes)
-    return made
 
 
 def weights_digest(model: nn.Module) -> str:
-    """The SHA-256 of a model's weights as fp32: names, shapes and numbers.
+    """The SHA-256 of a model's weights as fp32, without its adapter: names, shapes and numbers.
 
-    It is that of the model's export or conversion, too, as long as its numbers are the same.
+    It is that of the model's export or conversion, too, as long as its numbers are the same. Over
+    ranks all of them call it, and hold one whole tensor at a time.
     """
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted(base_tensors(model).items()):
+        tensor = whole_values(tensor)
         digest.update(f"{name} {list(tensor.shape)}\n".encode())
         numbers = tensor.detach().cpu().float().contiguous()
         digest.update(numbers.flatten().view(torch.uint8).numpy().data)
@@ -248,7 +263,7 @@ def restore_adapter(model: RecurrentDepthLM, adapter: Adapter, folder: Path) -> 
     check_base(folder, adapter.digest, adapter.base)
     check_shapes(stored.shapes, tensor_shapes(expected), folder)
     for name, tensor in expected.items():
-        tensor.copy_(stored.read(name))
+        own_values(tensor).copy_(stored.read_part(name, own_box(tensor)))
 
 
 def open_adapter(folder: Path) -> StoredTensors:

@@ -132,3 +132,18 @@ def changes_of(model: nn.Module) -> dict[str, list[LowRank]]:
         elif isinstance(module, AdaptedLayer):
             found[f"{name}.weight"] = [*module.changes]
     return found
+
+
+def base_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict without adapters, by the names that it had before there were any."""
+    tensors: dict[str, Tensor] = {**model.state_dict()}
+    for place, module in model.named_modules():
+        if not isinstance(module, AdaptedWeight | AdaptedLayer):
+            continue
+        for name in [name for name in tensors if name.startswith(f"{place}.")]:
+            tensor, rest = tensors.pop(name), name.removeprefix(f"{place}.")
+            if rest == "frozen":
+                tensors[place] = tensor
+            elif rest.startswith("layer."):
+                tensors[f"{place}.{rest.removeprefix('layer.')}"] = tensor
+    return tensors

@@ -114,8 +114,9 @@ class TrainConfig:
         require(self.init_from is not None, "train.adapter", self.adapter, allowed)
         allowed = "null where the objective trains the gate only: an adapter trains all but it"
         require(not self.objective.trains_gate_only, "train.adapter", self.adapter, allowed)
-        allowed = "1: adapters are trained by one process"
-        require(self.parallel.num_ranks == 1, "parallel.dp_shard x tp", self.parallel, allowed)
+        for name in ("ep", "tp"):
+            number = getattr(self.parallel, name)
+            require(number == 1, f"parallel.{name}", number, "1 with train.adapter")
 
     def progress(self, step: int, seconds: float) -> float:
         """The share of the run that is done before ``step``, 0..1."""

@@ -25,7 +25,14 @@ from openmythos.checkpoint.load import (
     newest_checkpoint,
     run_checkpoints,
 )
-from openmythos.checkpoint.parts import OwnParts, laid_out_like, own_box, own_parts, rank_files
+from openmythos.checkpoint.parts import (
+    OwnParts,
+    laid_out_like,
+    own_box,
+    own_parts,
+    rank_files,
+    whole_values,
+)
 from openmythos.checkpoint.save import (
     OWN_FILES,
     require_stored,
@@ -221,7 +228,10 @@ class RunFolder:
         """
         require_stored(model)
         adapter = self.adapter
-        weights = in_plain_order(model, model.state_dict()) if adapter is None else trained(model)
+        if adapter is None:
+            weights = in_plain_order(model, model.state_dict())
+        else:  # small, and one file in PEFT's format
+            weights = {name: whole_values(tensor) for name, tensor in trained(model).items()}
         weights = {name.replace(COMPILED, ""): tensor for name, tensor in weights.items()}
         record = {"state": asdict(state), "task": task.state_dict()}
         if self.config is not None:
@@ -362,9 +372,12 @@ class _Content:
                 save_adapter(self.weights.values, self.adapter, fresh)
             save_tensors(self.moments.values, fresh / STATE_TENSORS)
             return {}
-        weights = save_parts(self.weights, fresh, WEIGHTS_STEM, ranks.rank, ranks.world)
-        stem = Path(STATE_TENSORS).stem
-        return weights | save_parts(self.moments, fresh, stem, ranks.rank, ranks.world)
+        stem, known = Path(STATE_TENSORS).stem, {}
+        if self.adapter is None:
+            known = save_parts(self.weights, fresh, WEIGHTS_STEM, ranks.rank, ranks.world)
+        elif ranks.first:
+            save_adapter(self.weights.values, self.adapter, fresh)
+        return known | save_parts(self.moments, fresh, stem, ranks.rank, ranks.world)
 
     def write_rest(
         self, fresh: Path, tokenizer: Tokenizer | None, known: dict[str, dict[str, Any]]

@@ -4,7 +4,7 @@ Over ranks no process ever holds the whole model. What is drawn is a function of
 so that each rank draws its own part, the same on any number of ranks.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,10 @@ from openmythos.checkpoint.load import (
 )
 from openmythos.checkpoint.weights import check_shapes, tensor_shapes
 from openmythos.config import ModelConfig
-from openmythos.interop.adapter import is_adapter
+from openmythos.interop.adapter import draw_adapter, is_adapter
 from openmythos.interop.hub import local_folder
 from openmythos.interop.loading import load_pretrained, open_foreign
+from openmythos.model.adapter import base_tensors
 from openmythos.model.init import init_weights
 from openmythos.model.recurrent import RecurrentDepthLM
 from openmythos.tokenizer import Tokenizer
@@ -95,8 +96,9 @@ def initial_model(
     else:
         empty, tensors = open_foreign(folder, torch.float32)
         shapes = tensor_shapes(empty.state_dict())
-    check_shapes(shapes, tensor_shapes(model.state_dict()), folder)
-    _fill_parts(model, tensors)
+    ours = base_tensors(model)
+    check_shapes(shapes, tensor_shapes(ours), folder)
+    fill_parts(model, ours, tensors)
     return model
 
 
@@ -104,6 +106,8 @@ def _laid_out(config: ModelConfig, train: TrainConfig, ranks: Ranks) -> Recurren
     """This rank's part of a model; what is drawn has memory, and no values yet."""
     with _DrawnOnMeta():
         model = RecurrentDepthLM(config)
+    if train.adapter is not None:
+        draw_adapter(model, train.adapter, train.seed)
     parallelize(model, train, ranks)
 
     def with_memory(tensor: Tensor) -> Tensor:
@@ -116,9 +120,11 @@ def _laid_out(config: ModelConfig, train: TrainConfig, ranks: Ranks) -> Recurren
 
 
 @torch.no_grad()
-def _fill_parts(model: nn.Module, weights: Iterable[tuple[str, Tensor]]) -> None:
-    """Copy this rank's part of every weight."""
-    part_of, own = own_parts(model), model.state_dict(keep_vars=True)
+def fill_parts(
+    model: nn.Module, own: Mapping[str, Tensor], weights: Iterable[tuple[str, Tensor]]
+) -> None:
+    """Copy this rank's part of every weight into the model's tensor of that name."""
+    part_of = own_parts(model)
     for name, whole in weights:
         part, rows, columns = part_of(name, own[name])
         part.copy_(whole.view(-1, whole.shape[-1])[rows][:, columns])

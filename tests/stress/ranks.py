@@ -21,6 +21,7 @@ from openmythos.folder import write_whole
 from tests.train.launch import Case, launch_each, name_of
 
 HERE = Path(__file__).parent
+AT_ONCE = 3  # cases of a launch
 NUMBERS = {"loss": "loss", "grad_norm": "gradient norm", "weights": "weights"}
 Results = dict[str, dict[str, Any]]  # by number of ranks, then by case: {"found": ...} or error
 
@@ -47,7 +48,7 @@ def main() -> int:
         results = stored["ranks"].setdefault(str(world), {})
         left = [case for case in cases if "found" not in results.get(name_of(case), {})]
         started = time.monotonic()
-        for name, outcome in launch_each(world, left, arguments.seconds):
+        for name, outcome in launch_each(world, left, arguments.seconds, AT_ONCE):
             failed = outcome.error is not None
             results[name] = {"error": outcome.error} if failed else {"found": outcome.results[0]}
             write_whole(arguments.out, json.dumps(stored, indent=1) + "\n")

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from openmythos.config import ReLUSquaredConfig, ValueEmbeddingConfig, WeightLoRAConfig
+from openmythos.interop.adapter import new_adapter
 from openmythos.model.attention import LatentExpansion
 from openmythos.model.feedforward import MoE
 from openmythos.train import experts, loop, optim, parallel, tensor
@@ -25,6 +26,7 @@ from openmythos.train.shard import local_part
 from tests.strategies import GQA, MLA
 from tests.train.launch import Case, on_ranks
 from tests.train.ranks_shard import (
+    ARMS,
     BATCH,
     BY_ROW,
     EXPERTS,
@@ -335,37 +337,71 @@ def a_checkpoint_has_the_order_of_one_process() -> None:
     """What ranks with parts of fused matrices have written, one process reads; and back."""
     torch.set_default_dtype(torch.float64)
     arm = {2: ON_TWO["muon, tp"], 4: ON_FOUR["muon, ep + tp"]}[dist.get_world_size()]
-    recipe = arm.recipe()
-    ranks = join(recipe.parallel)
-
-    def trained(place: Ranks, seed: int) -> tuple[Any, Any]:
-        model = make(arm.config(), recipe, place)
-        optimizers = optim.make_optimizers(model, recipe.optimizer)
-        if seed == 0:
-            batch = next(Rows(place).batches(0, BATCH))
-            loop._gradients(model, batch, recipe, 0, 0.0, place)
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad()
-        return model, optimizers
-
-    alone, ours = trained(Ranks.alone(), 0), trained(ranks, 0)
+    trained = partial(after_steps, arm)
+    ranks = join(arm.recipe().parallel)
+    alone, ours = trained(Ranks.alone(), 1), trained(ranks, 1)
     folder = Path(ranks.on_first(tempfile.mkdtemp))
     try:
         RunFolder(folder, ranks=ranks).save(*ours, Remembering(), RunState(step=1, seconds=1.0))
-        read = trained(Ranks.alone(), 1)
+        read = trained(Ranks.alone(), 0)
         RunFolder(folder).resume(*read, Remembering())
         assert close(alone[0].state_dict(), read[0].state_dict())
         momentum, expected = read[1][0].state_dict(), alone[1][0].state_dict()
         for number, values in expected["state"].items():
             assert close(values, momentum["state"][number])
-        again = trained(ranks, 1)
+        again = trained(ranks, 0)
         RunFolder(folder, ranks=ranks).resume(*again, Remembering())
         assert weights_gap(again[0], alone[0]) <= 1e-9
         for a, b in zip(again[1], ours[1], strict=True):
             for p, q in zip(again[0].parameters(), ours[0].parameters(), strict=True):
                 for name, value in b.state.get(q, {}).items():
                     assert torch.equal(local_part(a.state[p][name]), local_part(value)), name
+    finally:
+        ranks.wait()
+        if ranks.first:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def after_steps(arm: Arm, place: Ranks, steps: int) -> tuple[Any, Any]:
+    """The arm's model and optimisers."""
+    recipe = arm.recipe()
+    model = make(arm.config(), recipe, place)
+    optimizers = optim.make_optimizers(model, recipe.optimizer)
+    for step in range(steps):
+        batch = next(Rows(place).batches(step, BATCH))
+        loop._gradients(model, batch, recipe, step, 0.0, place)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    return model, optimizers
+
+
+def an_adapter_goes_on_on_any_number_of_ranks() -> None:
+    """All ranks write one file in PEFT's format, which they and one process resume."""
+    torch.set_default_dtype(torch.float64)
+    arm = ARMS["adapter"]
+    recipe = arm.recipe()
+    ranks = join(recipe.parallel)
+    assert recipe.adapter is not None
+
+    def kept(model: Any, place: Ranks) -> RunFolder:
+        run = RunFolder(folder, ranks=place)
+        run.adapter = new_adapter(model, recipe.adapter, "base", 0)  # type: ignore[arg-type]
+        return run
+
+    folder = Path(ranks.on_first(tempfile.mkdtemp))
+    try:
+        expected, ours = after_steps(arm, Ranks.alone(), 2), after_steps(arm, ranks, 1)
+        state = RunState(step=1, seconds=1.0)
+        at = kept(ours[0], ranks).save(*ours, Remembering(), state)
+        assert (at / "adapter_model.safetensors").is_file() and not list(at.glob("model*"))
+        for place in (ranks, Ranks.alone()):
+            model, optimizers = after_steps(arm, place, 0)
+            assert kept(model, place).resume(model, optimizers, Remembering()) == state
+            batch = next(Rows(place).batches(1, BATCH))
+            loop._gradients(model, batch, recipe, 1, 0.0, place)
+            optimizers[0].step()
+            assert weights_gap(model, expected[0]) <= 1e-12
     finally:
         ranks.wait()
         if ranks.first:
@@ -386,6 +422,7 @@ CASES = [
     the_norm_is_taken_over_both_meshes,
     each_matrix_has_one_owner,
     a_checkpoint_has_the_order_of_one_process,
+    an_adapter_goes_on_on_any_number_of_ranks,
 ]
 MORE = [  # by `make stress-ranks` only
     *(case_of(name) for name in (*ON_TWO, *ON_FOUR) if name not in QUICK),

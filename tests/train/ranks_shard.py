@@ -26,8 +26,10 @@ from openmythos.config import (
     PonderNetConfig,
     SwiGLUConfig,
 )
+from openmythos.config.adapter import AdapterConfig
 from openmythos.config.parallel import ParallelConfig
 from openmythos.data.packing import Batch
+from openmythos.interop.adapter import draw_adapter
 from openmythos.model import loop as model_loop
 from openmythos.model.feedforward import MoE, Router
 from openmythos.model.recurrent import RecurrentDepthLM
@@ -86,6 +88,11 @@ class Arm:
 
 MOE = {"core_feed_forward": EXPERTS}
 UNTIED = {"tie_embeddings": False}
+ADAPTER = {
+    "adapter": AdapterConfig(rank=3),
+    "init_from": "base",
+    "grad_accumulation": 2,
+}
 REPLICATED = {"dp_shard": 1}  # and dp_replicate, of all ranks
 BY_LOOP = {"core_gather": "loop"}
 ARMS = {
@@ -114,8 +121,17 @@ ARMS = {
         layout=BY_LOOP,
     ),
     "replicated": Arm(MOE, layout=REPLICATED),
+    "adapter": Arm(MOE, ADAPTER),
 }
-QUICK = ("experts", "untied", "accumulation", "per loop", "exit gain", "gathered by loop")
+QUICK = (
+    "experts",
+    "untied",
+    "accumulation",
+    "per loop",
+    "exit gain",
+    "gathered by loop",
+    "adapter",
+)
 
 
 # --- a run without files -------------------------------------------------------------------------
@@ -193,11 +209,13 @@ class Kept:
 def make(config: ModelConfig, recipe: TrainConfig, ranks: Ranks) -> RecurrentDepthLM:
     """A model whose parameters are all random, the same on every layout."""
     whole = RecurrentDepthLM(config)
+    if recipe.adapter is not None:
+        draw_adapter(whole, recipe.adapter, recipe.seed)
     randomise(whole)
     if ranks.mesh is None:
         return whole
     model = setup._laid_out(config, recipe, ranks)
-    setup._fill_parts(model, whole.state_dict().items())
+    setup.fill_parts(model, model.state_dict(keep_vars=True), whole.state_dict().items())
     return model
 
 
@@ -232,7 +250,7 @@ def differences(
         model, got, _ = run(arm, ranks, **changes)
     said = ranks.each(lambda: [row["loss"] for row in got])
     assert all(losses == said[0] for losses in said)
-    alone, expected = RecurrentDepthLM(arm.config()), got
+    alone, expected = make(arm.config(), arm.recipe(**changes), Ranks.alone()), got
     if ranks.first:  # one process is enough for all
         alone, expected, _ = run(arm, Ranks.alone(), **changes)
     for tensor in alone.state_dict().values():

@@ -604,8 +604,8 @@ def test_adapters_that_cannot_be_trained_are_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "run" / "config.json").exists()
     with pytest.raises(ValueError, match=r"train\.adapter is .*; it must be null without"):
         changed(config, init_from=None)
-    with pytest.raises(ValueError, match=r"adapters are trained by one process"):
-        changed(config, parallel=ParallelConfig(dp_shard=2))
+    with pytest.raises(ValueError, match=r"parallel\.tp is 2; it must be 1 with train\.adapter"):
+        changed(config, parallel=ParallelConfig(tp=2))
     with pytest.raises(ValueError, match="objective trains the gate only"):
         changed(config, objective=ExitGainObjective())
     start = str(tmp_path / "start")

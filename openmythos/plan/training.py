@@ -210,9 +210,8 @@ def _logit_bytes(config: ModelConfig, work: Work, at_loss: bool) -> int:
     number = work.tokens * config.vocab_size
     one = LOGIT_BYTES if work.autocast else 2 * LOGIT_BYTES
     others = _grad_loops(config, work) - 1 if work.every_loop else 0
-    number_kept = number * (1 + others)
     if not at_loss:  # their gradient is gone
-        return one // 2 * number_kept
+        return one // 2 * number * (1 + others)
     return one * number + one // 2 * number * others + LOSS_BYTES * min(number, LOSS_CHUNK)
 
 

@@ -30,16 +30,17 @@ MODELS: dict[str, ModelConfig] = {
         d_model=96, num_core_layers=1, vocab_size=8192, feed_forward=SwiGLUConfig(d_ff=256)
     ),
 }
-# Peak of a step over what was there before the model: Linux counts it in KiB.
+# Peak of a step over what was there before the model. Of /proc, because the peak of getrusage also
+# counts the process that started this one.
 MEASURE = """
-import json, resource, sys, torch
+import json, re, sys, torch
 from openmythos.config import ModelConfig
 from openmythos.config.schema import from_dict
 from openmythos.model.recurrent import RecurrentDepthLM
 from openmythos.ops.cross_entropy import cross_entropy
 
-def now():
-    return 1024 * int(open("/proc/self/statm").read().split()[1]) * 4
+def memory(what):
+    return 1024 * int(re.search(what + r":\\s+(\\d+) kB", open("/proc/self/status").read())[1])
 
 config, rows, length, loops, grad = json.loads(sys.argv[1])
 def step(config, rows, length, loops, grad):
@@ -54,9 +55,9 @@ def step(config, rows, length, loops, grad):
         optimizer.zero_grad()
 config = from_dict(ModelConfig, config)
 step(config, 1, 8, 1, None)  # what libraries keep for themselves
-before = now()
+before = memory("VmRSS")
 step(config, rows, length, loops, grad)
-print(1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+print(memory("VmHWM") - before)
 """
 
 

@@ -4,7 +4,7 @@
 
 What is tried is drawn from fixed seeds; what a kill interrupts depends on the machine as well.
 Nothing may be lost or wrong. The table is written to ``results.md``, with ``results.json`` beside
-it. Not part of the test suite, which runs ``--quick``: a kill of two kinds of training and one of each.
+it. Not part of the test suite, which runs ``--quick``: two kills and one of each.
 """
 
 import argparse
@@ -53,7 +53,7 @@ class Progress:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=50, help="kills of trainings")
-    parser.add_argument("--quick", action="store_true", help="a kill of two kinds of training and one of each")
+    parser.add_argument("--quick", action="store_true", help="two kills and one of each")
     parser.add_argument("--only", choices=PARTS, help="one of the parts")
     parser.add_argument("--out", type=Path, default=HERE, help="folder of the results")
     arguments = parser.parse_args()

@@ -14,10 +14,8 @@ from openmythos.interop.adapter import (
     chosen_layers,
     new_adapter,
     restore_adapter,
-    save_adapter,
     weights_digest,
 )
-from openmythos.interop.adapter import trained as own_tensors
 from openmythos.interop.export import export_hf
 from openmythos.interop.loading import (
     load_config,
@@ -26,25 +24,13 @@ from openmythos.interop.loading import (
     usable_tokenizer,
 )
 from openmythos.model.adapter import changes_of
-from openmythos.model.recurrent import RecurrentDepthLM
 from openmythos.tokenizer import byte_tokenizer
 from tests.interop.hf.examples import DENSE, LATENT, SPARSE
-from tests.strategies import random_model, random_tokens, randomise
+from tests.interop.trained_adapter import trained
+from tests.strategies import random_model, random_tokens
 
 SETTINGS, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 Q = "base_model.model.model.core.0.self_attn.q_proj"
-
-
-def trained(base: Path, folder: Path, **settings: Any) -> RecurrentDepthLM:
-    """The base with an adapter that changes much; it is stored in the folder, too."""
-    model = load_pretrained(base)
-    config = AdapterConfig(**{"rank": 3, "alpha": 1.0, **settings})
-    adapter = new_adapter(model, config, str(base), seed=1)
-    for changes in changes_of(model).values():
-        randomise(torch.nn.ModuleList(changes))
-    folder.mkdir()
-    save_adapter(own_tensors(model), adapter, folder)
-    return model
 
 
 def stored(folder: Path, config: ModelConfig = DENSE, seed: int = 0) -> Path:

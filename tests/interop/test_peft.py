@@ -20,14 +20,14 @@ from openmythos.config import (
 )
 from openmythos.config.adapter import AdapterConfig
 from openmythos.engine.reference import generate
-from openmythos.interop.adapter import new_adapter, save_adapter
-from openmythos.interop.adapter import trained as own_tensors
+from openmythos.interop.adapter import new_adapter
 from openmythos.interop.export import FAMILY as EXPORT
 from openmythos.interop.loading import FAMILIES, load_config, load_pretrained
 from openmythos.interop.peft import write_adapter
 from openmythos.model.adapter import changes_of
 from openmythos.model.recurrent import RecurrentDepthLM
 from tests.interop.hf.examples import BIASED_MOE, CONFIGS, DENSE
+from tests.interop.trained_adapter import trained
 from tests.strategies import MLA, random_model, random_tokens, randomise, small_config
 
 GoldenDir = Callable[[str], Path]
@@ -40,18 +40,6 @@ SIGNALS = {
     "latent": small_config(attention=MLA, loop_embedding=LearnedLoopConfig(num_loops=2)),
     "weight LoRA": small_config(loop_adapter=WeightLoRAConfig(rank=2, num_loops=2)),
 }
-
-
-def trained(base: Path, folder: Path, **settings: Any) -> RecurrentDepthLM:
-    """The base with an adapter that changes much; it is stored in the folder, too."""
-    model = load_pretrained(base, dtype=torch.float32)
-    config = AdapterConfig(**{"rank": 3, "alpha": 1.0, **settings})
-    adapter = new_adapter(model, config, str(base), seed=1)
-    for changes in changes_of(model).values():
-        randomise(torch.nn.ModuleList(changes))
-    folder.mkdir()
-    save_adapter(own_tensors(model), adapter, folder)
-    return model
 
 
 # --- a change per loop ----------------------------------------------------------------------------

@@ -118,16 +118,21 @@ def test_supervised_fine_tuning(trl: Any, kind: str, tmp_path: Path) -> None:
         assert (tuned(tokens, num_loops=DEPTH).logits - wanted).abs().max() < 1e-4
 
 
+def preferences() -> datasets.Dataset:
+    """Forty questions whose chosen answer is all a, the rejected one all b."""
+    good, bad = [turn("assistant", "aaaa")], [turn("assistant", "bbbb")]
+    rows = [{"prompt": [turn("user", f"q{i}")], "chosen": good, "rejected": bad} for i in range(40)]
+    return datasets.Dataset.from_list(rows)
+
+
 @pytest.mark.parametrize("kind", ["dense", "sparse", "huginn"])
 def test_preferences(trl: Any, kind: str, tmp_path: Path) -> None:
     """The reference model, which TRL loads itself, has the same depth: its loss begins at ln 2."""
     folder = exported(kind, tmp_path)
-    good, bad = [turn("assistant", "aaaa")], [turn("assistant", "bbbb")]
-    rows = [{"prompt": [turn("user", f"q{i}")], "chosen": good, "rejected": bad} for i in range(40)]
     trainer = trl.DPOTrainer(
         model=str(folder),
         args=trl.DPOConfig(**settings(tmp_path / "run")),
-        train_dataset=datasets.Dataset.from_list(rows),
+        train_dataset=preferences(),
     )
     assert trainer.ref_model.config.num_loops == DEPTH
     losses = trained(trainer, "loss")
@@ -158,12 +163,10 @@ def test_rewards(trl: Any, kind: str, tmp_path: Path) -> None:
 
 def test_an_adapter_of_trl_loads_here(trl: Any, tmp_path: Path) -> None:
     folder = exported("dense", tmp_path)
-    good, bad = [turn("assistant", "aaaa")], [turn("assistant", "bbbb")]
-    rows = [{"prompt": [turn("user", f"q{i}")], "chosen": good, "rejected": bad} for i in range(40)]
     trainer = trl.DPOTrainer(
         model=str(folder),
         args=trl.DPOConfig(**settings(tmp_path / "run")),
-        train_dataset=datasets.Dataset.from_list(rows),
+        train_dataset=preferences(),
         peft_config=LoraConfig(
             task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "o_proj", "down_proj"]
         ),

@@ -115,6 +115,9 @@ def train(
     # Builds what is missing now, so that no step waits for it.
     keeping = choice.keeping(state.kernels) if own else nullcontext(state.kernels)
     model.train()
+    if state.step == 0 and config.init_from is not None:
+        task.before_first_step(model)
+        reshard(model)  # the task may have measured something
     batches = task.batches(state.step, config.batch_size)
     guard, saved = DivergenceGuard(state), state.step
     here = Here(state.seconds, time.perf_counter())

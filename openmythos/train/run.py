@@ -127,7 +127,10 @@ def resolve(
             model = load_config(init_from)
             settings = _as_trained(settings, init_from, model, overrides)
         seq_len = min(TextData.seq_len, model.max_seq_len)
-        base = RunConfig(model=model, train=settings, data=_data_of(data, seq_len))
+        content = _data_of(data, seq_len)
+        if init_from is not None and isinstance(content, HopsData):
+            content = replace(content, check_loops=model.num_loops)
+        base = RunConfig(model=model, train=settings, data=content)
     return apply_overrides(base, overrides)
 
 

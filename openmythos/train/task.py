@@ -29,6 +29,9 @@ class Task(Protocol):
         pure function of the seed, its step, and ``state_dict`` at the time it is drawn.
         """
 
+    def before_first_step(self, model: RecurrentDepthLM) -> None:
+        """Called once, with weights that were trained before: begin where they stand."""
+
     def after_step(self, model: RecurrentDepthLM, step: int) -> dict[str, float]:
         """Called after every step, for example to go on to harder examples; returns metrics."""
 
@@ -70,6 +73,9 @@ class TextTask:
         if batch_size != self.train.batch_size:
             raise ValueError(f"batch_size {batch_size} differs from the loader's")
         return read_ahead(self.train, start_step)
+
+    def before_first_step(self, model: RecurrentDepthLM) -> None:
+        """Nothing to do: text does not get harder."""
 
     def after_step(self, model: RecurrentDepthLM, step: int) -> dict[str, float]:
         """Nothing to do: text does not get harder."""
@@ -178,17 +184,32 @@ class PuzzleTask:
                 batch = self.puzzle.with_passed_targets(batch)
             yield batch.rows(self.ranks.row_rank, batch_size, self.ranks.num_row_ranks)
 
+    def before_first_step(self, model: RecurrentDepthLM) -> None:
+        """Go on after the last stage that is learnt: to train only earlier ones unlearns it.
+
+        Asked from the end, because a model that was trained on the longest walks only may step
+        past the answers of shorter ones.
+        """
+        if self.curriculum is None:
+            return
+        for stage in range(self.curriculum.max_stage, self.curriculum.stage, -1):
+            if self._accuracy(model, stage, 0) >= self.curriculum.threshold:
+                self.curriculum.stage = min(stage + 1, self.curriculum.max_stage)
+                return
+
     def after_step(self, model: RecurrentDepthLM, step: int) -> dict[str, float]:
         """Every ``check_every`` steps, go on to the next stage if the current one is learnt."""
         if self.curriculum is None:
             return {}
         stage = self.curriculum.stage
         if step % self.check_every == 0 and stage < self.curriculum.max_stage:
-            accuracy = puzzle_accuracy(
-                model, self.puzzle, stage, self.check_loops, self.check_count, step, self.ranks
-            )
-            self.curriculum.observe(accuracy)
+            self.curriculum.observe(self._accuracy(model, stage, step))
         return {"stage": float(self.curriculum.stage)}
+
+    def _accuracy(self, model: RecurrentDepthLM, size: int, seed: int) -> float:
+        """Held-out accuracy on a size at the loops that decide whether it is learnt."""
+        loops, count = self.check_loops, self.check_count
+        return puzzle_accuracy(model, self.puzzle, size, loops, count, seed, self.ranks)
 
     def evaluate(self, model: RecurrentDepthLM, config: TrainConfig) -> list[Row]:
         """Held-out accuracy on the largest size of training, by number of loops."""

@@ -7,6 +7,7 @@ from typer.testing import CliRunner
 import openmythos as om
 from openmythos.cli import app
 from openmythos.train import loop
+from openmythos.train.metrics import read_metrics
 from tests.command.conftest import SMALL, Invoke, refused, sets, stored
 from tests.train.examples import assert_equal_runs, measured
 
@@ -162,6 +163,27 @@ def test_fixed_depth_is_possible_and_says_what_it_costs(invoke: Invoke, tmp_path
     assert "--fixed-depth 3 and --set train.depth.sampling.kind=poisson set the same" in message
     message = refused(invoke, *walks, "--fixed-depth", 99)
     assert "at most max_loops=64" in message
+
+
+def test_fine_tuning_begins_where_the_checkpoint_stands_and_scores_both_by_loops(
+    invoke: Invoke, tmp_path: Path
+) -> None:
+    loops = sets("train.eval_loops=[2,8]", "train.log_every=1")
+    walks = ("train", "--from", "zoo:walks_fixed_longest", "--data", "hops", "--batch-size", 2)
+    out = tmp_path / "tuned"
+    said = invoke(*walks, "--steps", 2, "--out", out, *loops)
+    assert stored(out)["data"]["check_loops"] == 4  # those that it was trained at
+    rows = read_metrics(out / "metrics.jsonl")
+    assert [row["stage"] for row in rows if "stage" in row] == [8.0, 8.0]
+    scores = json.loads((out / "scores.json").read_text(encoding="utf-8"))
+    for when, checkpoint in (("before", "zoo:walks_fixed_longest"), ("after", out)):
+        asked = ("eval", checkpoint, "--tasks", "hops_8", "--num-loops", "2,8", "--json")
+        (curve,) = json.loads(invoke(*asked, "--data", "zoo:walks_fixed_longest"))["curves"]
+        (kept,) = [curve for curve in scores[when] if curve["task"] == "hops_8"]
+        assert [p["value"] for p in kept["scores"]] == [p["value"] for p in curve["scores"]]
+        for point in kept["scores"]:
+            assert f"{point['value']:.4f}" in said
+    assert (out / "scores.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_prepare_and_train_from_a_checkpoint(

@@ -140,15 +140,16 @@ def small_walks() -> Walks:
 
 
 class Oracle(RecurrentDepthLM):
-    """Answers right, or with a fixed entity, whatever the weights say."""
+    """Answers walks of some lengths right, others with a fixed entity, whatever the weights."""
 
     walks: Walks
     right: bool = True
+    hops: range = range(99)
 
     def forward(self, tokens: torch.Tensor, **options: object) -> object:  # type: ignore[override]
         output = super().forward(tokens, num_loops=1)
         answers = torch.from_numpy(self.walks.entities_along(tokens.numpy()))[:, -1]
-        if not self.right:
+        if not self.right or tokens.shape[1] - 1 not in self.hops:
             answers = torch.zeros_like(answers)
         output.logits[:, -1] = functional.one_hot(answers, output.logits.shape[-1]).float()
         return output
@@ -169,6 +170,9 @@ class FixedTask:
     def batches(self, start_step: int, batch_size: int) -> Batches:
         while True:
             yield self.only
+
+    def before_first_step(self, model: RecurrentDepthLM) -> None:
+        pass
 
     def after_step(self, model: RecurrentDepthLM, step: int) -> dict[str, float]:
         return {}

@@ -87,6 +87,19 @@ def test_the_curriculum_moves_on_when_the_stage_is_learnt() -> None:
     ]
 
 
+def test_a_trained_model_begins_where_it_stands() -> None:
+    walks = small_walks()
+    task = PuzzleTask(walks, Curriculum(max_stage=4), check_loops=1, seed=0)
+    task.before_first_step(oracle(walks, right=False))
+    assert task.curriculum.stage == 1
+    some = oracle(walks, right=True)
+    some.hops = range(2, 3)  # those of one hop are stepped past
+    task.before_first_step(some)
+    assert task.curriculum.stage == 3
+    task.before_first_step(oracle(walks, right=True))
+    assert task.curriculum.stage == 4
+
+
 def test_a_walk_is_drawn_when_it_is_asked_for() -> None:
     """Of the stage that the step before has reached."""
     task = PuzzleTask(small_walks(), Curriculum(max_stage=4), check_loops=1, seed=0)

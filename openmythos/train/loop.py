@@ -108,16 +108,13 @@ def train(
     ranks = Ranks.alone(model.embed.weight.device) if ranks is None else ranks
     native.require_compiler("train.compile", config.compile)
     optimizers = make_optimizers(model, config.optimizer)
-    state = run.resume(model, optimizers, task) or RunState(step=0, seconds=0.0)
+    state = run.resume(model, optimizers, task) or _first_state(model, task, config)
     if config.compile and ranks.mesh is None:  # over ranks, each block is compiled by itself
         model.step = torch.compile(model.step, **COMPILING)  # type: ignore[method-assign]
     own = model.embed.weight.device.type == "cpu" and not config.compile
     # Builds what is missing now, so that no step waits for it.
     keeping = choice.keeping(state.kernels) if own else nullcontext(state.kernels)
     model.train()
-    if state.step == 0 and config.init_from is not None:
-        task.before_first_step(model)
-        reshard(model)  # the task may have measured something
     batches = task.batches(state.step, config.batch_size)
     guard, saved = DivergenceGuard(state), state.step
     here = Here(state.seconds, time.perf_counter())
@@ -172,6 +169,14 @@ def train(
         if not run.finish() or state.step > saved:
             run.save(model, optimizers, task, state)
     return TrainResult(state.step, state.seconds, stopping if done < 1 else 0)
+
+
+def _first_state(model: RecurrentDepthLM, task: Task, config: TrainConfig) -> RunState:
+    """Of a run without a checkpoint; its task begins where given weights stand."""
+    if config.init_from is not None:
+        task.before_first_step(model)
+        reshard(model)  # the task may have measured something
+    return RunState(step=0, seconds=0.0)
 
 
 def _warn_once(text: str, ranks: Ranks) -> None:

@@ -241,9 +241,13 @@ def _folder_items(
 
 
 def _from_hugging_face(source: str, column: str | None) -> Iterator[Document | LeftOut]:
-    name, _, config = source.removeprefix(HF_PREFIX).partition(":")
+    given, _, revision = source.removeprefix(HF_PREFIX).partition("@")
+    name, _, config = given.partition(":")
     if not name:
-        raise ValueError(f"source {source!r} names no dataset: write hf:NAME or hf:NAME:CONFIG")
+        raise ValueError(
+            f"source {source!r} names no dataset: write hf:NAME or hf:NAME:CONFIG, and @REVISION "
+            "after it for a branch, a tag or a commit"
+        )
     try:
         import datasets
     except ImportError:
@@ -251,16 +255,19 @@ def _from_hugging_face(source: str, column: str | None) -> Iterator[Document | L
             f"source {source!r} needs the datasets package: pip install datasets"
         ) from None
     return _not_empty(
-        _hugging_face_rows(datasets, source, name, config, column), f"{source} has no text"
+        _hugging_face_rows(datasets, source, name, config, revision, column),
+        f"{source} has no text",
     )
 
 
 def _hugging_face_rows(
-    datasets: Any, source: str, name: str, config: str, column: str | None
+    datasets: Any, source: str, name: str, config: str, revision: str, column: str | None
 ) -> Iterator[Document | LeftOut]:
     # No shuffle buffer here: `prepare` shuffles all documents.
     try:
-        builder = datasets.load_dataset_builder(name, name=config or None)
+        builder = datasets.load_dataset_builder(
+            name, name=config or None, revision=revision or None
+        )
         rows = builder.as_streaming_dataset("train")
         names = list(rows.features or ())
         if column is not None and names and column not in names:

@@ -13,7 +13,7 @@ from openmythos.folder import PathLike
 from openmythos.interop.gguf import SUFFIX, open_gguf
 
 ZOO, ZOO_FOLDER = "zoo:", Path(os.path.realpath(__file__)).parent.parent / "zoo"
-HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+HUB_NAME = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)(?:@([\w./-]+))?")
 SAFE_FILES = ["*.json", "*.safetensors"]
 TORCH_FILES = ["*.bin", "*.pt", "*.pth"]  # read as tensors only
 
@@ -21,6 +21,7 @@ TORCH_FILES = ["*.bin", "*.pt", "*.pth"]  # read as tensors only
 def local_folder(path: PathLike, *, verify: bool = True) -> Path:
     """The local folder for ``path``: a folder, GGUF file, ``zoo:NAME``, or a name on the hub.
 
+    A name on the hub is ``owner/name``, or ``owner/name@revision``: a branch, a tag or a commit.
     A GGUF file's folder is temporary and holds everything but the weights, which stay in the file.
     A path that exists locally, or whose first folder does, is never looked up on the hub. With
     ``verify``, a run folder's damaged checkpoints are left out.
@@ -33,14 +34,19 @@ def local_folder(path: PathLike, *, verify: bool = True) -> Path:
         return zoo_folder(name)
     if Path(name).suffix == SUFFIX and not Path(name).is_dir():
         return open_gguf(path)
-    if not HUB_NAME.fullmatch(name) or Path(name).exists() or Path(name).parent.exists():
+    on_hub = HUB_NAME.fullmatch(name)
+    if on_hub is None or Path(name).exists() or Path(name).parent.exists():
         return checkpoint_folder(path, verify=verify)
     from huggingface_hub import snapshot_download
 
+    def fetched(files: list[str]) -> Path:
+        repository, revision = on_hub.groups()
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=files))
+
     try:
-        folder = Path(snapshot_download(name, allow_patterns=SAFE_FILES))
+        folder = fetched(SAFE_FILES)
         if not any(folder.glob("*.safetensors")):
-            folder = Path(snapshot_download(name, allow_patterns=SAFE_FILES + TORCH_FILES))
+            folder = fetched(SAFE_FILES + TORCH_FILES)
     except Exception as error:  # network, hub and access errors have no common class
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(

@@ -1,4 +1,7 @@
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +13,7 @@ import torch
 import openmythos
 from openmythos.interop.hub import local_folder
 from openmythos.interop.loading import load_config
+from tests.interop.hub_server import Revision, serving
 
 NAME = "example-owner/example-model"
 
@@ -20,7 +24,7 @@ class Hub:
     def __init__(self, model: Path, cache: Path) -> None:
         self.model, self.cache, self.asked = model, cache, list[list[str]]()
 
-    def snapshot_download(self, name: str, allow_patterns: list[str]) -> str:
+    def snapshot_download(self, name: str, revision: str | None, allow_patterns: list[str]) -> str:
         self.asked.append(allow_patterns)
         if name != NAME:
             raise OSError("404 Client Error.\nRepository not found")
@@ -73,6 +77,50 @@ def test_what_cannot_be_fetched_is_one_line(hub: Hub) -> None:
     with pytest.raises(ValueError, match=r"owner/absent is no folder here, .*404") as error:
         openmythos.load_pretrained("owner/absent")
     assert "\n" not in str(error.value)
+
+
+READ = """
+import sys
+import openmythos
+from openmythos.data.source import load_documents
+for name in sys.argv[1].split():
+    try:
+        if name.startswith("hf:"):
+            print(name, *[document.text for document in load_documents(name)])
+        else:
+            print(name, openmythos.load_pretrained(name).config.num_loops)
+    except ValueError as error:
+        print(name, str(error).replace(chr(10), "|"))
+"""
+
+
+def test_models_and_datasets_come_over_http_at_a_branch_a_tag_or_a_commit(tmp_path: Path) -> None:
+    """With the hub's own clients, in a process of its own: they read the address once."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    kept = []
+    for branch, model in (("main", "walks"), ("v1", "walks_fixed_longest")):
+        data = tmp_path / branch / "data"
+        data.mkdir(parents=True)
+        table = pa.table({"text": [f"{branch}-{n}" for n in range(3)], "other": [1, 2, 3]})
+        pq.write_table(table, data / "train-00000-of-00001.parquet")
+        kept.append(Revision("models", NAME, branch, local_folder(f"zoo:{model}")))
+        kept.append(Revision("datasets", NAME, branch, tmp_path / branch))
+    commit = next(one.commit for one in kept if (one.kind, one.branch) == ("models", "v1"))
+    asked = [NAME, f"{NAME}@v1", f"{NAME}@{commit}", f"{NAME}@absent", "example-owner/absent"]
+    asked += [f"hf:{NAME}", f"hf:{NAME}@v1", f"hf:{NAME}@absent"]
+    with serving(kept) as address:
+        own = {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "cache"), "NO_PROXY": "127.0.0.1"}
+        command = [sys.executable, "-c", READ, " ".join(asked)]
+        env = {**os.environ, **own, "HF_HUB_OFFLINE": "0"}
+        ran = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    said = dict(line.split(" ", 1) for line in ran.stdout.splitlines())
+    assert [said[name] for name in asked[:3]] == ["8", "4", "4"]
+    assert "could not be fetched from the Hugging Face hub (404" in said[asked[3]]
+    assert "could not be fetched from the Hugging Face hub (404" in said[asked[4]]
+    assert [said[name] for name in asked[5:7]] == ["main-0 main-1 main-2", "v1-0 v1-1 v1-2"]
+    assert "cannot stream" in said[asked[7]] and "absent" in said[asked[7]]
 
 
 def test_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

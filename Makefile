@@ -10,10 +10,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo zoo test stress stress-engine stress-ranks test-vllm test-transformers test-onnx test-trl test-page test-site test-clients test-dist lint bench docs dist clean
+.PHONY: help setup demo zoo test stress stress-engine stress-ranks test-vllm test-transformers test-onnx test-trl test-trackers test-page test-site test-clients test-dist lint bench docs dist clean
 
 help:
-	@echo "make setup | demo | zoo | test | stress | stress-engine | stress-ranks | test-vllm | test-transformers | test-onnx | test-trl | test-page | test-site | test-clients | test-dist | lint | bench | docs | dist | clean   (options: PYTHON=python3.12, ARGS=...)"
+	@echo "make setup | demo | zoo | test | stress | stress-engine | stress-ranks | test-vllm | test-transformers | test-onnx | test-trl | test-trackers | test-page | test-site | test-clients | test-dist | lint | bench | docs | dist | clean   (options: PYTHON=python3.12, ARGS=...)"
 
 setup: $(STAMP)
 
@@ -116,6 +116,20 @@ $(PAGE)/.installed:
 # The site in the same browser; it must be built.
 test-site: docs $(PAGE)/.installed
 	@$(BIN)/python -m tests.site_suite.run --chromium $(CHROMIUM) --packages $(PAGE) $(ARGS)
+
+# trackio and wandb themselves, in an environment that sees this one's packages.
+TRACKERS := .trackers
+
+test-trackers: $(STAMP) $(TRACKERS)/.installed
+	@OMP_NUM_THREADS=1 $(TRACKERS)/bin/python -m pytest tests/tracker_suite/training.py $(ARGS)
+
+$(TRACKERS)/.installed:
+	@echo "test-trackers: installing trackio and wandb into $(TRACKERS) (downloads)"
+	@$(BIN)/python -m venv --clear $(TRACKERS)
+	@$(TRACKERS)/bin/python -m pip install -qq --disable-pip-version-check trackio==0.43.0 wandb==0.31.0
+	@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
+		$$($(TRACKERS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/openmythos.pth
+	@touch $@
 
 # Clients of OpenAI's API and suites for it get an environment of their own.
 CLIENTS ?= .clients

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+import openmythos as om
 from openmythos.checkpoint.load import checkpoint_damage
 from openmythos.checkpoint.save import EXIT_FILE, EXIT_PICTURE, save_pretrained
 from openmythos.command.origin import puzzle_of
@@ -182,6 +184,13 @@ def adapter_of(base: Path, folder: Path, num_loops: int | None = None) -> Path:
     signal = None if num_loops is None else LearnedLoopConfig(num_loops=2)
     model = random_model(small_config(vocab_size=259, loop_embedding=signal))
     save_pretrained(model, base, byte_tokenizer())
+    return random_adapter(model, base, folder, num_loops)
+
+
+def random_adapter(
+    model: om.RecurrentDepthLM, base: Path, folder: Path, num_loops: int | None = None
+) -> Path:
+    """An adapter of the model in a base's folder, in another."""
     adapter = new_adapter(model, AdapterConfig(rank=2, num_loops=num_loops), str(base), seed=0)
     for changes in changes_of(model).values():
         randomise(torch.nn.ModuleList(changes))
@@ -205,6 +214,27 @@ def test_an_adapter_alone_or_merged(invoke: Invoke, tmp_path: Path) -> None:
     assert (found - load_pretrained(shared)(tokens).logits).abs().max() < 1e-5
     said = refused(invoke, "convert", tmp_path / "base", *options)
     assert "base has no adapter: leave --adapter-only out" in said
+
+
+def test_an_adapter_of_a_published_model_gets_its_familys_names(
+    invoke: Invoke, golden_dir: Callable[[str], Path], tmp_path: Path
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(golden_dir("ouro"), base)
+    folder = random_adapter(load_pretrained(base), base, tmp_path / "adapter")
+    options = ("--adapter-only", "--to", "ouro", "--out", tmp_path / "lora")
+    assert json.loads(invoke("convert", folder, *options, "--json"))["format"] == "ouro"
+    own, published = (
+        load_file(place / "adapter_model.safetensors") for place in (folder, tmp_path / "lora")
+    )
+    layer = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+    assert layer in published and len(published) == len(own)
+    tokens = torch.arange(12).view(2, 6)
+    found = load_pretrained(base, adapter=tmp_path / "lora")(tokens).logits
+    merged = load_pretrained(folder)(tokens).logits
+    assert (
+        (found - merged).abs().max() < 1e-5 < (merged - load_pretrained(base)(tokens).logits).std()
+    )
 
 
 def test_bad_adapters_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -44,6 +44,9 @@ def test_rows_of_three_kinds() -> None:
     assert pair == conversation({"messages": TALK, "prompt": None}, "row")
     assert json.loads(pair) == {"messages": TALK}
     assert json.loads(conversation({"text": "é"}, "row")) == {"text": "é"}
+    empty = {"tool_calls": None, "weight": None}  # as tables have it in every row
+    whole = [message | empty for message in TALK]
+    assert pair == conversation({"messages": whole, "tools": []}, "row")
 
 
 @pytest.mark.parametrize(
@@ -62,7 +65,12 @@ def test_rows_of_three_kinds() -> None:
         ({"messages": [turn("user")]}, "ends with a message of the user: no answer"),
         ({"messages": [turn("user", " "), turn("assistant")]}, "message 1 is empty"),
         ({"messages": [turn("user"), turn("assistant", None)]}, "message 2 holds null, not text"),
-        ({"prompt": "x", "completion": ""}, "message 2 is empty"),
+        ({"prompt": "x", "completion": ""}, "row 3 completion is empty"),
+        ({"prompt": TALK[:1], "completion": TALK[1:]}, "row 3 prompt holds a list, not text"),
+        ({"messages": TALK, "tools": [{"name": "f"}]}, "row 3 has tools, .*: take it out"),
+        ({"messages": [TALK[0], TALK[1] | {"tool_calls": [{}]}]}, "message 2 has tool_calls"),
+        ({"messages": [TALK[0], TALK[1] | {"thinking": "hm"}]}, "message 2 has thinking"),
+        ({"messages": [TALK[0], TALK[1] | {"weight": 0}]}, "message 2 has weight 0"),
         ({"text": 3}, "row 3 text holds a whole number, not text"),
     ],
 )

@@ -200,6 +200,8 @@ def test_conversations_that_cannot_be_prepared(tokenizer: Tokenizer, tmp_path: P
     for without in (None, byte_tokenizer()):
         with pytest.raises(ValueError, match="need a tokenizer with a chat template"):
             prepare(path, tmp_path / "out", tokenizer=without, conversations="answers")
+    with pytest.raises(ValueError, match=r"not in the column 'talk'.* leave --column out"):
+        prepare(path, tmp_path / "out", tokenizer=tokenizer, column="talk", conversations="answers")
     (tmp_path / "chatml").mkdir()
     unmarked = Tokenizer.load(write_chat_folder(tmp_path / "chatml"))
     with pytest.raises(ValueError, match=r"talks.jsonl:1: the checkpoint's .* does not mark"):

@@ -22,6 +22,10 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 Message = Mapping[str, str]  # role ("system", "user" or "assistant") and content
 
 _BEGIN, _END = "\U0010f0f0", "\U0010f0f1"  # of an answer; private use
+_CUT = (
+    "the checkpoint's chat template cuts an answer between {% generation %} and "
+    "{% endgeneration %}, as {% break %}, {% continue %} or a filter does: take that out of there"
+)
 
 
 def render_chat(template: str, messages: Sequence[Message], **names: Any) -> str:
@@ -52,7 +56,7 @@ def render_answers(
         The text, and of each answer the number of its first character and of the one after it.
 
     Raises:
-        ValueError: The template marks no answers, is damaged, or refuses the messages.
+        ValueError: The template marks no answers, cuts one, is damaged, or refuses the messages.
     """
     if re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", template) is None:
         raise ValueError(
@@ -66,14 +70,19 @@ def render_answers(
             "mark answers here: take them out"
         )
     text = _render(template, messages, True, {"add_generation_prompt": False, **names})
-    plain, spans, start = "", [], 0
+    plain, spans = "", []
+    open_at: list[int] = []  # answers may hold others
     for piece in re.split(f"({_BEGIN}|{_END})", text):
         if piece == _BEGIN:
-            start = len(plain)
+            open_at.append(len(plain))
+        elif piece == _END and open_at:
+            spans.append((open_at.pop(), len(plain)))
         elif piece == _END:
-            spans.append((start, len(plain)))
+            raise ValueError(_CUT)
         else:
             plain += piece
+    if open_at:
+        raise ValueError(_CUT)
     return plain, spans
 
 
@@ -87,8 +96,8 @@ def _render(
         compiled = _compiled(template, marked)
         given = {"tools": None, "documents": None, **names}
         return compiled.render(messages=[dict(message) for message in messages], **given)
-    except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
-        reason = " ".join(str(error).split())
+    except Exception as error:  # somebody's program: a macro without an end, a number's items
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"the checkpoint's chat template fails: {reason}") from None
 
 

@@ -61,6 +61,9 @@ def test_marks_in_a_message_are_text_unless_asked_for(tmp_path: Path) -> None:
         ("{{ messages.append(1) }}", "chat template fails"),
         ("{{ ''.__class__.__mro__ }}", "fails: access to attribute '__class__'"),
         ("{{ 1 / 0 }}", "fails: division by zero"),
+        ("{{ 5 | dictsort }}", "fails: 'int' object has no attribute 'items'"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "fails: maximum recursion depth"),
+        ("{{ cycler() }}", "fails: at least one item"),
     ],
 )
 def test_a_template_that_fails_is_one_line(template: str, said: str) -> None:
@@ -169,3 +172,22 @@ def test_templates_without_marks_of_answers(tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
     with pytest.raises(ValueError, match=r"U\+10F0F0 or U\+10F0F1, characters of private use"):
         render_answers("{% generation %}{% endgeneration %}", [{"content": "\U0010f0f0"}])
+
+
+def test_an_answer_in_an_answer_counts_with_what_is_around_it() -> None:
+    template = "a{% generation %}b{% generation %}c{% endgeneration %}d{% endgeneration %}e"
+    text, spans = render_answers(template, TALK)
+    assert text == "abcde" and {place for span in spans for place in range(*span)} == {1, 2, 3}
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for m in messages %}{% generation %}b{% continue %}{% endgeneration %}{% endfor %}",
+        "{% set x %}{% generation %}bc{% endgeneration %}{% endset %}{{ x[:2] }}",
+        "{% set x %}{% generation %}bc{% endgeneration %}{% endset %}{{ x | reverse }}",
+    ],
+)
+def test_an_answer_that_is_cut_is_refused(template: str) -> None:
+    with pytest.raises(ValueError, match="cuts an answer"):
+        render_answers(template, TALK)

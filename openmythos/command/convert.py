@@ -46,6 +46,11 @@ def convert(
     family = None if to == "openmythos" else family_named(to)
     folder = local_folder(path, verify=not no_verify)
     if adapter_only:
+        if dtype is not None:
+            raise ValueError(
+                f"--adapter-only writes an adapter as it was trained, without --dtype {dtype}: "
+                "leave one of them out"
+            )
         convert_adapter(folder, family, out)
         print(json.dumps({"folder": str(out), "format": to}) if as_json else f"wrote {out}")
         return

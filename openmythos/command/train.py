@@ -121,6 +121,11 @@ def train(
         trained_on = in_words(chosen) if config is None else str(config)
         if base_text is not None and resolved.train.init_from is None:
             raise ValueError(f"--base-text {base_text} is of a checkpoint; give --from, too")
+        if base_text is not None and not resolved.train.eval_loops:
+            raise ValueError(
+                f"--base-text {base_text} is scored at the loops of train.eval_loops, and these "
+                "are []; name some, or leave it out"
+            )
         run_to_the_end(resolved, trained_on, out, device, as_json, base_text)
 
 

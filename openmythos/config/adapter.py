@@ -29,7 +29,8 @@ class AdapterConfig:
 
     def __post_init__(self) -> None:
         require_positive(self, "rank")
-        require(self.alpha > 0, "adapter.alpha", self.alpha, "above 0")
+        is_finite = 0 < self.alpha < float("inf")
+        require(is_finite, "adapter.alpha", self.alpha, "above 0, and finite")
         fits = self.num_loops is None or self.num_loops >= 1
         require(fits, "adapter.num_loops", self.num_loops, "at least 1, or null")
 

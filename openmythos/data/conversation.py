@@ -7,6 +7,7 @@ document from there on; the chat template is applied when it is encoded.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -19,6 +20,7 @@ COLUMNS = ("messages", "prompt", "completion", "text")
 Counted = Literal["answers", "all"]
 
 _ROLES = ("system", "user", "assistant")
+_MORE = ("tool_calls", "function_call", "reasoning_content", "thinking")  # of a message
 
 
 def conversation(row: Any, place: str) -> str:
@@ -32,10 +34,13 @@ def conversation(row: Any, place: str) -> str:
         raise ValueError(f"{place} is {in_words(row)}, not an object with messages")
     given = {name: row[name] for name in COLUMNS if row.get(name) is not None}
     if "messages" in given:
+        _refuse_more(row, ("tools",), place)
         messages = _messages(given["messages"], place)
     elif "prompt" in given and "completion" in given:
-        pair = [("user", given["prompt"]), ("assistant", given["completion"])]
-        messages = _messages([{"role": role, "content": text} for role, text in pair], place)
+        messages = [
+            {"role": role, "content": _content(given[name], f"{place} {name}")}
+            for role, name in (("user", "prompt"), ("assistant", "completion"))
+        ]
     elif "text" in given:
         return json.dumps({"text": _content(given["text"], f"{place} text")}, ensure_ascii=False)
     else:
@@ -69,10 +74,26 @@ def _messages(value: Any, place: str) -> list[dict[str, str]]:
             expected = "system or user"
         if role not in expected.split(" or "):
             raise ValueError(f"{where} is of the role {role!r}, where {expected} is due")
+        _refuse_more(message, _MORE, where)
+        if message.get("weight") == 0:
+            raise ValueError(f"{where} has weight 0, and all answers count: take the row out")
         messages.append({"role": role, "content": _content(message.get("content"), where)})
     if messages[-1]["role"] != "assistant":
         raise ValueError(f"{place} ends with a message of the {messages[-1]['role']}: no answer")
     return messages
+
+
+def _refuse_more(given: dict[str, Any], names: Sequence[str], place: str) -> None:
+    """An answer without the calls and the thoughts that it was given with is another answer.
+
+    Raises:
+        ValueError: One of these names holds something.
+    """
+    for name in names:
+        if given.get(name):  # a table has an empty one in every row
+            raise ValueError(
+                f"{place} has {name}, and only contents are trained: take it out, or the row"
+            )
 
 
 def _content(value: Any, place: str) -> str:

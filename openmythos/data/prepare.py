@@ -123,6 +123,11 @@ def prepare(
             "conversations need a tokenizer with a chat template: give a checkpoint that has one "
             "(--tokenizer; in training --from)"
         )
+    if conversations and column != "text":
+        raise ValueError(
+            f"a conversation is in messages, in prompt and completion, or in text, and not in the "
+            f"column {column!r}: name its columns so, and leave --column out"
+        )
     folder = Path(out)
     old = _existing(folder)
     settings: dict[str, Any] = {

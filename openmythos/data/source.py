@@ -241,11 +241,14 @@ def _folder_items(
 
 
 def _from_hugging_face(source: str, column: str | None) -> Iterator[Document | LeftOut]:
-    given, _, revision = source.removeprefix(HF_PREFIX).partition("@")
+    given, at, revision = source.removeprefix(HF_PREFIX), "", ""
+    if not Path(given.partition(":")[0]).exists():  # a folder's name may hold an @
+        given, at, revision = given.partition("@")
     name, _, config = given.partition(":")
-    if not name:
+    if not name or (at and not revision):
+        what = "revision" if name else "dataset"
         raise ValueError(
-            f"source {source!r} names no dataset: write hf:NAME or hf:NAME:CONFIG, and @REVISION "
+            f"source {source!r} names no {what}: write hf:NAME or hf:NAME:CONFIG, and @REVISION "
             "after it for a branch, a tag or a commit"
         )
     try:

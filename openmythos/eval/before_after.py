@@ -91,14 +91,17 @@ class BeforeAfter:
     def before(self) -> None:
         """Measure the model that training starts from, unless that has been done.
 
+        Before the first checkpoint it is done again: a run that begins anew prepares its data anew.
+
         Raises:
             ValueError: The run has begun without it, and its base cannot be loaded any more; or
                 there is nothing to measure.
         """
-        if "before" in self.stored:
+        begun = self.run.folder.last_checkpoint() is not None
+        if begun and "before" in self.stored:
             return
         model, start = self.run.model, self.run.config.train.init_from
-        if self.run.folder.last_checkpoint() is not None:
+        if begun:
             assert start is not None
             model = load_pretrained(start, device=self.run.model.embed.weight.device)
         self._keep("before", model)

@@ -208,13 +208,21 @@ def base_of(folder: Path) -> str:
     """Where an adapter's base lies.
 
     Raises:
-        ValueError: The adapter does not say it.
+        ValueError: The adapter does not say it, or names itself.
     """
     base = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         raise ValueError(
             f"{folder} is an adapter that does not say of which model: load the model with "
             f"adapter={str(folder)!r}"
+        )
+    here = folder.resolve()
+    run = [here.parent.parent] if here.parent.name == "checkpoints" else []
+    if Path(base).resolve() in (here, *run):  # it was moved to where its base had been
+        raise ValueError(
+            f"{folder} is an adapter of the model in {base}, and that is the adapter itself: put "
+            "the model back there, or load it with adapter="
+            f"{str(folder)!r}"
         )
     return base
 

@@ -4,6 +4,7 @@ A family's rules say where its numbers are in our matrices. They are linear: the
 of a change's two matrices, and of a change of rows its up-projection alone.
 """
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -47,11 +48,18 @@ from openmythos.model.recurrent import RecurrentDepthLM
 # Fields of adapter_config.json that change what is computed, and the values that change nothing.
 PLAIN: dict[str, Any] = {
     "bias": ("none",),
-    **dict.fromkeys(("use_dora", "fan_in_fan_out", "lora_bias"), (False, None)),
     **dict.fromkeys(
-        ("modules_to_save", "alpha_pattern", "layer_replication", "trainable_token_indices"),
+        ("use_dora", "fan_in_fan_out", "lora_bias", "use_qalora", "use_bdlora"), (False, None)
+    ),
+    **dict.fromkeys(
+        (
+            *("modules_to_save", "alpha_pattern", "layer_replication", "trainable_token_indices"),
+            *("alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config"),
+        ),
         (None, {}, []),
     ),
+    # Others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) change the base's weights before they train.
+    "init_lora_weights": (None, False, True, "gaussian", "eva", "orthogonal", "mica"),
 }
 
 
@@ -168,8 +176,9 @@ def _alpha(settings: Mapping[str, Any], folder: Path) -> float:
         if name in settings and settings[name] not in plain:
             raise ValueError(f"{where} has {name} {settings[name]!r}; only plain LoRA is read")
     alpha = settings.get("lora_alpha", 8)
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float):
-        raise ValueError(f"{where} has lora_alpha {alpha!r}; it must be a number")
+    is_number = isinstance(alpha, int | float) and not isinstance(alpha, bool)
+    if not is_number or not abs(alpha) <= sys.float_info.max:
+        raise ValueError(f"{where} has lora_alpha {alpha!r}; it must be a number, and finite")
     return float(alpha)
 
 

@@ -181,6 +181,7 @@ class DepthSchedule:
         require(0 <= self.ramp <= 1, "depth.ramp", self.ramp, "in 0..1")
         require_positive(self, "max_loops", "rows_per_draw")
         mean, allowed = self.sampling.mean_recurrence, f"at most max_loops={self.max_loops}"
+        allowed += ", which --set train.depth.max_loops=N raises"
         require(mean <= self.max_loops, "depth.sampling.mean_recurrence", mean, allowed)
         if self.mean_backprop_depth is not None:
             require_positive(self, "mean_backprop_depth")

@@ -210,6 +210,8 @@ def test_an_adapter_alone_or_merged(invoke: Invoke, tmp_path: Path) -> None:
     shared = adapter_of(tmp_path / "base", tmp_path / "shared")
     options = ("--adapter-only", "--out", tmp_path / "alone")
     assert json.loads(invoke("convert", shared, *options, "--json"))["format"] == "openmythos"
+    said = refused(invoke, "convert", shared, *options, "--dtype", "bfloat16")
+    assert "without --dtype bfloat16: leave one of them out" in said
     found = load_pretrained(tmp_path / "base", adapter=tmp_path / "alone")(tokens).logits
     assert (found - load_pretrained(shared)(tokens).logits).abs().max() < 1e-5
     said = refused(invoke, "convert", tmp_path / "base", *options)

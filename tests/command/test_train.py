@@ -162,7 +162,9 @@ def test_fixed_depth_is_possible_and_says_what_it_costs(invoke: Invoke, tmp_path
     message = refused(invoke, *walks, "--fixed-depth", 3, *both)
     assert "--fixed-depth 3 and --set train.depth.sampling.kind=poisson set the same" in message
     message = refused(invoke, *walks, "--fixed-depth", 99)
-    assert "at most max_loops=64" in message
+    assert "at most max_loops=64, which --set train.depth.max_loops=N raises" in message
+    message = refused(invoke, *walks, *few, "--base-text", "absent.txt")
+    assert "--base-text absent.txt is scored at the loops of train.eval_loops, and these" in message
 
 
 def test_fine_tuning_begins_where_the_checkpoint_stands_and_scores_both_by_loops(

@@ -12,3 +12,5 @@ def test_what_is_out_of_range_is_refused() -> None:
         AdapterConfig(rank=0)
     with pytest.raises(ValueError, match=r"adapter\.alpha is -1\.0; it must be above 0"):
         AdapterConfig(alpha=-1.0)
+    with pytest.raises(ValueError, match=r"adapter\.alpha is inf; it must be above 0, and finite"):
+        AdapterConfig(alpha=float("inf"))

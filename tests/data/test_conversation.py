@@ -44,6 +44,9 @@ def test_rows_of_three_kinds() -> None:
     assert pair == conversation({"messages": TALK, "prompt": None}, "row")
     assert json.loads(pair) == {"messages": TALK}
     assert json.loads(conversation({"text": "é"}, "row")) == {"text": "é"}
+    empty = {"tool_calls": None, "weight": None}  # as tables have it in every row
+    whole = [message | empty for message in TALK]
+    assert pair == conversation({"messages": whole, "tools": []}, "row")
 
 
 @pytest.mark.parametrize(
@@ -62,7 +65,12 @@ def test_rows_of_three_kinds() -> None:
         ({"messages": [turn("user")]}, "ends with a message of the user: no answer"),
         ({"messages": [turn("user", " "), turn("assistant")]}, "message 1 is empty"),
         ({"messages": [turn("user"), turn("assistant", None)]}, "message 2 holds null, not text"),
-        ({"prompt": "x", "completion": ""}, "message 2 is empty"),
+        ({"prompt": "x", "completion": ""}, "row 3 completion is empty"),
+        ({"prompt": TALK[:1], "completion": TALK[1:]}, "row 3 prompt holds a list, not text"),
+        ({"messages": TALK, "tools": [{"name": "f"}]}, "row 3 has tools, .*: take it out"),
+        ({"messages": [TALK[0], TALK[1] | {"tool_calls": [{}]}]}, "message 2 has tool_calls"),
+        ({"messages": [TALK[0], TALK[1] | {"thinking": "hm"}]}, "message 2 has thinking"),
+        ({"messages": [TALK[0], TALK[1] | {"weight": 0}]}, "message 2 has weight 0"),
         ({"text": 3}, "row 3 text holds a whole number, not text"),
     ],
 )
@@ -192,6 +200,8 @@ def test_conversations_that_cannot_be_prepared(tokenizer: Tokenizer, tmp_path: P
     for without in (None, byte_tokenizer()):
         with pytest.raises(ValueError, match="need a tokenizer with a chat template"):
             prepare(path, tmp_path / "out", tokenizer=without, conversations="answers")
+    with pytest.raises(ValueError, match=r"not in the column 'talk'.* leave --column out"):
+        prepare(path, tmp_path / "out", tokenizer=tokenizer, column="talk", conversations="answers")
     (tmp_path / "chatml").mkdir()
     unmarked = Tokenizer.load(write_chat_folder(tmp_path / "chatml"))
     with pytest.raises(ValueError, match=r"talks.jsonl:1: the checkpoint's .* does not mark"):

@@ -215,8 +215,8 @@ def hub(tmp_path, monkeypatch):
     """The library, with nothing of this machine's."""
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    (tmp_path / "set").mkdir()
-    return tmp_path / "set"
+    (tmp_path / "a@set").mkdir()  # no revision: it is a folder
+    return tmp_path / "a@set"
 
 
 def test_a_dataset_is_streamed(hub):
@@ -259,6 +259,8 @@ def test_dataset_errors_are_one_line(hub, monkeypatch):
         assert "\n" not in str(caught.value)
     with pytest.raises(ValueError, match="names no dataset"):
         load_documents("hf:")
+    with pytest.raises(ValueError, match="'hf:owner/name@' names no revision"):
+        load_documents("hf:owner/name@")
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ValueError, match="needs the datasets package: pip install datasets"):
         load_documents("hf:x")

@@ -66,6 +66,23 @@ def test_a_killed_run_still_has_its_scores_before(tmp_path: Path) -> None:
         BeforeAfter(walks(out), "text.txt")
 
 
+def test_data_that_changed_before_the_first_checkpoint_is_measured_again(tmp_path: Path) -> None:
+    source = write_text(tmp_path, 40)
+    config = text_config(source, max_steps=1, eval_loops=())
+    run(config, tmp_path / "base")
+    train = replace(config.train, init_from=str(tmp_path / "base"), eval_loops=(1,), eval_batches=1)
+    config, out = replace(config, train=train), tmp_path / "tuned"
+    first = BeforeAfter(set_up(config, out), None)
+    first.before()
+    source.write_text("Quite another text.\n\n" * 3 + source.read_text()[400:], encoding="utf-8")
+    again, anew = BeforeAfter(set_up(config, out), None), tmp_path / "anew"
+    again.before()
+    assert again.stored["before"] != first.stored["before"]
+    alone = BeforeAfter(set_up(config, anew), None)
+    alone.before()
+    assert again.stored["before"] == alone.stored["before"]
+
+
 def test_text_is_scored_as_eval_does_it(tmp_path: Path) -> None:
     """The new task on its validation split, the base on a file or on what its run held out."""
     source = write_text(tmp_path, 40)

@@ -1,4 +1,5 @@
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -167,7 +168,12 @@ def test_what_is_no_plain_lora_of_the_model_is_refused(tmp_path: Path) -> None:
         ({"bias": "all"}, "bias 'all'"),
         ({"modules_to_save": ["embed_tokens"]}, "modules_to_save"),
         ({"alpha_pattern": {"q_proj": 2}}, "alpha_pattern"),
+        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights 'pissa_niter_4'"),
+        ({"alora_invocation_tokens": [1, 2]}, "alora_invocation_tokens"),
+        ({"use_qalora": True}, "use_qalora True"),
         ({"lora_alpha": "much"}, "lora_alpha 'much'; it must be a number"),
+        ({"lora_alpha": math.nan}, "lora_alpha nan; it must be a number, and finite"),
+        ({"lora_alpha": 10**400}, "it must be a number, and finite"),
     ):
         changed(folder, **fields)
         refused(words)
@@ -188,6 +194,9 @@ def test_what_is_no_plain_lora_of_the_model_is_refused(tmp_path: Path) -> None:
     refused(r"has no adapter_model\.safetensors")
     changed(folder, base_model_name_or_path=None)
     with pytest.raises(ValueError, match="does not say of which model"):
+        load_pretrained(folder)
+    changed(folder, base_model_name_or_path=str(folder))
+    with pytest.raises(ValueError, match="that is the adapter itself: put the model back there"):
         load_pretrained(folder)
 
 

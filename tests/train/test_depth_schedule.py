@@ -170,7 +170,7 @@ def test_max_loops_and_grad_loops() -> None:
         (lambda: DepthSchedule(sampling=FixedDepth(), mean_backprop_depth=0), "is 0"),
         (
             lambda: DepthSchedule(sampling=FixedDepth(mean_recurrence=65)),
-            "mean_recurrence is 65; it must be at most max_loops=64",
+            "is 65; it must be at most max_loops=64, which --set train.depth.max_loops=N raises",
         ),
     ],
 )

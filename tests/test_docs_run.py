@@ -5,6 +5,8 @@ of the demo and of ``train`` are small, Python's own texts are this project's do
 comment ``<!-- not run: REASON -->`` is only read: its options and names must exist.
 """
 
+import ast
+import importlib.util
 import os
 import re
 import shlex
@@ -208,6 +210,28 @@ def test_python_of_the_docs_has_no_undefined_name() -> None:
         command = [sys.executable, "-m", "ruff", "check", "--isolated", "--select", "F821", "-"]
         ran = subprocess.run(command, input=code, capture_output=True, text=True, check=False)
         assert ran.returncode == 0, f"{name}: {ran.stdout}"
+        assert not (gone := gone_imports(code)), f"{name}: {gone}"
+
+
+def gone_imports(code: str) -> list[str]:
+    """Imports from the package that it does not have."""
+    return [
+        f"{node.module}.{name.name}"
+        for node in ast.walk(ast.parse(code))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "openmythos"
+        for name in node.names
+        if not has_name(str(node.module), name.name)
+    ]
+
+
+def has_name(module: str, name: str) -> bool:
+    """Whether a module has an attribute or a submodule of this name."""
+    try:
+        return hasattr(importlib.import_module(module), name) or bool(
+            importlib.util.find_spec(f"{module}.{name}")
+        )
+    except ImportError:
+        return False
 
 
 def test_the_program_has_one_name() -> None:
@@ -220,6 +244,14 @@ def test_the_program_has_one_name() -> None:
 
 
 # --- small examples: each check can fail ----------------------------------------------------------
+
+
+def test_an_import_of_what_is_gone_is_found() -> None:
+    code = "from openmythos import serve, load_pretrained\nfrom openmythos.interop import gone\n"
+    assert gone_imports(code + "from openmythos.absent import x\nfrom os import nothing") == [
+        "openmythos.interop.gone",
+        "openmythos.absent.x",
+    ]
 
 
 @pytest.mark.parametrize(

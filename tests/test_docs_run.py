@@ -220,7 +220,7 @@ def gone_imports(code: str) -> list[str]:
         for node in ast.walk(ast.parse(code))
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "openmythos"
         for name in node.names
-        if not has_name(str(node.module), name.name)
+        if name.name != "*" and not has_name(str(node.module), name.name)
     ]
 
 

@@ -1,6 +1,6 @@
 """Where a model lies: a folder, a GGUF file, with the package, or on the Hugging Face hub.
 
-Weights and JSON are downloaded, never code.
+Weights, JSON and the chat template are downloaded, never code.
 """
 
 import os
@@ -14,7 +14,7 @@ from openmythos.interop.gguf import SUFFIX, open_gguf
 
 ZOO, ZOO_FOLDER = "zoo:", Path(os.path.realpath(__file__)).parent.parent / "zoo"
 HUB_NAME = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)(?:@([\w./-]+))?")
-SAFE_FILES = ["*.json", "*.safetensors"]
+SAFE_FILES = ["*.json", "*.safetensors", "chat_template.jinja"]
 TORCH_FILES = ["*.bin", "*.pt", "*.pth"]  # read as tensors only
 
 

@@ -10,7 +10,7 @@ from openmythos.config.schema import as_seed, require, require_literals, require
 from openmythos.data.mixture import rows_per_cycle
 from openmythos.data.puzzle_table import SeededConfig
 from openmythos.data.source import STANDARD_INPUT
-from openmythos.train.depth_schedule import ClippedPoissonDepth, DepthSchedule
+from openmythos.train.depth_schedule import ClippedPoissonDepth, DepthSchedule, FixedDepth
 from openmythos.train.objective import FinalLoopObjective, ObjectiveConfig, PerLoopObjective
 from openmythos.train.optim import OptimizerConfig
 
@@ -114,6 +114,12 @@ class TrainConfig:
         require(self.init_from is not None, "train.adapter", self.adapter, allowed)
         allowed = "null where the objective trains the gate only: an adapter trains all but it"
         require(not self.objective.trains_gate_only, "train.adapter", self.adapter, allowed)
+        if self.adapter.num_loops is not None:
+            depth, fixed = self.depth, type(self.depth.sampling) is FixedDepth
+            most = depth.sampling.mean_recurrence if fixed else depth.max_loops
+            allowed = f"at most {most}, the loops of the deepest step: others are never trained"
+            num_loops = self.adapter.num_loops
+            require(num_loops <= most, "train.adapter.num_loops", num_loops, allowed)
         for name in ("ep", "tp"):
             number = getattr(self.parallel, name)
             require(number == 1, f"parallel.{name}", number, "1 with train.adapter")

@@ -37,7 +37,7 @@ demo: $(STAMP)
 zoo: $(STAMP)
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m benchmarks.zoo $(ARGS)
 
-# One thread a process: two torch threads beside a busy process are slower than one.
+# One thread per process: two torch threads beside a busy process are slower than one.
 test: $(STAMP)
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n auto --maxprocesses 4 $(ARGS)
 
@@ -53,7 +53,7 @@ stress-engine: $(STAMP)
 stress-ranks: $(STAMP)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.stress.ranks $(ARGS)
 
-# vLLM gets an environment of its own, 3.4 GB; its start takes a minute and more, nine times.
+# vLLM gets an environment of its own, 3.6 GB; its start takes a minute and more, nine times.
 VLLM ?= .vllm
 
 test-vllm: $(STAMP) $(VLLM)/.installed

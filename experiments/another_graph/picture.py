@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-TITLES = {BEFORE: "before, on its own graph"} | {
-    arm: f"another graph, {says}" for arm, says in SAYS.items()
+TITLES = {BEFORE: "Right answers in %: before, on its own graph"} | {
+    arm: f"on another graph, {says}" for arm, says in SAYS.items()
 }
 
 
@@ -47,7 +47,7 @@ def _panel(axes: Axes, title: str, loops: list[int], values: np.ndarray, colours
             corner = (loops.index(hops // HOPS_PER_LOOP) - 0.5, row - 0.5)
             style: dict[str, Any] = {"fill": False, "edgecolor": ORANGE, "linewidth": 1.4}
             axes.add_patch(Rectangle(corner, 1, 1, **style))
-    axes.set_title(f"Right answers in %: {title}", fontsize=9.5, pad=4)
+    axes.set_title(title, fontsize=9.5, pad=4)
     axes.set_xticks(range(len(loops)), [str(n) for n in loops], fontsize=8.5)
     axes.set_yticks(range(len(values)), [str(h) for h in SHOWN_HOPS], fontsize=8.5)
     axes.set_xlabel("loops", labelpad=1)

@@ -142,7 +142,8 @@ def grid_tables(results: Results) -> list[Table]:
             for hops in SHOWN_HOPS
         ]
         title = f"{_named(arm)}: right answers on the {graphs[0]} graph, means over seeds"
-        found.append(Table(title, ["hops", *(f"{n} loops" for n in loops)], rows))
+        header = ["hops", *(f"{n} loop{'s' * (n > 1)}" for n in loops)]
+        found.append(Table(title, header, rows))
     return found
 
 

@@ -36,7 +36,9 @@ def analyze(
     ] = None,
     task: Annotated[
         str | None,
-        typer.Option(help="What is asked of a puzzle: hops, or hops_N for walks of N hops."),
+        typer.Option(
+            help="What is asked of a puzzle: its kind, such as hops, or with a size: hops_8."
+        ),
     ] = None,
     tokens: Annotated[
         Path | None,

@@ -50,9 +50,9 @@ Data = Annotated[
         help="Prepared folder, or a run or zoo:NAME whose data or puzzle to use; default: its own."
     ),
 ]
-BatchSize = Annotated[int, typer.Option(help="Rows a batch; does not change results.", min=1)]
+BatchSize = Annotated[int, typer.Option(help="Rows per batch; does not change results.", min=1)]
 SeqLen = Annotated[
-    int | None, typer.Option(help="Tokens a row of held-out text; default: 256.", min=1)
+    int | None, typer.Option(help="Tokens per row of held-out text; default: 256.", min=1)
 ]
 MaxBatches = Annotated[
     int | None, typer.Option(help="Use only the first batches of held-out text.", min=1)

@@ -275,7 +275,7 @@ def _print_serving(subject: str, report: dict[str, Any]) -> None:
         f"{subject}: {machine['memory_bytes'] / 1e9:,.0f} GB, "
         f"{machine['bytes_per_second'] / 1e12:.3g} TB/s, "
         f"{human_flops(round(machine['flops_per_second']))}/s; {report['num_loops']} loops, "
-        f"{report['mean_loops']:g} on average; {report['context_length']:,} tokens a user\n"
+        f"{report['mean_loops']:g} on average; {report['context_length']:,} tokens per user\n"
     )
     print_table(screen, _models_table(report))
     screen.print()

@@ -1,6 +1,6 @@
 """Where a model lies: a folder, a GGUF file, with the package, or on the Hugging Face hub.
 
-Weights, JSON and the chat template are downloaded, never code.
+Weights, tokenizers, chat templates and licences are downloaded, never code.
 """
 
 import os
@@ -8,13 +8,15 @@ import re
 from pathlib import Path
 
 from openmythos.checkpoint.load import checkpoint_folder
+from openmythos.checkpoint.save import LICENCES
 from openmythos.checkpoint.weights import CONFIG_FILE
-from openmythos.folder import PathLike
+from openmythos.folder import HELD_OUT_FILE, PathLike
 from openmythos.interop.gguf import SUFFIX, open_gguf
 
 ZOO, ZOO_FOLDER = "zoo:", Path(os.path.realpath(__file__)).parent.parent / "zoo"
 HUB_NAME = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)(?:@([\w./-]+))?")
-SAFE_FILES = ["*.json", "*.safetensors", "chat_template.jinja"]
+# Templates run in a sandbox; merges.txt and held_out.jsonl are text, a tokenizer's and the zoo's.
+SAFE_FILES = ["*.json", "*.safetensors", "*.jinja", "merges.txt", HELD_OUT_FILE, *LICENCES]
 TORCH_FILES = ["*.bin", "*.pt", "*.pth"]  # read as tensors only
 
 

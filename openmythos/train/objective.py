@@ -72,7 +72,7 @@ class FinalLoopObjective:
 
     Attributes:
         z_loss: Weight of the squared log-partition function, which keeps the logits small.
-        ponder_weight: Weight of ACT's cost of loops; needs model.halting.kind=act.
+        ponder_weight: Weight of ACT's cost of loops; needs model.halting.kind=act or universal_act.
 
     Source: Graves 2016 (arXiv 1603.08983), equation 9, for the ponder cost.
     """

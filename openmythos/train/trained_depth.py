@@ -95,8 +95,8 @@ def depth_in_words(config: RunConfig) -> str:
     cost = _step_flops(config.model, depth) / _step_flops(config.model, known.schedule)
     return (
         f"{said}, where {known.origin} at {was}. A step costs {cost:.2f} of one there; what it can "
-        "cost is the dial: the model is trained for this number of loops only, and the scores by "
-        "loops after training say what is left at others"
+        "cost is the dial, where every example needs all loops; the scores by loops after training "
+        "say what is left"
     )
 
 

@@ -16,6 +16,7 @@ from openmythos.interop.loading import load_config
 from tests.interop.hub_server import Revision, serving
 
 NAME = "example-owner/example-model"
+BESIDE = ("chat_template.jinja", "merges.txt", "LICENSE")  # no JSON, and needed all the same
 
 
 class Hub:
@@ -40,6 +41,8 @@ def hub(golden_dir: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.M
     model = tmp_path / "stored"
     shutil.copytree(golden_dir("ouro"), model)
     (model / "io.safetensors").unlink()
+    for name in BESIDE:
+        (model / name).write_text("text\n", encoding="utf-8")
     (model / "modeling_ouro.py").write_text("raise SystemExit('ran')\n", encoding="utf-8")
     found = Hub(model, tmp_path / "cache")
     monkeypatch.setattr(huggingface_hub, "snapshot_download", found.snapshot_download)
@@ -56,6 +59,7 @@ def test_a_name_on_the_hub_loads_without_its_code(hub: Hub) -> None:
     assert torch.equal(model(tokens).logits, again(tokens).logits)
     assert load_config(NAME) == again.config
     assert not list(hub.cache.glob("*.py"))
+    assert all((hub.cache / name).is_file() for name in BESIDE)
     assert all("*.bin" not in asked for asked in hub.asked)
 
 

@@ -57,7 +57,7 @@ class BeforeAfter:
             ValueError: The base text cannot be read, is not what it was, or the model reads none.
         """
         self.run, self.path = run, run.folder.path / SCORES_FILE
-        old = json.loads(self.path.read_text(encoding="utf-8")) if self.path.is_file() else None
+        old = _read_scores(self.path) if self.path.is_file() else None
         if old is not None and base_text not in (None, old["given"]):
             raise ValueError(
                 f"--base-text is {base_text}, and {self.path} was measured before training on "
@@ -136,6 +136,24 @@ class BeforeAfter:
                 cells += [f"{curve['scores'][number]['value']:.4f}" for curve in (old, new)]
             rows.append(cells)
         return head, rows
+
+
+def _read_scores(path: Path) -> dict[str, Any]:
+    """What was stored.
+
+    Raises:
+        ValueError: It is damaged.
+    """
+    try:
+        stored: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if not {"base", "given", "loops"} <= {*stored}:
+            raise ValueError("fields are missing")
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"{path} holds no scores: {error}; delete it, and what was before training is measured "
+            "again"
+        ) from None
+    return stored
 
 
 def _new_task(run: Run) -> Measure:

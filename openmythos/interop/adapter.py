@@ -32,6 +32,7 @@ from openmythos.config import ModelConfig
 from openmythos.config.adapter import AdapterConfig
 from openmythos.folder import listed, write_json
 from openmythos.interop import export
+from openmythos.interop.hub import HUB_NAME
 from openmythos.interop.mapping import Join, Rename
 from openmythos.model.adapter import LowRank, adapt, base_tensors, changes_of
 from openmythos.model.attention import LatentExpansion
@@ -210,7 +211,8 @@ def base_of(folder: Path) -> str:
     Raises:
         ValueError: The adapter does not say it, or names itself.
     """
-    base = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+    settings = read_json(folder / ADAPTER_CONFIG)
+    base, revision = (settings.get(name) for name in ("base_model_name_or_path", "revision"))
     if not isinstance(base, str) or not base:
         raise ValueError(
             f"{folder} is an adapter that does not say of which model: load the model with "
@@ -224,18 +226,23 @@ def base_of(folder: Path) -> str:
             "the model back there, or load it with adapter="
             f"{str(folder)!r}"
         )
-    return base
+    pinned = f"{base}@{revision}"
+    is_pinned = isinstance(revision, str) and HUB_NAME.fullmatch(pinned)
+    return pinned if is_pinned and not Path(base).exists() else base
 
 
 def save_adapter(tensors: Mapping[str, Tensor], adapter: Adapter, folder: Path) -> None:
     """Write the two files of an adapter, whose tensors ``trained`` has, into a temporary folder."""
     names = [name.removeprefix(PREFIX) for name in tensors if name.endswith(DOWN)]
     num_loops = adapter.config.num_loops
+    on_hub = None if Path(adapter.base).exists() else HUB_NAME.fullmatch(adapter.base)
+    base, revision = (adapter.base, None) if on_hub is None else on_hub.groups()
     settings = {
         "peft_type": "LORA" if num_loops is None else PER_LOOP,
         **({} if num_loops is None else {"num_loops": num_loops}),
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": adapter.base,
+        "base_model_name_or_path": base,
+        **({} if revision is None else {"revision": revision}),  # where PEFT has it
         "r": adapter.config.rank,
         "lora_alpha": adapter.config.alpha,
         "lora_dropout": 0.0,

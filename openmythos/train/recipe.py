@@ -10,7 +10,7 @@ from openmythos.config.schema import as_seed, require, require_literals, require
 from openmythos.data.mixture import rows_per_cycle
 from openmythos.data.puzzle_table import SeededConfig
 from openmythos.data.source import STANDARD_INPUT
-from openmythos.train.depth_schedule import ClippedPoissonDepth, DepthSchedule
+from openmythos.train.depth_schedule import ClippedPoissonDepth, DepthSchedule, FixedDepth
 from openmythos.train.objective import FinalLoopObjective, ObjectiveConfig, PerLoopObjective
 from openmythos.train.optim import OptimizerConfig
 
@@ -100,7 +100,7 @@ class TrainConfig:
         allowed = f"a multiple of dp_replicate x dp_shard x grad_accumulation, {parts}"
         require(self.batch_size % parts == 0, "batch_size", self.batch_size, allowed)
         if self.adapter is not None:
-            self._check_adapter()
+            self._check_adapter(self.adapter)
         exchanges = self.parallel.ep > 1 or self.parallel.tp > 1
         allowed = "false with parallel.ep or parallel.tp above 1"
         require(not (self.compile and exchanges), "compile", self.compile, allowed)
@@ -109,11 +109,17 @@ class TrainConfig:
             allowed = f"a multiple of dp_replicate x dp_shard, {ranks}: all run the same loops"
             require(per_draw % ranks == 0, "depth.rows_per_draw", per_draw, allowed)
 
-    def _check_adapter(self) -> None:
+    def _check_adapter(self, adapter: AdapterConfig) -> None:
         allowed = "null without train.init_from (--from), the model that it changes"
-        require(self.init_from is not None, "train.adapter", self.adapter, allowed)
+        require(self.init_from is not None, "train.adapter", adapter, allowed)
         allowed = "null where the objective trains the gate only: an adapter trains all but it"
-        require(not self.objective.trains_gate_only, "train.adapter", self.adapter, allowed)
+        require(not self.objective.trains_gate_only, "train.adapter", adapter, allowed)
+        if adapter.num_loops is not None:
+            depth, fixed = self.depth, type(self.depth.sampling) is FixedDepth
+            most = depth.sampling.mean_recurrence if fixed else depth.max_loops
+            allowed = f"at most {most}, the loops of the deepest step: others are never trained"
+            within = adapter.num_loops <= most
+            require(within, "train.adapter.num_loops", adapter.num_loops, allowed)
         for name in ("ep", "tp"):
             number = getattr(self.parallel, name)
             require(number == 1, f"parallel.{name}", number, "1 with train.adapter")

@@ -61,6 +61,10 @@ def test_a_killed_run_still_has_its_scores_before(tmp_path: Path) -> None:
     lost = BeforeAfter(walks(out), None)
     lost.before()  # of the base, not of the trained weights
     assert lost.stored == first
+    for text in ("{", "{}", "3"):
+        lost.path.write_text(text, encoding="utf-8")
+        with pytest.raises(ValueError, match=r"scores.json holds no scores: .*; delete it"):
+            BeforeAfter(walks(out), None)
     (out / "scores.json").unlink()
     with pytest.raises(ValueError, match="reads no text"):
         BeforeAfter(walks(out), "text.txt")

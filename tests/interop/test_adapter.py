@@ -12,11 +12,14 @@ from openmythos.checkpoint.save import save_pretrained
 from openmythos.config import ModelConfig
 from openmythos.config.adapter import AdapterConfig
 from openmythos.interop.adapter import (
+    base_of,
     chosen_layers,
     new_adapter,
     restore_adapter,
+    save_adapter,
     weights_digest,
 )
+from openmythos.interop.adapter import trained as own_tensors
 from openmythos.interop.export import export_hf
 from openmythos.interop.loading import (
     load_config,
@@ -125,6 +128,19 @@ def test_the_base_is_known_by_its_weights(tmp_path: Path) -> None:
     stored(base, seed=1)  # the base itself is another one now
     with pytest.raises(ValueError, match="is an adapter of another model"):
         load_pretrained(folder)
+
+
+def test_a_revision_of_the_base_is_where_peft_has_it(tmp_path: Path) -> None:
+    model = random_model(DENSE)
+    adapter = new_adapter(model, AdapterConfig(), "owner/name@v1.0", seed=0)
+    save_adapter(own_tensors(model), adapter, tmp_path)
+    stored = json.loads((tmp_path / SETTINGS).read_text(encoding="utf-8"))
+    assert (stored["base_model_name_or_path"], stored["revision"]) == ("owner/name", "v1.0")
+    assert base_of(tmp_path) == "owner/name@v1.0"
+    changed(tmp_path, revision=None)
+    assert base_of(tmp_path) == "owner/name"
+    changed(tmp_path, revision="main", base_model_name_or_path=str(tmp_path.parent))
+    assert base_of(tmp_path) == str(tmp_path.parent)
 
 
 def test_an_adapter_alone_reads_text_as_its_base_does(tmp_path: Path) -> None:

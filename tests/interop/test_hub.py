@@ -51,7 +51,9 @@ def hub(golden_dir: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_a_name_on_the_hub_loads_without_its_code(hub: Hub) -> None:
+    (hub.model / "chat_template.jinja").write_text("{{ messages }}", encoding="utf-8")
     model = openmythos.load_pretrained(NAME)
+    assert (hub.cache / "chat_template.jinja").is_file()  # it runs in a sandbox
     again = openmythos.load_pretrained(hub.model)
     tokens = torch.tensor([[1, 2, 3]])
     assert torch.equal(model(tokens).logits, again(tokens).logits)

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from openmythos.config import ACTConfig, PonderNetConfig
+from openmythos.config.adapter import AdapterConfig
 from openmythos.config.parallel import ParallelConfig
 from openmythos.config.schema import apply_overrides, from_dict, to_dict
 from openmythos.train.depth_schedule import DepthSchedule, FixedDepth
@@ -65,6 +66,15 @@ def test_overrides_reach_every_seam() -> None:
         ({"max_steps": 1, "save_every": -1}, "save_every is -1"),
         ({"max_steps": 1, "balance_rate": -0.1}, "balance_rate is -0.1"),
         ({"max_steps": 1, "seed": -1}, "seed is -1"),
+        (
+            {
+                "max_steps": 1,
+                "init_from": "x",
+                "adapter": AdapterConfig(num_loops=3),
+                "depth": DepthSchedule(sampling=FixedDepth(mean_recurrence=2)),
+            },
+            "train.adapter.num_loops is 3; it must be at most 2, the loops of the deepest step",
+        ),
         (
             {"max_steps": 1, "grad_accumulation": 8, "parallel": ParallelConfig(dp_shard=4)},
             "batch_size is 16; it must be a multiple of dp_replicate x dp_shard x "

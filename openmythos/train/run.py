@@ -26,6 +26,7 @@ from openmythos.model.recurrent import RecurrentDepthLM
 from openmythos.plan.memory import require_memory
 from openmythos.tokenizer import Tokenizer, train_bpe
 from openmythos.train import loop
+from openmythos.train.depth_schedule import FixedDepth
 from openmythos.train.display import TrainDisplay
 from openmythos.train.loop import TrainResult
 from openmythos.train.metrics import Recorder
@@ -127,11 +128,15 @@ def resolve(
             model = load_config(init_from)
             settings = _as_trained(settings, init_from, model, overrides)
         seq_len = min(TextData.seq_len, model.max_seq_len)
-        content = _data_of(data, seq_len)
-        if init_from is not None and isinstance(content, HopsData):
-            content = replace(content, check_loops=model.num_loops)
-        base = RunConfig(model=model, train=settings, data=content)
-    return apply_overrides(base, overrides)
+        base = RunConfig(model=model, train=settings, data=_data_of(data, seq_len))
+    found = apply_overrides(base, overrides)
+    if init_from is None or not isinstance(base.data, HopsData):
+        return found
+    # The curriculum asks at the loops that are trained, unless an override says at which.
+    sampling, loops = found.train.depth.sampling, found.model.num_loops
+    loops = sampling.mean_recurrence if type(sampling) is FixedDepth else loops
+    asked = replace(base, data=replace(base.data, check_loops=loops))
+    return apply_overrides(asked, overrides)
 
 
 def _as_trained(

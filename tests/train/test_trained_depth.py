@@ -163,6 +163,13 @@ def test_what_is_said_of_depths_before_a_run() -> None:
     assert "the dial" in one and "\n" not in one
     share = float(one.partition("A step costs ")[2].partition(" of one there")[0])
     assert share == pytest.approx(2 / 4.08, abs=0.05)  # there is little but the loops
+    for overrides, loops in (
+        ([], 8),
+        (["train.depth.sampling.kind=fixed", "train.depth.sampling.mean_recurrence=3"], 3),
+        (["data.check_loops=5"], 5),
+    ):
+        found = resolve(None, "hops", None, overrides, Path("zoo:walks"))
+        assert found.data.check_loops == loops
     gone = resolve(None, "hops", None, [], Path("zoo:walks"))
     gone = replace(gone, train=replace(gone.train, init_from="gone"))
     assert depth_in_words(gone) == said().partition(", as")[0]

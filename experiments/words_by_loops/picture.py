@@ -29,8 +29,8 @@ def draw(data: Mapping[str, Any]) -> Figure:
             axes.set_title(f"{number} hop{'s' * (number != '1')}: right, %")
         for arm, own in data.items():
             _curve(panels[-1], own["bits"], arm, 1)
-        panels[-1].set_title("base: bits per token")
-        panels[-1].legend(frameon=False, fontsize=8)
+        panels[-1].set_title("base text: bits")
+        panels[0].legend(frameon=False, fontsize=8, loc="upper left")
         for axes in panels:
             axes.set_xlabel("loops")
     return figure

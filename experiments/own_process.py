@@ -105,7 +105,8 @@ def measure_here(study: Study, scale: str, out: Path) -> None:
             data = study.measure(run, scale, out)
     except Exception as error:
         traceback.print_exc()
-        lost = f"{type(error).__name__}: {error}"
+        # Results are committed, and a folder of this machine means nothing elsewhere.
+        lost = f"{type(error).__name__}: {error}".replace(f"{out}/", "")
     result = {
         "data": data,
         "lost": lost,

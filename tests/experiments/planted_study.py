@@ -38,7 +38,7 @@ class Planted(Study):
 
     def measure(self, run: Run, scale: str, out: Path) -> Mapping[str, Any]:
         if run.settings.get("fate") == "diverges":
-            raise RuntimeError("the loss is nan")
+            raise RuntimeError(f"the loss is nan; kept: {out}/step-1")
         if run.settings.get("fate") == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
         near = min(run.settings["rate"], ARMS[run.arm]) / max(run.settings["rate"], ARMS[run.arm])

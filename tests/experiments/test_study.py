@@ -71,7 +71,7 @@ def test_processes_lost_runs_and_retries(
     assert said[0] == "planted: run 1 of 3 known, good seed 0, rate 0.1"
     by_fate = {result.run.settings["fate"]: result for result in done}
     assert by_fate["none"].data["threads"] == "1" and by_fate["none"].lost is None
-    assert by_fate["diverges"].lost == "RuntimeError: the loss is nan"
+    assert by_fate["diverges"].lost == "RuntimeError: the loss is nan; kept: step-1"
     assert by_fate["killed"].lost == "killed by signal 9" and by_fate["none"].cpu_seconds > 0
     assert said[-1].startswith("planted: 3 runs are stored, 2 of them lost (again with --retry)")
     store = planted.store("smoke", work)

@@ -1,5 +1,6 @@
 """``openmythos reproduce``: the experiments of a checkout, done again or recomputed."""
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -60,7 +61,17 @@ def reproduce(
 
 
 def _run(root: Path, module: str, *options: str) -> int:
-    """The exit status of a module that runs in the checkout."""
-    return subprocess.run(
-        [sys.executable, "-m", module, *options], cwd=root, check=False
-    ).returncode
+    """The exit status of a module that runs in the checkout.
+
+    Raises:
+        typer.Exit: A signal ended it; whoever ends this process ends the module, too.
+    """
+    child = subprocess.Popen([sys.executable, "-m", module, *options], cwd=root)
+    before = signal.signal(signal.SIGTERM, lambda *_: child.terminate())
+    try:
+        status = child.wait()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    if status < 0:
+        raise typer.Exit(128 - status)  # as shells say it
+    return status

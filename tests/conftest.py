@@ -1,12 +1,17 @@
 """What every test shares: checked shapes, one thread, fixed seeds, the golden folders."""
 
+import atexit
 import os
 import random
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Where transformers copies the code of exports. One folder for all tests of a process, because
+# Python looks for code where it found the first; its own, because each process writes there.
+os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="openmythos-modules-")
 os.environ["OPENMYTHOS_KERNELS"] = "ours"  # which product is faster here must not decide a test
 
 import hypothesis
@@ -20,6 +25,7 @@ from tests.checked import check
 # checked at every call, arguments and results. Keep this module free of `import openmythos`.
 check("openmythos")
 
+atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=True)
 torch.set_num_threads(1)
 
 hypothesis.settings.register_profile("openmythos", deadline=None, derandomize=True)

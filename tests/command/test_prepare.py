@@ -82,7 +82,7 @@ def test_conversations_are_shown_with_what_counts(invoke: Invoke, tmp_path: Path
     command = ("prepare", path, "--out", tmp_path / "data", "--tokenizer", folder)
     assert "allowed: answers, all" in refused(invoke, *command, "--conversations", "some")
     command = (*command, "--conversations", "answers", "--val-fraction", 0, "--show", 3)
-    assert "talks.jsonl line 2 message 2 is empty" in refused(invoke, *command)
+    assert "talks.jsonl line 2 completion is empty" in refused(invoke, *command)
     said = invoke(*command, "--skip-bad")
     asked = "<|im_start|>user\none?<|im_end|>\n<|im_start|>assistant\n"
     assert f"{asked}[two é!<|im_end|>]\n" in said and said.startswith("example 1, ")

@@ -154,6 +154,9 @@ class Rows:
             whole = Batch(tokens[:, :-1], targets, documents, positions.clone(), num_bytes=0)
             yield whole.rows(self.ranks.row_rank, batch_size, self.ranks.num_row_ranks)
 
+    def before_first_step(self, model: RecurrentDepthLM) -> None:
+        pass
+
     def after_step(self, model: RecurrentDepthLM, step: int) -> dict[str, float]:
         return {}
 

@@ -1,7 +1,7 @@
 """Exports of small models, opened by transformers: one import for all tests of this folder."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,17 +18,13 @@ Open = Callable[..., Opened]
 
 
 @pytest.fixture(scope="session")
-def transformers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModuleType]:
-    """The library, offline, with a folder of its own for the code that it copies."""
+def transformers() -> ModuleType:
+    """The library, offline."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     import transformers
-    from transformers import dynamic_module_utils
 
     transformers.utils.logging.disable_progress_bar()
-    before = dynamic_module_utils.HF_MODULES_CACHE
-    dynamic_module_utils.HF_MODULES_CACHE = str(tmp_path_factory.mktemp("modules"))
-    yield transformers
-    dynamic_module_utils.HF_MODULES_CACHE = before
+    return transformers
 
 
 @pytest.fixture

@@ -7,15 +7,14 @@ import numpy as np
 
 from experiments.claim import Conclusion
 from experiments.depth_dial.arms import ARMS, HOPS_PER_LOOP, STACKS, TRAINED_HOPS
+from experiments.heat_map import hops_by_loops
 from openmythos.analysis.picture import (
     BAND,
     BLUE,
-    CELL,
     GRID,
     INK,
     MUTED,
     ORANGE,
-    PAPER,
     figure_of,
     styled,
 )
@@ -44,9 +43,6 @@ def draw(conclusion: Conclusion) -> "Mapping[str, Figure]":
 
 def heat_maps(data: Mapping[str, Any]) -> "Figure":
     """Accuracy by hops (rows) and loops (columns) of the four main arms."""
-    from matplotlib.colors import LinearSegmentedColormap
-
-    colours = LinearSegmentedColormap.from_list("cells", [PAPER, CELL, BLUE])
     shown = data["accuracy"]
     height = 2.75 * max(1, len(shown)) + 0.85
     with styled():
@@ -64,35 +60,12 @@ def heat_maps(data: Mapping[str, Any]) -> "Figure":
         for axes, (arm, accuracy) in zip(panels, shown.items(), strict=False):
             rows = [data["hops"].index(h) for h in SHOWN_HOPS]
             columns = [data["loops"].index(n) for n in SHOWN_LOOPS if n in data["loops"]]
-            _panel(axes, NAMES[arm], np.array(accuracy)[np.ix_(rows, columns)], colours)
+            values, loops = np.array(accuracy)[np.ix_(rows, columns)], data["loops"]
+            own = [loops[column] for column in columns]
+            hops_by_loops(axes, NAMES[arm], SHOWN_HOPS, own, values, HOPS_PER_LOOP)
+            trained = sum(hops <= TRAINED_HOPS for hops in SHOWN_HOPS)
+            axes.axhline(trained - 0.5, color=INK, linewidth=1.6)
     return figure
-
-
-def _panel(axes: "Axes", name: str, values: np.ndarray, colours: Any) -> None:
-    from matplotlib.patches import Rectangle
-
-    axes.imshow(values, cmap=colours, vmin=0, vmax=1, aspect="auto")
-    for (row, column), value in np.ndenumerate(values):
-        colour = PAPER if value > 0.8 else INK
-        text = f"{100 * value:.0f}"
-        axes.text(column, row, text, ha="center", va="center", color=colour, size=8.5)
-    for row, hops in enumerate(SHOWN_HOPS):
-        loops = hops // HOPS_PER_LOOP
-        if loops in SHOWN_LOOPS[: values.shape[1]]:
-            corner = (SHOWN_LOOPS.index(loops) - 0.5, row - 0.5)
-            style: dict[str, Any] = {"fill": False, "edgecolor": ORANGE, "linewidth": 1.4}
-            axes.add_patch(Rectangle(corner, 1, 1, **style))
-    trained = sum(hops <= TRAINED_HOPS for hops in SHOWN_HOPS)
-    axes.axhline(trained - 0.5, color=INK, linewidth=1.6)
-    loops_shown = [str(n) for n in SHOWN_LOOPS[: values.shape[1]]]
-    axes.set_title(name, fontsize=10, pad=5)
-    axes.set_xticks(range(values.shape[1]), loops_shown, fontsize=8.5)
-    axes.set_yticks(range(len(values)), [str(h) for h in SHOWN_HOPS], fontsize=8.5)
-    axes.set_xlabel("loops", labelpad=1)
-    axes.set_ylabel("hops", labelpad=2)
-    axes.grid(visible=False)
-    for side in axes.spines.values():
-        side.set_visible(False)
 
 
 def reach(data: Mapping[str, Any]) -> "Figure":

@@ -85,8 +85,9 @@ def train(
     lr: Annotated[
         float | None,
         typer.Option(
-            help="AdamW's learning rate; short for --set train.optimizer.lr=X. The blocks' "
-            "matrices have a rate of their own, train.optimizer.muon_lr."
+            help="AdamW's learning rate, by default 0.003, of a checkpoint's weights 0.0002, of an "
+            "adapter 0.001; short for --set train.optimizer.lr=X. The blocks' matrices have a rate "
+            "of their own, train.optimizer.muon_lr: 0.02, of a checkpoint 0.0003."
         ),
     ] = None,
     fixed_depth: FixedDepthOption = None,

@@ -32,7 +32,7 @@ from openmythos.config import ModelConfig
 from openmythos.config.adapter import AdapterConfig
 from openmythos.folder import listed, write_json
 from openmythos.interop import export
-from openmythos.interop.hub import HUB_NAME
+from openmythos.interop.hub import HUB_NAME, local_folder
 from openmythos.interop.mapping import Join, Rename
 from openmythos.model.adapter import LowRank, adapt, base_tensors, changes_of
 from openmythos.model.attention import LatentExpansion
@@ -209,8 +209,26 @@ def base_of(folder: Path) -> str:
     """Where an adapter's base lies.
 
     Raises:
-        ValueError: The adapter does not say it, or names itself.
+        ValueError: The adapter does not say it, or is its own base, directly or through others.
     """
+    base = place = _named_base(folder)
+    met = [_own_place(folder)]
+    while Path(place).exists():
+        found = local_folder(place, verify=False)
+        if _own_place(found) in met:  # one was moved to where its base had been
+            raise ValueError(
+                f"{folder} is an adapter of the model in {base}, and that is the adapter itself"
+                f"{' in the end' if len(met) > 1 else ''}: put the model back there, or load it "
+                f"with adapter={str(folder)!r}"
+            )
+        if not is_adapter(found):
+            break
+        met.append(_own_place(found))
+        place = _named_base(found)
+    return base
+
+
+def _named_base(folder: Path) -> str:
     settings = read_json(folder / ADAPTER_CONFIG)
     base, revision = (settings.get(name) for name in ("base_model_name_or_path", "revision"))
     if not isinstance(base, str) or not base:
@@ -218,17 +236,15 @@ def base_of(folder: Path) -> str:
             f"{folder} is an adapter that does not say of which model: load the model with "
             f"adapter={str(folder)!r}"
         )
-    here = folder.resolve()
-    run = [here.parent.parent] if here.parent.name == "checkpoints" else []
-    if Path(base).resolve() in (here, *run):  # it was moved to where its base had been
-        raise ValueError(
-            f"{folder} is an adapter of the model in {base}, and that is the adapter itself: put "
-            "the model back there, or load it with adapter="
-            f"{str(folder)!r}"
-        )
     pinned = f"{base}@{revision}"
     is_pinned = isinstance(revision, str) and HUB_NAME.fullmatch(pinned)
     return pinned if is_pinned and not Path(base).exists() else base
+
+
+def _own_place(folder: Path) -> Path:
+    """The folder, or the run that it is a checkpoint of."""
+    here = folder.resolve()
+    return here.parent.parent if here.parent.name == "checkpoints" else here
 
 
 def save_adapter(tensors: Mapping[str, Tensor], adapter: Adapter, folder: Path) -> None:

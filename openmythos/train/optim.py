@@ -106,7 +106,7 @@ class Muon(torch.optim.Optimizer):
 class OptimizerConfig:
     """Learning rates and their schedule; the defaults suit short runs from scratch.
 
-    The rates rise over the first part of the run and fall linearly over its last part.
+    ``train --from`` begins with lower rates, ``FINE_TUNING`` or ``ADAPTING``. The rates rise over the first part of the run and fall linearly over its last part.
 
     Attributes:
         lr: AdamW's learning rate, of vectors, norms and whatever has no rate of its own.
@@ -152,6 +152,11 @@ class OptimizerConfig:
         warm = min(1.0, (progress + 1e-6) / self.warmup) if self.warmup else 1.0
         left = min(1.0, (1 - progress) / self.decay) if self.decay else 1.0
         return warm * (self.final_lr + (1 - self.final_lr) * max(0.0, left))
+
+
+# Rates that keep what a checkpoint knows; those from scratch erase it in twenty steps.
+FINE_TUNING = OptimizerConfig(lr=2e-4, embedding_lr=None, muon_lr=3e-4)
+ADAPTING = OptimizerConfig(lr=1e-3, embedding_lr=None, muon_lr=None)
 
 
 def make_optimizers(model: nn.Module, config: OptimizerConfig) -> list[torch.optim.Optimizer]:

@@ -30,6 +30,7 @@ from openmythos.train.depth_schedule import FixedDepth
 from openmythos.train.display import TrainDisplay
 from openmythos.train.loop import TrainResult
 from openmythos.train.metrics import Recorder
+from openmythos.train.optim import ADAPTING, FINE_TUNING
 from openmythos.train.parallel import Ranks, join
 from openmythos.train.recipe import HopsData, MixtureData, RunConfig, TextData, TrainConfig
 from openmythos.train.run_folder import RunFolder, refuse_foreign
@@ -97,7 +98,8 @@ def resolve(
 ) -> RunConfig:
     """The run's configuration: defaults, then preset, checkpoint or file, then overrides.
 
-    A checkpoint gives the depths, too: those that it was trained at.
+    A checkpoint gives the depths, too: those that it was trained at. Its weights have lower learning
+    rates than new ones.
 
     Raises:
         ValueError: A field is unknown or out of range, or two arguments choose the same thing.
@@ -130,13 +132,23 @@ def resolve(
         seq_len = min(TextData.seq_len, model.max_seq_len)
         base = RunConfig(model=model, train=settings, data=_data_of(data, seq_len))
     found = apply_overrides(base, overrides)
-    if init_from is None or not isinstance(base.data, HopsData):
-        return found
-    # The curriculum asks at the loops that are trained, unless an override says at which.
-    sampling, loops = found.train.depth.sampling, found.model.num_loops
-    loops = sampling.mean_recurrence if type(sampling) is FixedDepth else loops
-    asked = replace(base, data=replace(base.data, check_loops=loops))
-    return apply_overrides(asked, overrides)
+    return found if init_from is None else apply_overrides(_to_go_on(base, found), overrides)
+
+
+def _to_go_on(base: RunConfig, found: RunConfig) -> RunConfig:
+    """Rates and a curriculum for a checkpoint, by what the overrides made of it.
+
+    A gate that is trained alone is new, at the rates of a training from scratch.
+    """
+    if not found.train.objective.trains_gate_only:
+        rates = FINE_TUNING if found.train.adapter is None else ADAPTING
+        base = replace(base, train=replace(base.train, optimizer=rates))
+    if isinstance(base.data, HopsData):
+        # It asks at the loops that are trained, unless an override says at which.
+        sampling, loops = found.train.depth.sampling, found.model.num_loops
+        loops = sampling.mean_recurrence if type(sampling) is FixedDepth else loops
+        base = replace(base, data=replace(base.data, check_loops=loops))
+    return base
 
 
 def _as_trained(

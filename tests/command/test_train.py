@@ -6,8 +6,10 @@ from typer.testing import CliRunner
 
 import openmythos as om
 from openmythos.cli import app
+from openmythos.interop.hub import zoo_folder
 from openmythos.train import loop
 from openmythos.train.metrics import read_metrics
+from openmythos.train.run import resolve
 from tests.command.conftest import SMALL, Invoke, refused, sets, stored
 from tests.train.examples import assert_equal_runs, measured
 
@@ -186,6 +188,31 @@ def test_fine_tuning_begins_where_the_checkpoint_stands_and_scores_both_by_loops
         for point in kept["scores"]:
             assert f"{point['value']:.4f}" in said
     assert (out / "scores.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_fine_tuning_keeps_what_the_checkpoint_knows(invoke: Invoke, tmp_path: Path) -> None:
+    """At the default rates; those of a training from scratch leave 8 % of these walks."""
+    out = tmp_path / "tuned"
+    given = ("--data", "hops", "--steps", 20, "--out", out)
+    invoke("train", "--from", "zoo:walks", *given, *sets("train.eval_loops=[4]"))
+    scores = json.loads((out / "scores.json").read_text(encoding="utf-8"))
+    for when in ("before", "after"):
+        (curve,) = [curve for curve in scores[when] if curve["task"] == "hops_8"]
+        assert curve["scores"][0]["value"] > 0.97
+
+
+def test_the_rates_are_lower_for_weights_that_are_trained_already() -> None:
+    start = zoo_folder("zoo:walks")
+
+    def rates(*overrides: str, checkpoint: Path | None = start) -> tuple[float | None, ...]:
+        given = resolve(None, "hops", None, list(overrides), checkpoint).train.optimizer
+        return given.lr, given.embedding_lr, given.muon_lr
+
+    assert rates(checkpoint=None) == (3e-3, 1e-2, 0.02)
+    assert rates() == (2e-4, None, 3e-4)
+    assert rates("train.adapter.rank=8") == (1e-3, None, None)
+    assert rates("model.halting.kind=exit_gate", "train.objective.kind=exit_gain") == (3e-3, 1e-2, 0.02)  # of a gate, all new
+    assert rates("train.optimizer.lr=0.5") == (0.5, None, 3e-4)
 
 
 def test_prepare_and_train_from_a_checkpoint(

@@ -1,4 +1,5 @@
 import json
+import shutil
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -213,6 +214,11 @@ def test_what_is_no_plain_lora_of_the_model_is_refused(tmp_path: Path) -> None:
         load_pretrained(folder)
     changed(folder, base_model_name_or_path=str(folder))
     with pytest.raises(ValueError, match="that is the adapter itself: put the model back there"):
+        load_pretrained(folder)
+    other = tmp_path / "other"
+    shutil.copytree(folder, other)
+    changed(folder, base_model_name_or_path=str(other))
+    with pytest.raises(ValueError, match="that is the adapter itself in the end"):
         load_pretrained(folder)
 
 

@@ -301,6 +301,9 @@ def ended(run: "Run", result: "TrainResult", screen: Console) -> dict[str, Any]:
     state = "interrupted and saved" if result.interrupted else "done"
     folder, kept = run.folder.path, run.folder.last_checkpoint()
     screen.print(f"{state}: step {result.step}, {result.seconds:.0f} s, checkpoint {kept}")
+    if result.skipped:
+        why = "their loss or gradients were not finite"
+        screen.print(f"skipped: {result.skipped} of {result.step} steps changed nothing; {why}")
     # To continue a text, a model must be whole on one process.
     page = write_page(run, not result.interrupted and run.ranks.mesh is None)
     if page is not None:
@@ -308,6 +311,7 @@ def ended(run: "Run", result: "TrainResult", screen: Console) -> dict[str, Any]:
     held_out = last_validation(folder / "metrics.jsonl")
     places = {"folder": str(folder), "checkpoint": str(kept), "page": page and str(page)}
     ending = {"step": result.step, "seconds": result.seconds, "interrupted": result.interrupted}
+    ending["skipped_steps"] = result.skipped
     return {**places, **ending, "held_out": held_out}
 
 

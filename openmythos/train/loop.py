@@ -45,12 +45,14 @@ class TrainingStopped(RuntimeError):
 class TrainResult:
     """How a run ended: steps and seconds done, and the signal that stopped it before its end.
 
-    ``signal`` is 0 at the run's end; Ctrl-C sends SIGINT, schedulers and launchers SIGTERM.
+    ``skipped`` of the steps changed nothing: their loss or gradients were not finite. ``signal`` is
+    0 at the run's end; Ctrl-C sends SIGINT, schedulers and launchers SIGTERM.
     """
 
     step: int
     seconds: float
     signal: int = 0
+    skipped: int = 0
 
     @property
     def interrupted(self) -> bool:
@@ -168,7 +170,7 @@ def train(
         ranks.each(recorder.flush)
         if not run.finish() or state.step > saved:
             run.save(model, optimizers, task, state)
-    return TrainResult(state.step, state.seconds, stopping if done < 1 else 0)
+    return TrainResult(state.step, state.seconds, stopping if done < 1 else 0, state.skipped)
 
 
 def _first_state(model: RecurrentDepthLM, task: Task, config: TrainConfig) -> RunState:

@@ -553,7 +553,7 @@ class Infinite(FixedTask):
 
 def test_a_step_without_finite_gradients_is_skipped_and_counted(tmp_path: Path) -> None:
     task = Infinite(random_batch(small_config(), 4, 8), at=(3, 4, 6))
-    run_fixed(tmp_path, task)
+    assert run_fixed(tmp_path, task).skipped == 3
     same = [torch.equal(task.weights[n], task.weights[n - 1]) for n in range(2, 9)]
     assert same == [False, True, True, False, True, False, False]
     rows = measured(tmp_path)

@@ -106,7 +106,8 @@ class Muon(torch.optim.Optimizer):
 class OptimizerConfig:
     """Learning rates and their schedule; the defaults suit short runs from scratch.
 
-    ``train --from`` begins with lower rates, ``FINE_TUNING`` or ``ADAPTING``. The rates rise over the first part of the run and fall linearly over its last part.
+    ``train --from`` begins with lower rates, ``FINE_TUNING`` or ``ADAPTING``. The rates rise over
+    the first part of the run and fall linearly over its last part.
 
     Attributes:
         lr: AdamW's learning rate, of vectors, norms and whatever has no rate of its own.

@@ -98,8 +98,8 @@ def resolve(
 ) -> RunConfig:
     """The run's configuration: defaults, then preset, checkpoint or file, then overrides.
 
-    A checkpoint gives the depths, too: those that it was trained at. Its weights have lower learning
-    rates than new ones.
+    A checkpoint gives the depths, too: those that it was trained at. Its weights have lower
+    learning rates than new ones.
 
     Raises:
         ValueError: A field is unknown or out of range, or two arguments choose the same thing.

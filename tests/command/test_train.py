@@ -211,7 +211,8 @@ def test_the_rates_are_lower_for_weights_that_are_trained_already() -> None:
     assert rates(checkpoint=None) == (3e-3, 1e-2, 0.02)
     assert rates() == (2e-4, None, 3e-4)
     assert rates("train.adapter.rank=8") == (1e-3, None, None)
-    assert rates("model.halting.kind=exit_gate", "train.objective.kind=exit_gain") == (3e-3, 1e-2, 0.02)  # of a gate, all new
+    gate = ("model.halting.kind=exit_gate", "train.objective.kind=exit_gain")
+    assert rates(*gate) == (3e-3, 1e-2, 0.02)  # a gate that is trained alone is new
     assert rates("train.optimizer.lr=0.5") == (0.5, None, 3e-4)
 
 

@@ -85,9 +85,8 @@ def train(
     lr: Annotated[
         float | None,
         typer.Option(
-            help="AdamW's learning rate, by default 0.003, of a checkpoint's weights 0.0002, of an "
-            "adapter 0.001; short for --set train.optimizer.lr=X. The blocks' matrices have a rate "
-            "of their own, train.optimizer.muon_lr: 0.02, of a checkpoint 0.0003."
+            help="AdamW's learning rate: 0.003; with --from 0.0002, of an adapter 0.001. The "
+            "blocks' matrices have train.optimizer.muon_lr: 0.02; with --from 0.0003."
         ),
     ] = None,
     fixed_depth: FixedDepthOption = None,

@@ -83,6 +83,13 @@ ARMS: Mapping[str, Arm] = {
         says="the same, three times the steps", depth="stack",
         stack=("flops", FIXED_LOOPS), steps=3,
     ),
+    "stack_parameters_rope": Arm(
+        says="plain stack of as many parameters, rotary positions", depth="stack", rope=True
+    ),
+    "stack_training_rope": Arm(
+        says="plain stack of as many training FLOPs, rotary positions", depth="stack", rope=True,
+        stack=("flops", FIXED_LOOPS),
+    ),
 }  # fmt: skip
 MAIN = ("fixed_longest", "fixed_mixed", "sampled_longest", "sampled_mixed")
 STACKS = tuple(name for name, arm in ARMS.items() if arm.depth == "stack")
@@ -90,14 +97,13 @@ STACKS = tuple(name for name, arm in ARMS.items() if arm.depth == "stack")
 
 def model_of(arm: Arm) -> ModelConfig:
     """The arm's model: the demo's on walks, or the plain stack that matches it."""
-    looped = hops_config(0, 1.0).model
+    looped = replace(hops_config(0, 1.0).model, rope=RopeConfig() if arm.rope else None)
     if arm.depth == "stack":
         match, loops = arm.stack
         return baseline(
             replace(looped, num_loops=loops), match=match, context_length=TRAINED_HOPS + 1
         ).config
-    rope = RopeConfig() if arm.rope else None
-    return replace(looped, num_loops=arm.check_loops, rope=rope)
+    return replace(looped, num_loops=arm.check_loops)
 
 
 def config_of(run: Run) -> RunConfig:

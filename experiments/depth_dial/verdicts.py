@@ -26,6 +26,22 @@ SAME = 0.01  # accuracies this close are the same: one point
 SPARE = ("fixed_mixed", "sampled_longest", "sampled_mixed")  # trained with loops to spare
 BASE = "fixed_longest"
 PLAIN = (*MAIN, "every_loop")  # loops without positions and without targets on the way
+# Where a rule says "the stack of equal ...", the best of these.
+EQUAL_PARAMETERS = ("stack_parameters", "stack_parameters_rope")
+EQUAL_TRAINING = ("stack_training", "stack_long", "stack_training_rope")
+ROPE_STACK = "stack_training_rope"
+# What a rule reads, by claim, if not the main arms; of a tuple one arm that has the seeds will do.
+READS: Mapping[str, Sequence[str | tuple[str, ...]]] = {
+    "keeps-going": (*PLAIN, STACKS),
+    "vanilla-collapses": (BASE,),
+    "more-loops": (*MAIN, EQUAL_PARAMETERS, EQUAL_TRAINING),
+    "ends-at": PLAIN,
+    "positions": (BASE, "rope", "drawn_positions"),
+    "on-the-way": (BASE, "on_the_way"),
+    "shortcuts": (BASE, "every_loop"),
+    "stack-twice": (*PLAIN, STACKS),
+    "like-for-like": ("rope", ROPE_STACK),
+}
 
 
 class Grids:
@@ -77,7 +93,7 @@ class Grids:
 
 
 def conclude(claims: Mapping[str, Claim], results: Results) -> Conclusion:
-    """The conclusion from the stored results; no verdict where an arm has under three seeds."""
+    """The conclusion from the stored results; no verdict where a rule's arm has too few seeds."""
     data = {arm: [result.data for result in results.of(arm)] for arm in ARMS}
     found = Rules(claims, data)
     verdicts = [found.decide(name) for name in claims]
@@ -101,14 +117,16 @@ class Rules:
     def decide(self, name: str) -> Verdict:
         """The verdict on a claim."""
         rule: Callable[[Mapping[str, float]], Found] = getattr(self, name.replace("-", "_"))
-        seeds = {arm: self.grids.seeds(arm) for arm in ARMS}
+        read = (arms if isinstance(arms, tuple) else (arms,) for arms in READS.get(name, MAIN))
+        seeds = {" or ".join(arms): max(map(self.grids.seeds, arms)) for arms in read}
         spares = ("spare_loops", "degrades", "dial")
         figure = "stepping_and_holding" if name.replace("-", "_") in spares else "reach"
         return by_rule(self.claims[name], rule, seeds, figure)
 
     def furthest(self, arms: Sequence[str], hops: int) -> str:
-        """The arm with the highest mean accuracy at its best loops."""
-        return max(arms, key=lambda arm: float(np.mean(self.grids.best(arm, hops))))
+        """The arm with the highest mean accuracy at its best loops, of those that have the seeds."""
+        enough = [arm for arm in arms if self.grids.seeds(arm) >= MIN_SEEDS]
+        return max(enough, key=lambda arm: float(np.mean(self.grids.best(arm, hops))))
 
     def score(self, arm: str, hops: int) -> str:
         """Mean accuracy at the best loops, as text."""
@@ -137,8 +155,7 @@ class Rules:
     def vanilla_collapses(self, limits: Mapping[str, float]) -> Found:
         """At equal training accuracy, beyond the trained length."""
         near = int(limits["near_hops"])
-        stacks = ("stack_training", "stack_long")
-        stack = max(stacks, key=self.early.seeds)
+        stack = max(EQUAL_TRAINING, key=self.early.seeds)
         if min(self.early.seeds(stack), self.early.seeds(BASE)) < MIN_SEEDS:
             none = t_interval([float(self.early.seeds(stack))])
             return (
@@ -281,16 +298,18 @@ class Rules:
         """The longest trained walks: loops against a stack of as many and of more parameters."""
         arm = self.furthest(MAIN, TRAINED_HOPS)
         own = self.grids.best(arm, TRAINED_HOPS)
-        equal = gap(own, self.grids.best("stack_parameters", TRAINED_HOPS))
-        large = float(np.mean(self.grids.best("stack_training", TRAINED_HOPS)))
+        equal_stack = self.furthest(EQUAL_PARAMETERS, TRAINED_HOPS)
+        large_stack = self.furthest(EQUAL_TRAINING, TRAINED_HOPS)
+        equal = gap(own, self.grids.best(equal_stack, TRAINED_HOPS))
+        large = float(np.mean(self.grids.best(large_stack, TRAINED_HOPS)))
         wins = equal.is_result and equal.difference.mean >= limits["least_gap"]
         decision: Decision = "fails"
         if wins:
             decision = "holds" if np.mean(own) >= large - SAME else "in part"
         said = (
             f"{arm} answers {np.mean(own):.2f} of 8 hops, the stack of as many parameters "
-            f"{self.score('stack_parameters', TRAINED_HOPS)}, that of 3.8 times "
-            f"as many {large:.2f}."
+            f"({equal_stack}) {self.score(equal_stack, TRAINED_HOPS)}, that of 3.8 times "
+            f"as many ({large_stack}) {large:.2f}."
         )
         return decision, equal.difference, said
 
@@ -412,6 +431,20 @@ class Rules:
         own = gap(passes, self.grids.best(stack, far))
         better = own.is_result and own.difference.mean > 0
         return ("in part" if better else "fails"), found.difference, said
+
+    def like_for_like(self, limits: Mapping[str, float]) -> Found:
+        """Loops against a stack of as many training FLOPs, both with rotary positions."""
+        far = int(limits["far_hops"])
+        found = gap(self.grids.best("rope", far), self.grids.best(ROPE_STACK, far))
+        said = (
+            f"{far} hops: loops {self.score('rope', far)}, the stack "
+            f"{self.score(ROPE_STACK, far)}; 8 hops: {self.score('rope', TRAINED_HOPS)} and "
+            f"{self.score(ROPE_STACK, TRAINED_HOPS)}."
+        )
+        if not found.is_result:
+            return "no result", found.difference, said
+        decision: Decision = "holds" if found.difference.mean >= limits["least_gap"] else "in part"
+        return ("fails" if found.difference.mean < 0 else decision), found.difference, said
 
     # --- tables and figures -----------------------------------------------------------------------
 

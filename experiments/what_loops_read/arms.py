@@ -72,7 +72,7 @@ def _no_injection(model: ModelConfig) -> ModelConfig:
 ARMS: Mapping[str, Arm] = {
     "fixed": Arm(says="four loops, the longest walks only"),
     "sampled": Arm(says="two to eight loops, mixed walks", dial="sampled_mixed"),
-    "stack": Arm(says="plain stack: four pairs of layers", dial="stack_long"),
+    "stack": Arm(says="plain stack: four pairs of layers", dial="stack_training_rope"),
     "lora": Arm(says="fixed, LoRA of each loop", change=_lora),
     "sinusoidal": Arm(says="fixed, sinusoids of the loop", change=_sinusoidal),
     "learned": Arm(says="fixed, a learned vector of each loop", change=_learned),

@@ -61,6 +61,8 @@ PLANTED: Mapping[str, Accuracy] = {
     "stack_training": up_to(8),
     "stack_test": up_to(8),
     "stack_long": up_to(8),
+    "stack_parameters_rope": up_to(4),
+    "stack_training_rope": up_to(8),
 }
 EXPECTED = {
     "keeps-going": "in part",
@@ -78,6 +80,7 @@ EXPECTED = {
     "on-the-way": "holds",
     "shortcuts": "holds",
     "stack-twice": "holds",
+    "like-for-like": "no result",
 }
 
 
@@ -148,14 +151,31 @@ def test_every_rule_on_planted_results() -> None:
         ({"on_the_way": holds(14)}, "on-the-way", "fails"),
         ({"fixed_longest": steps(10), "on_the_way": holds(14)}, "on-the-way", "in part"),
         ({"every_loop": holds(10)}, "shortcuts", "no result"),
+        ({"rope": steps(12)}, "like-for-like", "holds"),
+        ({"stack_training_rope": up_to(12)}, "like-for-like", "fails"),
+        ({"stack_training_rope": up_to(12)}, "keeps-going", "fails"),
+        ({"stack_parameters_rope": up_to(8)}, "more-loops", "fails"),
         ({arm: up_to(6) for arm in STACKS}, "stack-twice", "not decidable here"),
         ({"fixed_longest": steps(16), "stack_long": up_to(7), "stack_test": up_to(7),
+          "stack_training_rope": up_to(7),
           "stack_training": lambda hops, loops: 0.95 if hops <= 8 else CHANCE}, "stack-twice",
          "in part"),
     ],
 )  # fmt: skip
 def test_verdicts_flip(changed: Mapping[str, Accuracy], claim: str, decision: str) -> None:
     assert verdicts(planted(changed))[claim].decision == decision
+
+
+def test_a_lost_arm_costs_only_the_verdicts_that_read_it() -> None:
+    def without(*arms: str) -> dict[str, Verdict]:
+        return verdicts(Results(r for r in planted() if r.run.arm not in arms or r.run.seed < 2))
+
+    known = {name: v.decision for name, v in verdicts(planted()).items()}
+    assert {name: v.decision for name, v in without("stack_long").items()} == known
+    found = without("drawn_positions")
+    assert found["positions"].sentence == "Fewer than 3 seeds of drawn_positions."
+    assert [name for name, v in found.items() if v.decision != known[name]] == ["positions"]
+    assert without(*STACKS)["keeps-going"].decision == "no result"
 
 
 def test_jumps_and_runs_that_never_reach_equal_accuracy() -> None:
@@ -168,7 +188,8 @@ def test_jumps_and_runs_that_never_reach_equal_accuracy() -> None:
 def test_arms_match() -> None:
     assert counts.total_params(model_of(ARMS["fixed_longest"])) == 104_192
     found = {name: size.config.num_core_layers for name, size in sizes().items() if "stack" in name}
-    assert list(found.values()) == [2, 8, 16, 8, 8]
+    assert list(found.values()) == [2, 8, 16, 8, 2, 8, 8]
+    assert all((model_of(arm).rope is not None) == arm.rope for arm in ARMS.values())
     run = Run("on_the_way", 3, {"steps": 1200, "rate": 0.003})
     config = config_of(run)
     assert config.train.optimizer.muon_lr == 0.003 and config.train.optimizer.lr == 0.002

@@ -159,7 +159,7 @@ def test_runs_wait_for_the_dial_and_take_its_rates(monkeypatch: pytest.MonkeyPat
     read = {run.arm for run in runs if not run.tuning}
     assert read == {"fixed", "sampled", "stack", "untrained"}
     stack = [run for run in runs if run.arm == "stack"]
-    assert [run.settings["steps"] for run in stack] == [3600] * 3
+    assert [run.settings["steps"] for run in stack] == [1200] * 3
     done = Results(Result(run, {"progress": 7.0}, None, 1.0, 1.0, "p", "t") for run in runs)
     final = [run for run in STUDY.runs("small", done) if not run.tuning]
     assert len(final) == len(ARMS) * len(SEEDS)

@@ -124,7 +124,7 @@ class Rules:
         return by_rule(self.claims[name], rule, seeds, figure)
 
     def furthest(self, arms: Sequence[str], hops: int) -> str:
-        """The arm with the highest mean accuracy at its best loops, of those that have the seeds."""
+        """The arm with the highest mean accuracy at its best loops, of those with the seeds."""
         enough = [arm for arm in arms if self.grids.seeds(arm) >= MIN_SEEDS]
         return max(enough, key=lambda arm: float(np.mean(self.grids.best(arm, hops))))
 

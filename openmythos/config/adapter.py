@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from openmythos.config.schema import require, require_positive
+from openmythos.config.schema import require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +28,7 @@ class AdapterConfig:
     num_loops: int | None = None
 
     def __post_init__(self) -> None:
-        require_positive(self, "rank")
+        require(self.rank >= 1, "adapter.rank", self.rank, "at least 1")
         is_finite = 0 < self.alpha < float("inf")
         require(is_finite, "adapter.alpha", self.alpha, "above 0, and finite")
         fits = self.num_loops is None or self.num_loops >= 1

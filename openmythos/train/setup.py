@@ -28,6 +28,7 @@ from openmythos.model.adapter import base_tensors
 from openmythos.model.init import init_weights
 from openmythos.model.recurrent import RecurrentDepthLM
 from openmythos.tokenizer import Tokenizer
+from openmythos.tokenizer_folder import has_tokenizer
 from openmythos.train.parallel import Ranks, own_parts, parallelize
 from openmythos.train.recipe import TrainConfig
 from openmythos.train.tensor import put_in_fused_order
@@ -70,6 +71,11 @@ def initial_model(
         ValueError: The weights do not fit, or belong to another tokenizer.
     """
     folder = local_folder(source)
+    if tokenizer is None and has_tokenizer(folder):
+        raise ValueError(
+            f"{source} reads text, and a puzzle's tokens are no words of it: give text as --data, "
+            "or a checkpoint that was trained on this puzzle"
+        )
     if tokenizer is not None and (folder / "tokenizer.json").is_file():
         theirs = Tokenizer.load(folder).fingerprint
         if theirs != tokenizer.fingerprint:

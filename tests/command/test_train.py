@@ -201,6 +201,14 @@ def test_fine_tuning_keeps_what_the_checkpoint_knows(invoke: Invoke, tmp_path: P
         assert curve["scores"][0]["value"] > 0.97
 
 
+def test_a_model_of_text_is_not_trained_on_a_puzzle(
+    invoke: Invoke, text_run: Path, tmp_path: Path
+) -> None:
+    walks = ("--data", "hops", "--steps", 1, "--out", tmp_path / "walks")
+    message = refused(invoke, "train", "--from", text_run, *walks)
+    assert "reads text, and a puzzle's tokens are no words of it" in message
+
+
 def test_the_rates_are_lower_for_weights_that_are_trained_already() -> None:
     start = zoo_folder("zoo:walks")
 

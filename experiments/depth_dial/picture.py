@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from experiments.claim import Conclusion
-from experiments.depth_dial.arms import ARMS, HOPS_PER_LOOP, STACKS, TRAINED_HOPS
+from experiments.depth_dial.arms import ARMS, HOPS_PER_LOOP, TRAINED_HOPS
 from experiments.heat_map import hops_by_loops
 from openmythos.analysis.picture import (
     BAND,
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+TITLE = "The same weights at other loops and on other walks"
 SHOWN_HOPS, SHOWN_LOOPS = range(2, 17, 2), (*range(1, 9), 10, 12, 16)
 NAMES = {
     "fixed_longest": "Trained at 4 loops, longest walks only: none to spare",
@@ -36,20 +37,20 @@ def draw(conclusion: Conclusion) -> "Mapping[str, Figure]":
     """Every figure of the study."""
     data = conclusion.figures
     return {
-        "stepping_and_holding": heat_maps(data["stepping_and_holding"]),
+        "stepping_and_holding": heat_maps(data["stepping_and_holding"], TITLE),
+        "spare_from_one": heat_maps(data["spare_from_one"], "Spare loops from one source only"),
         "reach": reach(data["reach"]),
     }
 
 
-def heat_maps(data: Mapping[str, Any]) -> "Figure":
-    """Accuracy by hops (rows) and loops (columns) of the four main arms."""
+def heat_maps(data: Mapping[str, Any], title: str) -> "Figure":
+    """Accuracy by hops (rows) and loops (columns), a panel per arm."""
     shown = data["accuracy"]
     height = 2.75 * max(1, len(shown)) + 0.85
     with styled():
         figure = figure_of(5.6, height)
         panels = figure.subplots(max(1, len(shown)), squeeze=False).ravel()
         figure.subplots_adjust(0.095, 0.5 / height, 0.985, 1 - 1.05 / height, hspace=0.36)
-        title = "The same weights at other loops and on other walks"
         figure.text(0.02, 1 - 0.24 / height, title, weight="bold", size=11)
         said = (
             "Right answers in %, mean over seeds; chance 6. Below the line walks",
@@ -76,7 +77,16 @@ def reach(data: Mapping[str, Any]) -> "Figure":
             "Four loops, longest walks, and ...",
             ("fixed_longest", "every_loop", "on_the_way", "rope", "drawn_positions"),
         ),
-        ("Plain stacks", ("fixed_longest", *STACKS)),
+        (
+            "Four loops with rotary positions, and plain stacks",
+            (
+                "rope",
+                "stack_training_rope",
+                "stack_parameters_rope",
+                "stack_training",
+                "stack_test",
+            ),
+        ),
     )
     with styled():
         figure = figure_of(5.6, 11.4)
@@ -100,7 +110,7 @@ def _curves(axes: "Axes", data: Mapping[str, Any], arms: Sequence[str]) -> None:
     start = data["hops"].index(hops[0])
     axes.axvspan(hops[0], TRAINED_HOPS, color=BAND, zorder=0)
     axes.text(2.1, 1.04, "trained", ha="left", color=MUTED, size=8.5)
-    for (colour, dash, marker), arm in zip(LOOKS, arms, strict=False):
+    for (colour, dash, marker), arm in zip(LOOKS[: len(arms)], arms, strict=True):
         mean, low, high = (values[start:] for values in data["arms"][arm])
         axes.fill_between(hops, low, high, color=colour, alpha=0.15, linewidth=0)
         axes.plot(hops, mean, color=colour, linestyle=dash, linewidth=1.6, marker=marker,

@@ -100,7 +100,11 @@ def conclude(claims: Mapping[str, Claim], results: Results) -> Conclusion:
     return Conclusion(
         verdicts=verdicts,
         tables=[*found.tables(results), matching(sizes(), BASE, context_length=TRAINED_HOPS + 1)],
-        figures={"stepping_and_holding": found.heat_maps(), "reach": found.curves()},
+        figures={
+            "stepping_and_holding": found.heat_maps((BASE, "sampled_mixed")),
+            "spare_from_one": found.heat_maps(("fixed_mixed", "sampled_longest")),
+            "reach": found.curves(),
+        },
     )
 
 
@@ -482,9 +486,9 @@ class Rules:
         name = "What exit rules lose, 4 to 10 hops, against the best fixed loops (mean loops)"
         return Table(name, ["rule", *looped], rows)
 
-    def heat_maps(self) -> dict[str, Any]:
-        """Mean accuracy by hops and loops of the four main arms."""
-        shown = [arm for arm in MAIN if self.grids.seeds(arm)]
+    def heat_maps(self, arms: Sequence[str]) -> dict[str, Any]:
+        """Mean accuracy by hops and loops."""
+        shown = [arm for arm in arms if self.grids.seeds(arm)]
         return {
             "hops": list(HOPS),
             "loops": self.grids.loops[shown[0]] if shown else [],

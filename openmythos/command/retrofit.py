@@ -70,6 +70,7 @@ def retrofit(
     initial = state_init_of(state_init)
 
     from openmythos.checkpoint.save import save_pretrained
+    from openmythos.folder import DEPTH_FILE
     from openmythos.interop.hub import local_folder
     from openmythos.interop.loading import load_pretrained, usable_tokenizer
     from openmythos.retrofit.split import retrofit as split
@@ -95,6 +96,7 @@ def retrofit(
     if remark:
         note(f"note: {remark}")
     companions = companions_of(folder, measured=False)
+    companions.pop(DEPTH_FILE, None)  # nobody has trained the new loop yet
     save_pretrained(made, out, tokenizer, companions=companions)
     said |= {
         "folder": str(out),

@@ -1,5 +1,6 @@
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,8 +9,13 @@ import torch
 from openmythos import Tokenizer, load_pretrained, save_pretrained
 from openmythos.command.retrofit import choose_layers, parse_layers, shown
 from openmythos.config import CopyInitConfig, NormalInitConfig
+from openmythos.config.schema import to_dict
+from openmythos.folder import DEPTH_FILE
 from openmythos.interop.families.llama import read_config
+from openmythos.interop.loading import load_config
 from openmythos.tokenizer import byte_tokenizer
+from openmythos.train.depth_schedule import DepthSchedule, FixedDepth, PoissonDepth
+from openmythos.train.trained_depth import trained_depth
 from tests.command.conftest import Invoke, refused
 from tests.strategies import random_model
 
@@ -48,6 +54,19 @@ def test_layers_are_placed_and_dropped(invoke: Invoke, source: Path, tmp_path: P
     again = load_pretrained(out)
     assert again.config.state_init == NormalInitConfig(std=0.0087)
     assert not again.config.tie_embeddings and again.config.num_loops == 8
+
+
+def test_the_new_loop_is_trained_at_its_own_depths(
+    invoke: Invoke, source: Path, tmp_path: Path
+) -> None:
+    """A plain run was trained at one loop, at which the state never comes back."""
+    plain, out = tmp_path / "plain", tmp_path / "made"
+    shutil.copytree(source, plain)
+    one = DepthSchedule(sampling=FixedDepth(mean_recurrence=1))
+    (plain / DEPTH_FILE).write_text(json.dumps(to_dict(one)), encoding="utf-8")
+    invoke("retrofit", plain, "--prelude", "0-1", "--coda", "5", "--out", out)
+    found = trained_depth(out, load_config(out)).schedule
+    assert found.sampling == PoissonDepth(mean_recurrence=4)
 
 
 def test_without_a_core_it_is_what_lies_between(

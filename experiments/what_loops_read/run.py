@@ -52,7 +52,7 @@ class WhatLoopsRead(Study):
         """See ``Study``."""
         from experiments.what_loops_read.measure import measure
 
-        trained = self._trained(run, scale, out)
+        trained = self.trained(run, scale, out)
         found: dict[str, Any] = {}
         size = run.settings["walks"]
         if ARMS[run.arm].trained:
@@ -61,12 +61,15 @@ class WhatLoopsRead(Study):
             found |= measure(run.arm, trained.model, trained.task.puzzle, size)
         return found
 
-    def _trained(self, run: Run, scale: str, out: Path) -> "Training":
+    def trained(self, run: Run, scale: str, out: Path) -> "Training":
+        """The run's training, done; of the untrained control before its first step."""
         from openmythos.train.run import set_up
 
         plan = ARMS[run.arm]
         if not plan.trained:
-            config = config_of(Run(run.arm, run.seed, {**run.settings, "steps": 1}))
+            config = config_of(
+                Run(run.arm, run.seed, {**run.settings, "steps": 1, "rate": RATES[0]})
+            )
             return set_up(config, out / "model")
         if plan.change is None:  # made by the depth dial, or made now in its folder
             theirs, work = dial_run(run), out.parents[2]

@@ -145,7 +145,9 @@ def test_arms_change_one_thing_and_are_trained_as_in_the_dial() -> None:
     assert counts.total_params(made["sinusoidal"].model) == counts.total_params(base.model)
 
 
-def test_runs_wait_for_the_dial_and_take_its_rates(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_runs_wait_for_the_dial_and_take_its_rates(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     dial = [
         Result(run, {"progress": 7.5}, None, 1.0, 1.0, "p", "t")
         for run in DIAL.runs("small", Results())
@@ -164,6 +166,8 @@ def test_runs_wait_for_the_dial_and_take_its_rates(monkeypatch: pytest.MonkeyPat
     final = [run for run in STUDY.runs("small", done) if not run.tuning]
     assert len(final) == len(ARMS) * len(SEEDS)
     assert {run.settings["rate"] for run in final if run.arm == "lora"} == {RATES[1]}
+    untrained = next(run for run in final if run.arm == "untrained")
+    assert STUDY.trained(untrained, "small", tmp_path).model.config.num_loops == 4
 
 
 def test_what_a_linear_map_reads_before_the_coda() -> None:

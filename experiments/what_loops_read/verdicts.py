@@ -268,7 +268,8 @@ class Rules:
                 arm, ARMS[arm].says, _mean([one["accuracy"] for one in old]),
                 _mean([one["loops"] for one in old], 1), _mean(self.bits(arm)),
                 f"{self.null(arm):.3f}", _mean([one["working"] for one in old], 1),
-                _mean([d for d in (self.agreement(arm),) if d < float("inf")]), _mean(sums), _mean([one["accuracy"] for one in new]),
+                _mean([d for d in (self.agreement(arm),) if d < float("inf")]), _mean(sums),
+                _mean([one["accuracy"] for one in new]),
                 _mean(self.bits(arm, NEW)), _mean([b for b in trained if b is not None]),
             ])  # fmt: skip
         return Table("Reading maps: means over seeds", header, rows)

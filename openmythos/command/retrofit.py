@@ -8,6 +8,7 @@ import typer
 
 from openmythos.command.option import AsJson, Out
 from openmythos.command.origin import companions_of
+from openmythos.folder import DEPTH_FILE
 from openmythos.terminal import note
 
 if TYPE_CHECKING:
@@ -70,7 +71,6 @@ def retrofit(
     initial = state_init_of(state_init)
 
     from openmythos.checkpoint.save import save_pretrained
-    from openmythos.folder import DEPTH_FILE
     from openmythos.interop.hub import local_folder
     from openmythos.interop.loading import load_pretrained, usable_tokenizer
     from openmythos.retrofit.split import retrofit as split
@@ -98,11 +98,8 @@ def retrofit(
     companions = companions_of(folder, measured=False)
     companions.pop(DEPTH_FILE, None)  # nobody has trained the new loop yet
     save_pretrained(made, out, tokenizer, companions=companions)
-    said |= {
-        "folder": str(out),
-        "num_loops": made.config.num_loops,
-        "total_params": sum(p.numel() for p in made.parameters()),
-    }
+    said |= {"folder": str(out), "num_loops": made.config.num_loops}
+    said["total_params"] = sum(p.numel() for p in made.parameters())
     if as_json:
         typer.echo(json.dumps(said))
         return

@@ -3,6 +3,7 @@
 ``openmythos reproduce --check`` runs this module.
 """
 
+import json
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -88,7 +89,6 @@ def history_complaints(study: Study) -> list[str]:
         return []
     if _git(folder, "status", "--porcelain", "--", "expected.json"):
         return [f"{study.name}/expected.json has changes that are not committed, after its results"]
-    rule = _git(folder, "log", "-1", "--format=%H", "--", "expected.json")
     log = _git(folder, "log", "--diff-filter=A", "--format=:%H", "--name-only", "--", str(results))
     first, commit = {}, ""
     for line in (log or "").splitlines():  # newest first: the last time that a file was added
@@ -96,17 +96,47 @@ def history_complaints(study: Study) -> list[str]:
             commit = line[1:]
         elif (name := Path(line).name) in present:
             first.setdefault(name, commit)
-    early = [
-        name
-        for name, commit in sorted(first.items())
-        if commit == rule or _git(folder, "merge-base", "--is-ancestor", str(rule), commit) is None
-    ]
-    if early:
+
+    def late(rule: str) -> list[str]:
+        """The results that were committed before the rule, or with it."""
+        is_older = ("merge-base", "--is-ancestor", rule)
         return [
-            f"{study.name}/expected.json was changed in {str(rule)[:10]}, which is not before "
-            f"{early[0]} was committed ({first[early[0]][:10]})"
+            n for n, c in sorted(first.items()) if c == rule or _git(folder, *is_older, c) is None
         ]
-    return []
+
+    changed, added = _rules_by_commit(folder)
+    said = [
+        f"{study.name}/expected.json was changed in {changed[:10]}, which is not before {name} was "
+        f"committed ({first[name][:10]})"
+        for name in late(changed)[:1]
+    ]
+    for claim, commit in added.items():
+        arms = {name.rsplit("-", 2)[0] for name in present}
+        if arms == {name.rsplit("-", 2)[0] for name in late(commit)}:
+            said.append(
+                f"{study.name}: the claim {claim} was added in {commit[:10]}, after results of "
+                "every arm; it needs an arm of its own that ran later"
+            )
+    return said
+
+
+def _rules_by_commit(folder: Path) -> tuple[str, dict[str, str]]:
+    """The commit that changed a claim last, or wrote the first ones; and those that added others.
+
+    A claim may be added with an arm that no one has run: the others' rules are as they were.
+    """
+    log = _git(folder, "log", "--reverse", "--format=%H", "--", "expected.json") or ""
+    known: dict[str, object] = {}
+    changed, added = "", {}
+    for commit in log.split():
+        text = _git(folder, "show", f"{commit}:./expected.json")
+        claims = {} if text is None else {c["name"]: c for c in json.loads(text)["claims"]}
+        if not known or any(claims.get(name) != claim for name, claim in known.items()):
+            changed, added = commit, {}
+        else:
+            added |= {name: commit for name in claims if name not in known}
+        known = claims
+    return changed, added
 
 
 def _git(folder: Path, *words: str) -> str | None:

@@ -196,8 +196,18 @@ def test_a_rule_must_be_older_than_its_results(
     assert check.history_complaints(planted) == []
     commit("results")
     assert check.history_complaints(planted) == []
-    rule.write_text(rule.read_text() + "\n")
+    claims = json.loads(rule.read_text())["claims"]
+    more = [*claims, {**claims[0], "name": "another"}]
+    rule.write_text(json.dumps({"claims": more}))
     assert "not committed" in check.history_complaints(planted)[0]
+    commit("expected.json")
+    (said,) = check.history_complaints(planted)
+    assert "the claim another was added" in said and "after results of every arm" in said
+    (planted.folder / "results" / "small" / "later-0-0.json").write_text("{}")
+    commit("results")
+    assert check.history_complaints(planted) == []  # an arm that ran after the claim
+    more[0]["rule"] += " Not so."
+    rule.write_text(json.dumps({"claims": more}))
     commit("expected.json")
     assert "which is not before" in check.history_complaints(planted)[0]
 

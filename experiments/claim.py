@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from experiments.interval import Interval
+from experiments.interval import Gap, Interval
 from experiments.run_store import digest
 
 Decision = Literal["holds", "in part", "fails", "not decidable here", "no result"]
@@ -128,6 +128,14 @@ def graded(parts: Iterable[bool]) -> Decision:
     """Holds if all parts do, in part if some do."""
     found = list(parts)
     return "holds" if all(found) else "in part" if any(found) else "fails"
+
+
+def by_gap(found: Gap, least: float, said: str) -> Found:
+    """Holds if a gap is a result of at least ``least``, in part if a smaller one, else fails."""
+    if not found.is_result:
+        return "no result", found.difference, said
+    mean = found.difference.mean
+    return "holds" if mean >= least else "fails" if mean < 0 else "in part", found.difference, said
 
 
 def by_rule(

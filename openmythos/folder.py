@@ -364,6 +364,13 @@ def _lock(path: Path) -> int:
         os.close(descriptor)
 
 
+def run_of(folder: Path) -> Path | None:
+    """The run that a folder is, or that a checkpoint belongs to; None if it belongs to none."""
+    folder = folder.resolve()
+    run = folder.parent.parent if folder.parent.name == "checkpoints" else folder
+    return run if (run / "checkpoints").is_dir() else None
+
+
 def listed(names: list[str]) -> str:
     """The names separated by commas; past ``MAX_LISTED``, the first ones and how many are left."""
     more = len(names) - MAX_LISTED

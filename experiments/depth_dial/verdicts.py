@@ -13,6 +13,7 @@ from experiments.claim import (
     Found,
     Table,
     Verdict,
+    by_gap,
     by_rule,
     graded,
 )
@@ -345,10 +346,7 @@ class Rules:
             f"{near} hops: {self.score('sampled_mixed', near)} with sampled depth, "
             f"{self.score('fixed_mixed', near)} with fixed depth."
         )
-        if not found.is_result:
-            return "no result", found.difference, said
-        decision: Decision = "holds" if found.difference.mean >= limits["least_gap"] else "in part"
-        return ("fails" if found.difference.mean < 0 else decision), found.difference, said
+        return by_gap(found, limits["least_gap"], said)
 
     def ends_at(self, limits: Mapping[str, float]) -> Found:
         """Where extrapolation ends."""
@@ -409,10 +407,7 @@ class Rules:
             f"{near} hops: {self.score(BASE, near)} with the last loop's loss, "
             f"{self.score('every_loop', near)} with a loss at every loop."
         )
-        if not found.is_result:
-            return "no result", found.difference, said
-        decision: Decision = "holds" if found.difference.mean >= limits["least_gap"] else "in part"
-        return ("fails" if found.difference.mean < 0 else decision), found.difference, said
+        return by_gap(found, limits["least_gap"], said)
 
     def stack_twice(self, limits: Mapping[str, float]) -> Found:
         """A plain stack that goes on from its own answer."""
@@ -445,10 +440,7 @@ class Rules:
             f"{self.score(ROPE_STACK, far)}; 8 hops: {self.score('rope', TRAINED_HOPS)} and "
             f"{self.score(ROPE_STACK, TRAINED_HOPS)}."
         )
-        if not found.is_result:
-            return "no result", found.difference, said
-        decision: Decision = "holds" if found.difference.mean >= limits["least_gap"] else "in part"
-        return ("fails" if found.difference.mean < 0 else decision), found.difference, said
+        return by_gap(found, limits["least_gap"], said)
 
     # --- tables and figures -----------------------------------------------------------------------
 

@@ -13,6 +13,7 @@ from experiments.claim import (
     Found,
     Table,
     Verdict,
+    by_gap,
     by_rule,
     graded,
 )
@@ -130,10 +131,7 @@ class Rules:
             return "no result", None, "Fewer than three seeds whose loops work."
         found = gap(fixed, sampled)
         said = f"Fixed {np.mean(fixed):.2f} bits, sampled {np.mean(sampled):.2f}."
-        if not found.is_result:
-            return "no result", found.difference, said
-        decision: Decision = "holds" if found.difference.mean >= limits["least_gap"] else "in part"
-        return ("fails" if found.difference.mean < 0 else decision), found.difference, said
+        return by_gap(found, limits["least_gap"], said)
 
     def slightly_different(self, limits: Mapping[str, float]) -> Found:
         """The first loop's map in place of the last trained one's, on the same states."""

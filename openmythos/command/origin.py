@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from openmythos.folder import DEPTH_FILE, PUZZLE_FILE, WALKS_FILE
+from openmythos.folder import DEPTH_FILE, PUZZLE_FILE, WALKS_FILE, run_of
 from openmythos.terminal import note
 
 if TYPE_CHECKING:
@@ -40,13 +40,6 @@ def require_text(checkpoint: Path) -> None:
         f"{checkpoint} is a checkpoint without a tokenizer, so it reads no text: put its "
         f"{TOKENIZER_FILE} beside its weights"
     )
-
-
-def run_of(folder: Path) -> Path | None:
-    """The run that a folder is, or that a checkpoint belongs to; None if it belongs to none."""
-    folder = folder.resolve()
-    run = folder.parent.parent if folder.parent.name == "checkpoints" else folder
-    return run if (run / "checkpoints").is_dir() else None
 
 
 def run_config(folder: Path) -> Mapping[str, Any]:

@@ -30,7 +30,7 @@ from openmythos.checkpoint.weights import (
 )
 from openmythos.config import ModelConfig
 from openmythos.config.adapter import AdapterConfig
-from openmythos.folder import listed, write_json
+from openmythos.folder import listed, run_of, write_json
 from openmythos.interop import export
 from openmythos.interop.hub import HUB_NAME, local_folder
 from openmythos.interop.mapping import Join, Rename
@@ -212,10 +212,11 @@ def base_of(folder: Path) -> str:
         ValueError: The adapter does not say it, or is its own base, directly or through others.
     """
     base = place = _named_base(folder)
-    met = [_own_place(folder)]
+    met = [run_of(folder) or folder.resolve()]
     while Path(place).exists():
         found = local_folder(place, verify=False)
-        if _own_place(found) in met:  # one was moved to where its base had been
+        own = run_of(found) or found.resolve()
+        if own in met:  # one was moved to where its base had been
             raise ValueError(
                 f"{folder} is an adapter of the model in {base}, and that is the adapter itself"
                 f"{' in the end' if len(met) > 1 else ''}: put the model back there, or load it "
@@ -223,7 +224,7 @@ def base_of(folder: Path) -> str:
             )
         if not is_adapter(found):
             break
-        met.append(_own_place(found))
+        met.append(own)
         place = _named_base(found)
     return base
 
@@ -239,12 +240,6 @@ def _named_base(folder: Path) -> str:
     pinned = f"{base}@{revision}"
     is_pinned = isinstance(revision, str) and HUB_NAME.fullmatch(pinned)
     return pinned if is_pinned and not Path(base).exists() else base
-
-
-def _own_place(folder: Path) -> Path:
-    """The folder, or the run that it is a checkpoint of."""
-    here = folder.resolve()
-    return here.parent.parent if here.parent.name == "checkpoints" else here
 
 
 def save_adapter(tensors: Mapping[str, Tensor], adapter: Adapter, folder: Path) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 from openmythos.checkpoint.load import read_config
 from openmythos.config import ModelConfig, counts
 from openmythos.config.schema import from_dict
-from openmythos.folder import DEPTH_FILE, PathLike
+from openmythos.folder import DEPTH_FILE, PathLike, run_of
 from openmythos.interop import export
 from openmythos.interop.adapter import base_of, is_adapter
 from openmythos.interop.families import huginn, ifm_looped_lm, looplm_135m, parcae
@@ -108,11 +108,11 @@ def loops_to_score(schedule: DepthSchedule) -> tuple[int, ...]:
 
 def _stored(folder: Path) -> Fields | None:
     """The schedule beside a checkpoint, or in the configuration of its run."""
-    run = folder.parent.parent / "config.json" if folder.parent.name == "checkpoints" else None
+    run = run_of(folder)
     for place, keys in (
         (folder / STATE_RECORD, ("run", "train", "depth")),
         (folder / DEPTH_FILE, ()),
-        (run, ("train", "depth")),
+        (run and run / "config.json", ("train", "depth")),
     ):
         if place is None or not place.is_file():
             continue

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from openmythos.command.origin import data_of, puzzle_of, require_text, run_config, run_of
-from openmythos.folder import PUZZLE_FILE
+from openmythos.command.origin import data_of, puzzle_of, require_text, run_config
+from openmythos.folder import PUZZLE_FILE, run_of
 
 
 def test_a_run_is_found_from_its_checkpoint_alone(text_run: Path, hops_run: Path) -> None:

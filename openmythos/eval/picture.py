@@ -44,7 +44,9 @@ def before_after(before: Sequence[ScoreCurve], after: Sequence[ScoreCurve]) -> A
             values = [score.value for score in old.scores.values()]
             style: dict[str, Any] = {"color": plots.MUTED, "linewidth": 1.2, "markersize": 3.5}
             axes.plot(list(old.scores), values, marker="s", linestyle="--", label="before", **style)
-            axes.legend(frameon=False, fontsize=8)
+            # Beside the title: a curve may be anywhere below.
+            place: dict[str, Any] = {"loc": "lower right", "bbox_to_anchor": (1.04, 1.11)}
+            axes.legend(frameon=False, fontsize=8, handlelength=1.6, **place)
         for axes in panels[len(after) :]:
             axes.set_visible(False)
     return figure

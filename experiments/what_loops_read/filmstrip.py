@@ -25,19 +25,19 @@ if TYPE_CHECKING:
 
 Rows = Sequence[Sequence[float | None]]  # a row per loop, a share per token; None where undefined
 
-WIDTH, IN_A_ROW = 5.6, 3  # inches, so that words can be read on a telephone; pictures in a row
-LEFT, RIGHT, GAP = 0.32, 0.1, 0.2
+WIDTH, IN_A_ROW = 5.6, 6  # inches, so that words can be read on a telephone; pictures in a row
+LEFT, RIGHT, GAP = 0.26, 0.08, 0.1
 CELL_HEIGHT, TITLE_HEIGHT, NAME_HEIGHT, FOOT_HEIGHT = 0.17, 0.52, 0.25, 0.24
 
 
 def filmstrip(
     films: Mapping[str, Rows], columns: Sequence[str], words: Mapping[str, str] | None = None
 ) -> Figure:
-    """A strip per map, a picture per loop, three in a row.
+    """A strip per map, a picture per loop, six in a row.
 
     Args:
         films: Maps by what they are of, in one line or two; each has its own number of loops.
-        columns: The tokens' names; the first and the last are written.
+        columns: The tokens' names; the first and the last are written below the first picture.
         words: What a row is, by the map; default: a loop.
     """
     strips = [-(-len(rows) // IN_A_ROW) for rows in films.values()]
@@ -89,9 +89,8 @@ def _frame(axes: Axes, shares: np.ndarray, loop: int, word: str) -> None:
 
 
 def _names(axes: Axes, columns: Sequence[str], loops: int) -> None:
-    """The first and the last token below, loops on the left."""
+    """Loops on the left; below, wider than the picture, the first and the last token."""
     axes.set_yticks(range(loops), [str(n + 1) for n in range(loops)], fontsize=7.5, color=MUTED)
     axes.tick_params(length=0, pad=1.5)
-    below: dict[str, Any] = {"color": MUTED, "fontsize": 8, "va": "top"}
-    axes.text(-0.5, loops - 0.35, columns[0], ha="left", **below)
-    axes.text(len(columns) - 0.5, loops - 0.35, columns[-1], ha="right", **below)
+    said = f"{columns[0]} to {columns[-1]}"
+    axes.text(-0.5, loops - 0.35, said, color=MUTED, fontsize=8, va="top", ha="left")

@@ -16,12 +16,12 @@ def test_a_row_is_added_by_each_picture() -> None:
         expected = np.clip([[np.nan if x is None else x for x in row] for row in rows], 0, 1)
         np.testing.assert_array_equal(shown[: loop + 1], expected[: loop + 1])
     written = [text.get_text() for text in figure.axes[0].texts]
-    assert written == ["start", "relation 3"]
+    assert written == ["start to relation 3"]
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["1", "2", "3"]
 
 
 def test_a_strip_of_many_loops_goes_on_below() -> None:
-    figure = filmstrip({"looped": [[0.5, 0.5]] * 5}, ("start", "relation 1"))
+    figure = filmstrip({"looped": [[0.5, 0.5]] * 8}, ("start", "relation 1"))
     places = [axes.get_position() for axes in figure.axes]
-    assert places[3].x0 == places[0].x0 and places[3].y1 < places[0].y0
+    assert places[6].x0 == places[0].x0 and places[6].y1 < places[0].y0
     assert all(place.x1 <= 1 and place.y0 >= 0 for place in places)

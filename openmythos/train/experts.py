@@ -122,9 +122,9 @@ def divide_experts(model: RecurrentDepthLM, mesh: DeviceMesh) -> None:
         return
     for layer in [module for module in model.modules() if isinstance(module, MoE)]:
         for name in ("gate_up", "down"):
-            whole = getattr(layer, name).data
-            part = distribute_tensor(whole, axis, [Shard(0)], src_data_rank=None)
-            setattr(layer, name, nn.Parameter(part))
+            whole = getattr(layer, name)
+            part = distribute_tensor(whole.data, axis, [Shard(0)], src_data_rank=None)
+            setattr(layer, name, nn.Parameter(part, requires_grad=whole.requires_grad))
         same = tensor if tensor.size() > 1 else None
         become(layer, ExpertParallel, group=axis.get_group(), tensor=same)
 

@@ -226,11 +226,11 @@ def parallelize(model: RecurrentDepthLM, config: TrainConfig, ranks: Ranks) -> N
     layout.check(model.config)
     divide_tensors(model, ranks.mesh["tp"])
     divide_experts(model, ranks.mesh)
-    place = expert_placement(ranks.mesh)
     if config.compile:
         for block in blocks(model):
             block.compile(**COMPILING)
     with warnings.catch_warnings(action="ignore"):  # of joint axes beside others
+        place = expert_placement(ranks.mesh)
         axes = ("dp_replicate", "dp_shard") if layout.dp_replicate > 1 else ("dp_shard",)
         mesh = ranks.mesh[axes]
     own = MixedPrecisionPolicy()

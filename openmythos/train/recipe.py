@@ -120,9 +120,7 @@ class TrainConfig:
             allowed = f"at most {most}, the loops of the deepest step: others are never trained"
             within = adapter.num_loops <= most
             require(within, "train.adapter.num_loops", adapter.num_loops, allowed)
-        for name in ("ep", "tp"):
-            number = getattr(self.parallel, name)
-            require(number == 1, f"parallel.{name}", number, "1 with train.adapter")
+        require(self.parallel.tp == 1, "parallel.tp", self.parallel.tp, "1 with train.adapter")
 
     def progress(self, step: int, seconds: float) -> float:
         """The share of the run that is done before ``step``, 0..1."""

@@ -26,6 +26,7 @@ from openmythos.train.shard import local_part
 from tests.strategies import GQA, MLA
 from tests.train.launch import Case, on_ranks
 from tests.train.ranks_shard import (
+    ADAPTER,
     ARMS,
     BATCH,
     BY_ROW,
@@ -75,6 +76,7 @@ ON_TWO = {
         },
         EP,
     ),
+    "ep, adapter": Arm(MOE, {**ADAPTER, **GROUPS}, EP),
     "ep, gathered by loop": Arm(MOE, GROUPS, {**EP, "core_gather": "loop"}),
     "muon": Arm(MOE, MUON),
     "muon, tp": Arm(EVERY_GQA, {**MUON, **GROUPS}, TP),
@@ -95,7 +97,7 @@ ON_FOUR = {
 }
 
 
-QUICK = ("tp", "tp, mla, experts", "ep", "muon, tp", "muon, ep")
+QUICK = ("tp", "tp, mla, experts", "ep", "ep, adapter", "muon, tp", "muon, ep")
 
 
 def divided_trains_as_one_process(name: str) -> dict[str, float]:
@@ -376,10 +378,10 @@ def after_steps(arm: Arm, place: Ranks, steps: int) -> tuple[Any, Any]:
     return model, optimizers
 
 
-def an_adapter_goes_on_on_any_number_of_ranks() -> None:
+def an_adapter_goes_on_on_any_number_of_ranks(name: str) -> None:
     """All ranks write one file in PEFT's format, which they and one process resume."""
     torch.set_default_dtype(torch.float64)
-    arm = ARMS["adapter"]
+    arm = {**ARMS, **ON_TWO}[name]
     recipe = arm.recipe()
     ranks = join(recipe.parallel)
     assert recipe.adapter is not None
@@ -422,7 +424,8 @@ CASES = [
     the_norm_is_taken_over_both_meshes,
     each_matrix_has_one_owner,
     a_checkpoint_has_the_order_of_one_process,
-    an_adapter_goes_on_on_any_number_of_ranks,
+    partial(an_adapter_goes_on_on_any_number_of_ranks, "adapter"),
+    on_ranks(2)(partial(an_adapter_goes_on_on_any_number_of_ranks, "ep, adapter")),
 ]
 MORE = [  # by `make stress-ranks` only
     *(case_of(name) for name in (*ON_TWO, *ON_FOUR) if name not in QUICK),

@@ -78,8 +78,9 @@ def surprisal(data: Mapping[str, Any]) -> Figure:
     with styled():
         figure = figure_of(6.4, 2.9)
         panels = figure.subplots(1, 2)
-        figure.subplots_adjust(0.06, 0.17, 0.985, 0.88, wspace=0.26)
-        titles = ("Loops that the rule takes", "Bits per token gained from 1 to 4 loops")
+        figure.subplots_adjust(0.06, 0.17, 0.985, 0.88, wspace=0.32)
+        titles = ("Loops that the rule takes", "Gain from 1 to 4 loops")
+        panels[1].set_ylabel("bits per token")
         for axes, name, title in zip(panels, ("loops", "bits_gained"), titles, strict=True):
             places = range(1, 1 + len(data[name]))
             axes.bar(places, data[name], color=BLUE, width=0.62)

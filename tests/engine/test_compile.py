@@ -83,7 +83,8 @@ def test_what_cannot_change_is_not_guarded(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_sessions_share_graphs_and_a_model_is_forgotten() -> None:
-    model = RecurrentDepthLM(small_config()).eval()
+    layers = {"num_prelude_layers": 0, "num_core_layers": 1, "num_coda_layers": 0}
+    model = RecurrentDepthLM(small_config(**layers)).eval()
     settings: dict[str, Any] = {"max_new_tokens": 2, "num_loops": 2, "compiled": True}
     with unchecked(), mock.patch.object(compiling, "compile_call", wraps=compile_call) as compiler:
         for _ in range(2):

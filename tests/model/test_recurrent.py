@@ -116,7 +116,7 @@ DEPTH = small_config(depth_attention=DepthAttentionConfig(num_recent_loops=2))
 
 
 @settings(
-    max_examples=30,
+    max_examples=20,
     deadline=None,
     derandomize=True,
     database=None,

@@ -102,9 +102,12 @@ def test_logprobs_of_a_prompt_are_the_models(server: Running) -> None:
 
 
 PATHS = {
-    "/v1/completions": {"prompt": "the same long beginning of a prompt"},
-    "/v1/chat/completions": {"messages": [{"role": "user", "content": "a long conversation"}]},
-    "/v1/responses": {"input": "what has been said before"},
+    "/v1/completions": {"prompt": "the same long beginning of a prompt", "max_tokens": 2},
+    "/v1/chat/completions": {
+        "messages": [{"role": "user", "content": "a long conversation"}],
+        "max_completion_tokens": 2,
+    },
+    "/v1/responses": {"input": "what has been said before", "max_output_tokens": 2},
 }
 
 

@@ -307,8 +307,10 @@ def overthinking(claim: Claim, results: Results) -> Verdict:
     if shown:
         decision = _ordered(all(kept), not any(kept))
     said = "; ".join(
-        f"{arm.in_words}: at twice the trained loops accuracy falls by {fall.mean:.2f}, with "
-        f"{how} by {lost.mean:.3f}"
+        f"{arm.in_words}: at twice the trained loops accuracy changes by {-fall.mean:+.2f} "
+        f"({-fall.high:+.2f} to {-fall.low:+.2f}"
+        + ("" if fall.low >= least["fall"] else ", so that this arm does not count")
+        + f"), with {how} by {-lost.mean:+.3f}"
         for arm, fall, lost, how in cases
     )
     spared = [

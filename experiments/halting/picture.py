@@ -83,7 +83,10 @@ def _loops_by_hops(data: Mapping[str, Any]) -> "Figure":
             axes.set_xlabel("hops of the walk")
             axes.set_ylim(0, MOST_LOOPS + 0.4)
             if axes.lines:
-                axes.legend(frameon=False, loc="upper left", fontsize=8, bbox_to_anchor=(0, 0.95))
+                axes.legend(
+                    loc="lower right", fontsize=8, bbox_to_anchor=(1.0, 0.12), handlelength=3.2,
+                    labelspacing=0.25, framealpha=1, edgecolor="white",
+                )  # fmt: skip
             _past_training(axes)
             axes.axhline(MOST_LOOPS, color=MUTED, linewidth=1)
         panels[0].set_ylabel("loops taken by the answer")
@@ -126,9 +129,11 @@ def _rules_and_depths(data: Mapping[str, Any]) -> "Figure":
 
 def _overthinking(data: Mapping[str, Any]) -> "Figure":
     with styled():
-        figure = figure_of(7.6, 2.7)
+        figure = figure_of(7.6, 3.0)
         panels = figure.subplots(1, max(1, len(data)), sharey=True, squeeze=False)[0]
-        figure.subplots_adjust(0.06, 0.2, 0.98, 0.74, wspace=0.1)
+        figure.subplots_adjust(0.06, 0.18, 0.98, 0.68, wspace=0.1)
+        figure.text(0.02, 0.93, "Right answers when all walks take so many loops", weight="bold")
+        figure.text(0.02, 0.87, "White: none is right; dark blue: all are.", color=MUTED, size=9)
         for axes, (name, rows) in zip(panels, data.items(), strict=False):
             axes.imshow(rows, cmap="Blues", vmin=0, vmax=1, origin="lower", aspect="auto")
             axes.grid(visible=False)

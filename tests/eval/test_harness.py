@@ -318,11 +318,8 @@ def test_what_cannot_be_loaded_is_one_clear_line(
 ) -> None:
     """Among the harness' own tasks of one folder: reading all its folders takes ten seconds."""
     arc = Path(lm_eval.tasks.__file__).parent / "arc"
-    monkeypatch.setattr(
-        harness,
-        "_manager",
-        lambda defaults: TaskManager(include_defaults=False, include_path=arc if defaults else None),
-    )
+    shipped, none = (TaskManager(include_defaults=False, include_path=path) for path in (arc, None))
+    monkeypatch.setattr(harness, "_manager", lambda defaults: shipped if defaults else none)
 
     def refused(spec: str) -> str:
         with pytest.raises(ValueError, match=r".") as caught:

@@ -334,7 +334,7 @@ def scoreboard(findings: Sequence[Finding]) -> str:
         "Claims about looped language models, and what the experiments of this repository found. "
         "Each rule was written before its run. This page is written from the stored results by "
         "`openmythos reproduce`; `openmythos reproduce --check` recomputes it.\n",
-        f"{_tally(findings)}\n",
+        f"{_tally(findings)} {_cost(findings)}\n",
     ]
     for caption, name, path in leading(findings):
         page = f"../experiments/{name}/README.md"
@@ -354,6 +354,20 @@ def _tally(findings: Sequence[Finding]) -> str:
     words = Counter(NOT_YET if verdict is None else verdict.decision for verdict in verdicts)
     counts = ", ".join(f"{words[word]} {word}" for word in (*DECISIONS, NOT_YET) if words[word])
     return f"{len(verdicts)} claims: {counts}." if verdicts else "No claims."
+
+
+def _cost(findings: Sequence[Finding]) -> str:
+    """What all runs took together, tuning and fresh seeds included."""
+    results = [r for finding in findings for r in (*finding.results, *finding.fresh_results)]
+    if not results:
+        return "No run is stored."
+    seconds = [result.cpu_seconds for result in results]
+    lost = sum(result.lost is not None for result in results)
+    return (
+        f"They rest on {len(results):,} runs of one thread, {sum(seconds) / 3600:.1f} CPU hours "
+        f"together, tuning included; the longest took {max(seconds):,.0f} CPU seconds. {lost} "
+        "were lost, and are counted."
+    )
 
 
 def _board_part(finding: Finding) -> str:

@@ -225,7 +225,8 @@ def _fresh(finding: Finding) -> str:
         f"verdicts are the same. {len(finding.fresh_results)} runs, {cpu:.2f} CPU hours.\n"
     )
     table = Table("Fresh", ["claim", "verdict", "with fresh seeds", "found with them"], rows)
-    return f"## Seeds that were not used\n\n{said}\n{markdown(table)}"
+    lost = _lost(finding.fresh_results)
+    return f"## Seeds that were not used\n\n{said}\n{markdown(table)}{lost}"
 
 
 def _title(claim: Claim) -> str:
@@ -281,12 +282,17 @@ def _runs(runs: Sequence[Run], results: Results) -> str:
     cpu = sum(result.cpu_seconds for result in results)
     where = sorted({f"{result.processor}, torch {result.torch}" for result in results})
     said = f"{len(results)} runs, {cpu / 3600:.2f} CPU hours, one thread each. {'; '.join(where)}\n"
-    lost = "".join(
+    said += _lost(results)
+    return f"## Runs\n\n{markdown(Table('Runs', header, rows))}\n{said}" if results else ""
+
+
+def _lost(results: Results) -> str:
+    """A paragraph for each run that was lost, and why."""
+    return "".join(
         f"\nLost: {r.run.arm}, seed {r.run.seed}{', tuning' if r.run.tuning else ''}, "
         f"rate {r.run.settings.get('rate', 'none')}: {r.lost}.\n"
         for r in results.lost
     )
-    return f"## Runs\n\n{markdown(Table('Runs', header, rows))}\n{said}{lost}" if results else ""
 
 
 def leading(findings: Sequence[Finding]) -> list[tuple[str, str, Path]]:

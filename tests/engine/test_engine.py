@@ -33,7 +33,7 @@ from tests.engine.coherence import (
     draw_schedule,
     make_model,
 )
-from tests.strategies import random_model, unchecked
+from tests.strategies import unchecked
 
 CONFIG = EngineConfig(
     max_rows=4, max_len=40, max_loops=MAX_LOOPS, page_size=2, num_pages=60, prefill_chunk=4
@@ -244,15 +244,8 @@ def fresh_compiler(compiler: None) -> Iterator[None]:
 @pytest.mark.slow
 @pytest.mark.usefixtures("fresh_compiler")
 def test_a_compiled_engine_gives_what_each_request_gives_alone() -> None:
-    """One to three rows at different loops; the third is filled up by a seat of nobody.
-
-    Of the core alone, which has all that a layer can have: every layer more is ten kernels.
-    """
-    core = replace(
-        make_model("universal act, moe, mla").config, num_prelude_layers=0, num_coda_layers=0
-    )
-    model = random_model(core, dtype=torch.float64)
-    engine = Engine(model, replace(CONFIG, max_rows=4, compiled=True))
+    """One to three rows at different loops; the third is filled up by a seat of nobody."""
+    engine = make_engine("universal act, moe, mla", max_rows=4, compiled=True)
     with unchecked():
         engine.warm_up()
     with torch.compiler.set_stance("fail_on_recompile"):

@@ -140,8 +140,13 @@ def test_fresh_seeds_are_concluded_from_beside_the_others(
     board.write_pages(planted)
     page = (planted.folder / "README.md").read_text()
     assert "with seeds 3, 4, which nothing was chosen by: 1 of 1 verdicts are the same." in page
-    assert "| wins | holds | holds | By so much. |" in page
+    assert "| wins | holds | holds | By so much. |" in page and "Lost:" not in page
     assert check.complaints([planted], planted.root) == []
+    (stored,) = planted.store("fresh").folder.glob("poor-4-*.json")
+    lost = json.loads(stored.read_text()) | {"lost": "it diverged"}
+    stored.write_text(json.dumps(lost))
+    board.write_pages(planted)
+    assert "\nLost: poor, seed 4, " in (planted.folder / "README.md").read_text()
     monkeypatch.setattr(Planted, "fresh_seeds", (2, 3))
     with pytest.raises(ValueError, match="are used"):
         planted.current("fresh")

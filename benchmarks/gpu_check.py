@@ -38,7 +38,9 @@ from openmythos.ops.cross_entropy import cross_entropy
 from openmythos.ops.moe import grouped_mm, grouped_mm_reference, moe_experts
 from openmythos.plan.serving import GPUS
 from openmythos.train.depth_schedule import DepthSchedule, FixedDepth
-from openmythos.train.parallel import join, parallelize, reshard
+from openmythos.train.gradients import reshard
+from openmythos.train.parallel import parallelize
+from openmythos.train.ranks import join
 from openmythos.train.recipe import TrainConfig
 
 RESULT = Path(__file__).with_suffix(".json")

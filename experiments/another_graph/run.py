@@ -28,7 +28,7 @@ class AnotherGraph(Study):
     def runs(self, scale: str, done: Results) -> Sequence[Run]:
         """See ``Study``; the base is measured on the graph of the first seed."""
         if scale == "smoke":
-            few = {"walks": 8, "most_loops": 4}
+            few = {"walks": 8, "most_loops": verdicts.MOST_LOOPS}
             tried = [Run(arm, 1, {**few, **TRAINING, "steps": 2}) for arm in verdicts.ARMS]
             return [Run(verdicts.BEFORE, 1, few), *tried]
         found = [Run(verdicts.BEFORE, SEEDS[0], SETTINGS)]

@@ -12,14 +12,12 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch.distributed as dist
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from typing import TypeGuard
-
     from torch.distributed.tensor import DTensor
 
 PLACES_KEY, START_KEY, VERSION = "DCP_SHARDING_INFO", "saved_offsets", {"DCP_VERSION": "1.0"}
@@ -61,7 +59,7 @@ def whole(shape: tuple[int, ...]) -> Box:
 
 def own_box(tensor: Tensor) -> Box:
     """The part of a tensor that this process holds."""
-    if not _is_laid_out(tensor):
+    if not is_laid_out(tensor):
         return whole(tuple(tensor.shape))
     # Imported here: a process alone has no use for it, and it takes a second.
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -74,17 +72,17 @@ def own_box(tensor: Tensor) -> Box:
 
 def own_values(tensor: Tensor) -> Tensor:
     """The values of ``own_box``; writing to them writes to the tensor."""
-    return tensor.to_local() if _is_laid_out(tensor) else tensor
+    return tensor.to_local() if is_laid_out(tensor) else tensor
 
 
 def whole_values(tensor: Tensor) -> Tensor:
     """All values of a tensor; where it lies in parts, its ranks call it together."""
-    return tensor.full_tensor() if _is_laid_out(tensor) else tensor
+    return tensor.full_tensor() if is_laid_out(tensor) else tensor
 
 
 def laid_out_like(tensor: Tensor, values: Tensor) -> Tensor:
     """A tensor with the layout of another, of which this process holds these values."""
-    if not _is_laid_out(tensor):
+    if not is_laid_out(tensor):
         return values
     return type(tensor).from_local(
         values,
@@ -117,13 +115,14 @@ def own_parts(tensors: Mapping[str, Tensor]) -> OwnParts:
     return OwnParts({name: own_values(mine[name]) for name in boxes}, boxes)
 
 
-def _is_laid_out(tensor: Tensor) -> "TypeGuard[DTensor]":
+def is_laid_out(tensor: Tensor) -> "TypeGuard[DTensor]":
+    """Whether a tensor is a DTensor, whose module takes a second to load and may never be."""
     return hasattr(tensor, "placements")
 
 
 def _writes(tensor: Tensor) -> bool:
     """Whether this process is the first of those that hold the same part."""
-    if not _is_laid_out(tensor):
+    if not is_laid_out(tensor):
         return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
     mesh = tensor.device_mesh
     # The tensor's mesh may be one of several, along axes that it does not know: the first of these

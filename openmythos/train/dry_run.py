@@ -32,8 +32,11 @@ from openmythos.ops.moe import moe_experts
 from openmythos.plan.placement import local_shapes
 from openmythos.plan.training import Exchange, Work, exchanges
 from openmythos.train.depth_schedule import DepthSchedule, FixedDepth
-from openmythos.train.parallel import Ranks, join, parallelize, reshard
+from openmythos.train.gradients import reshard
+from openmythos.train.parallel import parallelize
+from openmythos.train.ranks import Ranks, join
 from openmythos.train.recipe import TrainConfig
+from openmythos.train.shard import local_part
 
 # What torch calls the exchanges of one step, and what the plan calls them.
 KINDS = {
@@ -170,10 +173,7 @@ def _built(config: ModelConfig, recipe: TrainConfig, ranks: Ranks) -> RecurrentD
 
 
 def _local_shapes(model: nn.Module) -> Shapes:
-    return {
-        name: tuple((p.to_local() if isinstance(p, DTensor) else p).shape)
-        for name, p in model.named_parameters()
-    }
+    return {name: tuple(local_part(p).shape) for name, p in model.named_parameters()}
 
 
 def _float32_bytes(shapes: Shapes) -> int:

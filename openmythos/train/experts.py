@@ -29,9 +29,8 @@ from openmythos.model.context import ForwardContext
 from openmythos.model.feedforward import MoE
 from openmythos.model.recurrent import RecurrentDepthLM
 from openmythos.ops.moe import Gather, LoopedExperts, Spread, moe_experts, sorted_pairs
+from openmythos.train.ranks import EXPERT_SHARD
 from openmythos.train.tensor import become, copied, summed
-
-EXPERT_SHARD = "efsdp_tp"  # the axes ``efsdp`` and ``tp`` of a mesh together
 
 
 class DistributedExperts:

@@ -20,18 +20,17 @@ from openmythos.model.init import derive
 from openmythos.model.recurrent import RecurrentDepthLM
 from openmythos.ops.cpu import build as native
 from openmythos.ops.cpu import choice
-from openmythos.train.metrics import Recorder
-from openmythos.train.optim import make_optimizers
-from openmythos.train.parallel import (
-    COMPILING,
-    Ranks,
+from openmythos.train.gradients import (
     hold_gradients,
     release_gradients,
     reshard,
     scale_gradients,
     square_sum,
 )
-from openmythos.train.recipe import TrainConfig
+from openmythos.train.metrics import Recorder
+from openmythos.train.optim import make_optimizers
+from openmythos.train.ranks import Ranks
+from openmythos.train.recipe import COMPILING, TrainConfig
 from openmythos.train.run_folder import RunFolder, RunState
 from openmythos.train.task import Task
 from openmythos.train.validation import Row

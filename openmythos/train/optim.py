@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
+from openmythos.checkpoint.parts import is_laid_out
 from openmythos.config.schema import require
 from openmythos.model.attention import LatentExpansion
 from openmythos.model.feedforward import MoE
@@ -201,6 +201,6 @@ def _by_mesh(params: Any) -> list[list[nn.Parameter]]:
     """The parameters by the mesh over which they are sharded, in order."""
     found: dict[Any, list[nn.Parameter]] = {}
     for param in params:
-        mesh = param.device_mesh if isinstance(param, DTensor) else None
+        mesh = param.device_mesh if is_laid_out(param) else None
         found.setdefault(mesh, []).append(param)
     return list(found.values())

@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
+from openmythos.checkpoint.parts import is_laid_out
 from openmythos.train.shard import divisions
 
 
@@ -60,7 +60,7 @@ class Axis:
 
 def axes_of(parameter: Tensor) -> tuple[Axis, ...]:
     """The axes along which a parameter's matrices are divided; none where whole ones are local."""
-    if not isinstance(parameter, DTensor):
+    if not is_laid_out(parameter):
         return ()
     mesh, first = parameter.device_mesh, parameter.ndim - 2
     axes = [

@@ -1,7 +1,7 @@
 """The configuration of a training run."""
 
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from openmythos.config import ModelConfig
 from openmythos.config.adapter import AdapterConfig
@@ -13,6 +13,14 @@ from openmythos.data.source import STANDARD_INPUT
 from openmythos.train.depth_schedule import ClippedPoissonDepth, DepthSchedule, FixedDepth
 from openmythos.train.objective import FinalLoopObjective, ObjectiveConfig, PerLoopObjective
 from openmythos.train.optim import OptimizerConfig
+
+# How torch compiles for ``compile``. A graph for one row and one for more, with and without
+# gradients, per shape of a call: with a depth per sequence more than the 8 that torch allows.
+COMPILING: dict[str, Any] = {
+    "fullgraph": True,
+    "recompile_limit": 64,
+    "isolate_recompiles": True,
+}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,7 +31,7 @@ from openmythos.train.display import TrainDisplay
 from openmythos.train.loop import TrainResult
 from openmythos.train.metrics import Recorder
 from openmythos.train.optim import ADAPTING, FINE_TUNING
-from openmythos.train.parallel import Ranks, join
+from openmythos.train.ranks import Ranks, join
 from openmythos.train.recipe import HopsData, MixtureData, RunConfig, TextData, TrainConfig
 from openmythos.train.run_folder import RunFolder, refuse_foreign
 from openmythos.train.setup import initial_model, new_model

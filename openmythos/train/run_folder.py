@@ -60,10 +60,10 @@ from openmythos.folder import (
 from openmythos.interop.adapter import Adapter, restore_adapter, save_adapter, trained
 from openmythos.model.recurrent import RecurrentDepthLM
 from openmythos.tokenizer import Tokenizer
-from openmythos.train.parallel import Ranks
+from openmythos.train.ranks import Ranks
 from openmythos.train.recipe import FREE_FIELDS, PATH_FIELDS, RunConfig
+from openmythos.train.shard import in_plain_order, put_in_fused_order
 from openmythos.train.task import PuzzleTask, Task
-from openmythos.train.tensor import in_plain_order, put_in_fused_order
 
 SCORES_FILE, SCORES_PICTURE = "scores.json", "scores.png"  # before and after fine-tuning
 STATE_TENSORS, STATE_RECORD = "training_state.safetensors", "training_state.json"

@@ -29,9 +29,9 @@ from openmythos.model.init import init_weights
 from openmythos.model.recurrent import RecurrentDepthLM
 from openmythos.tokenizer import Tokenizer
 from openmythos.tokenizer_folder import has_tokenizer
-from openmythos.train.parallel import Ranks, own_parts, parallelize
+from openmythos.train.ranks import Ranks
 from openmythos.train.recipe import TrainConfig
-from openmythos.train.tensor import put_in_fused_order
+from openmythos.train.shard import own_parts, put_in_fused_order
 
 
 class _DrawnOnMeta(TorchFunctionMode):
@@ -114,6 +114,8 @@ def _laid_out(config: ModelConfig, train: TrainConfig, ranks: Ranks) -> Recurren
         model = RecurrentDepthLM(config)
     if train.adapter is not None:
         draw_adapter(model, train.adapter, train.seed)
+    from openmythos.train.parallel import parallelize
+
     parallelize(model, train, ranks)
 
     def with_memory(tensor: Tensor) -> Tensor:

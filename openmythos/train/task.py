@@ -11,7 +11,7 @@ from openmythos.data.packing import Batch
 from openmythos.data.puzzle import Puzzle, choose_size
 from openmythos.data.synthetic import Curriculum, Walks
 from openmythos.model.recurrent import RecurrentDepthLM
-from openmythos.train.parallel import Ranks
+from openmythos.train.ranks import Ranks
 from openmythos.train.recipe import TrainConfig
 from openmythos.train.validation import Row, held_out_bits_per_byte, puzzle_accuracy
 

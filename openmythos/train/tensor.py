@@ -8,7 +8,7 @@ compute on local tensors: a parameter is a DTensor, and reading it gives this ra
 Source: Shoeybi et al. 2019, Megatron-LM (arXiv 1909.08053), section 3.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +23,6 @@ from openmythos.model.attention import GQA, MLA, Attention
 from openmythos.model.feedforward import FeedForward, MoE, ReLUSquared, SwiGLU
 from openmythos.model.loop_signal import LoopLinear
 from openmythos.model.recurrent import RecurrentDepthLM
-from openmythos.train.shard import rearranged
 
 
 class _Copied(torch.autograd.Function):
@@ -234,41 +233,3 @@ def divide_tensors(model: RecurrentDepthLM, mesh: DeviceMesh) -> None:
     for module in list(model.modules()):
         if isinstance(module, Attention | FeedForward):
             DIVISIONS[type(module)](divider, module)
-
-
-def fused_orders(model: nn.Module) -> dict[str, tuple[int, Int[Tensor, "R"]]]:
-    """The fused parameters by name: the dimension along which they are divided, and its order.
-
-    Index n of such a DTensor is index ``order[n]`` of the parameter on one process.
-    """
-    return {
-        f"{prefix}.{name}": order
-        for prefix, module in model.named_modules()
-        for name, order in getattr(module, "orders", {}).items()
-    }
-
-
-@torch.no_grad()
-def in_plain_order(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of a checkpoint, those of fused parameters in the order of one process.
-
-    Args:
-        model: The model.
-        tensors: By the names of parameters, or these with a word more: ``NAME.momentum``.
-    """
-    orders, result = fused_orders(model), dict(tensors)
-    for name, value in tensors.items():
-        order = orders.get(name) or orders.get(name.rpartition(".")[0])
-        if order is not None and isinstance(value, DTensor):
-            result[name] = rearranged(value, order[0], order[1].argsort())
-    return result
-
-
-@torch.no_grad()
-def put_in_fused_order(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Inverse of ``in_plain_order``, in the tensors' own memory."""
-    orders = fused_orders(model)
-    for name, value in tensors.items():
-        order = orders.get(name) or orders.get(name.rpartition(".")[0])
-        if order is not None and isinstance(value, DTensor):
-            value.to_local().copy_(rearranged(value, *order).to_local())

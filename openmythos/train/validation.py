@@ -13,7 +13,7 @@ from openmythos.data.puzzle import Puzzle
 from openmythos.model.inference import inference
 from openmythos.model.recurrent import RecurrentDepthLM
 from openmythos.ops.cross_entropy import cross_entropy
-from openmythos.train.parallel import Ranks
+from openmythos.train.ranks import Ranks
 
 Row = dict[str, float | int | str]  # one measurement, as it is written to metrics.jsonl
 

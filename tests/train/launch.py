@@ -2,7 +2,7 @@
 
 A case is a function at the top level of a module, without arguments or, as ``partial``, with one
 string. Every process calls it; it asks ``torch.distributed`` for its rank, joins with a layout of
-its own (``train.parallel.join``), and raises where something is wrong. What it returns must be
+its own (``train.ranks.join``), and raises where something is wrong. What it returns must be
 plain data that JSON can hold.
 
 One process imports everything and forks the ranks: imports take as long as many cases do. The

@@ -18,9 +18,9 @@ from openmythos.config import ReLUSquaredConfig, ValueEmbeddingConfig, WeightLoR
 from openmythos.interop.adapter import new_adapter
 from openmythos.model.attention import LatentExpansion
 from openmythos.model.feedforward import MoE
-from openmythos.train import experts, loop, optim, parallel, tensor
+from openmythos.train import experts, gradients, loop, optim, shard, tensor
 from openmythos.train.optim import OptimizerConfig
-from openmythos.train.parallel import Ranks, join
+from openmythos.train.ranks import Ranks, join
 from openmythos.train.run_folder import RunFolder, RunState
 from openmythos.train.shard import local_part
 from tests.strategies import GQA, MLA
@@ -125,9 +125,9 @@ def logits_and_gradients(arm: Arm) -> tuple[float, float]:
     expected, got = alone(tokens, num_loops=3).logits, ours(tokens[rows], num_loops=3).logits
     expected.square().mean().backward()
     (got.square().mean() / ranks.num_row_ranks).backward()
-    parallel.reshard(ours)
+    gradients.reshard(ours)
     logits = float((got - expected[rows]).abs().max() / expected.abs().max())
-    part_of, wanted = parallel.own_parts(ours), dict(alone.named_parameters())
+    part_of, wanted = shard.own_parts(ours), dict(alone.named_parameters())
     gaps = torch.zeros(2, len(wanted))
     for number, (name, parameter) in enumerate(ours.named_parameters()):
         grad, whole = parameter.grad, wanted[name].grad

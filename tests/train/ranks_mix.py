@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from openmythos.train.parallel import Ranks
+from openmythos.train.ranks import Ranks
 from openmythos.train.recipe import MixtureData, MixtureSource
 from openmythos.train.run import text_task
 from tests.train.examples import text_config, write_text

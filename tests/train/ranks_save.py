@@ -28,9 +28,9 @@ from openmythos.config.parallel import ParallelConfig
 from openmythos.folder import write_manifest
 from openmythos.interop import export
 from openmythos.model.recurrent import RecurrentDepthLM
-from openmythos.train import parallel
+from openmythos.train import shard
 from openmythos.train.optim import OptimizerConfig, make_optimizers
-from openmythos.train.parallel import Ranks, join
+from openmythos.train.ranks import Ranks, join
 from openmythos.train.recipe import TrainConfig
 from openmythos.train.run_folder import RunFolder, RunState
 from openmythos.train.setup import initial_model
@@ -253,7 +253,7 @@ def initial_weights_are_read_in_parts(folder: Path, ranks: Ranks) -> None:
             read.clear()
             with mock.patch.object(weights._Tensors, "read", counted):
                 model = initial_model(folder / source, config, None, train, place)
-            part_of, held, expected = parallel.own_parts(model), 0, whole.state_dict()
+            part_of, held, expected = shard.own_parts(model), 0, whole.state_dict()
             for name, own in model.state_dict(keep_vars=True).items():
                 part, rows, columns = part_of(name, own.detach())
                 tensor = expected[name].view(-1, expected[name].shape[-1])

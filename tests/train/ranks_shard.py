@@ -33,7 +33,7 @@ from openmythos.interop.adapter import draw_adapter
 from openmythos.model import loop as model_loop
 from openmythos.model.feedforward import MoE, Router
 from openmythos.model.recurrent import RecurrentDepthLM
-from openmythos.train import loop, parallel, setup
+from openmythos.train import gradients, loop, parallel, setup, shard
 from openmythos.train.depth_schedule import DepthSchedule, FixedDepth, PoissonDepth
 from openmythos.train.objective import (
     ExitGainObjective,
@@ -42,7 +42,7 @@ from openmythos.train.objective import (
     PerLoopObjective,
 )
 from openmythos.train.optim import OptimizerConfig
-from openmythos.train.parallel import Ranks, join
+from openmythos.train.ranks import Ranks, join
 from openmythos.train.recipe import TrainConfig
 from openmythos.train.task import Batches
 from tests.strategies import MLA, randomise, seeded, small_config
@@ -273,7 +273,7 @@ def differences(
 
 def weights_gap(model: RecurrentDepthLM, alone: RecurrentDepthLM) -> float:
     """The largest difference of any rank's part of the weights to that of one process."""
-    part_of, whole, gap = parallel.own_parts(model), alone.state_dict(), torch.zeros(())
+    part_of, whole, gap = shard.own_parts(model), alone.state_dict(), torch.zeros(())
     for name, own in model.state_dict(keep_vars=True).items():
         part, rows, columns = part_of(name, own.detach())
         mine = whole[name].view(-1, whole[name].shape[-1])[rows][:, columns]
@@ -346,7 +346,7 @@ def the_norm_includes_the_kept_units() -> list[float]:
 def one_lost_gradient_is_noticed() -> list[float]:
     def lossy(model: torch.nn.Module, ranks: Ranks) -> torch.Tensor:
         model.core[0].attention_norm.weight.grad = None  # type: ignore[index, union-attr]
-        return parallel.square_sum(model, ranks)
+        return gradients.square_sum(model, ranks)
 
     wrong = differences(ARMS["dense"], patch.object(loop, "square_sum", lossy), steps=2)
     assert wrong["weights"] > 1e-6, wrong

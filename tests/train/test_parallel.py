@@ -1,5 +1,7 @@
 """One process: alone, or as one of fake ranks. ``test_ranks.py`` has the cases of several."""
 
+import subprocess
+import sys
 from typing import Any
 from unittest.mock import patch
 
@@ -11,9 +13,9 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from openmythos.config.parallel import ParallelConfig
-from openmythos.train import loop, parallel
+from openmythos.train import loop, ranks
 from openmythos.train.dry_run import fake_rank
-from openmythos.train.parallel import Ranks, join
+from openmythos.train.ranks import Ranks, join
 from tests.strategies import unchecked
 from tests.train.ranks_shard import BATCH, Arm, Rows, make
 
@@ -35,17 +37,32 @@ def test_a_layout_needs_its_processes() -> None:
 def test_ranks_that_are_started_again_meet_apart_from_the_dead(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    assert parallel._meeting_place() == {}
+    assert ranks._meeting_place() == {}
     store = dist.TCPStore("127.0.0.1", 0, is_master=True)
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port, "RANK": 0}
     elastic = {"TORCHELASTIC_RESTART_COUNT": 2, "TORCHELASTIC_USE_AGENT_STORE": True}
     for name, value in {**place, **elastic, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 1}.items():
         monkeypatch.setenv(name, str(value))
-    assert parallel._meeting_place() == {}  # several machines count their own attempts
+    assert ranks._meeting_place() == {}  # several machines count their own attempts
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    found = parallel._meeting_place()
+    found = ranks._meeting_place()
     found.pop("store").set("where", "here")
     assert found == {"rank": 0, "world_size": 2} and store.get("attempt-2/where") == b"here"
+
+
+LOADED = """
+import sys
+import openmythos.train.run
+many = {"torch.distributed.fsdp", "torch.distributed.tensor"}
+print(sorted(many & set(sys.modules)))
+"""
+
+
+def test_what_a_run_needs_on_many_devices_is_loaded_there_only() -> None:
+    """It takes a second or two, for which a wrong option would wait, too."""
+    command = [sys.executable, "-c", LOADED]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ran.stdout == "[]\n", ran.stderr
 
 
 class Order(TorchDispatchMode):

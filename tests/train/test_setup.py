@@ -4,7 +4,7 @@ import torch
 
 from openmythos.config import GateInjectionConfig, PonderNetConfig
 from openmythos.model.recurrent import RecurrentDepthLM
-from openmythos.train.parallel import Ranks
+from openmythos.train.ranks import Ranks
 from openmythos.train.recipe import TrainConfig
 from openmythos.train.setup import _DrawnOnMeta, new_model
 from tests.strategies import MLA, MOE, small_config

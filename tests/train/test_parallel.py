@@ -1,54 +1,20 @@
-"""One process: alone, or as one of fake ranks. ``test_ranks.py`` has the cases of several."""
+"""One process as one of fake ranks. ``test_two_ranks.py`` has the cases of several."""
 
 import subprocess
 import sys
 from typing import Any
 from unittest.mock import patch
 
-import pytest
 import torch
-import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from openmythos.config.parallel import ParallelConfig
-from openmythos.train import loop, ranks
+from openmythos.train import loop
 from openmythos.train.dry_run import fake_rank
-from openmythos.train.ranks import Ranks, join
+from openmythos.train.ranks import join
 from tests.strategies import unchecked
 from tests.train.ranks_shard import BATCH, Arm, Rows, make
-
-
-def test_one_process_is_alone() -> None:
-    ranks = join(ParallelConfig())
-    assert ranks == Ranks.alone() and ranks.first and ranks.mesh is None
-    assert not dist.is_initialized()
-    numbers = torch.ones(3)
-    assert ranks.sum(numbers) is numbers
-    ranks.wait()
-
-
-def test_a_layout_needs_its_processes() -> None:
-    with pytest.raises(ValueError, match="there are 1: start it with torchrun"):
-        join(ParallelConfig(dp_shard=2))
-
-
-def test_ranks_that_are_started_again_meet_apart_from_the_dead(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    assert ranks._meeting_place() == {}
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True)
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port, "RANK": 0}
-    elastic = {"TORCHELASTIC_RESTART_COUNT": 2, "TORCHELASTIC_USE_AGENT_STORE": True}
-    for name, value in {**place, **elastic, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 1}.items():
-        monkeypatch.setenv(name, str(value))
-    assert ranks._meeting_place() == {}  # several machines count their own attempts
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    found = ranks._meeting_place()
-    found.pop("store").set("where", "here")
-    assert found == {"rank": 0, "world_size": 2} and store.get("attempt-2/where") == b"here"
-
 
 LOADED = """
 import sys

@@ -1,20 +1,39 @@
-"""Training on two ranks: one launch for the cases of all modules."""
+"""The place of one process. ``test_two_ranks.py`` has the cases of several."""
 
 import pytest
+import torch
+import torch.distributed as dist
 
-from tests.train import ranks_expert, ranks_mix, ranks_save, ranks_shard
-from tests.train.launch import Case, Outcome, launch, name_of
-
-MODULES = (ranks_shard, ranks_save, ranks_expert, ranks_mix)
-CASES: list[Case] = [case for module in MODULES for case in module.CASES]
-
-
-@pytest.fixture(scope="module")
-def outcomes() -> dict[str, Outcome]:
-    return launch(2, CASES)
+from openmythos.config.parallel import ParallelConfig
+from openmythos.train import ranks
+from openmythos.train.ranks import Ranks, join
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: name_of(case).split(".")[-1])
-def test_on_two_ranks(case: Case, outcomes: dict[str, Outcome]) -> None:
-    outcome = outcomes[name_of(case)]
-    assert outcome.error is None, outcome.error
+def test_one_process_is_alone() -> None:
+    place = join(ParallelConfig())
+    assert place == Ranks.alone() and place.first and place.mesh is None
+    assert not dist.is_initialized()
+    numbers = torch.ones(3)
+    assert place.sum(numbers) is numbers
+    place.wait()
+
+
+def test_a_layout_needs_its_processes() -> None:
+    with pytest.raises(ValueError, match="there are 1: start it with torchrun"):
+        join(ParallelConfig(dp_shard=2))
+
+
+def test_ranks_that_are_started_again_meet_apart_from_the_dead(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert ranks._meeting_place() == {}
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True)
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port, "RANK": 0}
+    elastic = {"TORCHELASTIC_RESTART_COUNT": 2, "TORCHELASTIC_USE_AGENT_STORE": True}
+    for name, value in {**place, **elastic, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 1}.items():
+        monkeypatch.setenv(name, str(value))
+    assert ranks._meeting_place() == {}  # several machines count their own attempts
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    found = ranks._meeting_place()
+    found.pop("store").set("where", "here")
+    assert found == {"rank": 0, "world_size": 2} and store.get("attempt-2/where") == b"here"

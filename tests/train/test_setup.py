@@ -1,4 +1,4 @@
-"""Models of a run on one process; ``test_ranks.py`` has their parts on several."""
+"""Models of a run on one process; ``test_two_ranks.py`` has their parts on several."""
 
 import torch
 

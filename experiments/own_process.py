@@ -1,26 +1,30 @@
 """One run in a process of its own, with one thread.
 
-The parent writes ``run.json`` into the run's folder and starts the study's module with ``--one``;
-the process writes ``result.json`` beside it. A parent that was killed in between finds it there
-later.
+The parent writes ``run.json`` into the run's folder; the process writes ``result.json`` beside it.
+A parent that was killed in between finds it there later.
+
+The processes are forks of one that has loaded what they need: torch alone takes longer to load than
+a few steps to run.
 """
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import json
+import multiprocessing
 import os
 import platform
 import signal
-import subprocess
 import sys
-import tempfile
 import threading
 import time
 import traceback
+from collections.abc import Sequence
 from dataclasses import asdict
+from multiprocessing import forkserver
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING
 
 from experiments.run_store import Result, Run
 from openmythos.folder import locked, write_json
@@ -29,7 +33,8 @@ if TYPE_CHECKING:
     from experiments.study import Study
 
 ROOT = Path(__file__).parent.parent
-RUN_FILE, RESULT_FILE = "run.json", "result.json"
+RUN_FILE, RESULT_FILE, ERRORS_FILE = "run.json", "result.json", "errors.txt"
+CONTEXT = multiprocessing.get_context("forkserver")
 
 
 class OwnProcess:
@@ -37,20 +42,13 @@ class OwnProcess:
 
     def __init__(self, study: Study, run: Run, scale: str, out: Path) -> None:
         self.run, self.out, self.started = run, out, time.perf_counter()
-        self.errors: BinaryIO = tempfile.TemporaryFile()  # noqa: SIM115  # as long as the process
-        self.process: subprocess.Popen[bytes] | None = None
+        self.process: multiprocessing.process.BaseProcess | None = None
         if (out / RESULT_FILE).is_file():
             return
         write_json(out / RUN_FILE, asdict(run))
-        # Its standard input ends with this process, however that ends; then it ends, too.
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", study.module, "--scale", scale, "--one", str(out)],
-            cwd=ROOT,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=self.errors,
-        )
+        _start_server(study.loads)
+        self.process = CONTEXT.Process(target=measure_here, args=(study.module, scale, out))
+        self.process.start()
 
     @property
     def seconds(self) -> float:
@@ -59,45 +57,67 @@ class OwnProcess:
 
     def ended(self) -> Result | None:
         """Its result once it has ended."""
-        status = 0 if self.process is None else self.process.poll()
+        status = 0 if self.process is None else self.process.exitcode
         if status is None:
             return None
-        said = self._last_words()
         path = self.out / RESULT_FILE
         if path.is_file():
             found = json.loads(path.read_text(encoding="utf-8"))
             path.unlink()
             return Result(run=self.run, **found)
-        reason = f"killed by signal {-status}" if status < 0 else f"status {status}: {said}"
+        reason = (
+            f"killed by signal {-status}"
+            if status < 0
+            else f"status {status}: {self._last_words()}"
+        )
         return Result(self.run, {}, reason, self.seconds, 0.0, processor(), _torch_version())
 
     def stop(self) -> None:
         """End the process; a training saves its checkpoint first."""
-        if self.process is not None and self.process.poll() is None:
+        if self.process is not None and self.process.is_alive():
             self.process.terminate()
-            try:
-                self.process.wait(timeout=10)
-            except subprocess.TimeoutExpired:
+            self.process.join(timeout=10)
+            if self.process.is_alive():
                 self.process.kill()
-                self.process.wait()
-            self._last_words()
+                self.process.join()
 
     def _last_words(self) -> str:
-        """The last line that the process printed as an error; what it was given is closed."""
-        if self.process is not None and self.process.stdin is not None:
-            self.process.stdin.close()
-        with self.errors:
-            self.errors.seek(0)
-            lines = self.errors.read().decode(errors="replace").strip().splitlines()
+        """The last line that the process printed as an error."""
+        try:
+            lines = (self.out / ERRORS_FILE).read_text(errors="replace").strip().splitlines()
+        except FileNotFoundError:
+            lines = []
         return lines[-1] if lines else ""
 
 
-def measure_here(study: Study, scale: str, out: Path) -> None:
+def _start_server(loads: Sequence[str]) -> None:
+    """Start the process whose forks the runs are, unless it runs: with one thread for each."""
+    if sys.platform == "linux":  # elsewhere libraries that are loaded may not survive a fork
+        CONTEXT.set_forkserver_preload(list(loads))
+    before = os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = "1"
+    try:
+        forkserver.ensure_running()
+    finally:
+        del os.environ["OMP_NUM_THREADS"]
+        if before is not None:
+            os.environ["OMP_NUM_THREADS"] = before
+
+
+def measure_here(module: str, scale: str, out: Path) -> None:
     """What the run's own process does: measure, and write the result or why it is lost.
 
-    ``OMP_NUM_THREADS`` has given it one thread.
+    Args:
+        module: The study's.
+        scale: The scale.
+        out: The run's folder; also what is printed as an error goes there.
     """
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    os.chdir(ROOT)
+    with (out / ERRORS_FILE).open("wb") as errors, Path(os.devnull).open("wb") as nothing:
+        os.dup2(nothing.fileno(), sys.__stdout__.fileno())
+        os.dup2(errors.fileno(), sys.__stderr__.fileno())
+    study: Study = importlib.import_module(module).STUDY
     run = Run(**json.loads((out / RUN_FILE).read_text(encoding="utf-8")))
     data, lost, started = {}, None, time.perf_counter()
     try:
@@ -119,7 +139,9 @@ def measure_here(study: Study, scale: str, out: Path) -> None:
 
 
 def _end_with_parent() -> None:
-    os.read(sys.stdin.fileno(), 1)  # a buffer's lock would be held when the interpreter ends
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
     os.kill(os.getpid(), signal.SIGTERM)
 
 

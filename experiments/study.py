@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TextIO, get_args
 
 from experiments import board
 from experiments.claim import Claim, Conclusion, read_claims
-from experiments.own_process import ROOT, OwnProcess, measure_here
+from experiments.own_process import ROOT, OwnProcess
 from experiments.run_store import Result, Results, Run, RunStore
 from openmythos.folder import holder, in_a_sentence, locked
 
@@ -41,6 +41,7 @@ class Study(abc.ABC):
         page_scale: The one whose results decide.
         fresh_seeds: Seeds that the page's scale does not use. The scale "fresh" does its runs with
             these, at the rates that it chose, and the page says whether the verdicts are the same.
+        loads: Modules that are loaded once for all runs; torch's optimisers import Dynamo.
     """
 
     number: ClassVar[int]
@@ -48,6 +49,7 @@ class Study(abc.ABC):
     scales: ClassVar[tuple[Scale, ...]] = ("smoke", "small")
     page_scale: ClassVar[Scale] = "small"
     fresh_seeds: ClassVar[tuple[int, ...]] = ()
+    loads: ClassVar[tuple[str, ...]] = ("openmythos.train.run", "torch._dynamo")
 
     def __init__(self, folder: Path | None = None) -> None:
         self.folder = folder or Path(inspect.getfile(type(self))).parent
@@ -268,11 +270,7 @@ def main(study: Study) -> None:
     parser.add_argument("--retry", action="store_true", help="Do lost runs again.")
     parser.add_argument("--again", action="store_true", help="Do all runs again, from nothing.")
     parser.add_argument("--work", type=Path, default=WORK, help="Folder of the runs' folders.")
-    parser.add_argument("--one", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
-    if given.one is not None:
-        measure_here(study, given.scale, given.one)
-        return
     if given.workers < 1:
         parser.error(f"--workers is {given.workers}; give at least 1")
     scales = [*study.scales, *(["fresh"] if study.fresh_seeds else [])]

@@ -32,6 +32,7 @@ CACHES = ("huginn-3.5b", "ouro-2.6b", "mythos-1b")
 class PublishedNumbers(Study):
     number = 8
     title = "Published numbers, counted again"
+    loads = ()
 
     def runs(self, scale: str, done: Results) -> Sequence[Run]:
         return [

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +25,7 @@ class Planted(Study):
     number = 1
     title = "A planted answer"
     fresh_seeds = (3, 4)
+    loads = ()
 
     def runs(self, scale: str, done: Results) -> Sequence[Run]:
         if scale == "smoke":
@@ -37,6 +40,8 @@ class Planted(Study):
         return found
 
     def measure(self, run: Run, scale: str, out: Path) -> Mapping[str, Any]:
+        if scale == "waits":
+            wait_for_a_signal(out)
         if run.settings.get("fate") == "diverges":
             raise RuntimeError(f"the loss is nan; kept: {out}/step-1")
         if run.settings.get("fate") == "killed":
@@ -67,6 +72,17 @@ class Planted(Study):
         figure = figure_of(2.0, 2.0)
         figure.subplots().plot(conclusion.figures["accuracy"]["good"])
         return {"accuracy": figure}
+
+
+def wait_for_a_signal(out: Path) -> None:
+    def end(number: int, frame: object) -> None:
+        (out / "ended").write_text(str(number))
+        sys.exit()
+
+    signal.signal(signal.SIGTERM, end)
+    (out / "started").touch()
+    while True:
+        time.sleep(0.1)
 
 
 STUDY = Planted()

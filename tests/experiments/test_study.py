@@ -2,6 +2,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -98,13 +99,27 @@ def test_a_result_whose_parent_was_killed_is_taken(planted: Inside, tmp_path: Pa
     assert process.ended() == Result(run, **found) and not (out / RESULT_FILE).exists()
 
 
+WAITS = """
+import sys, time
+from pathlib import Path
+from experiments.own_process import OwnProcess
+from tests.experiments.planted_study import STUDY
+
+out = Path(sys.argv[1])
+OwnProcess(STUDY, STUDY.runs("smoke", [])[-1], "waits", out)
+while not (out / "started").exists():
+    time.sleep(0.05)
+"""
+
+
 def test_a_process_ends_with_its_parent(tmp_path: Path) -> None:
-    waits = "import threading, time; from experiments.own_process import _end_with_parent as e; "
-    waits += "threading.Thread(target=e, daemon=True).start(); time.sleep(60)"
-    process = subprocess.Popen([sys.executable, "-c", waits], cwd=ROOT, stdin=subprocess.PIPE)
-    assert process.stdin is not None
-    process.stdin.close()
-    assert process.wait(timeout=20) == -15
+    command = [sys.executable, "-c", WAITS + "import os; os.kill(os.getpid(), 9)", str(tmp_path)]
+    assert subprocess.run(command, cwd=ROOT, check=False, timeout=60).returncode == -9
+    for _ in range(400):
+        if (tmp_path / "ended").exists():
+            break
+        time.sleep(0.05)
+    assert (tmp_path / "ended").read_text() == "15"
 
 
 @pytest.mark.usefixtures("here")

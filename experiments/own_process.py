@@ -114,9 +114,7 @@ def measure_here(module: str, scale: str, out: Path) -> None:
     """
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.chdir(ROOT)
-    with (out / ERRORS_FILE).open("wb") as errors, Path(os.devnull).open("wb") as nothing:
-        os.dup2(nothing.fileno(), sys.__stdout__.fileno())
-        os.dup2(errors.fileno(), sys.__stderr__.fileno())
+    _redirect(out / ERRORS_FILE)
     study: Study = importlib.import_module(module).STUDY
     run = Run(**json.loads((out / RUN_FILE).read_text(encoding="utf-8")))
     data, lost, started = {}, None, time.perf_counter()
@@ -136,6 +134,13 @@ def measure_here(module: str, scale: str, out: Path) -> None:
         "torch": _torch_version(),
     }
     write_json(out / RESULT_FILE, result)
+
+
+def _redirect(errors: Path) -> None:
+    """Send what is printed as an error to a file, and all else nowhere."""
+    with errors.open("wb") as file, Path(os.devnull).open("wb") as nothing:
+        os.dup2(nothing.fileno(), sys.__stdout__.fileno())
+        os.dup2(file.fileno(), sys.__stderr__.fileno())
 
 
 def _end_with_parent() -> None:

@@ -36,6 +36,7 @@ OTHER_WRITERS = {
     "benchmarks/int8.py:memory_of": "resets the peak that the system counts; no file",
     "openmythos/analysis/picture.py:save": "draws into a whole_file",
     "openmythos/analysis/picture.py:to_svg": "draws into memory",
+    "experiments/own_process.py:_redirect": "a log, read as far as it was written",
     "openmythos/data/prepare.py:_Spool.__init__": "a scratch file, never put in place",
 }
 WRITING_CALLS = {

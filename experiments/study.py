@@ -124,7 +124,7 @@ class Study(abc.ABC):
     def current(self, scale: str, work: Path = WORK) -> tuple[list[Run], Results]:
         """The known runs, and the results of those that have ended."""
         stored = self.store(scale, work).read()
-        runs = self._fresh() if scale == "fresh" else list(self.runs(scale, stored))
+        runs = self._fresh(stored) if scale == "fresh" else list(self.runs(scale, stored))
         names = [run.name for run in runs]
         if len(set(names)) < len(names):
             twice = next(run for run in runs if names.count(run.name) > 1)
@@ -132,18 +132,31 @@ class Study(abc.ABC):
         found = (stored.find(run) for run in runs)
         return runs, Results(result for result in found if result is not None)
 
-    def _fresh(self) -> list[Run]:
-        """The page's runs with other seeds; none before those are complete."""
+    def _fresh(self, stored: Results) -> list[Run]:
+        """The page's runs with other seeds; none before those are complete.
+
+        A run that is lost is followed by one with the next seed, at most as many as there were to
+        be: a verdict needs seeds, and what was lost stays on the page.
+        """
         runs, done = self.current(self.page_scale)
         if len(done) < len(runs):
             return []
-        used = {run.seed for run in runs}
-        if used & set(self.fresh_seeds):
+        used, count = {run.seed for run in runs}, len(self.fresh_seeds)
+        following = range(max(self.fresh_seeds) + 1, max(self.fresh_seeds) + 1 + count)
+        if used & {*self.fresh_seeds, *following}:
             raise ValueError(f"{self.name}: fresh_seeds {self.fresh_seeds} are used: {used}")
-        plans = {Run(run.arm, 0, run.settings).name: run for run in runs if not run.tuning}
-        return [
-            Run(run.arm, seed, run.settings) for run in plans.values() for seed in self.fresh_seeds
-        ]
+        found = []
+        for run in {
+            Run(run.arm, 0, run.settings).name: run for run in runs if not run.tuning
+        }.values():
+            more = iter(following)
+            seeds = list(self.fresh_seeds)
+            for seed in seeds:
+                found.append(Run(run.arm, seed, run.settings))
+                result = stored.find(found[-1])
+                if result is not None and result.lost is not None:
+                    seeds += [next(more)] if len(seeds) < 2 * count else []
+        return found
 
 
 # --- carrying it out ------------------------------------------------------------------------------

@@ -160,6 +160,10 @@ def test_fresh_seeds_are_concluded_from_beside_the_others(
     (stored,) = planted.store("fresh").folder.glob("poor-4-*.json")
     lost = json.loads(stored.read_text()) | {"lost": "it diverged"}
     stored.write_text(json.dumps(lost))
+    (missing,) = {run.name for run in planted.current("fresh")[0]} - {r.run.name for r in fresh}
+    assert missing.startswith("poor-5-")  # followed by the next seed
+    carry_out(planted, "fresh", tmp_path / "work")
+    assert len(planted.store("fresh").read().of("poor")) == 2
     board.write_pages(planted)
     assert "\nLost: poor, seed 4, " in (planted.folder / "README.md").read_text()
     monkeypatch.setattr(Planted, "fresh_seeds", (2, 3))

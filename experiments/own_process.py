@@ -3,8 +3,8 @@
 The parent writes ``run.json`` into the run's folder; the process writes ``result.json`` beside it.
 A parent that was killed in between finds it there later.
 
-The processes are forks of one that has loaded what they need: torch alone takes longer to load than
-a few steps to run.
+On Linux the processes are forks of one that has loaded what they need: torch alone takes longer to
+load than a few steps to run.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
-from multiprocessing import forkserver
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,7 +34,8 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parent.parent
 RUN_FILE, RESULT_FILE, ERRORS_FILE = "run.json", "result.json", "errors.txt"
-CONTEXT = multiprocessing.get_context("forkserver")
+FORKS = sys.platform == "linux"  # elsewhere libraries that are loaded may not survive a fork
+CONTEXT = multiprocessing.get_context("forkserver" if FORKS else "spawn")
 
 
 class OwnProcess:
@@ -46,9 +47,11 @@ class OwnProcess:
         if (out / RESULT_FILE).is_file():
             return
         write_json(out / RUN_FILE, asdict(run))
-        _start_server(study.loads)
+        if FORKS:
+            CONTEXT.set_forkserver_preload(list(study.loads))
         self.process = CONTEXT.Process(target=measure_here, args=(study.module, scale, out))
-        self.process.start()
+        with _one_thread():
+            self.process.start()
 
     @property
     def seconds(self) -> float:
@@ -65,11 +68,9 @@ class OwnProcess:
             found = json.loads(path.read_text(encoding="utf-8"))
             path.unlink()
             return Result(run=self.run, **found)
-        reason = (
-            f"killed by signal {-status}"
-            if status < 0
-            else f"status {status}: {self._last_words()}"
-        )
+        reason = f"status {status}: {self._last_words()}"
+        if status < 0:
+            reason = f"killed by signal {-status}"
         return Result(self.run, {}, reason, self.seconds, 0.0, processor(), _torch_version())
 
     def stop(self) -> None:
@@ -90,14 +91,13 @@ class OwnProcess:
         return lines[-1] if lines else ""
 
 
-def _start_server(loads: Sequence[str]) -> None:
-    """Start the process whose forks the runs are, unless it runs: with one thread for each."""
-    if sys.platform == "linux":  # elsewhere libraries that are loaded may not survive a fork
-        CONTEXT.set_forkserver_preload(list(loads))
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Processes that start inside have one thread."""
     before = os.environ.get("OMP_NUM_THREADS")
     os.environ["OMP_NUM_THREADS"] = "1"
     try:
-        forkserver.ensure_running()
+        yield
     finally:
         del os.environ["OMP_NUM_THREADS"]
         if before is not None:

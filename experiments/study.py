@@ -141,21 +141,19 @@ class Study(abc.ABC):
         runs, done = self.current(self.page_scale)
         if len(done) < len(runs):
             return []
-        used, count = {run.seed for run in runs}, len(self.fresh_seeds)
-        following = range(max(self.fresh_seeds) + 1, max(self.fresh_seeds) + 1 + count)
-        if used & {*self.fresh_seeds, *following}:
-            raise ValueError(f"{self.name}: fresh_seeds {self.fresh_seeds} are used: {used}")
+        most = 2 * len(self.fresh_seeds)
+        allowed = range(min(self.fresh_seeds), min(self.fresh_seeds) + most)
+        if {run.seed for run in runs} & set(allowed):
+            raise ValueError(f"{self.name}: fresh_seeds {self.fresh_seeds} are used")
+        plans = {Run(run.arm, 0, run.settings).name: run for run in runs if not run.tuning}
         found = []
-        for run in {
-            Run(run.arm, 0, run.settings).name: run for run in runs if not run.tuning
-        }.values():
-            more = iter(following)
+        for run in plans.values():
             seeds = list(self.fresh_seeds)
             for seed in seeds:
                 found.append(Run(run.arm, seed, run.settings))
                 result = stored.find(found[-1])
-                if result is not None and result.lost is not None:
-                    seeds += [next(more)] if len(seeds) < 2 * count else []
+                if result is not None and result.lost is not None and len(seeds) < most:
+                    seeds.append(seeds[-1] + 1)
         return found
 
 

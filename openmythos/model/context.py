@@ -9,6 +9,7 @@ Attention layers pass queries and new keys and values; masks and cache columns a
 """
 
 import contextlib
+from collections import UserDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, no_type_check
@@ -29,6 +30,7 @@ Own = tuple[
     Float[Tensor, "R B G T K"], Float[Tensor, "R B G T W"], Bool[Tensor, "B R"]
 ]  # keys, values, and whether each row has run that loop
 Recent = tuple[tuple[Float[Tensor, "R B heads T dim"], ...], ...]  # per core layer: keys, values
+Made = UserDict[int, tuple[Tensor, ...]]
 Ids = Int[Tensor, "B T"] | Sequence[Sequence[int]]
 Seeds = int | Sequence[int] | Int[Tensor, "B _"]
 
@@ -52,7 +54,7 @@ class ForwardContext:
         counts: 1 if experts count their tokens, 0 where a loop is run again for its gradient. A
             tensor, because a compiled graph must serve both; None: they count.
         made: Keys and values of the running loop, by core layer; ``advance`` adds them to
-            ``recent``.
+            ``recent``. No ``dict``: of one with gradients FSDP2 hands modules a copy.
         shared: The values computed by ``once``.
         masks: The attention mask and the document offsets, once they have been computed.
     """
@@ -69,7 +71,7 @@ class ForwardContext:
     recent: Recent | None = None
     experts: Callable[..., Tensor] | None = None
     counts: Int[Tensor, ""] | None = None
-    made: dict[int, tuple[Tensor, ...]] = field(default_factory=dict, compare=False, repr=False)
+    made: Made = field(default_factory=UserDict, compare=False, repr=False)
     shared: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
     masks: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
@@ -113,7 +115,7 @@ class ForwardContext:
             recent: Keys and values of the last loops, for depth attention.
         """
         cache = None if self.cache is None else replace(self.cache, loop=loop)
-        return replace(self, cache=cache, recent=recent, made={})
+        return replace(self, cache=cache, recent=recent, made=UserDict())
 
     def newest_loops(self) -> Recent | None:
         """``recent`` after the running loop: that loop is put first and the oldest is dropped."""

@@ -161,7 +161,8 @@ class Geometric(Halting):
     ) -> tuple[Float[Tensor, "..."], Tracker]:
         """See ``Halting.step``."""
         left = 1 - tracker.mass
-        weight = left if last else prob * left
+        # The last loop gives the head zeros as gradient: of a rank's one loop others wait for them.
+        weight = torch.where(tracker.running, left, prob) if last else prob * left
         return weight, replace(tracker, mass=tracker.mass + weight, ponder=tracker.ponder + left)
 
 

@@ -235,15 +235,13 @@ def advance(
             running, advance(model, state.select(running), part, run, grad, recompute)
         )
     together = state.loops[0] if len(set(state.loops)) == 1 else None
-    here = ctx.at_loop(together, state.recent)
     passes = itertools.count()
 
     def body() -> tuple[Tensor, Halted | None, Recent | None]:
-        again: dict[str, Any] = {}
+        inside = ctx.at_loop(together, state.recent)
         if recompute:
             counts = state.loop_idx.new_full((), next(passes) == 0)
-            again = {"made": {}, "shared": {}, "counts": counts}
-        inside = replace(here, **again)
+            inside = replace(inside, shared={}, counts=counts)
         h, halted = run(model, state.h, state.e, state.loop_idx, inside, state.halted)
         return h, halted, inside.newest_loops()
 

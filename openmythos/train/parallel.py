@@ -7,7 +7,8 @@ a mesh this module is imported: FSDP2 and DTensor take a second to load.
 import warnings
 
 import torch
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from openmythos.model.feedforward import Router
@@ -16,7 +17,16 @@ from openmythos.train.experts import divide_experts, expert_placement
 from openmythos.train.gradients import units
 from openmythos.train.ranks import Ranks
 from openmythos.train.recipe import COMPILING, TrainConfig
-from openmythos.train.tensor import divide_tensors
+from openmythos.train.tensor import become, divide_tensors
+
+
+class NoView(nn.Module):
+    """A layer whose output is no view of another tensor, of which FSDP2 warns its callers."""
+
+    def forward(self, x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        """As of the layer."""
+        y: Tensor = super().forward(x)
+        return y.clone()
 
 
 def parallelize(model: RecurrentDepthLM, config: TrainConfig, ranks: Ranks) -> None:
@@ -77,6 +87,7 @@ def parallelize(model: RecurrentDepthLM, config: TrainConfig, ranks: Ranks) -> N
                     unit(module, keep, own)
         unit(block, keep, policy)
     if model.halting is not None:  # an objective calls it outside the model's forward
+        become(model.halting.proj, NoView)
         unit(model.halting.proj, True, own)
     # What the head has gathered in the forward pass is used next in its backward pass.
     head = model.embed if model.head is None else model.head

@@ -88,7 +88,7 @@ def rearranged(tensor: "DTensor", dim: int, index: Int[Tensor, "R"]) -> "DTensor
     )
 
 
-# --- fused matrices, whose parts are divided one by one
+# --- fused matrices, whose parts are divided one by one -------------------------------------------
 
 
 def fused_orders(model: nn.Module) -> dict[str, tuple[int, Int[Tensor, "R"]]]:

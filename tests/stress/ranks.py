@@ -2,8 +2,8 @@
 
     make stress-ranks                     or   python -m tests.stress.ranks --steps 50
 
-The cases of ``tests/train/test_ranks.py`` and more of them, with all arms. Each result is written
-to ``ranks.json`` beside this file as soon as there is one, with the table ``ranks.md``;
+The cases of ``tests/train/test_two_ranks.py`` and more of them, with all arms. Each result is
+written to ``ranks.json`` beside this file as soon as there is one, with the table ``ranks.md``;
 ``--resume`` goes on after a stop. Not part of the test suite, which has two steps on two ranks.
 """
 
@@ -35,9 +35,7 @@ def main() -> int:
     parser.add_argument("--resume", action="store_true", help="keep what that file has")
     arguments = parser.parse_args()
     os.environ["RANKS_STEPS"] = str(arguments.steps)
-    from tests.train.test_ranks import MODULES
-
-    cases = [case for module in MODULES for case in [*module.CASES, *getattr(module, "MORE", [])]]
+    cases = all_cases()
     stored: dict[str, Any] = {"steps": arguments.steps, "ranks": {}}
     if arguments.resume and arguments.out.exists():
         kept = json.loads(arguments.out.read_text(encoding="utf-8"))
@@ -65,6 +63,13 @@ def main() -> int:
     for error in errors:
         print(error, file=sys.stderr)
     return 1 if errors else 0
+
+
+def all_cases() -> list[Case]:
+    """Those of the test suite, and more; they read ``RANKS_STEPS`` when they are loaded."""
+    from tests.train.test_two_ranks import MODULES
+
+    return [case for module in MODULES for case in [*module.CASES, *getattr(module, "MORE", [])]]
 
 
 def table_of(steps: int, cases: Sequence[Case], ranks: Results) -> str:

@@ -1,7 +1,8 @@
+import json
 from functools import partial
 
-from tests.stress.ranks import table_of
-from tests.train.launch import on_ranks
+from tests.stress.ranks import HERE, all_cases, table_of
+from tests.train.launch import name_of, on_ranks
 
 
 def trains(name: str) -> None:
@@ -32,3 +33,16 @@ def test_the_table_says_what_passed_what_failed_and_what_did_not_run() -> None:
     ]
     assert "Passed, too: stops on two.\n\n" in two
     assert "Not run: trains: dense; trains: mla; trains: tied.\n" in two
+
+
+def test_the_page_is_what_the_results_say() -> None:
+    stored = json.loads((HERE / "ranks.json").read_text(encoding="utf-8"))
+    cases = all_cases()
+    assert table_of(stored["steps"], cases, stored["ranks"]) == (HERE / "ranks.md").read_text()
+    names = [name_of(case) for case in cases]
+    assert len(set(names)) == len(names) > 60
+    assert all(set(results) <= set(names) for results in stored["ranks"].values())
+    errors = [
+        name for found in stored["ranks"].values() for name in found if "error" in found[name]
+    ]
+    assert errors == []

@@ -76,7 +76,11 @@ def in_a_folder(case: Callable[[Path, Ranks], None]) -> Callable[[], None]:
 
 
 def trained(seed: int, ranks: Ranks | None) -> Trained:
-    """A model and optimisers that have done two steps; the same numbers on any number of ranks."""
+    """A model and optimisers that have done two steps; the same on any number of ranks.
+
+    But for rounding: of a part whose length is no multiple of a vector's, AdamW updates the last
+    numbers one by one.
+    """
     model = random_model(CONFIG, seed=seed)
     if ranks is not None:
         assert ranks.mesh is not None
@@ -106,10 +110,11 @@ def numbers(trained: Trained) -> dict[str, torch.Tensor]:
     return {k: v.full_tensor() if isinstance(v, DTensor) else v for k, v in found.items()}
 
 
-def assert_equal(one: Trained, other: Trained) -> None:
+def assert_equal(one: Trained, other: Trained, rounding: float = 0.0) -> None:
     expected, got = numbers(one), numbers(other)
     assert expected.keys() == got.keys()
-    assert not [name for name, tensor in expected.items() if not torch.equal(tensor, got[name])]
+    for name, tensor in expected.items():
+        torch.testing.assert_close(got[name], tensor, atol=rounding, rtol=rounding, msg=name)
 
 
 @in_a_folder
@@ -129,7 +134,7 @@ def all_write_and_any_number_reads(folder: Path, ranks: Ranks) -> None:
     alone = trained(1, None)
     assert RunFolder(folder).resume(*alone, Remembering()) == STATE
     assert_equal(mine, alone)
-    assert_equal(trained(0, None), alone)
+    assert_equal(trained(0, None), alone, rounding=1e-6)
     loaded = load_pretrained(folder)
     assert all(torch.equal(v, alone[0].state_dict()[k]) for k, v in loaded.state_dict().items())
     found = {name: torch.zeros_like(tensor) for name, tensor in loaded.state_dict().items()}
@@ -191,7 +196,7 @@ def a_damaged_part_is_passed_over_by_all(folder: Path, ranks: Ranks) -> None:
         (newest / f"model-rank-00001-of-{ranks.world:05}.safetensors").unlink()
         write_manifest(newest)
     ranks.wait()
-    with pytest.raises(ValueError, match="has 1 of the 2 files"):
+    with pytest.raises(ValueError, match=f"has {ranks.world - 1} of the {ranks.world} files"):
         run.resume(*trained(1, ranks), Remembering())
 
 

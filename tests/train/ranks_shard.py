@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from openmythos.config import (
     ACTConfig,
+    DepthAttentionConfig,
     ExitGateConfig,
     ModelConfig,
     MoEConfig,
@@ -123,6 +124,7 @@ ARMS = {
         layout=BY_LOOP,
     ),
     "replicated": Arm(MOE, layout=REPLICATED),
+    "depth attention": Arm({"depth_attention": DepthAttentionConfig(num_recent_loops=2)}),
     "adapter": Arm(MOE, ADAPTER),
 }
 QUICK = (
@@ -530,7 +532,7 @@ def counted(arm: Arm, steps: int = 1) -> dict[str, int]:
     recipe = arm.recipe()
     ranks = join(recipe.parallel)
     model = make(arm.config(), recipe, ranks).train()
-    batch = next(Rows(ranks).batches(0, BATCH))
+    batch = next(Rows(ranks).batches(0, recipe.batch_size))
     loop._gradients(model, batch, recipe, 0, 0.0, ranks)
     model.zero_grad()
     with Collectives() as collectives:
@@ -559,12 +561,15 @@ def gathers_do_not_grow_with_the_loops() -> dict[str, dict[str, int]]:
 @on_ranks(2, 4)
 def gathers_of_other_layouts() -> dict[str, dict[str, int]]:
     """The table of docs/many-devices.md, with P = D = 1."""
-    gate = {"halting": ExitGateConfig()}
+    gate, four = {"halting": ExitGateConfig()}, 4 * dist.get_world_size()
     expected = {
         "three core layers": (at_depth(4, model={"num_core_layers": 3}), (6 + 3, 7, 1)),
         "by loop, one loop": (at_depth(1, layout=BY_LOOP), (6 + 4, 6, 1)),
         "by loop, four loops": (at_depth(4, layout=BY_LOOP), (6 + 4 * 4, 6, 1)),
-        "four micro-batches": (at_depth(4, grad_accumulation=4), (1 + 2 + 4 * 5, 6, 1)),
+        "four micro-batches": (
+            at_depth(4, grad_accumulation=4, batch_size=four),
+            (1 + 2 + 4 * 5, 6, 1),
+        ),
         "the loss of every loop": (at_depth(4, objective=PerLoopObjective()), (5 + 2, 6, 1)),
         "a halting head": (
             at_depth(4, model=gate, objective=ExitWeightedObjective()),

@@ -9,7 +9,6 @@ Attention layers pass queries and new keys and values; masks and cache columns a
 """
 
 import contextlib
-from collections import UserDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, no_type_check
@@ -30,9 +29,15 @@ Own = tuple[
     Float[Tensor, "R B G T K"], Float[Tensor, "R B G T W"], Bool[Tensor, "B R"]
 ]  # keys, values, and whether each row has run that loop
 Recent = tuple[tuple[Float[Tensor, "R B heads T dim"], ...], ...]  # per core layer: keys, values
-Made = UserDict[int, tuple[Tensor, ...]]
 Ids = Int[Tensor, "B T"] | Sequence[Sequence[int]]
 Seeds = int | Sequence[int] | Int[Tensor, "B _"]
+
+
+class Made:
+    """Keys and values, by core layer; of a plain dictionary FSDP2 would hand modules copies."""
+
+    def __init__(self) -> None:
+        self.by_layer: dict[int, tuple[Tensor, ...]] = {}
 
 
 @dataclass(frozen=True)
@@ -53,8 +58,7 @@ class ForwardContext:
         experts: Computes the routed experts in place of ``ops.moe``'s functions.
         counts: 1 if experts count their tokens, 0 where a loop is run again for its gradient. A
             tensor, because a compiled graph must serve both; None: they count.
-        made: Keys and values of the running loop, by core layer; ``advance`` adds them to
-            ``recent``. No ``dict``: of one with gradients FSDP2 hands modules a copy.
+        made: Keys and values of the running loop; ``advance`` adds them to ``recent``.
         shared: The values computed by ``once``.
         masks: The attention mask and the document offsets, once they have been computed.
     """
@@ -71,7 +75,7 @@ class ForwardContext:
     recent: Recent | None = None
     experts: Callable[..., Tensor] | None = None
     counts: Int[Tensor, ""] | None = None
-    made: Made = field(default_factory=UserDict, compare=False, repr=False)
+    made: Made | None = field(default=None, compare=False, repr=False)
     shared: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
     masks: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
@@ -115,19 +119,15 @@ class ForwardContext:
             recent: Keys and values of the last loops, for depth attention.
         """
         cache = None if self.cache is None else replace(self.cache, loop=loop)
-        return replace(self, cache=cache, recent=recent, made=UserDict())
+        return replace(self, cache=cache, recent=recent, made=None if recent is None else Made())
 
     def newest_loops(self) -> Recent | None:
         """``recent`` after the running loop: that loop is put first and the oldest is dropped."""
-        if self.recent is None:
+        if self.recent is None or self.made is None:
             return None
-        return tuple(
-            tuple(
-                torch.cat((fresh[None].to(old.dtype), old[:-1]))
-                for fresh, old in zip(self.made[layer], earlier, strict=True)
-            )
-            for layer, earlier in enumerate(self.recent)
-        )
+        made = self.made.by_layer
+        layers = [zip(made[n], old, strict=True) for n, old in enumerate(self.recent)]
+        return tuple(tuple(torch.cat((a[None].to(b.dtype), b[:-1])) for a, b in p) for p in layers)
 
     # --- attention -------------------------------------------------------------------------------
 
@@ -139,8 +139,8 @@ class ForwardContext:
         """
         if self.cache is not None:
             return KeysValues(self, self.cache.store(new, place))
-        if place.stage == "core" and self.recent is not None:
-            self.made[place.layer] = new
+        if place.stage == "core" and self.made is not None:
+            self.made.by_layer[place.layer] = new
         return KeysValues(self, new)
 
     def earlier(self, place: Place, num_recent: int) -> Own:

@@ -158,7 +158,8 @@ def test_depth_attention_by_hand(cached):
             here = ctx.at_loop(loop, recent)
             got = layer(x, here, torch.full((2,), loop))
             if not cached:
-                here.made[1] = here.made[0]  # of the second layer, which does not run here
+                made = here.made.by_layer
+                made[1] = made[0]  # of the second layer, which does not run here
                 recent = here.newest_loops()
             q, k, v = (x @ layer.qkv.weight.T).view(2, 5, 8, 4).split((4, 2, 2), dim=2)
             q, k = layer.rotate(q, ctx), layer.rotate(k, ctx)

@@ -227,7 +227,7 @@ def _fresh(finding: Finding) -> str:
     table = Table("Fresh", ["claim", "verdict", "with fresh seeds", "found with them"], rows)
     lost = _lost(finding.fresh_results)
     if lost:
-        lost += "\nEach lost run was followed by one with a seed more.\n"
+        lost += "\nEach lost run was followed by one with the next seed.\n"
     return f"## Seeds that were not used\n\n{said}\n{markdown(table)}{lost}"
 
 

@@ -22,6 +22,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from openmythos.checkpoint.load import empty_model
+from openmythos.checkpoint.parts import own_values
 from openmythos.config import ModelConfig
 from openmythos.config.parallel import ParallelConfig
 from openmythos.config.schema import require
@@ -36,7 +37,6 @@ from openmythos.train.gradients import reshard
 from openmythos.train.parallel import parallelize
 from openmythos.train.ranks import Ranks, join
 from openmythos.train.recipe import TrainConfig
-from openmythos.train.shard import local_part
 
 # What torch calls the exchanges of one step, and what the plan calls them.
 KINDS = {
@@ -173,7 +173,7 @@ def _built(config: ModelConfig, recipe: TrainConfig, ranks: Ranks) -> RecurrentD
 
 
 def _local_shapes(model: nn.Module) -> Shapes:
-    return {name: tuple(local_part(p).shape) for name, p in model.named_parameters()}
+    return {name: tuple(own_values(p).shape) for name, p in model.named_parameters()}
 
 
 def _float32_bytes(shapes: Shapes) -> int:

@@ -10,9 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from openmythos.checkpoint.parts import is_laid_out
+from openmythos.checkpoint.parts import is_laid_out, own_values
 from openmythos.train.ranks import AXES, JOINT_AXES, Ranks
-from openmythos.train.shard import local_part
 
 if TYPE_CHECKING:
     from torch.distributed.fsdp import FSDPModule
@@ -59,7 +58,7 @@ def local_gradients(model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
     for parameter in model.parameters():
         grad = parameter.grad
         if grad is not None:
-            yield grad, local_part(grad)
+            yield grad, own_values(grad)
 
 
 @torch.no_grad()

@@ -8,13 +8,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from openmythos.checkpoint.parts import is_laid_out
+from openmythos.checkpoint.parts import is_laid_out, own_values
 from openmythos.config.schema import require
 from openmythos.model.attention import LatentExpansion
 from openmythos.model.feedforward import MoE
 from openmythos.model.loop_signal import LoopLinear
 from openmythos.train.owner import Axis, axes_of, by_owner
-from openmythos.train.shard import local_part
 
 # Source: the Polar Express (arXiv 2505.16932), algorithm 1, five steps with safety factor 2e-2.
 POLAR_COEFFICIENTS = (
@@ -89,7 +88,7 @@ class Muon(torch.optim.Optimizer):
             state = self.state[param]
             if not state:
                 state["momentum"] = torch.zeros_like(param)
-            grad, momentum = local_part(param.grad), local_part(state["momentum"])
+            grad, momentum = own_values(param.grad), own_values(state["momentum"])
             momentum.lerp_(grad, 1 - group["momentum"])
             nesterov = grad.lerp(momentum, group["momentum"])
             updates.append(nesterov.reshape(-1, *nesterov.shape[-2:]))
@@ -97,7 +96,7 @@ class Muon(torch.optim.Optimizer):
         scale = group["lr"] * max(1, rows / cols) ** 0.5
         batch = by_owner(orthogonalise, torch.cat(updates), axes)
         for param, update in zip(params, batch.split([len(u) for u in updates]), strict=True):
-            part = local_part(param)
+            part = own_values(param)
             part.mul_(1 - group["lr"] * group["weight_decay"])
             part.add_(update.view_as(part), alpha=-scale)
 

@@ -51,11 +51,6 @@ def divisions(parameter: "DTensor") -> Iterator[Division]:
         yield Division(axis, dim, sizes, place[axis])
 
 
-def local_part(tensor: Tensor) -> Tensor:
-    """This rank's part of a sharded tensor, in the same memory; of another tensor, all of it."""
-    return tensor.to_local() if is_laid_out(tensor) else tensor
-
-
 def own_indices(
     parameter: "DTensor", order: tuple[int, Int[Tensor, "R"]] | None = None
 ) -> list[Int[Tensor, "_"]]:

@@ -197,8 +197,7 @@ def training_flops(
 
     Each part counts as 3 forwards; a loop without gradient counts as 1. A few small gradient
     products that need not be computed are counted too: those of the state before the first loop
-    with gradient (in a linear injection, a ``universal_act`` head and depth attention) and those of
-    a geometric halting head at the last loop.
+    with gradient (in a linear injection, a ``universal_act`` head and depth attention).
 
     Args:
         config: The model's.

@@ -1,4 +1,4 @@
-"""Does the best recurrence follow a power law of the budget?"""
+"""Does the best recurrence follow a power law of the budget? Days, on request."""
 
 from __future__ import annotations
 
@@ -8,13 +8,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from experiments.claim import Claim, Decision, Table, Verdict, no_result
-from experiments.long_runs.power_law import best_recurrence, power_law
-from experiments.long_runs.text import source_of, train_on_text
+from experiments.claim import Claim, Conclusion, Decision, Table, Verdict, no_result
+from experiments.docs_text import source_of, train_on_text
+from experiments.power_laws.power_law import best_recurrence, power_law
 from experiments.run_store import Result, Results, Run
+from experiments.study import Study, main
 from experiments.tuning import tuned
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from openmythos.train.recipe import RunConfig
 
 WIDTHS, RECURRENCES = (96, 160), (1, 2, 3, 4, 6, 8)
@@ -24,35 +27,53 @@ SEEDS, RATES = (0, 1, 2), (0.01, 0.02, 0.04)
 SEQ_LEN, ROWS = 256, 8
 
 
-def runs(scale: str, done: Results) -> list[Run]:
-    """Rates at the smallest budget of a width, then every budget."""
-    if scale == "smoke":
-        return [Run("w96_r2", 0, {"flops": 1e9, "batches": 1, "rate": RATES[1]})]
-    found: list[Run] = []
-    for arm in ARMS:
-        budgets = BUDGETS[sizes_of(arm)[0]]
-        least = {"flops": budgets[0], "batches": 32}
-        choice = tuned(done, arm, least, RATES, lambda r: -float(r.data["bits"]))
-        found += choice.runs
-        if choice.rate is not None:
-            found += [
-                Run(arm, seed, {**least, "flops": flops, "rate": choice.rate})
-                for flops in budgets
-                for seed in SEEDS
-            ]
-    return found
+class PowerLaws(Study):
+    number = 9
+    title = "Power laws of the best recurrence (days, on request)"
+    scales = ("smoke", "full")
+    page_scale = "full"
 
+    def runs(self, scale: str, done: Results) -> list[Run]:
+        """Rates at the smallest budget of a width, then every budget."""
+        if scale == "smoke":
+            return [Run("w96_r2", 0, {"flops": 1e9, "batches": 1, "rate": RATES[1]})]
+        found: list[Run] = []
+        for arm in ARMS:
+            budgets = BUDGETS[sizes_of(arm)[0]]
+            least = {"flops": budgets[0], "batches": 32}
+            choice = tuned(done, arm, least, RATES, lambda r: -float(r.data["bits"]))
+            found += choice.runs
+            if choice.rate is not None:
+                found += [
+                    Run(arm, seed, {**least, "flops": flops, "rate": choice.rate})
+                    for flops in budgets
+                    for seed in SEEDS
+                ]
+        return found
 
-def measure(run: Run, scale: str, out: Path) -> dict[str, Any]:
-    """Bits per byte at the recurrence of training, and how much text the budget bought."""
-    from openmythos.train.validation import held_out_bits_per_byte
+    def measure(self, run: Run, scale: str, out: Path) -> dict[str, Any]:
+        """Bits per byte at the recurrence of training, and how much text the budget bought."""
+        from openmythos.train.validation import held_out_bits_per_byte
 
-    width, loops = sizes_of(run.arm)
-    config = recipe(width, loops, run.seed, run.settings, source_of(scale))
-    model, held_out = train_on_text(config, out)
-    bits = held_out_bits_per_byte(model, held_out, loops, run.settings["batches"])
-    steps = config.train.max_steps or 0
-    return {"bits": bits, "steps": steps, "tokens": steps * ROWS * SEQ_LEN}
+        width, loops = sizes_of(run.arm)
+        config = recipe(width, loops, run.seed, run.settings, source_of(scale))
+        model, held_out = train_on_text(config, out)
+        bits = held_out_bits_per_byte(model, held_out, loops, run.settings["batches"])
+        steps = config.train.max_steps or 0
+        return {"bits": bits, "steps": steps, "tokens": steps * ROWS * SEQ_LEN}
+
+    def conclude(self, results: Results) -> Conclusion:
+        rows = points(results)
+        return Conclusion(
+            verdicts=[decide(self.claims["power-laws"], rows)],
+            tables=[loss_table(rows)],
+            figures={"recurrence": rows},
+        )
+
+    def draw(self, conclusion: Conclusion) -> Mapping[str, Figure]:
+        from experiments.power_laws.picture import draw
+
+        return {"recurrence": draw(conclusion.figures["recurrence"])}
 
 
 def sizes_of(arm: str) -> tuple[int, int]:
@@ -96,15 +117,10 @@ def recipe(
 # --- what the results say -------------------------------------------------------------------------
 
 
-def counted(results: Results) -> list[Result]:
-    """The runs of the sweep that were completed."""
-    return [result for arm in ARMS for result in results.of(arm)]
-
-
 def points(results: Results) -> list[dict[str, Any]]:
     """Mean bits per byte and tokens by width, budget and recurrence."""
     cells: dict[tuple[int, float, int], list[Result]] = {}
-    for result in counted(results):
+    for result in (result for arm in ARMS for result in results.of(arm)):
         width, loops = sizes_of(result.run.arm)
         cells.setdefault((width, result.run.settings["flops"], loops), []).append(result)
     return [
@@ -143,9 +159,9 @@ def tokens_at(rows: Sequence[Mapping[str, Any]], loops: float, nearest: Mapping[
     return float(nearest["flops"] / each)
 
 
-def decide(claim: Claim, results: Results) -> Verdict:
+def decide(claim: Claim, rows: Sequence[Mapping[str, Any]]) -> Verdict:
     """Power laws at both widths, with exponents that agree."""
-    rows, limit = points(results), claim.thresholds
+    limit = claim.thresholds
     laws = {width: exponents(rows, width) for width in WIDTHS}
     found = [law for each in laws.values() for law in each.values()]
     if any(law is None for law in found):
@@ -183,3 +199,9 @@ def loss_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     ]  # fmt: skip
     header = ["width", "training FLOPs", "loops", "bits per byte", "tokens", "seeds"]
     return Table("Held-out text, means over seeds", header, shown)
+
+
+STUDY = PowerLaws()
+
+if __name__ == "__main__":
+    main(STUDY)

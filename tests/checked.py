@@ -2,10 +2,12 @@
 
 jaxtyping's own import hook does the same, but binds the arguments of every call to its signature
 and checks them a second time with the result, which took most of the suite's time. Here arguments
-and result are checked once, and only a function that names a shape opens a scope for shapes.
+and result are checked once, only a function that names a shape opens a scope for shapes, and what
+has fitted is not checked again: types, dtypes and shapes decide, whatever the values.
 """
 
 import ast
+import inspect
 import sys
 import typing
 from collections.abc import Callable, Sequence
@@ -16,7 +18,9 @@ from types import CodeType, ModuleType
 from typing import Any
 
 import jaxtyping
+import numpy as np
 from beartype import beartype
+from torch import Tensor
 
 HOOK = f"__import__({__name__!r}, fromlist=['checked']).checked"
 
@@ -41,6 +45,31 @@ def resolved(function: Callable[..., Any]) -> dict[str, Any]:
     return {name: hint(value) for name, value in function.__annotations__.items()}
 
 
+OUTLINES: dict[type, Callable[[Any], Any]] = {  # by the base of a value's type; others: its type
+    Tensor: lambda x: (type(x), x.dtype, x.shape),
+    np.ndarray: lambda x: (type(x), x.dtype, x.shape),
+    str: lambda text: text,  # for Literal["a"]
+    type: lambda kind: kind,  # for type[A]
+    tuple: lambda parts: (type(parts), tuple(map(outline, parts))),
+    list: lambda parts: (type(parts), frozenset(map(outline, parts))),
+    dict: lambda parts: (
+        type(parts),
+        frozenset((outline(k), outline(v)) for k, v in parts.items()),
+    ),
+    set: lambda parts: (type(parts), frozenset(map(outline, parts))),
+    frozenset: lambda parts: (type(parts), frozenset(map(outline, parts))),
+}
+FOUND: dict[type, Callable[[Any], Any]] = {}
+
+
+def outline(value: Any) -> Any:
+    """Equal for two values only if an annotation fits both or neither."""
+    kind = type(value)
+    if (how := FOUND.get(kind)) is None:
+        how = FOUND[kind] = next((OUTLINES[b] for b in kind.__mro__ if b in OUTLINES), type)
+    return how(value)
+
+
 def checked(thing: Any) -> Any:
     """A function that checks its arguments and its result; of a dataclass, its ``__init__``."""
     if isinstance(thing, type):
@@ -51,16 +80,44 @@ def checked(thing: Any) -> Any:
         return thing
     thing.__annotations__ = resolved(thing)
     typed = beartype(thing)
-    shapes = any(names_a_shape(hint) for hint in thing.__annotations__.values())
+    if not any(names_a_shape(hint) for hint in thing.__annotations__.values()):
+        return switched(thing, typed)
+
+    def scoped(*arguments: Any, **options: Any) -> Any:
+        with jaxtyping.jaxtyped("context"):
+            return typed(*arguments, **options)
+
+    return switched(thing, scoped if inspect.iscoroutinefunction(thing) else known(thing, scoped))
+
+
+def switched(thing: Callable[..., Any], with_checks: Callable[..., Any]) -> Callable[..., Any]:
+    """The function with its checks while they are on."""
 
     @wraps(thing)
     def call(*arguments: Any, **options: Any) -> Any:
-        if jaxtyping.config.jaxtyping_disable:
-            return thing(*arguments, **options)
-        if not shapes:
-            return typed(*arguments, **options)
-        with jaxtyping.jaxtyped("context"):
-            return typed(*arguments, **options)
+        chosen = thing if jaxtyping.config.jaxtyping_disable else with_checks
+        return chosen(*arguments, **options)
+
+    return call
+
+
+def known(thing: Callable[..., Any], scoped: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, checked where arguments or result have an outline that is new."""
+    fitted: dict[Any, set[Any]] = {}  # the outlines of results, by those of the arguments
+
+    def call(*arguments: Any, **options: Any) -> Any:
+        given = outline(arguments), outline(options)
+        results = fitted.get(given)
+        if results is None:
+            result = scoped(*arguments, **options)
+            fitted[given] = {outline(result)}
+            return result
+        result = thing(*arguments, **options)
+        if (found := outline(result)) not in results:
+            with jaxtyping.jaxtyped("context"):
+                beartype(wraps(thing)(lambda *_, **__: result))(*arguments, **options)
+            results.add(found)
+        return result
 
     return call
 

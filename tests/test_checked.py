@@ -4,11 +4,12 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
 from beartype.roar import BeartypeCallHintViolation
 
-from tests.checked import Loader
+from tests.checked import Loader, outline
 from tests.strategies import unchecked
 
 SOURCE = """
@@ -92,6 +93,39 @@ def test_what_does_not_fit_is_refused(module: ModuleType) -> None:
     for call in wrong:
         with pytest.raises(BeartypeCallHintViolation):
             call()
+
+
+def test_what_has_fitted_says_nothing_about_another_shape(module: ModuleType) -> None:
+    for _ in range(2):
+        assert module.product(torch.ones(2, 3), torch.ones(3, 4)).shape == (2, 4)
+        assert module.either(torch.ones(2)) is not None
+        with pytest.raises(BeartypeCallHintViolation):  # equal arguments but for a value
+            module.product(torch.ones(2, 3), torch.ones(3, 4), cut=1)
+        with pytest.raises(BeartypeCallHintViolation):
+            module.product(torch.ones(2, 3).int(), torch.ones(3, 4).int())
+        with pytest.raises(BeartypeCallHintViolation):
+            module.either(torch.ones(2, 2))
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (torch.ones(2), torch.ones(2, 1)),
+        (torch.ones(2), torch.ones(2).int()),
+        (torch.ones(2), torch.nn.Parameter(torch.ones(2))),
+        (np.ones(2), torch.ones(2)),
+        ([torch.ones(2)], [torch.ones(2), torch.ones(3)]),
+        ((1, 2.0), (2.0, 1)),
+        ({"a": 1}, {"b": 1}),
+        ({"a": 1}, {"a": None}),
+        ("a", "b"),
+        (int, float),
+        (1, True),
+    ],
+)
+def test_outlines_differ_where_an_annotation_may(one: object, other: object) -> None:
+    assert outline(one) != outline(other)
+    assert outline(one) == outline(one)
 
 
 def test_the_checks_can_be_switched_off(module: ModuleType) -> None:

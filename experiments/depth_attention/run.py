@@ -16,7 +16,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from experiments.claim import Claim, Conclusion, Decision, Table, Verdict, no_result, verdict
-from experiments.docs_text import source_of, train_on_text
+from experiments.docs_text import ROWS, SEQ_LEN, recipe, source_of, train_on_text
 from experiments.interval import gap, t_interval
 from experiments.run_store import Results, Run
 from experiments.study import Study, main
@@ -26,13 +26,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from openmythos.config import ModelConfig
-    from openmythos.train.recipe import RunConfig
 
 DEPTH, OTHERS = "depth_attention", ("plain", "last_loop")
 ARMS = (DEPTH, *OTHERS)
 LOOPS, KV_HEADS = 4, 2
 SEEDS, RATES = (0, 1, 2), (0.01, 0.02, 0.04)
-STEPS, SEQ_LEN, ROWS = 300, 256, 8
+STEPS = 300
 
 
 class DepthAttention(Study):
@@ -58,7 +57,9 @@ class DepthAttention(Study):
         from experiments.text_loops.held_out import bits_per_token, last_loop_logits
         from openmythos.model.inference import inference
 
-        model, held_out = train_on_text(recipe(run, source_of(scale)), out)
+        trained = {key: given for key, given in run.settings.items() if key != "batches"}
+        config = recipe(model_of(run.arm), run.seed, source=source_of(scale), **trained)
+        model, held_out = train_on_text(config, out)
         bits, size = 0.0, 0
         for batch in held_out.validation_batches(run.settings["batches"]):
             targets = batch.tokens[:, 1:]
@@ -104,26 +105,6 @@ def cache_bytes(arm: str) -> int:
 
     kept = 1 if arm == "last_loop" else LOOPS
     return kv_bytes_per_token(model_of(arm), num_loops=LOOPS, kept_loops=kept)
-
-
-def recipe(run: Run, source: str) -> RunConfig:
-    """The training of a run, always four loops."""
-    from openmythos.train.depth_schedule import DepthSchedule, FixedDepth
-    from openmythos.train.optim import OptimizerConfig
-    from openmythos.train.recipe import RunConfig, TextData, TrainConfig
-
-    train = TrainConfig(
-        seed=run.seed,
-        max_steps=run.settings["steps"],
-        batch_size=run.settings["rows"],
-        optimizer=OptimizerConfig(muon_lr=run.settings["rate"]),
-        depth=DepthSchedule(sampling=FixedDepth(mean_recurrence=LOOPS)),
-        eval_loops=(),
-        save_every=50,
-        keep_checkpoints=1,
-    )
-    data = TextData(source=source, seq_len=run.settings["seq_len"])
-    return RunConfig(model=model_of(run.arm), train=train, data=data)
 
 
 # --- what the results say -------------------------------------------------------------------------

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experiments.claim import Claim, Conclusion, Decision, Table, Verdict, no_result
-from experiments.docs_text import source_of, train_on_text
+from experiments.docs_text import ROWS, SEQ_LEN, recipe, source_of, tiny, train_on_text
 from experiments.power_laws.power_law import best_recurrence, power_law
 from experiments.run_store import Result, Results, Run
 from experiments.study import Study, main
@@ -18,13 +17,10 @@ from experiments.tuning import tuned
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from openmythos.train.recipe import RunConfig
-
 WIDTHS, RECURRENCES = (96, 160), (1, 2, 3, 4, 6, 8)
 BUDGETS = {96: (4e12, 8e12, 1.6e13, 3.2e13), 160: (1e13, 2e13, 4e13, 8e13)}  # training FLOPs
 ARMS = [f"w{width}_r{loops}" for width in WIDTHS for loops in RECURRENCES]
 SEEDS, RATES = (0, 1, 2), (0.01, 0.02, 0.04)
-SEQ_LEN, ROWS = 256, 8
 
 
 class PowerLaws(Study):
@@ -56,10 +52,10 @@ class PowerLaws(Study):
         from openmythos.train.validation import held_out_bits_per_byte
 
         width, loops = sizes_of(run.arm)
-        config = recipe(width, loops, run.seed, run.settings, source_of(scale))
+        steps, rate = steps_of(run.arm, run.settings["flops"]), run.settings["rate"]
+        config = recipe(tiny(width, loops), run.seed, steps, rate, source_of(scale))
         model, held_out = train_on_text(config, out)
         bits = held_out_bits_per_byte(model, held_out, loops, run.settings["batches"])
-        steps = config.train.max_steps or 0
         return {"bits": bits, "steps": steps, "tokens": steps * ROWS * SEQ_LEN}
 
     def conclude(self, results: Results) -> Conclusion:
@@ -82,36 +78,14 @@ def sizes_of(arm: str) -> tuple[int, int]:
     return int(width), int(loops)
 
 
-def recipe(
-    width: int, loops: int, seed: int, settings: Mapping[str, Any], source: str
-) -> RunConfig:
-    """Preset ``tiny`` of this width at a fixed recurrence, for as many steps as the FLOPs allow."""
-    from openmythos.config import counts, presets
-    from openmythos.train.depth_schedule import DepthSchedule, FixedDepth
-    from openmythos.train.optim import OptimizerConfig
-    from openmythos.train.recipe import RunConfig, TextData, TrainConfig
+def steps_of(arm: str, flops: float) -> int:
+    """As many steps as the FLOPs allow."""
+    from openmythos.config import counts
 
-    tiny = presets.preset("tiny")
-    model = replace(
-        tiny,
-        d_model=width,
-        num_loops=loops,
-        attention=replace(tiny.attention, head_dim=width // 4),
-        feed_forward=tiny.feed_forward.with_width(4 * width),
-    )
+    width, loops = sizes_of(arm)
     context = (SEQ_LEN + 1) // 2
-    each = counts.training_flops(model, num_loops=loops, context_length=context)
-    train = TrainConfig(
-        seed=seed,
-        max_steps=max(1, round(settings["flops"] / (each * ROWS * SEQ_LEN))),
-        batch_size=ROWS,
-        optimizer=OptimizerConfig(muon_lr=settings["rate"]),
-        depth=DepthSchedule(sampling=FixedDepth(mean_recurrence=loops)),
-        eval_loops=(),
-        save_every=50,
-        keep_checkpoints=1,
-    )
-    return RunConfig(model=model, train=train, data=TextData(source=source, seq_len=SEQ_LEN))
+    each = counts.training_flops(tiny(width, loops), num_loops=loops, context_length=context)
+    return max(1, round(flops / (each * ROWS * SEQ_LEN)))
 
 
 # --- what the results say -------------------------------------------------------------------------

@@ -4,8 +4,9 @@ import math
 
 import pytest
 
+from experiments.docs_text import tiny
 from experiments.power_laws.power_law import best_recurrence, power_law
-from experiments.power_laws.run import BUDGETS, RECURRENCES, STUDY, WIDTHS, recipe, sizes_of
+from experiments.power_laws.run import BUDGETS, RECURRENCES, STUDY, WIDTHS, sizes_of, steps_of
 from experiments.run_store import Result, Results, Run
 from openmythos.config import counts
 
@@ -57,10 +58,9 @@ def test_what_planted_exponents_decide() -> None:
 def test_a_budget_is_spent_whatever_the_loops() -> None:
     assert sizes_of("w160_r6") == (160, 6)
     for loops in RECURRENCES:
-        config = recipe(96, loops, 0, {"flops": 4e12, "rate": 0.02}, "python-docs")
-        each = counts.training_flops(config.model, num_loops=loops, context_length=128)
-        steps = config.train.max_steps
-        assert steps is not None and steps * 8 * 256 * each == pytest.approx(4e12, rel=0.01)
+        each = counts.training_flops(tiny(96, loops), num_loops=loops, context_length=128)
+        steps = steps_of(f"w96_r{loops}", 4e12)
+        assert steps * 8 * 256 * each == pytest.approx(4e12, rel=0.01)
 
 
 def test_tuning_comes_first() -> None:

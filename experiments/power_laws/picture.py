@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from openmythos.analysis.picture import BLUE, ORANGE, figure_of
+from openmythos.analysis.picture import BLUE, ORANGE, figure_of, styled
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -12,20 +12,21 @@ if TYPE_CHECKING:
 
 def draw(rows: list[dict[str, Any]]) -> Figure:
     """Blue for the narrow model, orange for the wide one; darker lines are larger budgets."""
-    figure = figure_of(6.4, 3.6)
-    axes = figure.subplots()
-    widths = sorted({row["width"] for row in rows})
-    for width, colour in zip(widths, (BLUE, ORANGE), strict=False):
-        budgets = sorted({row["flops"] for row in rows if row["width"] == width})
-        for place, flops in enumerate(budgets, start=1):
-            own = [row for row in rows if row["width"] == width and row["flops"] == flops]
-            line = [row["loops"] for row in own], [row["bits"] for row in own]
-            axes.plot(
-                *line, color=colour, alpha=place / len(budgets), label=f"{width}, {flops:.1e}"
-            )
-    axes.set_xlabel("loops in training and at the test")
-    axes.set_title("Bits per byte at equal training FLOPs")
-    if rows:
-        axes.legend(title="width, FLOPs", fontsize=7, frameon=False)
-    figure.tight_layout()
+    with styled():
+        figure = figure_of(6.4, 3.6)
+        axes = figure.subplots()
+        widths = sorted({row["width"] for row in rows})
+        for width, colour in zip(widths, (BLUE, ORANGE), strict=False):
+            budgets = sorted({row["flops"] for row in rows if row["width"] == width})
+            for place, flops in enumerate(budgets, start=1):
+                own = [row for row in rows if row["width"] == width and row["flops"] == flops]
+                line = [row["loops"] for row in own], [row["bits"] for row in own]
+                axes.plot(
+                    *line, color=colour, alpha=place / len(budgets), label=f"{width}, {flops:.1e}"
+                )
+        axes.set_xlabel("loops in training and at the test")
+        axes.set_title("Bits per byte at equal training FLOPs")
+        if rows:
+            axes.legend(title="width, FLOPs", fontsize=7, frameon=False)
+        figure.tight_layout()
     return figure

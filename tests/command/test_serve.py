@@ -53,9 +53,12 @@ def test_a_server_that_is_told_to_end_finishes_what_runs(tmp_path: Path) -> None
         threads = [threading.Thread(target=ask) for _ in range(5)]
         for thread in threads:
             thread.start()
-        busy = 'openmythos_requests_running{model="small"} 2'
-        while busy not in httpx.get(f"{url}/metrics").text:
+        # All five are there: one that comes after the signal is refused.
+        busy = [f'openmythos_requests_{n}{{model="small"}} ' for n in ("running", "waiting")]
+        said = ""
+        while f"{busy[0]}2" not in said or f"{busy[1]}3" not in said:
             time.sleep(0.01)
+            said = httpx.get(f"{url}/metrics").text
         process.send_signal(signal.SIGTERM)
         for thread in threads:
             thread.join()

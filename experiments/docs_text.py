@@ -22,6 +22,12 @@ def source_of(scale: str) -> str:
     return str(ROOT / "docs") if scale == "smoke" else "python-docs"
 
 
+def sizes_of(arm: str) -> tuple[int, int]:
+    """Width and recurrence of ``w96_r2``."""
+    width, _, loops = arm.removeprefix("w").partition("_r")
+    return int(width), int(loops)
+
+
 def tiny(width: int, loops: int, core_layers: int = 1) -> ModelConfig:
     """Preset ``tiny`` at another width, number of loops and layers of the core."""
     from openmythos.config import presets

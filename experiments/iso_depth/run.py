@@ -15,7 +15,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from experiments.claim import Claim, Conclusion, Decision, Table, Verdict, no_result
-from experiments.docs_text import ROWS, SEQ_LEN, recipe, source_of, tiny, train_on_text
+from experiments.docs_text import ROWS, SEQ_LEN, recipe, sizes_of, source_of, tiny, train_on_text
 from experiments.interval import Interval, t_interval
 from experiments.run_store import Result, Results, Run
 from experiments.study import Study, main
@@ -78,12 +78,6 @@ class IsoDepth(Study):
         from experiments.iso_depth.picture import draw
 
         return {"by_loops": draw(conclusion.figures["by_loops"])}
-
-
-def sizes_of(arm: str) -> tuple[int, int]:
-    """Width and loops of ``w64_r2``."""
-    width, _, loops = arm.removeprefix("w").partition("_r")
-    return int(width), int(loops)
 
 
 def model_of(arm: str) -> ModelConfig:

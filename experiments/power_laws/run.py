@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experiments.claim import Claim, Conclusion, Decision, Table, Verdict, no_result
-from experiments.docs_text import ROWS, SEQ_LEN, recipe, source_of, tiny, train_on_text
+from experiments.docs_text import ROWS, SEQ_LEN, recipe, sizes_of, source_of, tiny, train_on_text
 from experiments.power_laws.power_law import best_recurrence, power_law
 from experiments.run_store import Result, Results, Run
 from experiments.study import Study, main
@@ -70,12 +70,6 @@ class PowerLaws(Study):
         from experiments.power_laws.picture import draw
 
         return {"recurrence": draw(conclusion.figures["recurrence"])}
-
-
-def sizes_of(arm: str) -> tuple[int, int]:
-    """Width and recurrence of ``w96_r2``."""
-    width, _, loops = arm.removeprefix("w").partition("_r")
-    return int(width), int(loops)
 
 
 def steps_of(arm: str, flops: float) -> int:

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from experiments.docs_text import sizes_of
 from experiments.interval import t_interval
 from experiments.iso_depth.run import (
     ARMS,
@@ -15,7 +16,6 @@ from experiments.iso_depth.run import (
     WIDTHS,
     judged,
     model_of,
-    sizes_of,
 )
 from experiments.run_store import Result, Results, Run
 from openmythos.config import counts

@@ -4,9 +4,9 @@ import math
 
 import pytest
 
-from experiments.docs_text import tiny
+from experiments.docs_text import sizes_of, tiny
 from experiments.power_laws.power_law import best_recurrence, power_law
-from experiments.power_laws.run import BUDGETS, RECURRENCES, STUDY, WIDTHS, sizes_of, steps_of
+from experiments.power_laws.run import BUDGETS, RECURRENCES, STUDY, WIDTHS, steps_of
 from experiments.run_store import Result, Results, Run
 from openmythos.config import counts
 

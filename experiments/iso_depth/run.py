@@ -15,7 +15,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from experiments.claim import Claim, Conclusion, Decision, Table, Verdict, no_result
-from experiments.docs_text import ROWS, SEQ_LEN, recipe, sizes_of, source_of, tiny, train_on_text
+from experiments.docs_text import recipe, sizes_of, source_of, tiny, train_on_text
 from experiments.interval import Interval, t_interval
 from experiments.run_store import Result, Results, Run
 from experiments.study import Study, main
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from openmythos.plan.scaling_law import Fit
 
 WIDTHS, LOOPS, DEPTH = (32, 64, 96), (1, 2, 3, 6), 6
-STEPS = (100, 200, 400)
+STEPS, ROWS, SEQ_LEN = (50, 100, 200), 16, 128
 ARMS = [f"w{width}_r{loops}" for width in WIDTHS for loops in LOOPS]
 SEEDS, RATES = (0, 1, 2), (0.01, 0.02, 0.04)
 
@@ -61,7 +61,8 @@ class IsoDepth(Study):
 
         loops = sizes_of(run.arm)[1]
         steps, rate = run.settings["steps"], run.settings["rate"]
-        config = recipe(model_of(run.arm), run.seed, steps, rate, source_of(scale))
+        source = source_of(scale)
+        config = recipe(model_of(run.arm), run.seed, steps, rate, source, SEQ_LEN, ROWS)
         model, held_out = train_on_text(config, out)
         bits = held_out_bits_per_byte(model, held_out, loops, run.settings["batches"])
         return {"bits": bits, "tokens": steps * ROWS * SEQ_LEN}

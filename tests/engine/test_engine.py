@@ -10,6 +10,7 @@ import torch
 
 import openmythos as om
 from benchmarks.engine_device import run as run_on_device
+from openmythos.engine import compile as compiling
 from openmythos.engine.call_cost import CallCosts
 from openmythos.engine.engine import Engine, EngineConfig, Event
 from openmythos.engine.paged_cache import PagedCache
@@ -243,9 +244,18 @@ def fresh_compiler(compiler: None) -> Iterator[None]:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("fresh_compiler")
-def test_a_compiled_engine_gives_what_each_request_gives_alone() -> None:
-    """One to three rows at different loops; the third is filled up by a seat of nobody."""
-    engine = make_engine("universal act, moe, mla", max_rows=4, compiled=True)
+@pytest.mark.parametrize(("max_rows", "backend"), [(4, "graphs"), (1, "inductor")])
+def test_a_compiled_engine_gives_what_each_request_gives_alone(
+    max_rows: int, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One to three rows at different loops; the third is filled up by a seat of nobody.
+
+    Inductor needs a minute for three numbers of rows: it compiles one, and the graphs of all are
+    run as they were recorded.
+    """
+    if backend == "graphs":
+        monkeypatch.setattr(compiling, "_backend", lambda graph, inputs: graph)
+    engine = make_engine("universal act, moe, mla", max_rows=max_rows, compiled=True)
     with unchecked():
         engine.warm_up()
     with torch.compiler.set_stance("fail_on_recompile"):

@@ -1,14 +1,15 @@
-"""Does the best recurrence follow a power law of the budget? Days, on request."""
+"""Does the best recurrence follow a power law of the budget?"""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experiments.claim import Claim, Conclusion, Decision, Table, Verdict, no_result
-from experiments.docs_text import ROWS, SEQ_LEN, recipe, sizes_of, source_of, tiny, train_on_text
+from experiments.docs_text import recipe, sizes_of, source_of, tiny, train_on_text
 from experiments.power_laws.power_law import best_recurrence, power_law
 from experiments.run_store import Result, Results, Run
 from experiments.study import Study, main
@@ -17,34 +18,47 @@ from experiments.tuning import tuned
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-WIDTHS, RECURRENCES = (96, 160), (1, 2, 3, 4, 6, 8)
-BUDGETS = {96: (4e12, 8e12, 1.6e13, 3.2e13), 160: (1e13, 2e13, 4e13, 8e13)}  # training FLOPs
-ARMS = [f"w{width}_r{loops}" for width in WIDTHS for loops in RECURRENCES]
 SEEDS, RATES = (0, 1, 2), (0.01, 0.02, 0.04)
+ROWS, SEQ_LEN, BATCHES = 16, 128, 32
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Recurrences at every budget of training FLOPs of two widths."""
+
+    budgets: Mapping[int, Sequence[float]]
+    recurrences: Sequence[int]
+
+
+SWEEPS = {
+    "small": Sweep({32: (2e11, 4e11, 8e11), 64: (4e11, 8e11, 1.6e12)}, (1, 2, 4)),
+    "full": Sweep(
+        {96: (4e12, 8e12, 1.6e13, 3.2e13), 160: (1e13, 2e13, 4e13, 8e13)}, (1, 2, 3, 4, 6, 8)
+    ),
+}
 
 
 class PowerLaws(Study):
     number = 9
-    title = "Power laws of the best recurrence (days, on request)"
-    scales = ("smoke", "full")
-    page_scale = "full"
+    title = "Power laws of the best recurrence"
+    scales = ("smoke", "small", "full")
 
     def runs(self, scale: str, done: Results) -> list[Run]:
         """Rates at the smallest budget of a width, then every budget."""
         if scale == "smoke":
-            return [Run("w96_r2", 0, {"flops": 1e9, "batches": 1, "rate": RATES[1]})]
-        found: list[Run] = []
-        for arm in ARMS:
-            budgets = BUDGETS[sizes_of(arm)[0]]
-            least = {"flops": budgets[0], "batches": 32}
-            choice = tuned(done, arm, least, RATES, lambda r: -float(r.data["bits"]))
-            found += choice.runs
-            if choice.rate is not None:
-                found += [
-                    Run(arm, seed, {**least, "flops": flops, "rate": choice.rate})
-                    for flops in budgets
-                    for seed in SEEDS
-                ]
+            return [Run("w32_r2", 0, {"flops": 1e9, "batches": 1, "rate": RATES[1]})]
+        found, sweep = list[Run](), SWEEPS[scale]
+        for width, budgets in sweep.budgets.items():
+            for loops in sweep.recurrences:
+                arm, least = f"w{width}_r{loops}", {"flops": budgets[0], "batches": BATCHES}
+                choice = tuned(done, arm, least, RATES, lambda r: -float(r.data["bits"]))
+                found += choice.runs
+                if choice.rate is not None:
+                    found += [
+                        Run(arm, seed, {**least, "flops": flops, "rate": choice.rate})
+                        for flops in budgets
+                        for seed in SEEDS
+                    ]
         return found
 
     def measure(self, run: Run, scale: str, out: Path) -> dict[str, Any]:
@@ -53,7 +67,8 @@ class PowerLaws(Study):
 
         width, loops = sizes_of(run.arm)
         steps, rate = steps_of(run.arm, run.settings["flops"]), run.settings["rate"]
-        config = recipe(tiny(width, loops), run.seed, steps, rate, source_of(scale))
+        source = source_of(scale)
+        config = recipe(tiny(width, loops), run.seed, steps, rate, source, SEQ_LEN, ROWS)
         model, held_out = train_on_text(config, out)
         bits = held_out_bits_per_byte(model, held_out, loops, run.settings["batches"])
         return {"bits": bits, "steps": steps, "tokens": steps * ROWS * SEQ_LEN}
@@ -88,7 +103,7 @@ def steps_of(arm: str, flops: float) -> int:
 def points(results: Results) -> list[dict[str, Any]]:
     """Mean bits per byte and tokens by width, budget and recurrence."""
     cells: dict[tuple[int, float, int], list[Result]] = {}
-    for result in (result for arm in ARMS for result in results.of(arm)):
+    for result in (result for arm in results.arms for result in results.of(arm)):
         width, loops = sizes_of(result.run.arm)
         cells.setdefault((width, result.run.settings["flops"], loops), []).append(result)
     return [
@@ -130,15 +145,15 @@ def tokens_at(rows: Sequence[Mapping[str, Any]], loops: float, nearest: Mapping[
 def decide(claim: Claim, rows: Sequence[Mapping[str, Any]]) -> Verdict:
     """Power laws at both widths, with exponents that agree."""
     limit = claim.thresholds
-    laws = {width: exponents(rows, width) for width in WIDTHS}
+    laws = {width: exponents(rows, width) for width in sorted({row["width"] for row in rows})}
     found = [law for each in laws.values() for law in each.values()]
-    if any(law is None for law in found):
+    if len(laws) != 2 or any(law is None for law in found):
         return no_result(
             claim,
             "Fewer than three budgets of a width have their best recurrence inside the range that "
             "was tried.",
         )
-    narrow, wide = (laws[width] for width in WIDTHS)
+    narrow, wide = laws.values()
     gaps = {name: abs(narrow[name].exponent - wide[name].exponent) for name in narrow}
     straight = all(law.fit >= limit["least_fit"] for law in found)
     agree = [name for name, size in gaps.items() if size <= limit["most_difference"]]
@@ -152,7 +167,7 @@ def decide(claim: Claim, rows: Sequence[Mapping[str, Any]]) -> Verdict:
     return Verdict(
         claim=claim.name,
         decision=decision,
-        sentence=f"Exponents at widths {WIDTHS[0]} and {WIDTHS[1]}: {said}.",
+        sentence=f"Exponents at widths {' and '.join(map(str, laws))}: {said}.",
         number=wide["recurrence"].exponent,
         figure="recurrence",
     )

@@ -6,7 +6,7 @@ import pytest
 
 from experiments.docs_text import sizes_of, tiny
 from experiments.power_laws.power_law import best_recurrence, power_law
-from experiments.power_laws.run import BUDGETS, RECURRENCES, STUDY, WIDTHS, steps_of
+from experiments.power_laws.run import ROWS, SEQ_LEN, STUDY, SWEEPS, steps_of
 from experiments.run_store import Result, Results, Run
 from openmythos.config import counts
 
@@ -30,10 +30,11 @@ def test_a_power_law_comes_back() -> None:
 def planted(powers: dict[int, float]) -> Results:
     """Losses whose best recurrence grows with these powers of the budget."""
     found = Results()
-    for width in WIDTHS:
-        for flops in BUDGETS[width]:
-            best = 1.8 * (flops / BUDGETS[width][0]) ** powers[width]
-            for loops in RECURRENCES:
+    sweep = SWEEPS["full"]
+    for width, budgets in sweep.budgets.items():
+        for flops in budgets:
+            best = 1.8 * (flops / budgets[0]) ** powers[width]
+            for loops in sweep.recurrences:
                 data = {
                     "bits": 2 + (math.log2(loops) - math.log2(best)) ** 2,
                     "tokens": flops / (1e6 * (1 + loops)),
@@ -57,12 +58,15 @@ def test_what_planted_exponents_decide() -> None:
 
 def test_a_budget_is_spent_whatever_the_loops() -> None:
     assert sizes_of("w160_r6") == (160, 6)
-    for loops in RECURRENCES:
-        each = counts.training_flops(tiny(96, loops), num_loops=loops, context_length=128)
-        steps = steps_of(f"w96_r{loops}", 4e12)
-        assert steps * 8 * 256 * each == pytest.approx(4e12, rel=0.01)
+    for sweep in SWEEPS.values():
+        for width, budgets in sweep.budgets.items():
+            for loops in sweep.recurrences:
+                each = counts.training_flops(tiny(width, loops), num_loops=loops, context_length=64)
+                spent = steps_of(f"w{width}_r{loops}", budgets[0]) * ROWS * SEQ_LEN * each
+                assert spent == pytest.approx(budgets[0], rel=0.03)
 
 
 def test_tuning_comes_first() -> None:
-    runs = list(STUDY.runs("full", Results()))
-    assert len(runs) == 2 * 6 * 3 and all(run.tuning for run in runs)
+    for scale, arms in (("small", 2 * 3), ("full", 2 * 6)):
+        runs = list(STUDY.runs(scale, Results()))
+        assert len(runs) == arms * 3 and all(run.tuning for run in runs)

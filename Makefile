@@ -37,9 +37,11 @@ demo: $(STAMP)
 zoo: $(STAMP)
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m benchmarks.zoo $(ARGS)
 
-# One thread per process: two torch threads beside a busy process are slower than one.
+# One thread per process: two torch threads beside a busy process are slower than one. A file's tests
+# stay together, since they share what their fixtures make; files with slow tests come first.
 test: $(STAMP)
-	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n auto --maxprocesses 4 $(ARGS)
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n auto --maxprocesses 4 \
+		--dist loadfile --no-loadscope-reorder $(ARGS)
 
 # Kills, full disks, damaged files, trainings at once: some minutes on one core.
 stress: $(STAMP)

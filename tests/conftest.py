@@ -36,6 +36,12 @@ hypothesis.settings.load_profile("openmythos")
 GOLDEN_ROOT = Path(__file__).parent / "golden"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests come first, so that at the end no process waits long for another."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(autouse=True)
 def fixed_seeds() -> None:
     """Tests pass explicit generators; this makes one that forgets fail the same way every time."""

@@ -133,6 +133,7 @@ def stand_in(words: list[str], folder: Path) -> None:
 # --- the pages ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ALONE)
 def test_a_page_runs_in_order(
     name: str, demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -144,6 +145,7 @@ def test_a_page_runs_in_order(
     run_page((ROOT / name).read_text(encoding="utf-8"), name, tmp_path, demo)
 
 
+@pytest.mark.slow
 def test_the_guide_runs_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its pages follow each other in one folder, which begins empty, and make its pictures."""
     monkeypatch.chdir(tmp_path)

@@ -69,6 +69,7 @@ def logits_and_gradients(model: om.RecurrentDepthLM, tokens: Tensor) -> list[Ten
     return [x.inner if isinstance(x, OnMps) else x for x in (out.logits.detach(), *grads)]
 
 
+@pytest.mark.slow
 def test_forward_and_backward_of_every_member(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENMYTHOS_KERNELS_OFF", "attention,experts")  # as on MPS
     for config in members():

@@ -67,6 +67,7 @@ def test_dtype_and_device(folder: Path) -> None:
         load_checkpoint(folder, dtype=torch.float16)
 
 
+@pytest.mark.slow
 def test_peak_memory_is_about_one_copy_or_a_quarter(tmp_path: Path) -> None:
     if not Path("/proc/self/status").exists():
         pytest.skip("the peak of one process is read from /proc")

@@ -169,6 +169,7 @@ def test_fixed_depth_is_possible_and_says_what_it_costs(invoke: Invoke, tmp_path
     assert "--base-text absent.txt is scored at the loops of train.eval_loops, and these" in message
 
 
+@pytest.mark.slow
 def test_fine_tuning_begins_where_the_checkpoint_stands_and_scores_both_by_loops(
     invoke: Invoke, tmp_path: Path
 ) -> None:

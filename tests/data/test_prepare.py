@@ -286,6 +286,7 @@ def run_killed(corpus, out, limit):
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 def test_a_kill_at_any_instant_leaves_the_old_data_or_the_new(corpus, tmp_path):
     out = tmp_path / "out"
     old = prepare(str(corpus), out, vocab_size=300)

@@ -82,13 +82,17 @@ def test_what_cannot_change_is_not_guarded(monkeypatch: pytest.MonkeyPatch) -> N
     assert len(graphs) == 1
 
 
-def test_sessions_share_graphs_and_a_model_is_forgotten() -> None:
+@pytest.mark.slow
+def test_sessions_give_the_eager_logits_share_graphs_and_forget_a_model() -> None:
     layers = {"num_prelude_layers": 0, "num_core_layers": 1, "num_coda_layers": 0}
     model = RecurrentDepthLM(small_config(**layers)).eval()
-    settings: dict[str, Any] = {"max_new_tokens": 2, "num_loops": 2, "compiled": True}
+    settings: dict[str, Any] = {"max_new_tokens": 2, "num_loops": 2, "return_logits": True}
+    eager = generate(model, [[1, 2]], **settings)
     with unchecked(), mock.patch.object(compiling, "compile_call", wraps=compile_call) as compiler:
         for _ in range(2):
-            generate(model, [[1, 2]], **settings)
+            found = generate(model, [[1, 2]], compiled=True, **settings)
+            assert found.tokens == eager.tokens
+            torch.testing.assert_close(found.logits, eager.logits, rtol=1e-4, atol=1e-5)
     assert compiler.call_count == 3
     gone = weakref.ref(model)
     del model

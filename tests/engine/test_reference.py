@@ -719,17 +719,13 @@ def fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-@pytest.mark.slow
-@pytest.mark.usefixtures("compiler", "fresh_compiler")
-@pytest.mark.parametrize(("halting", "backend"), [(None, "inductor"), (ACTConfig(), "graphs")])
 def test_a_compiled_session_gives_the_eager_tokens(
-    halting: ACTConfig | None, backend: str, monkeypatch: pytest.MonkeyPatch
+    fresh_compiler: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By Inductor, and as the graphs are recorded, which takes a third of its time."""
-    if backend == "graphs":
-        monkeypatch.setattr(compiling, "_backend", lambda graph, inputs: graph)
+    """The graphs as they are recorded; ``test_compile`` compiles a session's with Inductor."""
+    monkeypatch.setattr(compiling, "_backend", lambda graph, inputs: graph)
     layers = {"num_prelude_layers": 0, "num_core_layers": 1, "num_coda_layers": 0}
-    model = make_model(**layers, core_feed_forward=MOE, halting=halting)
+    model = make_model(**layers, core_feed_forward=MOE, halting=ACTConfig())
     prompts = [[3, 14, 15], [9, 2, 6]]
     settings: dict[str, Any] = {"max_new_tokens": 5, "return_logits": True}
     eager = generate(model, prompts, **settings)

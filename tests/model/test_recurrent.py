@@ -115,6 +115,7 @@ DEPTH = small_config(depth_attention=DepthAttentionConfig(num_recent_loops=2))
 # --- one sequence gives the same logits in every company -----------------------------------------
 
 
+@pytest.mark.slow
 @settings(
     max_examples=20,
     deadline=None,

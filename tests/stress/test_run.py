@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the processes are forked")
 def test_two_kills_and_one_of_each_lose_nothing(tmp_path: Path, repo_root: Path) -> None:
     command = [sys.executable, "-m", "tests.stress.run", "--quick", "--out", str(tmp_path)]

@@ -97,7 +97,7 @@ def _launch(
             cwd=Path(__file__).parents[2],
             env=environment,
             stderr=stderr,
-            start_new_session=True,
+            process_group=0,  # killed with its ranks; a session would get less of busy processors
         )
     end, running = time.monotonic() + seconds, True
     try:

@@ -5,7 +5,7 @@ import os
 import random
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -56,6 +56,14 @@ def compiler() -> None:
     names = (os.environ.get("CXX"), "c++", "g++")
     if not any(shutil.which(name) for name in names if name):
         pytest.skip("no C++ compiler here: install g++ or set CXX")
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    """What other tests compiled, or torch gave up to compile, decides nothing here."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
 
 
 @pytest.fixture

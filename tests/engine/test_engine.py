@@ -235,15 +235,8 @@ def test_in_fp32_a_difference_is_a_near_tie(kind: str) -> None:
             assert event.logprobs.chosen == pytest.approx(new.logprobs.chosen, abs=1e-4)
 
 
-@pytest.fixture
-def fresh_compiler(compiler: None) -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
 @pytest.mark.slow
-@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.usefixtures("compiler", "fresh_compiler")
 @pytest.mark.parametrize(("max_rows", "backend"), [(4, "graphs"), (1, "inductor")])
 def test_a_compiled_engine_gives_what_each_request_gives_alone(
     max_rows: int, backend: str, monkeypatch: pytest.MonkeyPatch

@@ -819,19 +819,17 @@ def graphs() -> int:
 
 
 @pytest.fixture
-def fresh_compiler():
-    torch._dynamo.reset()
+def counting_compiler(fresh_compiler):
     torch._dynamo.utils.counters.clear()
     with unchecked():
         yield
-    torch._dynamo.reset()
 
 
 # Dynamo itself looks at .grad of h_1.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.parametrize("name", COMPILED)
 @pytest.mark.parametrize("training", [False, True])
-def test_one_compiled_step_serves_every_depth(name, training, fresh_compiler):
+def test_one_compiled_step_serves_every_depth(name, training, counting_compiler):
     model = random_model(COMPILED[name]).train(training)
     tokens = random_tokens(model.config, 2, 4)
     eager = [model(tokens, num_loops=loops).logits for loops in (2, 3, 7)]
@@ -852,7 +850,7 @@ def test_one_compiled_step_serves_every_depth(name, training, fresh_compiler):
 
 
 @pytest.mark.slow
-def test_the_default_compiler_gives_the_eager_logits(compiler, fresh_compiler):
+def test_the_default_compiler_gives_the_eager_logits(compiler, counting_compiler):
     model = random_model(COMPILED["moe"])
     tokens = random_tokens(model.config, 2, 4)
     wanted = run(model, tokens, 3).logits

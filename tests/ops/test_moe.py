@@ -52,7 +52,7 @@ def test_grouped_mm_in_low_precision(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(("num_in", "num_out"), [(8, 16), (5, 7)])
-def test_grouped_mm_under_the_compiler(num_in, num_out, dtype):
+def test_grouped_mm_under_the_compiler(fresh_compiler, num_in, num_out, dtype):
     with unchecked():
         compiled = torch.compile(grouped_mm, fullgraph=True, backend="aot_eager")
         x, weights, ends = case(3, num_in, num_out, [3, 0, 4], dtype)
@@ -62,7 +62,6 @@ def test_grouped_mm_under_the_compiler(num_in, num_out, dtype):
         theirs = torch.autograd.grad(wanted.square().sum(), (x, weights))
         for mine, other in zip(ours, theirs, strict=True):
             torch.testing.assert_close(mine, other)
-    torch._dynamo.reset()
 
 
 def experts_reference(x, expert, weight, gate_up, down):

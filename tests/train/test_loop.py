@@ -659,7 +659,7 @@ def test_the_second_stage_trains_the_gate_alone_and_can_be_resumed(tmp_path: Pat
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # dynamo looks at every input's
 @pytest.mark.parametrize("compiled", [False, True])
 def test_recomputed_loops_train_the_same(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compiled: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh_compiler: None, compiled: bool
 ) -> None:
     if compiled:
         real = torch.compile

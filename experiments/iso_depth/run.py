@@ -139,10 +139,14 @@ def judged(phi: Interval, published: float) -> Decision:
 
 
 def fit_table(fits: Mapping[int, Fit | None]) -> Table:
-    """The constants of each seed's law."""
+    """The constants of each seed's law; what is below a millionth is rounding, and shown as 0."""
     names = ["E", "A", "B", "a", "b", "phi"]
     rows = [
-        [str(seed), *(f"{found.values[name]:.3g}" for name in names), f"{found.deviation:.4f}"]
+        [
+            str(seed),
+            *(f"{round(found.values[name], 6):.3g}" for name in names),
+            f"{found.deviation:.4f}",
+        ]
         for seed, found in fits.items()
         if found is not None
     ]

@@ -21,12 +21,15 @@ def draw(rows: list[dict[str, Any]]) -> Figure:
             for place, flops in enumerate(budgets, start=1):
                 own = [row for row in rows if row["width"] == width and row["flops"] == flops]
                 line = [row["loops"] for row in own], [row["bits"] for row in own]
-                axes.plot(
-                    *line, color=colour, alpha=place / len(budgets), label=f"{width}, {flops:.1e}"
-                )
+                style = {"color": colour, "alpha": place / len(budgets), "marker": "o"}
+                axes.plot(*line, **style, markersize=4, label=f"{width}, {flops:.1e}")
         axes.set_xlabel("loops in training and at the test")
+        tried = sorted({row["loops"] for row in rows})
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(tried, [str(loops) for loops in tried])
         axes.set_title("Bits per byte at equal training FLOPs")
         if rows:
-            axes.legend(title="width, FLOPs", fontsize=7, frameon=False)
+            place = {"loc": "center left", "bbox_to_anchor": (1.01, 0.5)}
+            axes.legend(title="width, FLOPs", fontsize=8, frameon=False, **place)
         figure.tight_layout()
     return figure

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -151,7 +152,7 @@ def decide(claim: Claim, rows: Sequence[Mapping[str, Any]]) -> Verdict:
         return no_result(
             claim,
             "Fewer than three budgets of a width have their best recurrence inside the range that "
-            "was tried.",
+            f"was tried. {lowest_losses(rows)}",
         )
     narrow, wide = laws.values()
     gaps = {name: abs(narrow[name].exponent - wide[name].exponent) for name in narrow}
@@ -171,6 +172,20 @@ def decide(claim: Claim, rows: Sequence[Mapping[str, Any]]) -> Verdict:
         number=wide["recurrence"].exponent,
         figure="recurrence",
     )
+
+
+def lowest_losses(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The recurrences with the lowest loss of a budget, and at how many budgets each has it."""
+    budgets = sorted({(row["width"], row["flops"]) for row in rows})
+    best = [
+        min((row["bits"], row["loops"]) for row in rows if (row["width"], row["flops"]) == budget)
+        for budget in budgets
+    ]
+    counted = Counter(loops for _, loops in best)
+    shares = (
+        f"at {count} with {loops} loop{'s' * (loops > 1)}" for loops, count in counted.items()
+    )
+    return f"Of {len(budgets)} budgets the loss is lowest {', '.join(shares)}."
 
 
 def loss_table(rows: Sequence[Mapping[str, Any]]) -> Table:

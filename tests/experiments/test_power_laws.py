@@ -51,6 +51,7 @@ def test_what_planted_exponents_decide() -> None:
     assert other.decision in ("fails", "in part")
     edge = STUDY.conclude(planted({96: 0.4, 160: 2.0})).verdicts[0]
     assert edge.decision == "no result"
+    assert "Of 8 budgets the loss is lowest at 3 with 2 loops, " in edge.sentence
     assert STUDY.conclude(Results()).verdicts[0].decision == "no result"
     conclusion = STUDY.conclude(planted({96: 0.4, 160: 0.4}))
     assert set(STUDY.draw(conclusion)) == set(conclusion.figures)

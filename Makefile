@@ -10,10 +10,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo zoo test stress stress-engine stress-ranks test-vllm test-transformers test-onnx test-trl test-trackers test-page test-site test-clients test-dist lint bench docs dist clean
+.PHONY: help setup demo zoo test test-slow stress stress-engine stress-ranks test-vllm test-transformers test-onnx test-trl test-trackers test-page test-site test-clients test-dist lint bench docs dist clean
 
 help:
-	@echo "make setup | demo | zoo | test | stress | stress-engine | stress-ranks | test-vllm | test-transformers | test-onnx | test-trl | test-trackers | test-page | test-site | test-clients | test-dist | lint | bench | docs | dist | clean   (options: PYTHON=python3.12, ARGS=...)"
+	@echo "make setup | demo | zoo | test | test-slow | stress | stress-engine | stress-ranks | test-vllm | test-transformers | test-onnx | test-trl | test-trackers | test-page | test-site | test-clients | test-dist | lint | bench | docs | dist | clean   (options: PYTHON=python3.12, ARGS=...)"
 
 setup: $(STAMP)
 
@@ -39,9 +39,15 @@ zoo: $(STAMP)
 
 # One thread per process: two torch threads beside a busy process are slower than one. A file's tests
 # stay together, since they share what their fixtures make; files with slow tests come first.
+PYTEST = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n auto --maxprocesses 4 \
+	--dist loadfile --no-loadscope-reorder
+
 test: $(STAMP)
-	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n auto --maxprocesses 4 \
-		--dist loadfile --no-loadscope-reorder $(ARGS)
+	@$(PYTEST) -m "not slow" $(ARGS)
+
+# Kills, compilers, whole trainings, the commands of every page: half as long again.
+test-slow: $(STAMP)
+	@$(PYTEST) -m slow $(ARGS)
 
 # Kills, full disks, damaged files, trainings at once: some minutes on one core.
 stress: $(STAMP)

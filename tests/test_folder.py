@@ -283,6 +283,7 @@ print(len(outcomes), outcomes.count(True))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked children")
 @pytest.mark.parametrize("way", ["exchange", "renames"])
 def test_a_kill_at_any_instant_leaves_one_complete_checkpoint(tmp_path: Path, way: str) -> None:

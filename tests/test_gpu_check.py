@@ -22,6 +22,7 @@ def found() -> dict:
         return gpu_check.run(SMALL, QUICK)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", QUICK)
 def test_right_on_this_cpu(name: str, found: dict) -> None:
     assert not found[name]["wrong"]

@@ -142,6 +142,7 @@ def runs(text: Path) -> Iterator[RunConfig]:
         yield replace(config, model=replace(config.model, **parts), train=train)
 
 
+@pytest.mark.slow
 def test_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENMYTHOS_KERNELS_OFF", "attention,experts")
     for number, config in enumerate(runs(write_text(tmp_path))):

@@ -29,6 +29,7 @@ def free_port() -> int:
         return port
 
 
+@pytest.mark.slow
 def test_a_server_that_is_told_to_end_finishes_what_runs(tmp_path: Path) -> None:
     folder = save_pretrained(small_model(), tmp_path / "small", byte_tokenizer())
     port = free_port()

@@ -191,6 +191,7 @@ def test_fine_tuning_begins_where_the_checkpoint_stands_and_scores_both_by_loops
     assert (out / "scores.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_fine_tuning_keeps_what_the_checkpoint_knows(invoke: Invoke, tmp_path: Path) -> None:
     """At the default rates; those of a training from scratch leave 8 % of these walks."""
     out = tmp_path / "tuned"

@@ -299,6 +299,7 @@ def python_docs():
     return list(load_documents("python-docs"))
 
 
+@pytest.mark.slow
 def test_python_docs_are_megabytes_of_prose(python_docs):
     size = sum(len(document.text.encode()) for document in python_docs)
     assert 1_000_000 < size < 4_000_000

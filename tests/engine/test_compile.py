@@ -44,6 +44,7 @@ def replaced(layer: Layer, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> int:
     return len(calls)
 
 
+@pytest.mark.slow
 def test_products_of_few_rows_are_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     assert replaced(Layer(2.0), torch.randn(2, 1, 4), monkeypatch) > 0
 

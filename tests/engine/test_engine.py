@@ -597,6 +597,7 @@ def test_public_names() -> None:
     assert om.EngineConfig().max_rows == engine.config.max_rows
 
 
+@pytest.mark.slow
 def test_the_benchmark_for_gpus_runs_anywhere() -> None:
     with unchecked():
         (same, speed, *_) = run_on_device("cpu", ["walks"], [2], 2, compiled=False)

@@ -711,6 +711,7 @@ def test_public_name() -> None:
     assert square.tokens == om.generate(model, [[1, 2], [3, 4]], max_new_tokens=1).tokens
 
 
+@pytest.mark.slow
 def test_a_compiled_session_gives_the_eager_tokens(
     fresh_compiler: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

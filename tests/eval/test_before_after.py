@@ -27,6 +27,7 @@ def walks(out: Path, seed: int = 7, **changes: Any) -> Run:
     return set_up(RunConfig(model=model, train=train, data=HopsData(max_train_hops=2)), out)
 
 
+@pytest.mark.slow
 def test_walks_are_scored_on_the_new_graph_and_on_the_old(tmp_path: Path) -> None:
     made = walks(tmp_path / "run")
     scores = BeforeAfter(made, None)
@@ -48,6 +49,7 @@ def test_walks_are_scored_on_the_new_graph_and_on_the_old(tmp_path: Path) -> Non
     assert len([axes for axes in drawn.axes if axes.get_visible()]) == 4
 
 
+@pytest.mark.slow
 def test_a_killed_run_still_has_its_scores_before(tmp_path: Path) -> None:
     """Whether it was killed after they were written, or with none, after its first checkpoint."""
     out = tmp_path / "run"

@@ -170,6 +170,7 @@ def test_arguments_that_cannot_be_obeyed_are_refused_by_name(
         HarnessModel(str(tmp_path), **arguments)
 
 
+@pytest.mark.slow
 def test_the_harness_finds_the_model_after_installation(tmp_path: Path) -> None:
     """As its releases after 0.4.13 do: by an entry point; the others have a command of ours."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]

@@ -74,6 +74,7 @@ def test_arms_differ_from_the_base_in_what_they_say() -> None:
     assert BASE_GRAPH not in SEEDS
 
 
+@pytest.mark.slow
 def test_a_run_begins_with_the_base(tmp_path: Path) -> None:
     torch.set_num_threads(1)
     settings = {"walks": 16, "most_loops": 8}

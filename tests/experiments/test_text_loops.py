@@ -266,6 +266,7 @@ def test_every_arm_is_tuned_before_its_seeds() -> None:
     assert len(runs) == 16 and all(run.tuning for run in runs[1:])
 
 
+@pytest.mark.slow
 def test_the_model_of_the_zoo_is_measured_and_stands_in_the_table(tmp_path: Path) -> None:
     run = Run(arm.ZOO, 0, {"held_out_batches": 1})
     data = measure_zoo(run, tmp_path, str(write_text(tmp_path)))

@@ -181,6 +181,7 @@ def test_what_a_linear_map_reads_before_the_coda() -> None:
     assert 0 <= found["linear"] < 0.5 and 0 <= found["model"] < 0.5  # untrained
 
 
+@pytest.mark.slow
 def test_a_stack_is_measured_in_the_dials_folder(tmp_path: Path) -> None:
     (run,) = (run for run in STUDY.runs("smoke", Results()) if run.arm == "stack")
     out = STUDY.run_folder(run, "smoke", tmp_path)

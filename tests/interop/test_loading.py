@@ -280,6 +280,7 @@ def test_inspect_reads_checkpoints_of_every_family(
 # --- memory ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "case", ["original, sharded torch, float32", "original, one torch file, float32"]
 )

@@ -826,6 +826,7 @@ def counting_compiler(fresh_compiler):
 
 
 # Dynamo itself looks at .grad of h_1.
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.parametrize("name", COMPILED)
 @pytest.mark.parametrize("training", [False, True])

@@ -71,6 +71,7 @@ def of(model: ModelConfig, loops: int, backprop: int | None = None, **train: obj
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "loops", "backprop"), [("dense", 6, None), ("wide", 6, 2)])
 def test_the_estimate_is_near_the_measured_peak(
     name: str, loops: int, backprop: int | None

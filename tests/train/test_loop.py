@@ -656,6 +656,7 @@ def test_the_second_stage_trains_the_gate_alone_and_can_be_resumed(tmp_path: Pat
     assert_equal_runs(tmp_path / "whole", tmp_path / "again")
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # dynamo looks at every input's
 @pytest.mark.parametrize("compiled", [False, True])
 def test_recomputed_loops_train_the_same(

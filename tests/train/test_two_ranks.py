@@ -14,7 +14,6 @@ def outcomes() -> dict[str, Outcome]:
     return launch(2, CASES)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=lambda case: name_of(case).split(".")[-1])
 def test_on_two_ranks(case: Case, outcomes: dict[str, Outcome]) -> None:
     outcome = outcomes[name_of(case)]

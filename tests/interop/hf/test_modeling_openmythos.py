@@ -222,6 +222,7 @@ print(json.dumps([ids.tolist(), out[:, ids.shape[1]:].tolist()]))
 """
 
 
+@pytest.mark.slow
 def test_a_fresh_process_needs_neither_this_package_nor_a_network(tmp_path: Path) -> None:
     tokenizer = byte_tokenizer()
     model = random_model(small_config(vocab_size=tokenizer.vocab_size))

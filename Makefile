@@ -49,9 +49,10 @@ test: $(STAMP)
 test-slow: $(STAMP)
 	@$(PYTEST) -m slow $(ARGS)
 
-# Kills, full disks, damaged files, trainings at once: some minutes on one core.
+# Kills, full disks, damaged files, trainings at once, and kills of two ranks: some minutes.
 stress: $(STAMP)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.stress.run $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.stress.kills --out tests/stress/kills.md
 
 # The engine's schedules, of which `make test` runs twenty: a thousand take twenty minutes of one core.
 stress-engine: $(STAMP)

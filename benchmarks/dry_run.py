@@ -19,8 +19,9 @@ from typing import Any
 from openmythos.config import counts
 from openmythos.config.presets import PRESETS, preset
 from openmythos.folder import write_json
+from openmythos.plan.choice import plan_training
 from openmythos.plan.serving import Machine
-from openmythos.plan.training import Work, plan_training
+from openmythos.plan.training import Work
 from openmythos.train.dry_run import dry_run_shards, dry_run_step
 
 RESULT = Path(__file__).with_suffix(".json")

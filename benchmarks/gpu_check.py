@@ -495,7 +495,8 @@ def run_apart(name: str, flags: list[str], seconds: float, out: Path) -> dict[st
     """Run one check in a process of its own: what hangs or breaks the GPU's state ends alone."""
     started = time.monotonic()
     command = [sys.executable, "-m", "benchmarks.gpu_check", *flags, "--apart", name]
-    wrong = ""
+    numbers: dict[str, Any] = {}
+    wrong: list[str] = []
     try:
         ended = subprocess.run(
             [*command, "--seconds", str(seconds), "--out", str(out)],
@@ -507,10 +508,10 @@ def run_apart(name: str, flags: list[str], seconds: float, out: Path) -> dict[st
         if out.is_file():
             found: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
             return found
-        wrong = f"the process ended with {ended.returncode}: {ended.stderr.strip()[-500:]}"
+        wrong = [f"the process ended with {ended.returncode}: {ended.stderr.strip()[-500:]}"]
     except subprocess.TimeoutExpired:
-        wrong = f"no end within {seconds + GRACE:.0f} s"
-    return {"numbers": {}, "wrong": [wrong], "seconds": round(time.monotonic() - started, 1)}
+        numbers["not finished"] = f"no end within {seconds + GRACE:.0f} s"
+    return {"numbers": numbers, "wrong": wrong, "seconds": round(time.monotonic() - started, 1)}
 
 
 def table_of(found: dict[str, Any]) -> str:
@@ -518,6 +519,7 @@ def table_of(found: dict[str, Any]) -> str:
     lines = []
     for name, each in found.items():
         said = f"wrong: {'; '.join(each['wrong'])}" if each["wrong"] else "right"
+        said = "not finished" if "not finished" in each["numbers"] else said
         lines.append(f"{name}: {said}, {each['seconds']} s")
         lines += [f"    {key:40} {json.dumps(number)}" for key, number in each["numbers"].items()]
     return "\n".join(lines)
@@ -548,7 +550,11 @@ def main() -> None:
         for name in arguments.only:
             left = max(0.0, end - time.monotonic())
             flags = ["--cpu"] if arguments.cpu else []
-            found[name] = run_apart(name, flags, left, Path(folder) / f"{name}.json")
+            if left:
+                found[name] = run_apart(name, flags, left, Path(folder) / f"{name}.json")
+            else:
+                over = {"not finished": "skipped: the time is over"}
+                found[name] = {"numbers": over, "wrong": [], "seconds": 0.0}
             print(table_of({name: found[name]}), flush=True)
             if out is not None:
                 write_json(out, result)

@@ -60,13 +60,29 @@ def test_a_check_that_dies_or_hangs_ends_alone(
 ) -> None:
     program = tmp_path / "program"
     monkeypatch.setattr("sys.executable", str(program))
-    for words, said in (("echo broken >&2; exit 3", "ended with 3: broken"), ("sleep 9", "no end")):
+    monkeypatch.setattr(gpu_check, "GRACE", 0.5)
+    found = {}
+    for words in ("echo broken >&2; exit 3", "sleep 9"):
         program.write_text(f"#!/bin/sh\n{words}\n")
         program.chmod(0o755)
-        monkeypatch.setattr(gpu_check, "GRACE", 0.5)
-        found = gpu_check.run_apart("speeds", [], 0.5, tmp_path / "none.json")
-        assert said in found["wrong"][0] and found["numbers"] == {}
-        assert f"speeds: wrong: {found['wrong'][0]}" in gpu_check.table_of({"speeds": found})
+        found[words] = gpu_check.run_apart("speeds", [], 0.5, tmp_path / "none.json")
+    broken, hung = found.values()
+    assert "ended with 3: broken" in broken["wrong"][0] and broken["numbers"] == {}
+    assert f"speeds: wrong: {broken['wrong'][0]}" in gpu_check.table_of({"speeds": broken})
+    # What is slow is not wrong.
+    assert hung["wrong"] == [] and "no end" in hung["numbers"]["not finished"]
+    assert gpu_check.table_of({"speeds": hung}).startswith("speeds: not finished")
+
+
+def test_without_time_nothing_is_begun_and_nothing_is_wrong(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["gpu_check", "--cpu", "--seconds", "0"])
+    with pytest.raises(SystemExit) as ended:
+        gpu_check.main()
+    assert not ended.value.code
+    told = capsys.readouterr().out
+    assert told.count("skipped: the time is over") == 2 * len(gpu_check.CHECKS)
 
 
 def test_a_check_that_cannot_run_is_wrong_and_hides_no_other(

@@ -84,6 +84,7 @@ def plan(
     rows: training.Rows = 1,
     accumulation: training.Accumulation = 1,
     optimizer: training.Optimizer = "muon",
+    dp_replicate: training.DpReplicate = None,
     tp: training.Tp = None,
     ep: training.Ep = None,
     core_gather: training.CoreGather = None,
@@ -100,7 +101,8 @@ def plan(
     and, by phi, equal predicted loss. Training: memory, exchanges and FLOPs of a device, a layout.
     """
     size = {"weight_bytes": weight_bytes, "cache_bytes": cache_bytes}
-    fixed = {"tp": tp, "ep": ep, "core_gather": core_gather, "recompute": recompute}
+    fixed = {"dp_replicate": dp_replicate, "tp": tp, "ep": ep}
+    fixed |= {"core_gather": core_gather, "recompute": recompute}
     trained: dict[str, Any] = {"rows": rows, "accumulation": accumulation, "optimizer": optimizer}
     speeds = {"network_gb": network_gb, "link_gb": link_gb}
     prices = {"rate": rate, "phi": phi, "mean_loops": mean_loops, "gpus": gpus, "price": price}
@@ -110,6 +112,8 @@ def plan(
         {**fixed, **trained, **speeds, "dry_run": dry_run},
         {**size, **prices, "bandwidth_tb": bandwidth_tb},
     )
+    sizes = {"memory_gb": memory_gb, "memory_gib": memory_gib, "bandwidth_tb": bandwidth_tb}
+    _above_zero({**sizes, "peak_tflops": peak_tflops, "price": price, **speeds})
     config, context = _model(source, overrides or [], num_loops, context_length)
     one = _machine(gpu, memory_gb, memory_gib, bandwidth_tb, peak_tflops, reserve)
     if devices is not None:
@@ -146,6 +150,14 @@ def _one_plan(
         if value != defaults[name].default:
             asked = "--devices" if serving else "--serve"
             raise ValueError(f"--{name.replace('_', '-')} belongs to a plan with {asked}")
+
+
+def _above_zero(options: dict[str, float | None]) -> None:
+    """Check numbers under the names of their options."""
+    for name, value in options.items():
+        if value is not None:
+            option = f"--{name.replace('_', '-')}"
+            require(as_number(option, value, "a number above 0") > 0, option, value, "above 0")
 
 
 def _model(

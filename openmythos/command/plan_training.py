@@ -11,8 +11,9 @@ from rich.table import Table
 from openmythos.command.table import human_bytes, human_count, human_flops, number_table
 from openmythos.config import ModelConfig
 from openmythos.config.schema import require, to_dict
+from openmythos.plan.choice import Plan, plan_training
 from openmythos.plan.serving import Machine
-from openmythos.plan.training import Cost, Links, Plan, Work, cost_of, plan_training
+from openmythos.plan.training import Cost, Links, Work, cost_of
 from openmythos.terminal import console, print_table
 
 GIB = 2**30
@@ -20,11 +21,16 @@ DRY_RUNS = ("shards", "step")
 OPTIMIZERS = ("muon", "adamw")
 GATHERS = ("step", "loop")
 
-Devices = Annotated[int | None, typer.Option(help="Plan its training on so many devices.", min=1)]
+Devices = Annotated[
+    int | None, typer.Option(help="Plan its training on so many devices.", min=1, max=2**20)
+]
 MemoryGib = Annotated[float | None, typer.Option(help="Of one device, in 2^30 bytes.")]
 Rows = Annotated[int, typer.Option(help="Rows that a device trains at once.", min=1)]
 Accumulation = Annotated[int, typer.Option(help="Micro-batches of a step.", min=1)]
 Optimizer = Annotated[str, typer.Option(help="muon (with AdamW for vectors and tables) or adamw.")]
+DpReplicate = Annotated[
+    int | None, typer.Option(help="Copies of the model, each sharded; default: chosen.")
+]
 Tp = Annotated[int | None, typer.Option(help="Ranks that share every layer; default: chosen.")]
 Ep = Annotated[int | None, typer.Option(help="Ranks that share the experts; default: chosen.")]
 CoreGather = Annotated[
@@ -232,9 +238,10 @@ def _variant(row: dict[str, Any]) -> str:
 def _memory_table(report: dict[str, Any]) -> Table:
     rows = report["variants"]
     at = report["chosen"]["layout"]
+    copies = f"{at['dp_replicate']} copies, " if at["dp_replicate"] > 1 else ""
     title = (
-        f"Memory of a device, GiB (dp_shard {at['dp_shard']}, ep {at['ep']}, tp {at['tp']}; the "
-        "core gathered)"
+        f"Memory of a device, GiB ({copies}dp_shard {at['dp_shard']}, ep {at['ep']}, "
+        f"tp {at['tp']}; the core gathered)"
     )
     table = number_table("what", *map(_variant, rows), title=title)
     for name in rows[0]["memory"]:

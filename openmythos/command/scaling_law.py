@@ -10,12 +10,14 @@ import typer
 
 from openmythos.command.option import AsJson, Seed
 from openmythos.command.table import number_table
+from openmythos.config.schema import as_number, require
 from openmythos.folder import write_whole
 from openmythos.terminal import console, note, print_table
 
 if TYPE_CHECKING:
     from openmythos.plan.scaling_law import Fit, Runs
 
+LEAST_RESAMPLES = 20  # of fewer, a 90% interval has no sample outside
 MEANINGS = {
     "phi": "what a loop is worth: T loops stand for T^phi layers",
     "z": "how fast loops at test time stop to help",
@@ -40,7 +42,8 @@ def scaling_law(
         typer.Option(help="unrolled, iso_depth, test_time or unified; default: what can be fit."),
     ] = None,
     resamples: Annotated[
-        int, typer.Option(help="Bootstrap samples of the 90% intervals; 0: none.", min=0)
+        int,
+        typer.Option(help="Bootstrap samples of the 90% intervals, 20 and more; 0: none.", min=0),
     ] = 400,
     plot: Annotated[Path | None, typer.Option(help="Draw the fits into this file.")] = None,
     noise: Annotated[
@@ -63,6 +66,8 @@ def scaling_law(
 
     if not sources:
         raise ValueError("give RUNS: run folders, or a .csv or .jsonl table of runs")
+    enough = resamples == 0 or resamples >= LEAST_RESAMPLES
+    require(enough, "--resamples", resamples, f"0 or at least {LEAST_RESAMPLES}")
     runs = run_table.read_runs([Path(name) for name in sources])
     fits: dict[str, Fit] = {}
     refused: dict[str, str] = {}
@@ -171,6 +176,7 @@ def _simulate(sources: list[str], noise: float, seed: int, out: Path | None, as_
 
     if len(sources) != 1 or sources[0] not in PARCAE:
         raise ValueError(f"simulate is given {sources}; give one of {', '.join(PARCAE)}")
+    as_number("--noise", noise, "a number")
     published = PARCAE[sources[0]]
     runs = simulate(published, preset(published.preset), noise=noise, seed=seed)
     rows = [

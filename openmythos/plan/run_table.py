@@ -5,6 +5,7 @@ import json
 import math
 from collections.abc import Iterable
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -84,13 +85,14 @@ def _of_run(folder: Path) -> list[Row]:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         rows, length = config["train"]["batch_size"], config["data"]["seq_len"]
-        mean = _mean_loops(config["train"]["depth"]["sampling"])
+        sampling = config["train"]["depth"]["sampling"]
         once, loop = sizes(from_dict(ModelConfig, config["model"]))
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ValueError(
             f"{folder} is not the folder of a run on text: {in_a_sentence(error)}"
         ) from None
-    measured = [row for row in _rows(lines) if row.get("kind") == "validation"]
+    logged = list(_rows(lines))
+    measured = [row for row in logged if row.get("kind") == "validation"]
     last = max((row["step"] for row in measured), default=0)
     losses = {
         row["num_loops"]: row["bits_per_byte"]
@@ -100,6 +102,10 @@ def _of_run(folder: Path) -> list[Row]:
     if not losses or not last:
         raise ValueError(f"{folder} has no held-out bits per byte in metrics.jsonl")
     tokens = float(last * rows * length)
+    trained = [
+        row["num_loops"] for row in logged if row.get("kind") == "train" and "num_loops" in row
+    ]
+    mean = fmean(trained) if trained else _mean_loops(sampling)
     return [
         {
             "once": float(once),
@@ -125,7 +131,7 @@ def _rows(lines: list[str]) -> Iterable[dict[str, Any]]:
 
 
 def _mean_loops(sampling: dict[str, Any]) -> float:
-    """The mean depth that a run's configuration asks for."""
+    """The mean depth that a run's configuration asks for, before limits and ramps."""
     if "mean_recurrence" in sampling:
         return float(sampling["mean_recurrence"])
     return (sampling["low"] + sampling["high"]) / 2

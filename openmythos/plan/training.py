@@ -1,4 +1,4 @@
-"""What training a looped model needs on each device: memory, exchanges, FLOPs, a layout. No torch.
+"""What training a looped model needs on each device: memory, exchanges, FLOPs, time. No torch.
 
 Per device, in bytes, with ``train.autocast=bfloat16``: parameters, gradients, moments and states in
 float32, products in bfloat16.
@@ -20,13 +20,12 @@ Seconds are bytes and FLOPs over what the machine could do at best.
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from openmythos.config import ModelConfig, counts
 from openmythos.config.parallel import ParallelConfig
 from openmythos.config.schema import as_integer, as_number, require, require_literals
-from openmythos.plan.memory import in_words
 from openmythos.plan.placement import (
     TABLES,
     Unit,
@@ -472,129 +471,3 @@ def cost_of(
         compute_seconds=flops / machine.flops_per_second,
         exchange_seconds=math.fsum(map(links.seconds, found)),
     )
-
-
-# --- choice ---------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Refused:
-    """A layout that was not chosen, and why."""
-
-    cost: Cost
-    reason: str
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The layout chosen for a model on a number of devices.
-
-    Attributes:
-        chosen: The quickest of those that fit, or the smallest if none does.
-        fits: Whether it fits.
-        refused: The two layouts that come nearest to it by being simpler or quicker.
-    """
-
-    chosen: Cost
-    fits: bool
-    refused: tuple[Refused, ...]
-
-
-def plan_training(
-    config: ModelConfig,
-    devices: int,
-    machine: Machine,
-    work: Work,
-    *,
-    links: Links | None = None,
-    fixed: dict[str, int | str | bool] | None = None,
-) -> Plan:
-    """Choose a layout.
-
-    Args:
-        config: The model's.
-        devices: How many there are.
-        machine: One of them.
-        work: What each trains; whether loops are recomputed is chosen, too, unless ``fixed``.
-        links: What one of them can send.
-        fixed: Fields of the layout, and ``recompute``, that are given.
-
-    Raises:
-        ValueError: No layout has the given fields; says why.
-    """
-    as_integer("devices", devices, 1)
-    links = Links() if links is None else links
-    costs, errors = [], []
-    for layout, recompute in _layouts(config, devices, links.devices, fixed or {}):
-        try:
-            each = replace(work, recompute=recompute)
-            costs.append(cost_of(config, layout, each, machine, links))
-        except ValueError as error:
-            errors.append(error)
-    if not costs:
-        given = ", ".join(f"{name} {value}" for name, value in (fixed or {}).items())
-        raise errors[0] if errors else ValueError(f"{devices} devices have no layout with {given}")
-    fitting = [each for each in costs if each.num_bytes <= machine.usable_bytes]
-    chosen = min(fitting, key=_order) if fitting else min(costs, key=lambda each: each.num_bytes)
-    others = sorted((each for each in costs if each is not chosen), key=lambda c: _near(c, chosen))
-    refused = tuple(Refused(each, _reason(each, chosen, machine)) for each in others[:2])
-    return Plan(chosen, bool(fitting), refused)
-
-
-def _layouts(
-    config: ModelConfig, devices: int, per_machine: int, fixed: dict[str, int | str | bool]
-) -> Iterator[tuple[ParallelConfig, bool]]:
-    """All layouts that are tried, the simplest first."""
-    experts = getattr(config.core_ff, "num_experts", 1)
-    # Tensor parallel exchanges in every layer: only within a machine.
-    for tp in (n for n in range(1, per_machine + 1) if devices % n == 0 and not n & (n - 1)):
-        shard = devices // tp
-        for ep in (n for n in range(1, shard + 1) if shard % n == 0 and experts % n == 0):
-            for gather in ("step", "loop") if devices > 1 else ("step",):
-                for recompute in (False, True):
-                    mine = {"tp": tp, "ep": ep, "core_gather": gather, "recompute": recompute}
-                    if all(mine[name] == value for name, value in fixed.items()):
-                        layout = ParallelConfig(
-                            dp_shard=shard,
-                            ep=ep,
-                            tp=tp,
-                            core_gather=gather,
-                        )
-                        yield layout, recompute
-
-
-def _order(cost: Cost) -> tuple[float, ...]:
-    """The quickest first; of those that are as quick, the one with fewer divisions."""
-    at, seconds = cost.layout, 1 / cost.tokens_per_second
-    # To two digits: more is not known of it.
-    rounded = round(seconds, 1 - math.floor(math.log10(seconds)))
-    choices = (cost.work.recompute, at.core_gather == "loop", at.tp, at.ep, cost.num_bytes)
-    return (rounded, *map(float, choices))
-
-
-def _near(cost: Cost, chosen: Cost) -> tuple[int, float]:
-    """How many choices differ; first what needs one step, and of these the quickest."""
-    names = ("tp", "ep", "core_gather")
-    apart = sum(getattr(cost.layout, name) != getattr(chosen.layout, name) for name in names)
-    return apart + (cost.work.recompute != chosen.work.recompute), -cost.tokens_per_second
-
-
-def _reason(cost: Cost, chosen: Cost, machine: Machine) -> str:
-    if cost.num_bytes > machine.usable_bytes:
-        return (
-            f"needs {in_words(cost.num_bytes)}, {in_words(cost.memory[cost.largest])} of them for "
-            f"{cost.largest.replace('_', ' ')}"
-        )
-    longer = chosen.tokens_per_second / cost.tokens_per_second
-    if longer > 1:
-        by = f"{_per_token(cost)} per token instead of {_per_token(chosen)}"
-        return f"takes {longer:.2f} times as long, bound by {cost.limit}: {by}"
-    return "no quicker"
-
-
-def _per_token(cost: Cost) -> str:
-    """What one token of one device takes of what bounds the time."""
-    tokens = cost.work.tokens * cost.work.accumulation / cost.layout.tp
-    if cost.limit == "compute":
-        return f"{cost.flops / tokens:.3g} FLOP"
-    return f"{in_words(round(sum(each.sent for each in cost.exchanges) / tokens))} sent"

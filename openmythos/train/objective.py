@@ -132,7 +132,8 @@ class PerLoopObjective:
         z_loss: Weight of the squared log-partition function, which keeps the logits small.
         targets_per_loop: 0: every loop has the same targets. Otherwise only the last token is read,
             and its target after a row's own loop t is that of token t times this, or the last one:
-            where targets are results on the way, each loop is trained to take so many steps.
+            where targets are results on the way, each loop is trained to take so many steps. Every
+            token must then have a target.
     """
 
     kind: ClassVar[str] = "per_loop"
@@ -158,6 +159,11 @@ class PerLoopObjective:
         num_loops: Int[Tensor, "B"],
     ) -> Losses:
         """See ``FinalLoopObjective.loss``."""
+        if self.targets_per_loop and bool((targets == IGNORED).any()):
+            raise ValueError(
+                f"objective.targets_per_loop={self.targets_per_loop} needs a target at each token: "
+                "a step weighs rows by their targets, and this objective reads one of each"
+            )
         own = own_loops(num_loops)
         weights = (own >= 0) / num_loops.double()
         loss, wanted = torch.zeros((), device=targets.device), targets

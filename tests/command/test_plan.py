@@ -82,7 +82,7 @@ def test_plan_says_what_does_not_fit(invoke: Invoke) -> None:
         (("tiny", "--serve", "--rate", "-1"), "--rate is -1.0; it must be at least 0"),
         (("tiny", "--serve", "--rate", "nan"), "--rate is nan; it must be a number"),
         (("tiny", "--serve", "--phi", "3"), "phi is 3.0; it must be in 0..2"),
-        (("tiny", "--serve", "--memory-gb", "0"), "memory_bytes is 0.0; it must be above 0"),
+        (("tiny", "--serve", "--memory-gb", "0"), "--memory-gb is 0.0; it must be above 0"),
         (("tiny", "--serve", "--reserve", "1"), "reserve is 1.0; it must be in [0, 1)"),
         (("tiny", "--serve", "--mean-loops", "99"), "mean_loops is 99.0; it must be in 1.."),
         (("tiny", "--serve", "--num-loops", "0"), "num_loops"),

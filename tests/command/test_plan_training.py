@@ -4,8 +4,9 @@ from typing import Any
 import pytest
 
 from openmythos.config.presets import preset
+from openmythos.plan.choice import plan_training
 from openmythos.plan.serving import GPUS
-from openmythos.plan.training import Work, plan_training
+from openmythos.plan.training import Work
 from tests.command.conftest import Invoke, refused
 
 TABLE_WIDTH = 120
@@ -66,8 +67,10 @@ def test_one_device_has_no_table_of_exchanges(invoke: Invoke) -> None:
         (("tiny", "--devices", 2, "--core-gather", "x"), "--core-gather is 'x'; it must be one of"),
         (("tiny", "--devices", 2, "--dry-run", "x"), "--dry-run is 'x'; it must be one of shards"),
         (("tiny", "--devices", 2, "--tp", 3), "2 devices have no layout with tp 3"),
-        (("tiny", "--devices", 2, "--ep", 2), "2 devices have no layout with ep 2"),
-        (("tiny", "--devices", 2, "--network-gb", 0), "between is 0.0; it must be above 0"),
+        (("tiny", "--devices", 2, "--ep", 2), "the model has no experts"),
+        (("tiny", "--devices", 2, "--network-gb", 0), "--network-gb is 0.0; it must be above 0"),
+        (("tiny", "--devices", 2, "--link-gb", "nan"), "--link-gb is nan; it must be a number ab"),
+        (("tiny", "--devices", 2, "--memory-gib", -80), "--memory-gib is -80.0; it must be above"),
         (
             ("tiny", "--devices", 2, "--memory-gib", 80, "--memory-gb", 80),
             "--memory-gb 80.0 and --memory-gib 80.0: give one of them",

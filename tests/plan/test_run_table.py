@@ -49,6 +49,15 @@ def test_run_folders_give_their_newest_losses_by_loops(tmp_path: Path) -> None:
     np.testing.assert_allclose(runs["loss"], [1.5, 0.375, 3.0, 0.75])
 
 
+def test_loops_are_those_that_were_trained(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "a")
+    rows = [{"kind": "train", "step": step, "num_loops": 3.0 + step} for step in (1, 2)]
+    metrics = folder / "metrics.jsonl"
+    text = "".join(json.dumps(row) + "\n" for row in rows) + metrics.read_text(encoding="utf-8")
+    metrics.write_text(text, encoding="utf-8")
+    assert read_runs([folder])["num_loops"].tolist() == [4.5, 4.5]
+
+
 def test_tables_are_read_by_their_columns(tmp_path: Path) -> None:
     table, lines = tmp_path / "runs.csv", tmp_path / "runs.jsonl"
     table.write_text("name,loss,once,tokens\na,2.5,0,1e9\nb,2.25,1,2e9\n", encoding="utf-8")

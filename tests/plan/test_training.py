@@ -22,7 +22,6 @@ from openmythos.plan.training import (
     cost_of,
     exchanges,
     memory,
-    plan_training,
     step_flops,
 )
 from tests.strategies import unchecked
@@ -188,35 +187,6 @@ def test_flops_are_those_of_the_counts() -> None:
     assert again == token + 8 * loop
 
 
-def test_a_plan_fits_and_says_why_others_were_refused() -> None:
-    plan = plan_training(preset("mythos-100b"), 128, H100_80, Work(context_length=4096))
-    assert plan.fits and plan.chosen.num_bytes <= H100_80.usable_bytes
-    assert plan.chosen.layout.num_ranks == 128 and plan.chosen.layout.ep > 1
-    assert len(plan.refused) == 2
-    for each in plan.refused:
-        assert each.cost.layout.num_ranks == 128 and each.reason
-        fits = each.cost.num_bytes <= H100_80.usable_bytes
-        assert fits is not each.reason.startswith("needs ")
-
-
-def test_the_choice_is_the_quickest_that_fits() -> None:
-    config, work = preset("mythos-10b"), Work(context_length=4096)
-    plan = plan_training(config, 8, H100_80, work)
-    small = Machine(memory_bytes=40.0 * GIB)
-    less = plan_training(config, 8, small, work)
-    assert less.chosen.num_bytes <= small.usable_bytes < plan.chosen.num_bytes
-    assert less.chosen.tokens_per_second <= plan.chosen.tokens_per_second
-    given = plan_training(config, 8, H100_80, work, fixed={"tp": 2, "recompute": True})
-    assert given.chosen.layout.tp == 2 and given.chosen.work.recompute
-    assert given.chosen.tokens_per_second <= 1.05 * plan.chosen.tokens_per_second
-
-
-def test_what_does_not_fit_is_said_with_the_smallest() -> None:
-    plan = plan_training(ONE_T, 8, H100_80, Work(context_length=1024))
-    assert not plan.fits and plan.chosen.num_bytes > H100_80.usable_bytes
-    assert all(each.cost.num_bytes >= plan.chosen.num_bytes for each in plan.refused)
-
-
 def test_one_device_exchanges_nothing_and_keeps_cast_weights() -> None:
     config = preset("tiny")
     cost = cost_of(config, ParallelConfig(), Work(context_length=256), H100_80, Links())
@@ -234,18 +204,6 @@ def test_a_machine_inside_is_quicker_than_the_network() -> None:
     # 8 core layers, 8 loops, there and back, forward and backward; 8 experts per token.
     assert pairs.number == 8 * 8 * 2 * 2
     assert pairs.num_bytes == pairs.number * 4096 * 8 * 2048 * 2
-
-
-@pytest.mark.parametrize(
-    ("fixed", "said"),
-    [
-        ({"tp": 3}, "8 devices have no layout with tp 3"),
-        ({"ep": 5}, "8 devices have no layout with ep 5"),
-    ],
-)
-def test_impossible_layouts_are_refused(fixed: dict[str, int], said: str) -> None:
-    with pytest.raises(ValueError, match=said):
-        plan_training(preset("mythos-1b"), 8, H100_80, Work(context_length=64), fixed=fixed)
 
 
 def test_optimizer_state_by_kind() -> None:

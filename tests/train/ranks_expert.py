@@ -15,11 +15,17 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from openmythos.checkpoint.parts import own_values
-from openmythos.config import ReLUSquaredConfig, ValueEmbeddingConfig, WeightLoRAConfig
+from openmythos.config import (
+    PonderNetConfig,
+    ReLUSquaredConfig,
+    ValueEmbeddingConfig,
+    WeightLoRAConfig,
+)
 from openmythos.interop.adapter import new_adapter
 from openmythos.model.attention import LatentExpansion
 from openmythos.model.feedforward import MoE
 from openmythos.train import experts, gradients, loop, optim, shard, tensor
+from openmythos.train.objective import ExitWeightedObjective, PerLoopObjective
 from openmythos.train.optim import OptimizerConfig
 from openmythos.train.ranks import Ranks, join
 from openmythos.train.run_folder import RunFolder, RunState
@@ -67,7 +73,14 @@ ON_TWO = {
     "tp": Arm(EVERY_GQA, GROUPS, TP),
     "tp, mla, experts": Arm(MLA_MOE, {**GROUPS, "grad_accumulation": 2}, TP),
     "tp, relu squared": Arm({"feed_forward": ReLUSquaredConfig(d_ff=24)}, GROUPS, TP),
+    "tp, per loop": Arm(train={**GROUPS, "objective": PerLoopObjective()}, layout=TP),
+    "tp, exit weighted": Arm(
+        {"halting": PonderNetConfig()},
+        {**GROUPS, "objective": ExitWeightedObjective(kl_weight=0.1)},
+        TP,
+    ),
     "ep": Arm(MOE, GROUPS, EP),
+    "ep, per loop": Arm(MOE, {**GROUPS, "objective": PerLoopObjective()}, EP),
     "ep, checkpointing": Arm(
         MLA_MOE,
         {

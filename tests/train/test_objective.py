@@ -359,6 +359,8 @@ def test_bad_fields(build: Any, said: str) -> None:
 def test_targets_along_the_way_by_hand() -> None:
     model = model_with(None)
     output, targets, ctx, depths = forward(model, [3, 2, 1])  # six tokens
+    with pytest.raises(ValueError, match="targets_per_loop=2 needs a target at each token"):
+        PerLoopObjective(targets_per_loop=2).loss(model, output, targets, ctx, depths)
     targets = targets.clamp(min=0)
     loss, plain = PerLoopObjective(targets_per_loop=2).loss(model, output, targets, ctx, depths)
     by_loop = [model.decode(h, ctx)[:, -1].log_softmax(-1).detach() for h in output.states]

@@ -101,7 +101,7 @@ def plan(
     and, by phi, equal predicted loss. Training: memory, exchanges and FLOPs of a device, a layout.
     """
     size = {"weight_bytes": weight_bytes, "cache_bytes": cache_bytes}
-    fixed = {"dp_replicate": dp_replicate, "tp": tp, "ep": ep}
+    fixed: dict[str, Any] = {"dp_replicate": dp_replicate, "tp": tp, "ep": ep}
     fixed |= {"core_gather": core_gather, "recompute": recompute}
     trained: dict[str, Any] = {"rows": rows, "accumulation": accumulation, "optimizer": optimizer}
     speeds = {"network_gb": network_gb, "link_gb": link_gb}

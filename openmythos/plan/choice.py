@@ -4,6 +4,7 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from openmythos.config import ModelConfig, counts
 from openmythos.config.parallel import ParallelConfig
@@ -91,9 +92,9 @@ def _layouts(
 
     def numbers(name: str, whole: int, most: int) -> list[int]:
         tried = [fixed[name]] if name in fixed else range(1, most + 1)
-        return [n for n in map(int, tried) if whole % n == 0]
+        return [n for n in map(int, tried) if n > 0 and whole % n == 0]
 
-    gathers = ("step", "loop") if devices > 1 else ("step",)
+    gathers: tuple[Literal["step", "loop"], ...] = ("step", "loop") if devices > 1 else ("step",)
     # Tensor parallel exchanges in every layer: only within a machine.
     for tp in numbers("tp", devices, per_machine):
         for copies in numbers("dp_replicate", devices // tp, min(devices, most_copies)):

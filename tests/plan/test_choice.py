@@ -44,6 +44,7 @@ def test_what_does_not_fit_is_said_with_the_smallest() -> None:
     ("fixed", "said"),
     [
         ({"tp": 3}, "8 devices have no layout with tp 3"),
+        ({"tp": 0}, "8 devices have no layout with tp 0"),
         ({"ep": 5}, "8 devices have no layout with ep 5"),
         ({"dp_replicate": 3}, "8 devices have no layout with dp_replicate 3"),
     ],

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import importlib
+import json
 import re
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import asdict
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from experiments.claim import DECISIONS, NOT_YET, Claim, Conclusion, Table, Verdict
-from experiments.run_store import Results, Run
+from experiments.run_store import Results, Run, digest
 from openmythos.folder import write_whole
 
 if TYPE_CHECKING:
@@ -196,9 +198,9 @@ def section(finding: Finding) -> str:
             for claim, found in finding.verdicts
         ]
         parts.append(markdown(Table("Verdicts", ["claim", "verdict"], rows)))
-    for name, digest in finding.figures.items():
+    for name, own in finding.figures.items():
         path = finding.picture(name).relative_to(study.folder).as_posix()
-        parts.append(f"![{name.replace('_', ' ')}]({path})\n\nData `{digest}`.\n")
+        parts.append(f"![{name.replace('_', ' ')}]({path})\n\nData `{own}`.\n")
     parts.append("## Claims and rules\n")
     parts += [_claim(claim, verdict) for claim, verdict in finding.verdicts]
     if finding.conclusion is not None:
@@ -218,11 +220,12 @@ def _fresh(finding: Finding) -> str:
         if own is not None
     ]
     same = sum(row[1] == row[2] for row in rows)
-    seeds = ", ".join(map(str, finding.study.fresh_seeds))
+    seeds = ", ".join(map(str, sorted({result.run.seed for result in finding.fresh_results})))
     cpu = sum(result.cpu_seconds for result in finding.fresh_results) / 3600
     said = (
         f"The same runs with seeds {seeds}, which nothing was chosen by: {same} of {len(rows)} "
-        f"verdicts are the same. {len(finding.fresh_results)} runs, {cpu:.2f} CPU hours.\n"
+        f"verdicts are the same. {len(finding.fresh_results)} runs, {cpu:.2f} CPU hours. Results "
+        f"`{digest_of(finding.fresh_results)}`.\n"
     )
     table = Table("Fresh", ["claim", "verdict", "with fresh seeds", "found with them"], rows)
     lost = _lost(finding.fresh_results)
@@ -283,9 +286,14 @@ def _runs(runs: Sequence[Run], results: Results) -> str:
         ])  # fmt: skip
     cpu = sum(result.cpu_seconds for result in results)
     where = sorted({f"{result.processor}, torch {result.torch}" for result in results})
-    said = f"{len(results)} runs, {cpu / 3600:.2f} CPU hours, one thread each. {'; '.join(where)}\n"
-    said += _lost(results)
+    said = f"{len(results)} runs, {cpu / 3600:.2f} CPU hours, one thread each. {'; '.join(where)}. "
+    said += f"Results `{digest_of(results)}`.\n{_lost(results)}"
     return f"## Runs\n\n{markdown(Table('Runs', header, rows))}\n{said}" if results else ""
+
+
+def digest_of(results: Results) -> str:
+    """Changes with any number of any stored run, also with those that no verdict reads."""
+    return digest(sorted(json.dumps(asdict(result), sort_keys=True) for result in results))
 
 
 def _lost(results: Results) -> str:
@@ -343,15 +351,19 @@ def scoreboard(findings: Sequence[Finding]) -> str:
         "Each rule was written before its run. This page is written from the stored results by "
         "`openmythos reproduce`; `openmythos reproduce --check` recomputes it.\n",
         f"{_tally(findings)} {_cost(findings)}\n",
+        "Behind a claim stands where it was made: in one of five articles about OpenMythos, which "
+        "are named by their files, in a paper, by its number at arXiv, or in this library. Names "
+        'like `fixed_longest` are trainings, and the number after "Decided by" is the one that the '
+        "rule reads; both are explained on the experiment's page.\n",
     ]
     for caption, name, path in leading(findings):
         page = f"../experiments/{name}/README.md"
         lines.append(f"{image(caption, f'../{path.as_posix()}')}\n\n{caption} [{name}]({page})\n")
-    lines += [_board_part(finding) for finding in findings]
+    lines += [_board_part(finding, findings) for finding in findings]
     lines.append(
         "An interval is over seeds; a number links to the results. CPU seconds are those of the "
-        "whole experiment, tuning included. `--again` deletes the stored results first, which git "
-        "still has; without it, nothing that is stored is done again."
+        "whole experiment, tuning included, fresh seeds not. `--again` deletes the stored results "
+        "first, which git still has; without it, nothing that is stored is done again."
     )
     return "\n".join(lines) + "\n"
 
@@ -373,12 +385,12 @@ def _cost(findings: Sequence[Finding]) -> str:
     lost = sum(result.lost is not None for result in results)
     return (
         f"They rest on {len(results):,} runs of one thread, {sum(seconds) / 3600:.1f} CPU hours "
-        f"together, tuning included; the longest took {max(seconds):,.0f} CPU seconds. {lost} "
-        "were lost, and are counted."
+        f"together, tuning and fresh seeds included; the longest took {max(seconds):,.0f} CPU "
+        f"seconds. {lost} were lost, and are counted."
     )
 
 
-def _board_part(finding: Finding) -> str:
+def _board_part(finding: Finding, findings: Sequence[Finding]) -> str:
     """An experiment's part: its question, the command that does it again, and its claims."""
     study, rows = finding.study, []
     inside = f"../{study.folder.relative_to(study.root).as_posix()}"
@@ -388,7 +400,8 @@ def _board_part(finding: Finding) -> str:
     cost = f"{seconds} CPU seconds" if finding.conclusion else NOT_YET
     for claim, verdict in finding.verdicts:
         decision = NOT_YET if verdict is None else verdict.decision
-        rows.append(f"- **{decision.capitalize()}**: “{claim.quote}” {claim.article}\n")
+        others = _elsewhere(claim, finding, findings)
+        rows.append(f"- **{decision.capitalize()}**: “{claim.quote}” {claim.article}{others}\n")
         if verdict is not None:
             rows.append(f"\n  {verdict.sentence}{_links(verdict, finding, data)}\n")
     return (
@@ -396,6 +409,17 @@ def _board_part(finding: Finding) -> str:
         f"[Set-up, rules and tables]({inside}/README.md). Again: {command} ({cost})\n\n"
         f"{''.join(rows)}"
     )
+
+
+def _elsewhere(claim: Claim, finding: Finding, findings: Sequence[Finding]) -> str:
+    """The verdicts of other experiments on the same words, which may be others."""
+    found = [
+        f"experiment {other.study.number} ({NOT_YET if verdict is None else verdict.decision})"
+        for other in findings
+        for same, verdict in other.verdicts
+        if same.quote == claim.quote and other is not finding
+    ]
+    return f". Also decided in {' and '.join(found)}" if found else ""
 
 
 def _links(verdict: Verdict, finding: Finding, data: str) -> str:

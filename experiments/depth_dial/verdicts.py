@@ -26,6 +26,7 @@ from experiments.run_store import Results
 SAME = 0.01  # accuracies this close are the same: one point
 SPARE = ("fixed_mixed", "sampled_longest", "sampled_mixed")  # trained with loops to spare
 BASE = "fixed_longest"
+LEARNT = 0.9  # of the trained lengths
 PLAIN = (*MAIN, "every_loop")  # loops without positions and without targets on the way
 # Where a rule says "the stack of equal ...", the best of these.
 EQUAL_PARAMETERS = ("stack_parameters", "stack_parameters_rope")
@@ -149,6 +150,7 @@ class Rules:
             f"{arm} answers {at_near.mean:.2f} of {near} hops "
             f"({self.grids.best_loops(arm, near)} loops) and {np.mean(at_far):.2f} of {far}; "
             f"the best stack, {stack}, {self.score(stack, near)} and {stack_far:.2f}."
+            f"{self._with_positions(near, far)}"
         )
         decision: Decision = "fails"
         wins = above.is_result and above.difference.mean > 0
@@ -362,7 +364,17 @@ class Rules:
             decision = "holds" if ends else "in part"
         said = "The best arm at " + ", ".join(f"{h} hops: {m:.2f}" for h, m in means.items())
         reach = t_interval(self.grids.reach(arm, half))
-        return decision, reach, f"{said}. {arm} answers half up to {reach.mean:.1f} hops."
+        said += f". {arm} answers half up to {reach.mean:.1f} hops."
+        return decision, reach, said + self._with_positions(fourteen, sixteen)
+
+    def _with_positions(self, *hops: int) -> str:
+        """What rules about models without positions leave out: the same with rotary ones."""
+        if not self.grids.seeds("rope"):
+            return ""
+        found = " and ".join(f"{self.score('rope', h)} of {h}" for h in hops)
+        return (
+            f" These loops have no positions; with rotary ones fixed_longest answers {found} hops."
+        )
 
     def positions(self, limits: Mapping[str, float]) -> Found:
         """Drawn positions against none and against plain ones."""
@@ -407,6 +419,12 @@ class Rules:
             f"{near} hops: {self.score(BASE, near)} with the last loop's loss, "
             f"{self.score('every_loop', near)} with a loss at every loop."
         )
+        learnt = float(np.mean(self.grids.best("every_loop", TRAINED_HOPS)))
+        if learnt < LEARNT:
+            said += (
+                f" That arm answers {learnt:.2f} of {TRAINED_HOPS} hops, which it was trained on: "
+                "it did not learn the task, so that this shows no shortcut."
+            )
         return by_gap(found, limits["least_gap"], said)
 
     def stack_twice(self, limits: Mapping[str, float]) -> Found:
@@ -419,7 +437,8 @@ class Rules:
         found = gap(passes, self.grids.best(arm, far))
         said = (
             f"{far} hops: {stack} in two passes {np.mean(passes):.2f}, in one "
-            f"{self.score(stack, far)}; {arm} {self.score(arm, far)}."
+            f"{self.score(stack, far)}; {arm} {self.score(arm, far)}. Two passes by hops: "
+            f"{self._twice_by_hops(stack)}."
         )
         halves = self.grids.best(stack, far // 2)
         if np.mean(halves) < limits["answered"]:
@@ -430,6 +449,12 @@ class Rules:
         own = gap(passes, self.grids.best(stack, far))
         better = own.is_result and own.difference.mean > 0
         return ("in part" if better else "fails"), found.difference, said
+
+    def _twice_by_hops(self, stack: str) -> str:
+        """Two passes of four hops and more, of which only twice a pass's own length is decided."""
+        means = np.mean([data["twice"] for data in self.data[stack]], axis=0)
+        by_hops = zip(HOPS, means, strict=True)
+        return ", ".join(f"{h}: {m:.2f}" for h, m in by_hops if h in (4, 8, 10, 12, 14, 16, 20))
 
     def like_for_like(self, limits: Mapping[str, float]) -> Found:
         """Loops against a stack of as many training FLOPs, both with rotary positions."""
@@ -459,7 +484,12 @@ class Rules:
             rows.append([arm, f"{np.mean(early):.0f}" if early else "", reached, *cells])
         header = ["arm", "mean step", "seeds", *(f"{h} hops (loops)" for h in hops)]
         name = "Accuracy at equal training accuracy: the first checkpoint with 0.90 of 8 hops"
-        return [steps, Table(name, header, rows), self._exit_table(), _leak_table(results)]
+        equal = Table(name, header, rows)
+        odd = (3, 5, 7, 9, 11, 13)
+        header = ["arm", *(f"{h} hops (loops)" for h in odd)]
+        rows = [[arm, *self._cells(self.grids, arm, odd)] for arm in known]
+        lengths = Table("Odd lengths, at the best loops", header, rows)
+        return [steps, equal, lengths, self._exit_table(), _leak_table(results)]
 
     def _cells(self, grids: Grids, arm: str, hops: Sequence[int]) -> list[str]:
         found = [(t_interval(grids.best(arm, h)), grids.best_loops(arm, h)) for h in hops]

@@ -29,7 +29,7 @@ def conclude(claims: Mapping[str, Claim], results: Results) -> Conclusion:
     rules = Rules(claims, {arm: [result.data for result in results.of(arm)] for arm in ARMS})
     return Conclusion(
         verdicts=[rules.decide(name) for name in claims],
-        tables=[rules.maps_table(), rules.signals_table()],
+        tables=[rules.maps_table(), rules.intervals_table(), rules.signals_table()],
         figures={"growing_map": rules.growing_map(), "bits": rules.bits_by_arm()},
     )
 
@@ -61,13 +61,20 @@ class Rules:
 
     def agreement(self, arm: str) -> float:
         """Mean difference of necessity and sufficiency over the map's cells and seeds."""
-        cells = []
+        cells = [cell for seed in self.disagreements(arm) for cell in seed]
+        return float(np.mean(cells)) if cells else float("inf")
+
+    def disagreements(self, arm: str) -> list[list[float]]:
+        """Differences of necessity and sufficiency in each cell of the map, by seed."""
+        found = []
         for data in self.data[arm]:
+            cells: list[float] = []
             pair = (data["maps"][OLD][name] for name in ("necessity", "sufficiency"))
             for need, enough in zip(*pair, strict=True):
                 known = [(a, b) for a, b in zip(need, enough, strict=True) if None not in (a, b)]
                 cells += [abs(a - b) for a, b in known]
-        return float(np.mean(cells)) if cells else float("inf")
+            found.append(cells)
+        return found
 
     def novelties(self, arm: str) -> list[float]:
         """Mean novelty over the loops where it is defined, by seed."""
@@ -272,6 +279,22 @@ class Rules:
             ])  # fmt: skip
         return Table("Reading maps: means over seeds", header, rows)
 
+    def intervals_table(self) -> Table:
+        """The map's numbers with what they vary by: over seeds, and over the examples of a seed."""
+        header = ["arm", "bits over seeds", "bits over examples, by seed", "shuffled, by seed"]
+        header += ["necessity and sufficiency differ", "column sum"]
+        rows = []
+        for arm in ARMS:
+            maps = [data["maps"][OLD] for data in self.data[arm]]
+            sums = [[n for n in one["necessity_sum"] if n is not None] for one in maps]
+            apart = [float(np.mean(cells)) for cells in self.disagreements(arm) if cells]
+            ends = [[one[name] for one in maps] for name in ("mean_interval", "null")]
+            numbers = self.bits(arm), apart, [float(np.mean(each)) for each in sums if each]
+            bits, differ, summed = map(_interval, numbers)
+            examples, shuffled = ("; ".join(map(_range, each)) for each in ends)
+            rows.append([arm, bits, examples, shuffled, differ, summed])
+        return Table("Intervals of 95 % of the maps of 8 hops", header, [r for r in rows if r[2]])
+
     def signals_table(self) -> Table:
         """Novelty and operator difference by arm."""
         header = ["arm", "novelty", "the next loop's map instead", "at 10 loops", "at 32 loops"]
@@ -307,6 +330,18 @@ class Rules:
         """Bits of every seed by arm, and the upper ends of the nulls."""
         shown = [arm for arm in ARMS if self.data[arm]]
         return {arm: {"bits": self.bits(arm), "null": self.null(arm)} for arm in shown}
+
+
+def _interval(values: Sequence[float]) -> str:
+    """Mean and Student's interval over seeds."""
+    if not values:
+        return "none"
+    found = t_interval(values)
+    return f"{found.mean:.3f} ({found.low:.3f} to {found.high:.3f})"
+
+
+def _range(ends: Sequence[float] | None) -> str:
+    return "none" if ends is None else f"{ends[0]:.3f} to {ends[1]:.3f}"
 
 
 def _mean(values: Sequence[float], digits: int = 2) -> str:

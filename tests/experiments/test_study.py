@@ -180,6 +180,12 @@ def test_one_altered_number_fails_the_check_or_flips_a_verdict(
     store = planted.store("small")
     some = store.path(store.read().of("good")[0].run)
     stored = json.loads(some.read_text())
+    unread = json.dumps(stored | {"data": stored["data"] | {"nobody_reads_this": 1}})
+    before = some.read_text()
+    some.write_text(unread)
+    assert check.complaints([planted], tmp_path)[0].startswith("planted/README.md")
+    some.write_text(before)
+    assert check.complaints([planted], tmp_path) == []
     stored["data"]["accuracy"] -= 0.001
     some.write_text(json.dumps(stored))
     said = check.complaints([planted], tmp_path)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from openmythos.analysis.picture import BLUE, INK, MUTED, ORANGE, figure_of
+from openmythos.analysis.picture import BLUE, INK, MUTED, ORANGE, figure_of, styled
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -14,6 +14,7 @@ COLOURS = {"lti": BLUE, "add": ORANGE, "linear": MUTED}
 MOST_SHOWN, APART = 1e8, 0.32  # of a norm; between labels, in powers of ten
 
 
+@styled()
 def draw_norms(curves: list[dict[str, Any]]) -> Figure:
     """Log norms over log loops; blue LTI by rho, orange addition, grey a free W_h past 1."""
     figure = figure_of(6.4, 4.0)
@@ -28,7 +29,7 @@ def draw_norms(curves: list[dict[str, Any]]) -> Figure:
         loops, norms = zip(*points, strict=True)
         colour = COLOURS[curve["kind"]]
         axes.plot(loops, norms, "--" if free else "-", color=colour, linewidth=1.4)
-        names = {"add": "plain addition", "linear": "free W_h"}
+        names = {"add": "plain addition", "linear": "a free matrix"}
         rho = "" if curve["rho"] is None else f" {curve['rho']:g}"
         name = names.get(curve["kind"], "LTI") + rho
         ends.append((math.log10(norms[-1]), loops[-1], name, colour))
@@ -44,11 +45,13 @@ def draw_norms(curves: list[dict[str, Any]]) -> Figure:
     axes.set_yscale("log")
     axes.set_xlim(right=40_000)
     axes.set_xlabel("loops")
+    axes.set_ylabel("largest norm of a token's state")
     axes.set_title("Norm of the state at fixed weights, by rho")
     figure.tight_layout()
     return figure
 
 
+@styled()
 def draw_outcomes(rows: list[dict[str, Any]]) -> Figure:
     """Accuracy of trained models by injection, rate and loops; a cross where runs were lost."""
     figure = figure_of(6.4, 3.4)

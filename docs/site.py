@@ -24,7 +24,10 @@ SETTINGS = ROOT / "zensical.toml"
 REFERENCE = "docs/reference"
 PYTHON_PAGE = re.compile(rf"{REFERENCE}/python/(\w+)\.md")
 LINK = re.compile(r"\]\(<?([^)\s>]+)>?\)|(?:href|src)=\"([^\"]+)\"")
-MAKER = re.compile(r"^<!-- made by: ((?:openmythos|make|python) .+) -->\n(!\[.*)$", re.MULTILINE)
+MAKER = re.compile(
+    r"^<!-- made by: ((?:openmythos|make|python) .+) -->\n((?:!\[|<img ).*|(?:\n\|.*)+)$",
+    re.MULTILINE,
+)
 CODE = re.compile(r"^(`{3,}).*?^\1\s*$|`[^`\n]+`", re.MULTILINE | re.DOTALL)
 
 
@@ -167,7 +170,13 @@ def put_pages(into: Path, root: Path = ROOT) -> None:
 
 def told_makers(page: str) -> str:
     """A page that shows the command which made a figure; in the file it is a comment."""
-    return MAKER.sub(r"\2\n<small>Made by `\1`.</small>", page)
+    return MAKER.sub(_told, page)
+
+
+def _told(made: re.Match[str]) -> str:
+    """A figure and what made it; after a table, or an image in HTML, in a paragraph of its own."""
+    apart = "" if made[2].startswith("![") else "\n"
+    return f"{made[2]}\n{apart}<small>Made by `{made[1]}`.</small>"
 
 
 def listing(folder: Path) -> str:

@@ -127,6 +127,13 @@ def test_readers_see_what_made_a_figure() -> None:
     told = site.told_makers(page)
     assert told.startswith("![a](a.png)\n<small>Made by `make test`.</small>\n")
     assert told.endswith("\n<!-- made by: runs/b.png -->\n![b](b.png)\n")
+    image = site.told_makers('<!-- made by: make test -->\n<img src="a.png" alt="a">\n')
+    assert image == '<img src="a.png" alt="a">\n\n<small>Made by `make test`.</small>\n'
+    table = site.told_makers(
+        "<!-- made by: make test -->\n\n| a |\n|---|\n| ![b](b.png) |\n\nText\n"
+    )
+    end = "| ![b](b.png) |\n\n<small>Made by `make test`.</small>\n\nText\n"
+    assert table == f"\n| a |\n|---|\n{end}"
 
 
 def test_pages_have_addresses() -> None:

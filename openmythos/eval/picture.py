@@ -214,7 +214,9 @@ def frontier_picture(found: Frontier) -> Any:
         sign = 1 if found.metric == "bits_per_byte" else -1
         limit = found.best.score.value + sign * found.within
         line: dict[str, Any] = {"color": plots.MUTED, "linestyle": (0, (1, 2.5)), "linewidth": 1.2}
-        axes.axhline(limit, label=f"best depth's, less {found.within:g}", **line)
+        axes.axhline(
+            limit, label=f"best depth's {'+' if sign == 1 else '-'} {found.within:g}", **line
+        )
         _frontier_limits(axes, found, sign)
         axes.set_xlabel("tokens per second")
         better = ", lower is better" if sign == 1 else ""

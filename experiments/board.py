@@ -31,8 +31,9 @@ LEADS = {
     (
         "what_loops_read",
         "growing_map",
-    ): "What each loop reads: the same weights run again, on walks "
-    "longer than any in training, and the map grows by a row. Below, other models.",
+    ): "What each loop reads, on walks longer than any in training: a row per loop, a column per "
+    "word, blue where the answer is lost if that word is changed in that loop only. The same "
+    "weights run again, and the map grows by a row. Below, a model with drawn depths and a stack.",
     (
         "depth_dial",
         "stepping_and_holding",

@@ -84,6 +84,7 @@ def plan(
     rows: training.Rows = 1,
     accumulation: training.Accumulation = 1,
     optimizer: training.Optimizer = "muon",
+    grad_loops: training.GradLoops = None,
     dp_replicate: training.DpReplicate = None,
     tp: training.Tp = None,
     ep: training.Ep = None,
@@ -103,7 +104,8 @@ def plan(
     size = {"weight_bytes": weight_bytes, "cache_bytes": cache_bytes}
     fixed: dict[str, Any] = {"dp_replicate": dp_replicate, "tp": tp, "ep": ep}
     fixed |= {"core_gather": core_gather, "recompute": recompute}
-    trained: dict[str, Any] = {"rows": rows, "accumulation": accumulation, "optimizer": optimizer}
+    trained: dict[str, Any] = {"rows": rows, "accumulation": accumulation}
+    trained |= {"optimizer": optimizer, "grad_loops": grad_loops}
     speeds = {"network_gb": network_gb, "link_gb": link_gb}
     prices = {"rate": rate, "phi": phi, "mean_loops": mean_loops, "gpus": gpus, "price": price}
     _one_plan(

@@ -27,6 +27,10 @@ Devices = Annotated[
 MemoryGib = Annotated[float | None, typer.Option(help="Of one device, in 2^30 bytes.")]
 Rows = Annotated[int, typer.Option(help="Rows that a device trains at once.", min=1)]
 Accumulation = Annotated[int, typer.Option(help="Micro-batches of a step.", min=1)]
+GradLoops = Annotated[
+    int | None,
+    typer.Option(help="Last loops with gradients (mean_backprop_depth); default: all.", min=1),
+]
 Optimizer = Annotated[str, typer.Option(help="muon (with AdamW for vectors and tables) or adamw.")]
 DpReplicate = Annotated[
     int | None, typer.Option(help="Copies of the model, each sharded; default: chosen.")
@@ -53,7 +57,9 @@ DryRun = Annotated[
 ]
 
 
-def work(context_length: int, rows: int, accumulation: int, optimizer: str) -> Work:
+def work(
+    context_length: int, rows: int, accumulation: int, optimizer: str, grad_loops: int | None
+) -> Work:
     """What a device trains, as the options say."""
     require(optimizer in OPTIMIZERS, "--optimizer", optimizer, f"one of {', '.join(OPTIMIZERS)}")
     return Work(
@@ -61,6 +67,7 @@ def work(context_length: int, rows: int, accumulation: int, optimizer: str) -> W
         rows=rows,
         accumulation=accumulation,
         optimizer=optimizer,  # type: ignore[arg-type]
+        grad_loops=grad_loops,
     )
 
 

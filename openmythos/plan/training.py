@@ -79,6 +79,8 @@ class Work:
     def __post_init__(self) -> None:
         for name in ("context_length", "rows", "accumulation"):
             as_integer(name, getattr(self, name), 1)
+        if self.grad_loops is not None:
+            as_integer("grad_loops", self.grad_loops, 1)
         require_literals(self)
 
     @property
@@ -278,8 +280,8 @@ def exchanges(config: ModelConfig, layout: ParallelConfig, work: Work) -> tuple[
 
 def _passes(config: ModelConfig, work: Work) -> tuple[int, int]:
     """How often a micro-batch runs the core forward, and backward."""
-    loops = config.num_loops
-    return loops * (2 if work.recompute else 1), loops
+    grads = _grad_loops(config, work)
+    return config.num_loops + (grads if work.recompute else 0), grads
 
 
 def gathers(unit: Unit, config: ModelConfig, layout: ParallelConfig, work: Work) -> int:
@@ -287,7 +289,7 @@ def gathers(unit: Unit, config: ModelConfig, layout: ParallelConfig, work: Work)
     if not unit.in_core:
         return 1 if _is_kept(unit) or unit.name in TABLES else 2
     # What runs again in the backward pass keeps what it has gathered for that.
-    return 1 if layout.core_gather == "step" else 2 * config.num_loops
+    return 1 if layout.core_gather == "step" else config.num_loops + _grad_loops(config, work)
 
 
 def _sharding(config: ModelConfig, layout: ParallelConfig, work: Work) -> Iterator[Exchange]:
@@ -350,7 +352,8 @@ def _tensor(config: ModelConfig, layout: ParallelConfig, work: Work) -> Iterator
         number += config.num_core_layers * (forward + 2 * backward)
         size += config.num_core_layers * (2 * dim * forward + 4 * (dim + chosen) * backward)
     if work.recompute and _ends_with_a_sum(config):  # nothing needs a loop's last sum again
-        number, size = number - config.num_loops, size - config.num_loops * 2 * config.d_model
+        again = _grad_loops(config, work)
+        number, size = number - again, size - again * 2 * config.d_model
     number, size = number * work.accumulation, size * work.accumulation * work.tokens
     yield Exchange("all_reduce", "states and gradients", number, size, layout.tp, layout.tp)
 
@@ -374,11 +377,11 @@ def _ends_with_a_sum(config: ModelConfig) -> bool:
 def step_flops(config: ModelConfig, layout: ParallelConfig, work: Work) -> int:
     """FLOPs of a step on one device, what is run again included."""
     keys = (work.context_length + 1) // 2
-    flops = counts.training_flops(config, context_length=keys)
+    flops = counts.training_flops(config, grad_loops=work.grad_loops, context_length=keys)
     if work.recompute:
         whole, none = (
             counts.forward_flops(config, num_loops=n, context_length=keys)
-            for n in (config.num_loops, 0)
+            for n in (_grad_loops(config, work), 0)
         )
         flops += whole - none
     return flops * work.tokens * work.accumulation // layout.tp

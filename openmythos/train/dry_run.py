@@ -195,7 +195,13 @@ def _step(model: RecurrentDepthLM, config: ModelConfig, recipe: TrainConfig, wor
     kept = native.KEPT.set(())
     try:
         with torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False):
-            output = model(tokens, ctx=ctx, num_loops=config.num_loops, recompute=work.recompute)
+            output = model(
+                tokens,
+                ctx=ctx,
+                num_loops=config.num_loops,
+                grad_loops=work.grad_loops,
+                recompute=work.recompute,
+            )
             loss, _ = recipe.objective.loss(model, output, tokens, ctx, depths)
         loss.backward()
     finally:

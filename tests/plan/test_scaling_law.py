@@ -199,7 +199,7 @@ def test_decays_that_vanish_at_every_run_are_harmless() -> None:
 
 
 def test_plans_need_no_torch() -> None:
-    names = ("memory", "run_table", "scaling_law", "serving")
+    names = ("choice", "memory", "placement", "run_table", "scaling_law", "serving", "training")
     program = "import sys\n" + "".join(f"import openmythos.plan.{name}\n" for name in names)
     subprocess.run(
         [sys.executable, "-c", f"{program}assert 'torch' not in sys.modules"], check=True

@@ -185,6 +185,12 @@ def test_flops_are_those_of_the_counts() -> None:
     loop = counts.forward_flops(config, num_loops=1, context_length=2048)
     loop -= counts.forward_flops(config, num_loops=0, context_length=2048)
     assert again == token + 8 * loop
+    # Six loops without gradients cost a third, and do not run again.
+    two = step_flops(config, one, replace(work, grad_loops=2)) / 8192
+    assert two == token - 6 * 2 * loop
+    assert step_flops(config, one, replace(work, grad_loops=2, recompute=True)) / 8192 == two + (
+        2 * loop
+    )
 
 
 def test_one_device_exchanges_nothing_and_keeps_cast_weights() -> None:

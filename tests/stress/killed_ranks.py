@@ -247,6 +247,7 @@ class Group:
 @contextlib.contextmanager
 def _nothing_is_unpickled() -> Iterator[None]:
     import torch
+    from torch.distributed import distributed_c10d
 
     def refuse(*arguments: Any, **options: Any) -> Any:
         raise AssertionError("something was unpickled")
@@ -256,6 +257,7 @@ def _nothing_is_unpickled() -> Iterator[None]:
         (pickle, "loads"),
         (pickle, "Unpickler"),
         (torch, "load"),
+        (distributed_c10d, "_unpickler"),
     ):
         setattr(owner, name, refuse)
     yield

@@ -19,6 +19,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed import distributed_c10d
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
@@ -52,8 +53,16 @@ def no_pickle() -> Iterator[None]:
         mock.patch.object(pickle, "loads", refuse),
         mock.patch.object(pickle, "Unpickler", refuse),
         mock.patch.object(torch, "load", refuse),
+        mock.patch.object(distributed_c10d, "_unpickler", refuse),  # of objects between ranks
     ):
         yield
+
+
+def the_guard_sees_objects_between_ranks() -> None:
+    """Collectives of objects unpickle: in a guarded case they would be an error."""
+    join(ParallelConfig(dp_shard=dist.get_world_size()))
+    with no_pickle(), pytest.raises(AssertionError, match="something was unpickled"):
+        dist.all_gather_object([None] * dist.get_world_size(), "words")
 
 
 def in_a_folder(case: Callable[[Path, Ranks], None]) -> Callable[[], None]:
@@ -289,6 +298,7 @@ def what_all_say_and_who_fails() -> None:
 
 
 CASES = [
+    the_guard_sees_objects_between_ranks,
     initial_weights_are_read_in_parts,
     what_all_say_and_who_fails,
     all_write_and_any_number_reads,

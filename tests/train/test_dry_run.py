@@ -54,9 +54,12 @@ def test_a_trillion_parameters_on_the_last_of_1024_ranks() -> None:
     assert round(found.built / 2**30, 2) == 3.66
 
 
+@pytest.mark.parametrize("grad_loops", [None, 1])
 @pytest.mark.parametrize(("name", "recompute"), STEPS)
-def test_exchanges_of_a_step_are_the_planned_ones(name: str, recompute: bool) -> None:
-    work = Work(context_length=32, recompute=recompute)
+def test_exchanges_of_a_step_are_the_planned_ones(
+    name: str, recompute: bool, grad_loops: int | None
+) -> None:
+    work = Work(context_length=32, recompute=recompute, grad_loops=grad_loops)
     for config in (EXPERTS, UNTIED) if name == "plain" else (EXPERTS,):
         for each in dry_run_step(config, LAYOUTS[name], work):
             assert each.counted == each.planned, each

@@ -238,6 +238,10 @@ def fused_attention(place: Place, found: Found) -> None:
     compare("causal_single", both_ways(plain, torch.float32), causal, SAME)
     if not place.is_gpu:
         return
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):  # without it, above, torch may take another
+        compare("flash", both_ways(plain, LOW), causal, ROUNDING)
     half = torch.arange(length, device=place.device) >= length // 3
     apart = half[:, None] != half[None]
     later = torch.ones(length, length, device=place.device).triu(1).bool()

@@ -49,10 +49,12 @@ test: $(STAMP)
 test-slow: $(STAMP)
 	@$(PYTEST) -m slow $(ARGS)
 
-# Kills, full disks, damaged files, trainings at once, and kills of two ranks: some minutes.
+# Kills, full disks, damaged files, trainings at once, kills of two ranks, all arms over ranks: half
+# an hour.
 stress: $(STAMP)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.stress.run $(ARGS)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.stress.kills --out tests/stress/kills.md
+	@$(MAKE) --no-print-directory stress-ranks ARGS=
 
 # The engine's schedules, of which `make test` runs twenty: a thousand take twenty minutes of one core.
 stress-engine: $(STAMP)

@@ -144,6 +144,7 @@ def _cost(cost: Cost) -> dict[str, Any]:
         "recompute": cost.work.recompute,
         "in_words": cost.in_words,
         "memory": cost.memory,
+        "core_gradients": cost.core_gradients,
         "num_bytes": cost.num_bytes,
         "largest": cost.largest,
         "exchanges": [asdict(each) for each in cost.exchanges],
@@ -202,6 +203,11 @@ def print_training(screen: Console, source: str, report: dict[str, Any]) -> None
         f"{chosen['limit']} limits it, at {chosen['compute_seconds'] / seconds:.0%} of the peak "
         f"and {human_count(round(chosen['tokens_per_second']))} tokens/s on all devices."
     )
+    if chosen["core_gradients"]:
+        screen.print(
+            f"In the loops' backward passes the core's whole gradients take "
+            f"{human_bytes(chosen['core_gradients'])}."
+        )
     largest = f"{_words(chosen['largest'])} take {human_bytes(chosen['memory'][chosen['largest']])}"
     if report["fits"]:
         screen.print(f"Chosen: {chosen['in_words']}; {largest}.")

@@ -102,6 +102,12 @@ def memory(config: ModelConfig, layout: ParallelConfig, work: Work) -> dict[str,
     return max(moments, key=lambda found: sum(found.values()))
 
 
+def core_gradients(config: ModelConfig, layout: ParallelConfig, work: Work) -> int:
+    """Bytes of the whole gradients of a looped core, which stay until its first loop's backward."""
+    found = _memory(config, layout, work, at_loss=False)
+    return found["core_gradients"]
+
+
 def _memory(
     config: ModelConfig, layout: ParallelConfig, work: Work, *, at_loss: bool
 ) -> dict[str, int]:
@@ -394,7 +400,8 @@ class Cost:
     Attributes:
         layout: How the ranks are laid out.
         work: What each trains.
-        memory: Bytes by what they hold.
+        memory: Bytes by what they hold, at the fuller moment.
+        core_gradients: Bytes of the core's whole gradients, at the other one if they are not there.
         exchanges: Those of a step.
         flops: FLOPs of a step on one device.
         compute_seconds: The least time for these.
@@ -404,6 +411,7 @@ class Cost:
     layout: ParallelConfig
     work: Work
     memory: dict[str, int]
+    core_gradients: int
     exchanges: tuple[Exchange, ...]
     flops: int
     compute_seconds: float
@@ -469,6 +477,7 @@ def cost_of(
         layout=layout,
         work=work,
         memory=memory(config, layout, work),
+        core_gradients=core_gradients(config, layout, work),
         exchanges=found,
         flops=flops,
         compute_seconds=flops / machine.flops_per_second,

@@ -39,6 +39,9 @@ def test_json_is_what_the_plan_computes(invoke: Invoke) -> None:
     assert report["fits"] is plan.fits is True and report["dry_run"] is None
     assert report["chosen"]["memory"] == plan.chosen.memory
     assert report["chosen"]["num_bytes"] == sum(plan.chosen.memory.values())
+    # Those of the moment that is not shown, too: every weight of the core in bfloat16.
+    assert report["chosen"]["core_gradients"] == plan.chosen.core_gradients > 0
+    assert report["chosen"]["core_gradients"] == plan.chosen.memory["core_weights"]
     assert [row["reason"] for row in report["refused"]] == [each.reason for each in plan.refused]
     ways = [(row["layout"]["core_gather"], row["recompute"]) for row in report["variants"]]
     assert ways == [("step", False), ("step", True), ("loop", False), ("loop", True)]
@@ -55,6 +58,7 @@ def test_json_is_what_the_plan_computes(invoke: Invoke) -> None:
 def test_one_device_has_no_table_of_exchanges(invoke: Invoke) -> None:
     output = invoke("plan", "tiny", "--devices", 1, "--no-recompute")
     assert "Exchanges" not in output and "Chosen: dp_shard 1" in output
+    assert "whole gradients" not in output
 
 
 @pytest.mark.parametrize(

@@ -213,7 +213,7 @@ def figure_complaints(root: Path, help_of: Help) -> list[str]:
             if not made:
                 problem: str | None = "no comment before it says <!-- made by: COMMAND -->"
             elif words[0] in ("openmythos", "make", "python"):
-                problem = complaint_about(words, root, help_of)
+                problem = complaint_about(words, root, help_of) or nowhere(words, help_of)
             elif made.startswith("docs/guide/"):
                 problem = None if (root / made).is_file() else f"no such page: {made}"
             else:  # tests/test_docs_run.py runs the guide and looks for the file
@@ -221,6 +221,15 @@ def figure_complaints(root: Path, help_of: Help) -> list[str]:
             if problem:
                 complaints.append(f"{page.relative_to(root)}: {name}: {problem}")
     return complaints
+
+
+def nowhere(words: list[str], help_of: Help) -> str | None:
+    """Complain of a command that writes a figure only with an option that it lacks."""
+    if words[0] != "openmythos":
+        return None
+    option = "--scale" if words[1] == "reproduce" else "--out"  # without a scale it only tries out
+    needed = option in (help_of((words[1],)) or "") and option not in words
+    return f"the command has no {option}, and writes no figure" if needed else None
 
 
 def link_complaints(root: Path) -> list[str]:
@@ -435,6 +444,8 @@ def test_long_pages(tmp_path: Path, text: str, complaints: int) -> None:
         ('<img src="a.png">\n', 1),
         ("<!-- made by: openmythos train -->\nSome words.\n![a](a.png)\n", 1),
         ("<!-- made by: openmythos fly -->\n![a](a.png)\n", 1),
+        ("<!-- made by: openmythos eval runs/a -->\n![a](a.png)\n", 1),
+        ("<!-- made by: openmythos eval runs/a --out b -->\n![a](a.png)\n", 0),
         ("<!-- made by: make gone -->\n![a](a.png)\n", 1),
         ("<!-- made by: runs/a.png -->\n![a](a.png)\n", 1),
     ],
@@ -445,7 +456,8 @@ def test_figures(tmp_path: Path, text: str, complaints: int) -> None:
 
 
 def small_help(path: tuple[str, ...]) -> str | None:
-    return {(): "--version", ("train",): "--preset TEXT --num-loops INTEGER"}.get(path)
+    known = {(): "--version", ("train",): "--preset TEXT --num-loops INTEGER", ("eval",): "--out"}
+    return known.get(path)
 
 
 def complain_about(root: Path, command: str) -> list[str]:

@@ -1,7 +1,7 @@
 """The reference of the Python package, read from its sources: nothing of it is imported.
 
-A public name is a function or class at the top of a module, or a method of such a class, whose name
-begins with no underscore.
+A public name is a function, a class, a constant or a type at the top of a module, or a method of
+such a class, and begins with no underscore.
 """
 
 import ast
@@ -13,6 +13,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "openmythos"
 TOP = "openmythos"  # the page of the modules that lie in no folder
 ENTRY = re.compile(r"(\*{0,2}[\w.]+): +(.*)", re.DOTALL)
+MAX_VALUE = 480  # characters of a constant that are shown
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
 
@@ -47,17 +48,42 @@ def public(node: ast.Module | ast.ClassDef) -> list[Definition]:
     ]
 
 
+def constants(tree: ast.Module) -> dict[str, str]:
+    """The public constants and types of a module: what makes each, cut if it is long."""
+    found = {}
+    for node in tree.body:
+        if isinstance(node, ast.Assign):
+            targets: list[ast.expr] = node.targets
+        elif isinstance(node, ast.AnnAssign):
+            targets = [node.target]
+        else:
+            continue
+        line = ast.unparse(node).replace("\n", " ")
+        line = line if len(line) <= MAX_VALUE else f"{line[:MAX_VALUE]} ..."
+        shown = "\n".join(textwrap.wrap(line, 96, subsequent_indent="    "))
+        names = (ast.unparse(name) for target in targets for name in _elements(target))
+        found |= {name: shown for name in names if name.isidentifier() and name[0] != "_"}
+    return found
+
+
+def _elements(target: ast.expr) -> list[ast.expr]:
+    """The names that are set together, as in ``A, B = 1, 2``."""
+    return target.elts if isinstance(target, ast.Tuple) else [target]
+
+
 def part_page(part: str) -> str:
     """The public names of a part of the package, module by module."""
     title = "Modules beside the folders" if part == TOP else f"openmythos.{part}"
     lines = [f"# {title}", ""]
     for path in modules(part):
         tree = ast.parse(path.read_text(encoding="utf-8"))
-        names = public(tree)
-        if not names:
+        names, values = public(tree), constants(tree)
+        if not names and not values:
             continue
         module = dotted(path)
         lines += [f"## {module} {{#{module}}}", "", prose(ast.get_docstring(tree)), ""]
+        if values:
+            lines += ["```python", *dict.fromkeys(values.values()), "```", ""]
         for each in names:
             lines += [f"### {each.name} {{#{module}.{each.name}}}", "", *described(each)]
             if isinstance(each, ast.ClassDef):
@@ -152,7 +178,7 @@ def public_names_page() -> str:
         page, place, node = _home(module, name)
         first = " ".join((ast.get_docstring(node) or "").split("\n\n")[0].split())
         lines.append(f"| [`om.{name}`](python/{page}.md#{place}) | {escaped(first)} |")
-    lines += ["", "Every public function, class and method, by folder:", ""]
+    lines += ["", "Every public function, class, method, constant and type, by folder:", ""]
     lines += [
         f"- [{'modules in no folder' if part == TOP else part}](python/{part}.md)"
         for part in parts()

@@ -40,6 +40,11 @@ def test_the_reference_has_every_public_name() -> None:
                 r"^(?:async )?(?:def|class) ([A-Za-z]\w*)", path.read_text("utf-8"), re.M
             )
             assert {f"{module}.{name}" for name in names} <= told, module
+            section = page.partition(f"## {module} {{#{module}}}\n")[2].partition("\n## ")[0]
+            made = r"^([A-Za-z]\w*(?:, [A-Za-z]\w*)*)(?:: [^=\n]+)? = "
+            for line in re.findall(made, path.read_text("utf-8"), re.M):
+                for name in line.split(", "):
+                    assert re.search(rf"^\(?(\w+, )*{name}\b", section, re.M), (module, name)
     files = {path for part in pages for path in python_names.modules(part)}
     package = ROOT / "openmythos"
     assert {path for path in package.rglob("*.py") if parsed(path).body} <= files

@@ -46,8 +46,10 @@ def matching(arms: Mapping[str, Size], reference: str, context_length: int) -> T
     return Table(f"Arms, and how far they are from {reference}", header, rows)
 
 
-def _figures(size: Size, context_length: int) -> tuple[float, float, float]:
-    def training(loops: int) -> int:
+def training_flops(size: Size, context_length: int) -> float:
+    """Of a training step, per token, at the mean number of loops."""
+
+    def of(loops: int) -> int:
         return counts.training_flops(
             size.config,
             num_loops=loops,
@@ -56,12 +58,16 @@ def _figures(size: Size, context_length: int) -> tuple[float, float, float]:
         )
 
     low = size.grad_loops or 1
-    each = training(low + 1) - training(low)  # linear from here on
+    each = of(low + 1) - of(low)  # linear from here on
+    return of(low) + (size.training_loops - low) * each
+
+
+def _figures(size: Size, context_length: int) -> tuple[float, float, float]:
     test = counts.forward_flops(
         size.config, num_loops=size.test_loops, context_length=context_length
     )
     return (
         float(counts.total_params(size.config)),
-        training(low) + (size.training_loops - low) * each,
+        training_flops(size, context_length),
         float(test * size.passes),
     )

@@ -45,6 +45,15 @@ def in_writing(
     return text[:, hops + 1 :]
 
 
+def learnt(model: RecurrentDepthLM, walks: Walks, count: int) -> float:
+    """Accuracy on the longest walks of training, at the trained number of loops.
+
+    Of a model that writes, the whole answer has to be right.
+    """
+    loops = model.config.num_loops
+    return puzzle_accuracy(model, walks, walks.config.max_train_hops, loops, count, CALIBRATION)
+
+
 def record(
     model: RecurrentDepthLM, walks: Walks, hops: Iterable[int], count: int, most: int
 ) -> dict[str, Any]:
@@ -59,7 +68,7 @@ def record(
     longest, loops = walks.config.max_train_hops, model.config.num_loops
     found: dict[str, Any] = {
         "leaks": {str(n): walks.leak_baselines(n) for n in hops},
-        "learnt": puzzle_accuracy(model, walks, longest, loops, count, CALIBRATION),
+        "learnt": learnt(model, walks, count),
     }
     if not walks.config.written_out:
         said = {n: silently(model, walks, n, count, TEST, most) for n in hops}

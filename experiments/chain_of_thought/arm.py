@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Any
 
+from experiments.equal_accuracy import keeping_checkpoints
 from openmythos.config import ModelConfig, counts
 from openmythos.config.rope import RopeConfig
 from openmythos.demo.walks import hops_config
@@ -10,6 +11,7 @@ from openmythos.train.depth_schedule import DepthSchedule, FixedDepth
 from openmythos.train.recipe import HopsData, RunConfig
 
 TRAINED_HOPS = range(1, 9)
+SAVE_EVERY = 50  # steps between two checkpoints, at which equal training accuracy is looked for
 RATES = (0.5, 1.0, 2.0)  # times the learning rates of the demo's walks
 
 
@@ -74,7 +76,7 @@ class Arm:
             written_out=self.writes,
             shifts=self.sums,
         )
-        return RunConfig(model=self.model, train=train, data=data)
+        return RunConfig(model=self.model, train=keeping_checkpoints(train, SAVE_EVERY), data=data)
 
     def num_tokens(self, hops: int) -> int:
         """Tokens that are read for one answer: the question, and what is written on the way."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from experiments import equal_accuracy
 from experiments.chain_of_thought.arm import ARMS, SILENT, STACK, SUMS, TRAINED_HOPS, WALKS, Arm
 from experiments.claim import (
     Claim,
@@ -26,6 +27,7 @@ Data = Mapping[str, Any]
 MOST_LOOPS = 16
 BEYOND = ("10", "12", "14", "16")
 LONGEST = str(max(TRAINED_HOPS))
+LEVEL = 0.9  # of the longest walks of training, at the trained loops: what counts as equal
 
 
 # --- what one run says ----------------------------------------------------------------------------
@@ -232,11 +234,29 @@ def _tables(results: Results) -> list[Table]:
     ]
     return [
         Table("Right answers by number of hops, or of numbers to add", ["arm", *lengths], rows),
+        _equal(results, lengths),
         Table("Chains without a mistake", ["arm", *lengths], chains),
         _matched(),
         _flops(lengths),
         Table("What guessers reach that do not follow the walk", ["guesser", *lengths], leaks),
     ]
+
+
+def _equal(results: Results, lengths: Sequence[str]) -> Table:
+    """Right answers of runs that are as good on the longest walks of training."""
+    rows = []
+    for arm in ARMS.values():
+        own = [r.data["equal_accuracy"] for r in results.of(arm.name)]
+        early = [one for one in own if one is not None]
+        if not own:
+            continue
+        right = (f"{fmean(at_best(one, n) for one in early):.0%}" if early else "" for n in lengths)
+        rows.append([arm.in_words, *equal_accuracy.cells(own), *right])
+    title = (
+        f"Right answers at equal training accuracy, at the best number of loops: the first "
+        f"checkpoint with {LEVEL:g} of {LONGEST} hops"
+    )
+    return Table(title, ["arm", *equal_accuracy.HEADER, *lengths], rows)
 
 
 def _matched() -> Table:

@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experiments.chain_of_thought.arm import ARMS, RATES, TRAINED_HOPS
-from experiments.chain_of_thought.conclude import BEYOND, MOST_LOOPS, conclude
+from experiments.chain_of_thought.conclude import BEYOND, LEVEL, MOST_LOOPS, conclude
 from experiments.claim import Conclusion
+from experiments.equal_accuracy import course
 from experiments.run_store import Results, Run
 from experiments.study import Study, main
 from experiments.tuning import tuned
@@ -40,7 +41,7 @@ class ChainOfThought(Study):
 
     def measure(self, run: Run, scale: str, out: Path) -> Mapping[str, Any]:
         """Train, then let the model answer."""
-        from experiments.chain_of_thought.answer import record
+        from experiments.chain_of_thought.answer import learnt, record
         from openmythos.train.run import set_up
         from openmythos.train.task import PuzzleTask
 
@@ -50,7 +51,16 @@ class ChainOfThought(Study):
         if trained.train().interrupted:
             raise KeyboardInterrupt
         assert isinstance(trained.task, PuzzleTask)
-        return record(trained.model, trained.task.puzzle, HOPS, settings["walks"], MOST_LOOPS)
+        walks, count = trained.task.puzzle, settings["walks"]
+        found = record(trained.model, walks, HOPS, count, MOST_LOOPS)
+        if run.tuning:
+            return found
+        way = course(trained, out, [LEVEL], lambda model: learnt(model, walks, count))
+        found["by_step"] = way.by_step
+        found["equal_accuracy"] = way.at(
+            LEVEL, lambda model: record(model, walks, HOPS, count, MOST_LOOPS)
+        )
+        return found
 
     def conclude(self, results: Results) -> Conclusion:
         """One verdict per claim, the tables and the figures' data."""

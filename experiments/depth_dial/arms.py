@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from experiments.equal_accuracy import keeping_checkpoints
 from experiments.matching import Size
 from experiments.run_store import Run
 from openmythos.config import ModelConfig, RopeConfig
@@ -119,8 +120,6 @@ def config_of(run: Run) -> RunConfig:
         optimizer=replace(given.train.optimizer, muon_lr=rate, lr=rate * 2 / 3),
         depth=given.train.depth if arm.depth == "sampled" else fixed,
         objective=arm.objective,
-        save_every=SAVE_EVERY,
-        keep_checkpoints=max(1, steps // SAVE_EVERY + 1),
     )
     data = replace(
         given.data,
@@ -130,7 +129,7 @@ def config_of(run: Run) -> RunConfig:
         passed_targets=arm.passed_targets,
         position_range=arm.position_range,
     )
-    return RunConfig(model=model_of(arm), train=train, data=data)
+    return RunConfig(model=model_of(arm), train=keeping_checkpoints(train, SAVE_EVERY), data=data)
 
 
 def training(run: Run, out: Path) -> Training:

@@ -1,12 +1,12 @@
 """The depth dial: trained on walks of at most eight hops, what happens beyond?"""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experiments.claim import Conclusion
-from experiments.depth_dial.arms import ARMS, SAVE_EVERY, STACKS, TRAINED_HOPS, training
+from experiments.depth_dial.arms import ARMS, STACKS, TRAINED_HOPS, training
+from experiments.equal_accuracy import Course, course
 from experiments.run_store import Result, Results, Run
 from experiments.study import WORK, Study, main
 from experiments.tuning import tuned
@@ -22,7 +22,6 @@ STEPS = 1200
 WALKS = 512
 EQUAL_ACCURACY = 0.9  # of the longest trained walks, held out, at the trained loops
 SMOKE_ARMS = ("fixed_longest", "sampled_mixed", "on_the_way", "drawn_positions", "stack_training")
-BY_STEP = "by_step.json"
 
 
 class DepthDial(Study):
@@ -50,17 +49,19 @@ class DepthDial(Study):
         trained = train(run, out)
         model, size = trained.model, run.settings["walks"]
         walks = trained.task.puzzle
-        by_step = _by_step(trained, out, run)
+        way = on_the_way(trained, run, out)
         found: dict[str, Any] = {
             "progress": lengths_learnt(trained, size),
-            "by_step": by_step["accuracy"],
+            "by_step": way.by_step,
             "leaks": grid.leaks(walks),
         }
         if run.tuning:
             return found
         all_loops = loops_of(run)
         found |= grid.grid(model, walks, all_loops, size)
-        found["equal_accuracy"] = by_step["equal_accuracy"]
+        found["equal_accuracy"] = way.at(
+            EQUAL_ACCURACY, lambda early: grid.grid(early, walks, all_loops, size)
+        )
         if run.arm in STACKS:
             found["twice"] = grid.twice(model, walks, size)
         else:
@@ -106,6 +107,19 @@ def checkpoint(arm: str, seed: int = 0, work: Path = WORK) -> Path:
     return found
 
 
+def on_the_way(trained: "Training", run: Run, out: Path) -> Course:
+    """Accuracy on the longest trained walks at every checkpoint; the first equal one is kept."""
+    from openmythos.train.validation import puzzle_accuracy
+
+    walks, loops, size = trained.task.puzzle, ARMS[run.arm].check_loops, run.settings["walks"]
+    return course(
+        trained,
+        out,
+        [EQUAL_ACCURACY],
+        lambda model: puzzle_accuracy(model, walks, TRAINED_HOPS, loops, size, seed=3),
+    )
+
+
 def _score(result: Result) -> float:
     return float(result.data["progress"])
 
@@ -118,38 +132,6 @@ def lengths_learnt(trained: "Training", size: int) -> float:
     loops = trained.config.data.check_loops
     accuracy = puzzle_accuracy(trained.model, walks, stage, loops, size, seed=2)
     return round(stage - 1 + accuracy, 4)
-
-
-def _by_step(trained: "Training", out: Path, run: Run) -> dict[str, Any]:
-    """Accuracy on the longest trained walks at every checkpoint, and the grid at the first equal.
-
-    Stored before all checkpoints but the last are deleted, because a kill may come in between.
-    """
-    from experiments.depth_dial import grid
-    from openmythos.folder import remove_folder, write_json
-    from openmythos.interop.loading import load_pretrained
-    from openmythos.train.validation import puzzle_accuracy
-
-    path, walks = out / BY_STEP, trained.task.puzzle
-    loops, size = ARMS[run.arm].check_loops, run.settings["walks"]
-    checkpoints = trained.folder.checkpoints()
-    steps = {path: int(path.name.rpartition("-")[2]) for path in checkpoints}
-    if not path.is_file():
-        found: dict[str, Any] = {"accuracy": [], "equal_accuracy": None}
-        for checkpoint, step in steps.items():
-            if step % SAVE_EVERY and step != max(steps.values()):
-                continue  # written by a stop in between
-            model = load_pretrained(checkpoint)
-            accuracy = puzzle_accuracy(model, walks, TRAINED_HOPS, loops, size, seed=3)
-            found["accuracy"].append([step, round(accuracy, 4)])
-            if accuracy >= EQUAL_ACCURACY and found["equal_accuracy"] is None:
-                early = grid.grid(model, walks, loops_of(run), size)
-                found["equal_accuracy"] = {"step": step, **early}
-        write_json(path, found)
-    for checkpoint in checkpoints[:-1]:
-        remove_folder(checkpoint)
-    stored: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return stored
 
 
 STUDY = DepthDial()

@@ -1,11 +1,11 @@
 """The arms and tasks: k layers looped L times, k layers once, k L layers once, on three puzzles."""
 
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
-import torch
-
-from experiments.matching import Size
+from experiments.equal_accuracy import course, keeping_checkpoints
+from experiments.matching import Size, training_flops
 from openmythos.config import (
     CopyInitConfig,
     GQAConfig,
@@ -14,7 +14,7 @@ from openmythos.config import (
     ReLUSquaredConfig,
 )
 from openmythos.data.induction import InductionConfig
-from openmythos.data.packing import IGNORED_TARGET, on_device
+from openmythos.data.packing import IGNORED_TARGET, Batch, on_device
 from openmythos.data.products import ProductsConfig
 from openmythos.data.puzzle import Puzzle
 from openmythos.data.puzzle_table import SeededConfig, make_puzzle
@@ -35,6 +35,16 @@ TASKS: dict[str, SeededConfig] = {
 }
 BATCH = {"facts": 512, "products": 64, "induction": 64}
 D_MODEL = 64
+SAVE_EVERY = 20  # steps between two checkpoints, at which equal training accuracy is looked for
+# Accuracies on training examples that count as equal: the higher for those that get there.
+LEVELS = {"facts": (0.5, 0.9), "products": (0.3, 0.5), "induction": (0.55, 0.95)}
+LONGER = InductionConfig(num_letters=4, length=48, max_train_hops=3)
+# Questions that are longer than those of training. (A fact has no length.)
+BEYOND: dict[str, dict[str, tuple[SeededConfig, int]]] = {
+    "facts": {},
+    "products": {f"{n} factors": (TASKS["products"], n) for n in (24, 32)},
+    "induction": {"3 hops over 48 letters": (LONGER, 3)},
+}
 
 
 def model_config(arm: str, task: str) -> ModelConfig:
@@ -81,16 +91,23 @@ def recipe(arm: str, task: str, seed: int, rate: float, steps: int) -> RunConfig
         optimizer=optimizer,
         depth=depth,
         eval_loops=(),
-        save_every=500,
-        keep_checkpoints=1,
     )
+    train = keeping_checkpoints(train, SAVE_EVERY)
     return RunConfig(model=model_config(arm, task), train=train, data=TASKS[task])
 
 
+def flops_of_training(arm: str, task: str, steps: float, context: int) -> float:
+    """All FLOPs of so many steps."""
+    tokens = BATCH[task] * TASKS[task].seq_len
+    return steps * tokens * training_flops(size(arm, task), context)
+
+
 def train_and_measure(
-    arm: str, task: str, seed: int, settings: dict[str, Any], out: Path
+    arm: str, task: str, seed: int, settings: dict[str, Any], tuning: bool, out: Path
 ) -> dict[str, Any]:
-    """What a trained model scores on held-out and on training examples.
+    """What a trained model scores on held-out and on training examples, and on larger ones.
+
+    But for tuning also at the first checkpoint that reaches each of ``LEVELS``.
 
     Raises:
         TrainingStopped: The run diverged.
@@ -99,38 +116,62 @@ def train_and_measure(
     run = set_up(config, out / "model")
     if run.train().interrupted:
         raise KeyboardInterrupt
-    puzzle = make_puzzle(TASKS[task], seed)
-    loops, count = ARMS[arm][1], settings["examples"]
-    parts = {str(n): accuracies(run.model, puzzle, n, loops, count) for n in puzzle.train_sizes}
-    held_out = [part["held_out"] for part in parts.values()]
-    trained = [part["trained"] for part in parts.values()]
-    return {
-        "accuracy": sum(held_out) / len(held_out),
-        "trained": sum(trained) / len(trained),
-        "by_size": parts,
-        "leaks": {str(n): puzzle.leak_baselines(n) for n in puzzle.train_sizes},
-    }
+    puzzle, loops, count = make_puzzle(TASKS[task], seed), ARMS[arm][1], settings["examples"]
+
+    def by_size(model: RecurrentDepthLM) -> dict[str, dict[str, Any]]:
+        return {str(n): accuracies(model, puzzle, n, loops, count) for n in puzzle.train_sizes}
+
+    def everything(model: RecurrentDepthLM) -> dict[str, Any]:
+        parts = by_size(model)
+        longer = {name: (make_puzzle(c, seed), n) for name, (c, n) in BEYOND[task].items()}
+        return {
+            "accuracy": fmean(part["held_out"] for part in parts.values()),
+            "trained": fmean(part["trained"] for part in parts.values()),
+            "by_size": parts,
+            "beyond": {
+                name: share_right(model, p, p.held_out_batch(n, count, seed=1), loops)[0]
+                for name, (p, n) in longer.items()
+            },
+        }
+
+    found = everything(run.model)
+    found["leaks"] = {str(n): puzzle.leak_baselines(n) for n in puzzle.train_sizes}
+    if tuning:
+        return found
+    way = course(
+        run, out, LEVELS[task], lambda m: fmean(part["trained"] for part in by_size(m).values())
+    )
+    found["by_step"] = way.by_step
+    found["equal_accuracy"] = {str(level): way.at(level, everything) for level in LEVELS[task]}
+    return found
 
 
 def accuracies(
     model: RecurrentDepthLM, puzzle: Puzzle, num: int, loops: int, count: int
 ) -> dict[str, Any]:
-    """Share of right targets of this size; of products also by place, the first left out."""
+    """Share of right targets of this size, held out and trained; of products also by place."""
     found: dict[str, Any] = {}
     for name, batch in (
         ("held_out", puzzle.held_out_batch(num, count, seed=1)),
         ("trained", puzzle.sample_batch(0, num, count)),
     ):
-        batch, ctx = on_device(model, batch)
-        with inference(model):
-            logits = model(batch.tokens, num_loops=loops, ctx=ctx).logits
-        right = logits.argmax(dim=-1) == batch.targets
+        found[name], by_place = share_right(model, puzzle, batch, loops)
         if puzzle.kind == "products":
-            found[f"{name}_by_place"] = right.float().mean(dim=0).tolist()
-            right, counted = right[:, 1:], torch.ones_like(right[:, 1:])
-        elif puzzle.kind == "induction":  # the last letter, whose answer needs all hops
-            right, counted = right[:, -1:], torch.ones_like(right[:, -1:])
-        else:
-            counted = batch.targets != IGNORED_TARGET
-        found[name] = float(right[counted].float().mean())
+            found[f"{name}_by_place"] = by_place
     return found
+
+
+def share_right(
+    model: RecurrentDepthLM, puzzle: Puzzle, batch: Batch, loops: int
+) -> tuple[float, list[float]]:
+    """Share of right targets that need the task, and of all targets by place."""
+    batch, ctx = on_device(model, batch)
+    with inference(model):
+        logits = model(batch.tokens, num_loops=loops, ctx=ctx).logits
+    right = logits.argmax(dim=-1) == batch.targets
+    counted = batch.targets != IGNORED_TARGET
+    if puzzle.kind == "products":  # the first is what is read
+        counted[:, 0] = False
+    elif puzzle.kind == "induction":  # the last letter, whose answer needs all hops
+        counted[:, :-1] = False
+    return float(right[counted].float().mean()), right.float().mean(dim=0).tolist()

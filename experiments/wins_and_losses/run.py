@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from experiments import equal_accuracy
 from experiments.claim import Claim, Conclusion, Decision, Table, Verdict, verdict
 from experiments.interval import Gap, gap, t_interval
 from experiments.matching import matching
@@ -50,7 +51,7 @@ class WinsAndLosses(Study):
         from experiments.wins_and_losses.arm import train_and_measure
 
         task, _, arm = run.arm.partition("_")
-        return train_and_measure(arm, task, run.seed, dict(run.settings), out)
+        return train_and_measure(arm, task, run.seed, dict(run.settings), run.tuning, out)
 
     def conclude(self, results: Results) -> Conclusion:
         scores = {
@@ -75,7 +76,12 @@ class WinsAndLosses(Study):
             ]
         return Conclusion(
             verdicts=verdicts,
-            tables=[score_table(results), leak_table(results), *matching_tables()],
+            tables=[
+                score_table(results),
+                equal_table(results),
+                leak_table(results),
+                *matching_tables(),
+            ],
             figures={"wins_and_losses": gaps_drawn(scores)},
         )
 
@@ -166,16 +172,47 @@ def score_table(results: Results) -> Table:
                 for size in own[0].data["by_size"]
             }
             by_size = ", ".join(f"{size}: {value:.3f}" for size, value in sizes.items())
+            beyond = ", ".join(
+                f"{name}: {statistics.mean(float(r.data['beyond'][name]) for r in own):.3f}"
+                for name in own[0].data["beyond"]
+            )
             seconds = statistics.mean(r.cpu_seconds for r in own)
             rows.append(
                 [
                     *(task, arm, f"{own[0].run.settings['rate']:g}"),
                     *(str(t_interval([score(r) for r in own])), f"{trained:.3f}"),
-                    *(by_size, f"{seconds:.0f}"),
+                    *(by_size, beyond, f"{seconds:.0f}"),
                 ]
             )
-    header = ["task", "arm", "rate", "held out", "training", "by size", "CPU seconds"]
+    header = ["task", "arm", "rate", "held out", "training", "by size"]
+    header += ["longer than in training", "CPU seconds"]
     return Table("Accuracy, means over seeds, at equal steps", header, rows)
+
+
+def equal_table(results: Results) -> Table:
+    """What arms do that are as good on training examples, and what it took."""
+    from experiments.wins_and_losses.arm import LEVELS, flops_of_training
+
+    rows = []
+    for task, level in ((task, level) for task in TASKS for level in LEVELS[task]):
+        for arm in ARMS:
+            own = [r.data["equal_accuracy"][str(level)] for r in results.of(f"{task}_{arm}")]
+            early = [one for one in own if one is not None]
+            row = [task, f"{level:g}", arm, *equal_accuracy.cells(own)]
+            if early:
+                steps = statistics.mean(one["step"] for one in early)
+                flops = flops_of_training(arm, task, steps, CONTEXT[task])
+                held_out = statistics.mean(one["accuracy"] for one in early)
+                beyond = (
+                    f"{name}: {statistics.mean(one['beyond'][name] for one in early):.3f}"
+                    for name in early[0]["beyond"]
+                )
+                row += [f"{flops / 1e12:.2f}", f"{held_out:.3f}", ", ".join(beyond)]
+            rows.append(row + [""] * (8 - len(row)))
+    header = ["task", "training accuracy", "arm", *equal_accuracy.HEADER]
+    header += ["training TFLOPs", "held out", "longer than in training"]
+    title = "At equal training accuracy: the first checkpoint that reaches it"
+    return Table(title, header, rows)
 
 
 def leak_table(results: Results) -> Table:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from experiments.equal_accuracy import keeping_checkpoints
 from openmythos.config import ACTConfig, HaltingConfig, PonderNetConfig
 from openmythos.config.schema import to_dict
 from openmythos.demo.walks import hops_config
@@ -19,6 +20,8 @@ TRAINED_HOPS = range(1, 9)
 COSTS = (0.0, 0.01, 0.1, 1.0)  # of one loop, in nats
 RATES = (0.5, 1.0, 2.0)  # times the learning rates of the demo's walks
 STEPPING_LOOPS = 4
+LEVEL = 0.9  # of what a run has learnt: what counts as equal training accuracy
+SAVE_EVERY = 50  # steps between two checkpoints, at which equal training accuracy is looked for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +82,7 @@ class Arm:
         data = replace(demo.data, check_loops=loops, mixed=not self.longest_only)
         return RunConfig(
             model=replace(demo.model, num_loops=loops, halting=self.halting),
-            train=train,
+            train=keeping_checkpoints(train, SAVE_EVERY),
             data=data,
         )
 

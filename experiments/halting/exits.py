@@ -6,6 +6,7 @@ sees those tokens after all their loops, whatever the last one's depth. The arms
 """
 
 from collections.abc import Iterable, Mapping
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from experiments.halting.arm import TRAINED_HOPS, Arm
 from openmythos.config import ACTConfig, PonderNetConfig
 from openmythos.config.schema import to_dict
 from openmythos.data.synthetic import Walks
@@ -112,6 +114,16 @@ def own_rule(model: RecurrentDepthLM) -> Rule | None:
     return CumulativeThreshold(threshold=0.5) if isinstance(head, PonderNetConfig) else None
 
 
+def learnt(arm: Arm, model: RecurrentDepthLM, walks: Walks, count: int) -> float:
+    """Accuracy at the trained loops on walks that choose rates, the mean over the hops of training.
+
+    An arm that trains its longest walks only is asked those: a model that steps exactly answers
+    shorter ones at other numbers of loops.
+    """
+    loops, hops = model.config.num_loops, TRAINED_HOPS[-1:] if arm.longest_only else TRAINED_HOPS
+    return fmean(watch(model, walks, n, count, CALIBRATION, loops).accuracy()[-1] for n in hops)
+
+
 def record(
     model: RecurrentDepthLM, walks: Walks, hops: Iterable[int], count: int, most: int
 ) -> dict[str, Any]:
@@ -144,6 +156,20 @@ def record(
         else {str(n): _brief(walk.follow(own)) for n, walk in deep.items()},
         "rules": [both(rule) for rule in RULES],
         "leaks": {str(n): walks.leak_baselines(n) for n in hops},
+    }
+
+
+def briefly(
+    model: RecurrentDepthLM, walks: Walks, hops: Iterable[int], count: int, most: int
+) -> dict[str, Any]:
+    """Of ``record``, accuracy by hops and loops and what the model's own halting does."""
+    deep = {n: watch(model, walks, n, count, TEST, 2 * most) for n in hops}
+    own = own_rule(model)
+    return {
+        "accuracy": {str(n): walk.accuracy() for n, walk in deep.items()},
+        "own": None
+        if own is None
+        else {"test": {str(n): walk.up_to(most).follow(own) for n, walk in deep.items()}},
     }
 
 

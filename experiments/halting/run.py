@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experiments.claim import Conclusion
-from experiments.halting.arm import ARMS, MOST_LOOPS, RATES, TRAINED_HOPS
+from experiments.equal_accuracy import course
+from experiments.halting.arm import ARMS, LEVEL, MOST_LOOPS, RATES, TRAINED_HOPS
 from experiments.run_store import Results, Run
 from experiments.study import Study, main
 from experiments.tuning import tuned
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 SEEDS = (0, 1, 2)
 HOPS = (*TRAINED_HOPS, 10, 12)
 SMOKE = ("act_fixed_0", "act_variable_0", "act_variable_2", "pondernet", "plain", "stepping")
+
 SIZES = {"smoke": (2, 8), "small": (1000, 512), "full": (3000, 2048)}  # steps, walks per length
 
 
@@ -40,7 +42,7 @@ class Halting(Study):
 
     def measure(self, run: Run, scale: str, out: Path) -> Mapping[str, Any]:
         """Train on walks, then follow the head and every exit rule."""
-        from experiments.halting.exits import record
+        from experiments.halting.exits import briefly, learnt, record
         from openmythos.train.metrics import read_metrics
         from openmythos.train.run import set_up
         from openmythos.train.task import PuzzleTask
@@ -56,11 +58,16 @@ class Halting(Study):
         stages: dict[str, int] = {}
         for row in rows:
             stages.setdefault(str(int(row["stage"])), int(row["step"]))
-        loops = trained.model.config.num_loops
-        # A model that steps exactly answers shorter walks at other numbers of loops.
-        learnt = TRAINED_HOPS[-1:] if arm.longest_only else TRAINED_HOPS
-        right = [found["calibration"][str(n)][loops - 1] for n in learnt]
-        return {**found, "stages": stages, "learnt": sum(right) / len(right)}
+        walks, count = trained.task.puzzle, settings["walks"]
+        found |= {"stages": stages, "learnt": learnt(arm, trained.model, walks, count)}
+        if run.tuning:
+            return found
+        way = course(trained, out, [LEVEL], lambda m: learnt(arm, m, walks, count))
+        found["by_step"] = way.by_step
+        found["equal_accuracy"] = way.at(
+            LEVEL, lambda m: briefly(m, walks, HOPS, count, MOST_LOOPS)
+        )
+        return found
 
     def conclude(self, results: Results) -> Conclusion:
         """One verdict per claim, the tables and the figures' data."""

@@ -4,10 +4,12 @@ from collections.abc import Callable, Sequence
 from statistics import fmean
 from typing import Any
 
+from experiments import equal_accuracy
 from experiments.claim import Table
 from experiments.halting.arm import (
     ACT_ARMS,
     ARMS,
+    LEVEL,
     MOST_LOOPS,
     PLAIN,
     PONDERNET,
@@ -42,7 +44,7 @@ def tables(results: Results) -> list[Table]:
         config = arm.config(0, 1.0, 1)
         mean = config.train.depth.sampling.mean_recurrence
         sizes[arm.in_words] = Size(config.model, mean, config.model.num_loops)
-    found = [_arms(results), _by_hops(results), _leaks(results)]
+    found = [_arms(results), _equal(results), _by_hops(results), _leaks(results)]
     if results.of(PLAIN.name):
         found.append(_rules(results))
         found.append(matching(sizes, PLAIN.in_words, context_length=max(TRAINED_HOPS) + 1))
@@ -78,6 +80,29 @@ def _arms(results: Results) -> Table:
             _cell(results.values(arm.name, lambda d: at_depth(d, 2 * MOST_LOOPS))),
         ])  # fmt: skip
     return Table("Arms: means and deviations over seeds, walks of 1 to 8 hops", header, rows)
+
+
+def _equal(results: Results) -> Table:
+    """What halting does in runs that are as good on what they are trained on."""
+    owns: list[Callable[[Data], float]] = [own_loops, own_right, _follows]
+    rows = []
+    for arm in ARMS.values():
+        own = [r.data["equal_accuracy"] for r in results.of(arm.name)]
+        early = [one for one in own if one is not None]
+        if not own:
+            continue
+        row = [arm.in_words, *equal_accuracy.cells(own)]
+        if early:
+            has_own = early[0]["own"] is not None
+            row += [_cell([of(one) for one in early]) if has_own else "" for of in owns]
+            row += [_cell([best_fixed(one) for one in early])]
+            row += [_cell([max(one["accuracy"][str(n)]) for one in early]) for n in (8, 10)]
+        rows.append(row + [""] * (9 - len(row)))
+    header = ["arm", *equal_accuracy.HEADER, "own halting: loops", "right"]
+    header += ["rank correlation with hops", "right at the best fixed depth"]
+    header += [f"{n} hops at the best loops" for n in (8, 10)]
+    title = f"At equal training accuracy: the first checkpoint with {LEVEL:g} of the trained walks"
+    return Table(title, header, rows)
 
 
 def _by_hops(results: Results) -> Table:

@@ -5,7 +5,8 @@ from dataclasses import replace
 from functools import cache
 from typing import Any
 
-from experiments.matching import Size
+from experiments.equal_accuracy import keeping_checkpoints
+from experiments.matching import Size, training_flops
 from openmythos import baseline
 from openmythos.config import ModelConfig, MoEConfig, counts
 from openmythos.config.counts import FORWARD_AND_BACKWARD
@@ -25,6 +26,8 @@ TRAINED_LOOPS = DEMO.model.num_loops  # the mean of what training draws
 # steps, its loops then gain nothing. Here depth is around 4 from the first step on.
 GRAD_LOOPS = 2
 DEPTH = replace(DEMO.train.depth, ramp=0.0, mean_backprop_depth=GRAD_LOOPS)
+SAVE_EVERY = 10  # steps between two checkpoints, at which equal training loss is looked for
+LEVELS = (2.4, 2.0)  # bits per byte of training text that count as equal
 EXPERTS = MoEConfig(num_experts=8, num_experts_per_token=2, d_expert=8)
 
 
@@ -50,7 +53,7 @@ def model_of(arm: str) -> ModelConfig:
     return _of_width(
         [replace(near, feed_forward=near.feed_forward.with_width(w)) for w in widths],
         lambda config: FORWARD_AND_BACKWARD * test_flops(config),
-        training_flops(looped, mean_loops()),
+        training_flops(size_of(LOOP), MEAN_CONTEXT),
     )
 
 
@@ -81,17 +84,6 @@ def test_flops(config: ModelConfig) -> float:
     return float(counts.forward_flops(config, context_length=MEAN_CONTEXT))
 
 
-def training_flops(config: ModelConfig, loops: float) -> float:
-    """Of a training step, per token, at a mean number of loops."""
-    less, more = (
-        counts.training_flops(
-            config, num_loops=n, grad_loops=GRAD_LOOPS, context_length=MEAN_CONTEXT
-        )
-        for n in (GRAD_LOOPS, GRAD_LOOPS + 1)
-    )
-    return less + (loops - GRAD_LOOPS) * (more - less)
-
-
 def run_config(arm: str, seed: int, settings: Mapping[str, Any], source: str) -> RunConfig:
     """The training of an arm: the demo's, by steps, its rates all scaled with ``rate``."""
     train, factor = DEMO.train, settings["rate"] / (DEMO.train.optimizer.muon_lr or 1.0)
@@ -112,11 +104,9 @@ def run_config(arm: str, seed: int, settings: Mapping[str, Any], source: str) ->
         optimizer=optimizer,
         depth=plain if arm in STACKS else DEPTH,
         log_every=5,
-        save_every=50,
-        keep_checkpoints=1,
     )
     data = TextData(source=source, seq_len=settings["seq_len"])
-    return RunConfig(model=model_of(arm), train=train, data=data)
+    return RunConfig(model=model_of(arm), train=keeping_checkpoints(train, SAVE_EVERY), data=data)
 
 
 def _of_width(candidates: list[ModelConfig], size: Any, target: float) -> ModelConfig:

@@ -13,14 +13,28 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from experiments.claim import Conclusion
+from experiments.equal_accuracy import course
 from experiments.run_store import Result, Results, Run
 from experiments.study import ROOT, Study, main
 from experiments.text_loops import verdicts
-from experiments.text_loops.arm import ARMS, MOE, SEQ_LEN, STACKS, TRAINED_LOOPS, ZOO, run_config
+from experiments.text_loops.arm import (
+    ARMS,
+    LEVELS,
+    MOE,
+    SEQ_LEN,
+    STACKS,
+    TRAINED_LOOPS,
+    ZOO,
+    run_config,
+)
 from experiments.tuning import tuned
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    from openmythos.model.recurrent import RecurrentDepthLM
+    from openmythos.train.run import Run as Training
+    from openmythos.train.task import TextTask
 
 SEEDS, RATES = (0, 1, 2), (0.01, 0.02, 0.04)
 SIZES: Mapping[str, Mapping[str, Any]] = {
@@ -95,6 +109,8 @@ class TextLoops(Study):
             "training_bits": float(np.mean(last)),
             "held_out": losses.bits_per_byte(loops),
         }
+        if not run.tuning:
+            found |= at_equal_loss(trained, out, task, loops, batches)
         if len(depths) == 1:
             return found
         found["by_loops"] = {str(n): losses.bits_per_byte(n) for n in depths}
@@ -121,6 +137,30 @@ class TextLoops(Study):
             "surprisal": picture.surprisal(data["surprisal"]),
             "experts": picture.experts(data["experts"]),
         }
+
+
+def at_equal_loss(
+    trained: Training, out: Path, task: TextTask, loops: int, batches: int
+) -> dict[str, Any]:
+    """Training text at every checkpoint; held-out text at the first below each of ``LEVELS``."""
+    from openmythos.data.loader import TokenLoader
+    from openmythos.train.validation import held_out_bits_per_byte
+
+    assert isinstance(task.train, TokenLoader) and task.validation is not None
+    seen, unseen = task.train, task.validation
+
+    def bits(model: RecurrentDepthLM) -> float:
+        return held_out_bits_per_byte(model, seen, loops, batches)
+
+    def held_out(model: RecurrentDepthLM) -> dict[str, Any]:
+        by_loops = {n: held_out_bits_per_byte(model, unseen, n, batches) for n in (1, loops)}
+        return {"training": bits(model), "held_out": by_loops[loops], "one_loop": by_loops[1]}
+
+    way = course(trained, out, [-level for level in LEVELS], lambda model: -bits(model))
+    return {
+        "by_step": [(step, -score) for step, score in way.by_step],
+        "equal_loss": {str(level): way.at(-level, held_out) for level in LEVELS},
+    }
 
 
 def measure_zoo(run: Run, out: Path, source: str = TEXT) -> dict[str, Any]:

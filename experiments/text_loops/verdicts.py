@@ -1,10 +1,12 @@
 """What the stored results say about each claim."""
 
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 import numpy as np
 
+from experiments import equal_accuracy
 from experiments.claim import (
     Claim,
     Conclusion,
@@ -16,11 +18,12 @@ from experiments.claim import (
     verdict,
 )
 from experiments.interval import Interval, gap, t_interval
-from experiments.matching import matching
+from experiments.matching import matching, training_flops
 from experiments.run_store import Result, Results
 from experiments.text_loops import curve
 from experiments.text_loops.arm import (
     ARMS,
+    LEVELS,
     LOOP,
     MEAN_CONTEXT,
     MOE,
@@ -54,6 +57,7 @@ def conclude(claims: Mapping[str, Claim], results: Results) -> Conclusion:
         tables=[
             matching({arm: size_of(arm) for arm in ARMS}, LOOP, MEAN_CONTEXT),
             bits_table(results),
+            equal_table(results),
             fits_table([*results.of(LOOP), *results.of(ZOO)]),
             surprisal_table(results.of(LOOP)),
         ],
@@ -254,6 +258,32 @@ def bits_table(results: Results) -> Table:
         ["arm", "training text, last tenth of the steps", "held-out text", "difference"],
         rows,
     )
+
+
+def equal_table(results: Results) -> Table:
+    """Held-out text of runs that predict training text as well, and what it took."""
+    rows = []
+    for level, arm in ((level, arm) for level in LEVELS for arm in ARMS):
+        own = results.of(arm)
+        found = [result.data["equal_loss"][str(level)] for result in own]
+        early = [one for one in found if one is not None]
+        row = [f"{level:g}", arm, *equal_accuracy.cells(found)]
+        if early:
+            settings = own[0].run.settings
+            tokens = settings["batch_size"] * settings["seq_len"]
+            steps = fmean(one["step"] for one in early)
+            flops = steps * tokens * training_flops(size_of(arm), MEAN_CONTEXT)
+            parts = ([one[name] for one in early] for name in ("training", "held_out"))
+            gains = [one["one_loop"] - one["held_out"] for one in early]
+            gain = "" if arm in STACKS else f"{fmean(gains):+.4f}"
+            row += [f"{flops / 1e12:.1f}", *(f"{fmean(part):.4f}" for part in parts), gain]
+        rows.append(row + [""] * (8 - len(row)))
+    header = ["training text, bits", "arm", *equal_accuracy.HEADER, "training TFLOPs"]
+    header += ["training text", "held-out text", f"gained from 1 to {TRAINED_LOOPS} loops"]
+    title = (
+        "At equal training loss: the first checkpoint with as few bits per byte of training text"
+    )
+    return Table(title, header, rows)
 
 
 def fits_table(seeds: Sequence[Result]) -> Table:

@@ -95,4 +95,4 @@ def config_of(run: Run) -> RunConfig:
     """The training of a run whose model is changed."""
     config, change = dial.config_of(dial_run(run)), ARMS[run.arm].change
     model = config.model if change is None else change(config.model)
-    return replace(config, train=replace(config.train, keep_checkpoints=1), model=model)
+    return replace(config, model=model)

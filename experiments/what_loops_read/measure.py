@@ -29,12 +29,7 @@ def measure(arm: str, model: RecurrentDepthLM, walks: Walks, size: int) -> dict[
     is_stack = ARMS[arm].is_stack
     view = LayersAsLoops(model, STACK_GROUPS) if is_stack else model
     trained = STACK_GROUPS if is_stack else model.config.num_loops
-    found: dict[str, Any] = {"maps": {}}
-    for hops in (TRAINED_HOPS, NEW_HOPS):
-        # An untrained model is at chance after any number of loops: the trained number.
-        searched = not is_stack and ARMS[arm].trained
-        loops = fewest_loops(model, walks, hops, size) if searched else trained
-        found["maps"][str(hops)] = read(view, walks, hops, loops, size)
+    found = maps(arm, model, walks, size)
     found["at_trained_loops"] = read(view, walks, TRAINED_HOPS, trained, size)
     loops = found["maps"][str(TRAINED_HOPS)]["loops"]
     pairs = puzzle_pairs(walks, TRAINED_HOPS, size)
@@ -51,6 +46,22 @@ def measure(arm: str, model: RecurrentDepthLM, walks: Walks, size: int) -> dict[
     if arm == "coda":
         found["coda"] = coda(model, walks, trained, size)
     return _rounded(found)
+
+
+def maps(arm: str, model: RecurrentDepthLM, walks: Walks, size: int) -> dict[str, Any]:
+    """The reading maps at T*, on trained and on longer walks."""
+    is_stack, found = ARMS[arm].is_stack, {}
+    view = LayersAsLoops(model, STACK_GROUPS) if is_stack else model
+    for hops in (TRAINED_HOPS, NEW_HOPS):
+        # An untrained model is at chance after any number of loops: the trained number.
+        if is_stack:
+            loops = STACK_GROUPS
+        elif ARMS[arm].trained:
+            loops = fewest_loops(model, walks, hops, size)
+        else:
+            loops = model.config.num_loops
+        found[str(hops)] = read(view, walks, hops, loops, size)
+    return _rounded({"maps": found})
 
 
 def fewest_loops(model: RecurrentDepthLM, walks: Walks, hops: int, size: int) -> int:

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experiments.claim import Conclusion
+from experiments.depth_dial.run import EQUAL_ACCURACY, lengths_learnt, on_the_way, train
 from experiments.depth_dial.run import STUDY as DIAL
-from experiments.depth_dial.run import lengths_learnt, train
 from experiments.run_store import Results, Run
 from experiments.study import Study, main
 from experiments.tuning import tuned
@@ -50,15 +50,24 @@ class WhatLoopsRead(Study):
 
     def measure(self, run: Run, scale: str, out: Path) -> Mapping[str, Any]:
         """See ``Study``."""
-        from experiments.what_loops_read.measure import measure
+        from experiments.what_loops_read.measure import maps, measure
 
         trained = self.trained(run, scale, out)
         found: dict[str, Any] = {}
         size = run.settings["walks"]
         if ARMS[run.arm].trained:
             found["progress"] = lengths_learnt(trained, size)
-        if not run.tuning:
-            found |= measure(run.arm, trained.model, trained.task.puzzle, size)
+        if run.tuning:
+            return found
+        walks = trained.task.puzzle
+        found |= measure(run.arm, trained.model, walks, size)
+        if ARMS[run.arm].trained:
+            folder = self._trained_in(run, scale, out)
+            way = on_the_way(trained, dial_run(run), folder)
+            found["by_step"] = way.by_step
+            found["equal_accuracy"] = way.at(
+                EQUAL_ACCURACY, lambda model: maps(run.arm, model, walks, size)
+            )
         return found
 
     def trained(self, run: Run, scale: str, out: Path) -> "Training":
@@ -71,13 +80,19 @@ class WhatLoopsRead(Study):
                 Run(run.arm, run.seed, {**run.settings, "steps": 1, "rate": RATES[0]})
             )
             return set_up(config, out / "model")
-        if plan.change is None:  # made by the depth dial, or made now in its folder
-            theirs, work = dial_run(run), out.parents[2]
-            return train(theirs, DIAL.run_folder(theirs, scale, work))
-        found = set_up(config_of(run), out / "model")
+        folder = self._trained_in(run, scale, out)
+        if plan.change is None:
+            return train(dial_run(run), folder)
+        found = set_up(config_of(run), folder / "model")
         if found.train().interrupted:
             raise KeyboardInterrupt
         return found
+
+    @staticmethod
+    def _trained_in(run: Run, scale: str, out: Path) -> Path:
+        """The depth dial's folder of a model that is its own, made there or made now."""
+        theirs = ARMS[run.arm].change is None
+        return DIAL.run_folder(dial_run(run), scale, out.parents[2]) if theirs else out
 
     def conclude(self, results: Results) -> Conclusion:
         """See ``Study``."""

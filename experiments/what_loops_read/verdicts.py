@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from experiments import equal_accuracy
 from experiments.claim import (
     MIN_SEEDS,
     Claim,
@@ -17,6 +18,7 @@ from experiments.claim import (
     by_rule,
     graded,
 )
+from experiments.depth_dial.run import EQUAL_ACCURACY
 from experiments.interval import gap, t_interval
 from experiments.run_store import Results
 from experiments.what_loops_read.arms import ARMS, NEW_HOPS, SIGNALS, TRAINED_HOPS
@@ -29,7 +31,12 @@ def conclude(claims: Mapping[str, Claim], results: Results) -> Conclusion:
     rules = Rules(claims, {arm: [result.data for result in results.of(arm)] for arm in ARMS})
     return Conclusion(
         verdicts=[rules.decide(name) for name in claims],
-        tables=[rules.maps_table(), rules.intervals_table(), rules.signals_table()],
+        tables=[
+            rules.maps_table(),
+            rules.equal_table(),
+            rules.intervals_table(),
+            rules.signals_table(),
+        ],
         figures={"growing_map": rules.growing_map(), "bits": rules.bits_by_arm()},
     )
 
@@ -278,6 +285,38 @@ class Rules:
                 _mean(self.bits(arm, NEW)), _mean([b for b in trained if b is not None]),
             ])  # fmt: skip
         return Table("Reading maps: means over seeds", header, rows)
+
+    def equal_table(self) -> Table:
+        """The maps of runs that are as good on the longest walks of training."""
+        own = {
+            arm: [data["equal_accuracy"] for data in self.data[arm]]
+            for arm in ARMS
+            if ARMS[arm].trained and self.data[arm]
+        }
+        early = Rules(
+            self.claims,
+            {arm: [one for one in own.get(arm, ()) if one is not None] for arm in ARMS},
+        )
+        rows = []
+        for arm, found in own.items():
+            row = [arm, *equal_accuracy.cells(found)]
+            if early.data[arm]:
+                old, new = ([d["maps"][hops] for d in early.data[arm]] for hops in (OLD, NEW))
+                row.append(_mean([one["accuracy"] for one in old]))
+                row.append(_mean([one["loops"] for one in old], 1))
+                row.append(_interval(early.bits(arm)))
+                row.append(_mean([one["working"] for one in old], 1))
+                row.append(f"{early.agreement(arm):.2f}")
+                row.append(_mean([one["accuracy"] for one in new]))
+                row.append(_mean(early.bits(arm, NEW)))
+            rows.append(row + [""] * (10 - len(row)))
+        header = ["arm", *equal_accuracy.HEADER, "8 hops", "loops", "bits", "working loops"]
+        header += ["necessity and sufficiency differ", "10 hops", "bits at 10 hops"]
+        title = (
+            f"Reading maps at equal training accuracy: the first checkpoint with "
+            f"{EQUAL_ACCURACY:g} of {OLD} hops"
+        )
+        return Table(title, header, rows)
 
     def intervals_table(self) -> Table:
         """The map's numbers with what they vary by: over seeds, and over the examples of a seed."""

@@ -194,7 +194,7 @@ def equal_table(results: Results) -> Table:
     from experiments.wins_and_losses.arm import LEVELS, flops_of_training
 
     rows = []
-    for task, level in ((task, level) for task in TASKS for level in LEVELS[task]):
+    for task, level in ((name, one) for name in TASKS for one in LEVELS[name]):
         for arm in ARMS:
             own = [r.data["equal_accuracy"][str(level)] for r in results.of(f"{task}_{arm}")]
             early = [one for one in own if one is not None]

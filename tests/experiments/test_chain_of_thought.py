@@ -106,13 +106,20 @@ def silent_outcome(
         for n in HOPS
     }
     rows = [[names * (round(loop * per_loop) == n) for n in range(1, 9)] for loop in range(1, 17)]
-    return {"right": right, "names": rows, "leaks": leaks(), "learnt": 1.0}
+    return {"right": right, "names": rows, "leaks": leaks(), "learnt": 1.0, **early(right)}
 
 
 def writing_outcome(most_hops: int) -> dict[str, Any]:
     right = {str(n): [float(n <= most_hops)] for n in HOPS}
     whole = {n: share[0] for n, share in right.items()}
-    return {"right": right, "whole": whole, "leaks": leaks(), "learnt": 1.0}
+    found = {"right": right, "whole": whole, "leaks": leaks(), "learnt": 1.0}
+    return {**found, "equal_accuracy": None}
+
+
+def early(right: dict[str, list[float]]) -> dict[str, Any]:
+    """A checkpoint on the way that answers half as much."""
+    half = {n: [share / 2 for share in row] for n, row in right.items()}
+    return {"equal_accuracy": {"step": 450, "right": half}}
 
 
 def leaks() -> dict[str, Any]:
@@ -197,6 +204,15 @@ def test_arms_are_runs_of_their_own() -> None:
         assert (config.data.written_out, config.data.shifts) == (arm.writes, arm in SUMS)  # type: ignore[union-attr]
     first = STUDY.runs("small", Results())
     assert len(first) == 3 * len(ARMS) and all(run.tuning for run in first)
+
+
+def test_the_table_at_equal_training_accuracy() -> None:
+    planting = {"silent": silent_outcome(per_loop=2.0), "stack_writes": writing_outcome(10)}
+    tables = STUDY.conclude(results(planting)).tables
+    (table,) = (t for t in tables if "equal training accuracy" in t.title)
+    silent, stack = table.rows
+    assert silent[:5] == [ARMS["silent"].in_words, "3 of 3", "450", "50%", "50%"]
+    assert stack == [ARMS["stack_writes"].in_words, "0 of 3", "", *[""] * len(HOPS)]
 
 
 def test_runs_of_a_few_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ import torch
 from experiments.halting import exits
 from experiments.halting.arm import ACT_ARMS, ARMS, MOST_LOOPS, PLAIN, PONDERNET, SHALLOW, STEPPING
 from experiments.halting.conclude import VERDICTS, chosen_rule, saved_by_rule, wasted
-from experiments.halting.exits import RULES, Watched, follows_difficulty, record, watch
+from experiments.halting.exits import RULES, Watched, follows_difficulty, learnt, record, watch
 from experiments.halting.run import HOPS, SIZES, STUDY
 from experiments.run_store import Result, Results, Run
 from openmythos.config import ACTConfig
@@ -122,6 +122,11 @@ def outcome(
         "leaks": {str(n): {"chance": 1 / 16} for n in HOPS},
         "stages": {"8": 700},
         "learnt": best,
+        "equal_accuracy": {
+            "step": 600,
+            "accuracy": {str(n): curve for n in HOPS},
+            "own": {"test": own["test"]},
+        },
     }
 
 
@@ -267,6 +272,29 @@ def test_numbers_by_hand() -> None:
     assert wasted(data) == pytest.approx(10 / 36)
     assert follows_difficulty(data["own"]["test"], range(1, 9)) == pytest.approx(1.0)
     assert follows_difficulty(outcome(lambda n: 3)["own"]["test"], range(1, 9)) == 0.0
+
+
+def test_the_table_at_equal_training_accuracy() -> None:
+    own = outcome(lambda n: n, right=0.75, best=0.9)
+    never = {**outcome(lambda n: 1), "equal_accuracy": None}
+    planting = {PONDERNET.name: own, ACT_ARMS["fixed"][3].name: never}
+    tables = STUDY.conclude(results(planting)).tables
+    (table,) = (t for t in tables if "equal training accuracy" in t.title)
+    rows = {row[0]: row[1:] for row in table.rows}
+    assert rows[PONDERNET.in_words] == [
+        "3 of 3", "600", "4.500 ± 0.000", "0.750 ± 0.000", "1.000 ± 0.000", "0.900 ± 0.000",
+        "1.000 ± 0.000", "1.000 ± 0.000",
+    ]  # fmt: skip
+    assert rows[ACT_ARMS["fixed"][3].in_words] == ["0 of 3", *[""] * 7]
+
+
+def test_what_is_learnt_is_asked_at_the_trained_loops() -> None:
+    config = small_config(vocab_size=WALKS.vocab_size, num_loops=3)
+    model = random_model(config)
+    found = learnt(PLAIN, model, WALKS, 16)
+    shares = [watch(model, WALKS, n, 16, exits.CALIBRATION, 5).accuracy()[2] for n in range(1, 9)]
+    assert found == pytest.approx(sum(shares) / 8)
+    assert learnt(STEPPING, model, WALKS, 16) == pytest.approx(shares[-1])
 
 
 # --- the study ------------------------------------------------------------------------------------

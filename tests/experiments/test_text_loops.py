@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from experiments.claim import Conclusion
+from experiments.matching import training_flops
 from experiments.run_store import Result, Results, Run
 from experiments.text_loops import arm, curve, held_out, verdicts
 from experiments.text_loops.bigram import Bigrams
@@ -50,7 +51,7 @@ def test_the_arms_match_within_two_percent() -> None:
     parameters, training, test = (arm.model_of(name) for name in arm.STACKS)
     for found, target in (
         (counts.total_params(parameters), counts.total_params(looped)),
-        (3 * arm.test_flops(training), arm.training_flops(looped, arm.mean_loops())),
+        (3 * arm.test_flops(training), training_flops(arm.size_of(arm.LOOP), arm.MEAN_CONTEXT)),
         (arm.test_flops(test), arm.test_flops(looped)),
         (arm.test_flops(arm.model_of(arm.MOE)), arm.test_flops(looped)),
     ):
@@ -140,6 +141,11 @@ def planted(seed: int, bits: Mapping[int, float], **changes: Any) -> dict[str, A
     sets = {name: [[0.1] * 9 for _ in range(9)] for name in ("jaccard", "same", "disjoint")}
     data = {
         "training_bits": 2.0 + shift,
+        "by_step": [[100, 2.5], [200, 2.2]],
+        "equal_loss": {
+            "2.4": {"step": 150, "training": 2.39, "held_out": 2.5 + shift, "one_loop": 2.6},
+            "2.0": None,
+        },
         "held_out": bits[arm.TRAINED_LOOPS] + shift,
         "by_loops": {str(loops): value + shift for loops, value in bits.items()},
         "surprisal": {
@@ -163,7 +169,7 @@ def results_of(planting: Mapping[str, Mapping[str, Any]] | None = None) -> Resul
         changes = (planting or {}).get(name, {})
         for seed in range(3):
             data = copy.deepcopy(planted(seed, bits, **changes))
-            run = Run(name, seed, {"rate": 0.02})
+            run = Run(name, seed, {**SIZES["small"], "rate": 0.02})
             found.append(Result(run, data, None, 100.0, 90.0, "a processor", "2.13"))
     return found
 
@@ -234,6 +240,16 @@ def test_differences_between_arms_decide() -> None:
         assert decisions({arm.MOE: {"held_out": held}})["capacity-without-compute"] == expected
 
 
+def test_the_table_at_equal_training_loss() -> None:
+    (table,) = (t for t in STUDY.conclude(results_of()).tables if "equal training loss" in t.title)
+    first, last = table.rows[0], table.rows[-1]
+    per_token = training_flops(arm.size_of(arm.LOOP), arm.MEAN_CONTEXT)
+    tera = 150 * 12 * arm.SEQ_LEN * per_token / 1e12
+    assert first == ["2.4", arm.LOOP, "3 of 3", "150", f"{tera:.1f}", "2.3900", "2.5001", "+0.0999"]
+    assert last == ["2", arm.STACKS[-1], "0 of 3", "", "", "", "", ""]
+    assert table.rows[2][1] in arm.STACKS and table.rows[2][-1] == ""  # a stack has one loop
+
+
 def test_cache_and_difficulty_decide() -> None:
     for last, expected in ((8.004, "holds"), (8.04, "in part"), (8.4, "fails")):
         cache = {"exact": 8.0, "last_loop": last, "bytes_per_token": 4.0}
@@ -254,7 +270,7 @@ def test_a_smoke_run_measures_what_the_verdicts_read(name: str, tmp_path: Path) 
     data = STUDY.measure(run, "smoke", tmp_path)
     expected = planted(0, dict.fromkeys(DEPTHS, 2.0)).keys() | {"text"}
     if name in arm.STACKS:
-        assert data.keys() == {"text", "training_bits", "held_out"}
+        assert data.keys() == {"text", "training_bits", "held_out", "by_step", "equal_loss"}
     else:
         assert data.keys() == expected
         assert data["held_out"] == data["by_loops"]["4"]

@@ -1,3 +1,4 @@
+import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,9 @@ def one(arm: str, seed: int) -> dict[str, Any]:
             "working": loops,
         }  # fmt: skip
     found["at_trained_loops"] = found["maps"]["8"]
+    if arm != "untrained":
+        early = {"step": 600 + seed, "maps": copy.deepcopy(found["maps"])}
+        found["equal_accuracy"] = None if arm == "coda" else early
     found["novelty"] = [0.9 + jitter, 0.8, None]
     apart = (0.2 if arm in SIGNALS else 0.0) * (1 + jitter)
     found["operator"] = (apart * (1 - np.eye(4))).tolist()
@@ -188,6 +192,20 @@ def test_a_stack_is_measured_in_the_dials_folder(tmp_path: Path) -> None:
     data = STUDY.measure(run, "smoke", out)
     assert not out.exists() and len(list((tmp_path / DIAL.name / "smoke").iterdir())) == 1
     assert len(data["maps"]["8"]["necessity"]) == 4 and "operator" not in data
+
+
+def test_the_maps_at_equal_training_accuracy() -> None:
+    runs = [(arm, seed) for arm in ARMS for seed in SEEDS]
+    planted = Results(Result(Run(a, s), one(a, s), None, 1, 1, "p", "t") for a, s in runs)
+    tables = STUDY.conclude(planted).tables
+    (table,) = (t for t in tables if "equal training accuracy" in t.title)
+    rows = {row[0]: row[1:] for row in table.rows}
+    assert rows.keys() == ARMS.keys() - {"untrained"}
+    bits = "0.700 (0.688 to 0.712)"  # 0.695, 0.700, 0.705: t of 2 degrees is 4.303
+    assert rows["sampled"] == [
+        "3 of 3", "601", "0.99", "4.0", bits, "4.0", "0.00", "0.99", "0.70",
+    ]  # fmt: skip
+    assert rows["coda"] == ["0 of 3", *[""] * 8]
 
 
 def test_figures_are_drawn() -> None:

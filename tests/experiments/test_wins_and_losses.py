@@ -1,5 +1,6 @@
 """Arms that match, accuracies by hand, and what planted results decide."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -7,7 +8,15 @@ import torch
 
 from experiments.run_store import Result, Results, Run
 from experiments.tuning import TUNING_SEED
-from experiments.wins_and_losses.arm import TASKS, accuracies, model_config, recipe
+from experiments.wins_and_losses.arm import (
+    BATCH,
+    LEVELS,
+    TASKS,
+    accuracies,
+    model_config,
+    recipe,
+    train_and_measure,
+)
 from experiments.wins_and_losses.run import ARMS, RATES, SEEDS, STUDY
 from openmythos.config import counts
 from openmythos.data.puzzle_table import make_puzzle
@@ -51,12 +60,15 @@ def test_accuracies_of_a_model_that_always_says_the_same(task: str) -> None:
 
 
 def result(name: str, seed: int, accuracy: float) -> Result:
-    data = {
+    data: dict[str, Any] = {
         "accuracy": accuracy,
         "trained": accuracy,
         "by_size": {"1": {"held_out": accuracy}},
+        "beyond": {"longer": accuracy / 2},
         "leaks": {"1": {"chance": 0.1}},
     }
+    low, high = map(str, LEVELS[name.partition("_")[0]])
+    data["equal_accuracy"] = {low: {**data, "step": 100 + 10 * seed}, high: None}
     return Result(Run(name, seed, {"rate": 0.01}), data, None, 1, 1, "", "")
 
 
@@ -96,6 +108,33 @@ def test_what_planted_results_decide() -> None:
     worse = planted(products_shallow=0.9, induction_shallow=0.9)
     assert decisions(worse)["by-more-loops"] == "fails"
     assert set(decisions(Results()).values()) == {"no result"}
+
+
+def test_the_table_at_equal_training_accuracy() -> None:
+    tables = STUDY.conclude(planted(products_loop=0.6)).tables
+    (table,) = (t for t in tables if "equal training accuracy" in t.title)
+    assert [row[:3] for row in table.rows] == [
+        [task, f"{level:g}", arm] for task in TASKS for level in LEVELS[task] for arm in ARMS
+    ]
+    row = next(row for row in table.rows if row[0] == "products")
+    per_token = counts.training_flops(model_config("loop", "products"), context_length=8)
+    tera = 110 * BATCH["products"] * 16 * per_token / 1e12
+    assert row[3:] == ["3 of 3", "110", f"{tera:.2f}", "0.610", "longer: 0.305"]
+    assert table.rows[-1][3:] == ["0 of 3", "", "", "", ""]
+
+
+def test_what_a_run_stores(tmp_path: Path) -> None:
+    settings = {"steps": 2, "examples": 8, "rate": 0.01}
+    found = train_and_measure("shallow", "products", 0, settings, False, tmp_path / "a")
+    assert [step for step, _ in found["by_step"]] == [2]
+    assert found["equal_accuracy"].keys() == {"0.3", "0.5"}
+    assert found["beyond"].keys() == {"24 factors", "32 factors"}
+    for level, early in found["equal_accuracy"].items():
+        assert (early is not None) == (found["by_step"][0][1] >= float(level))
+    tuning = train_and_measure("shallow", "products", 0, settings, True, tmp_path / "b")
+    assert {**tuning, "by_step": 0, "equal_accuracy": 0} == {
+        **found, "by_step": 0, "equal_accuracy": 0,
+    }  # fmt: skip
 
 
 def test_the_figure_is_drawn() -> None:

@@ -150,7 +150,7 @@ def at_equal_loss(
     seen, unseen = task.train, task.validation
 
     def bits(model: RecurrentDepthLM) -> float:
-        return held_out_bits_per_byte(model, seen, loops, batches)
+        return held_out_bits_per_byte(model, seen, loops, max(1, batches // 4))
 
     def held_out(model: RecurrentDepthLM) -> dict[str, Any]:
         by_loops = {n: held_out_bits_per_byte(model, unseen, n, batches) for n in (1, loops)}

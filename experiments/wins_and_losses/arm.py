@@ -118,11 +118,12 @@ def train_and_measure(
         raise KeyboardInterrupt
     puzzle, loops, count = make_puzzle(TASKS[task], seed), ARMS[arm][1], settings["examples"]
 
-    def by_size(model: RecurrentDepthLM) -> dict[str, dict[str, Any]]:
-        return {str(n): accuracies(model, puzzle, n, loops, count) for n in puzzle.train_sizes}
+    def trained(model: RecurrentDepthLM) -> float:
+        batches = (puzzle.sample_batch(0, n, count) for n in puzzle.train_sizes)
+        return fmean(share_right(model, puzzle, batch, loops)[0] for batch in batches)
 
     def everything(model: RecurrentDepthLM) -> dict[str, Any]:
-        parts = by_size(model)
+        parts = {str(n): accuracies(model, puzzle, n, loops, count) for n in puzzle.train_sizes}
         longer = {name: (make_puzzle(c, seed), n) for name, (c, n) in BEYOND[task].items()}
         return {
             "accuracy": fmean(part["held_out"] for part in parts.values()),
@@ -138,9 +139,7 @@ def train_and_measure(
     found["leaks"] = {str(n): puzzle.leak_baselines(n) for n in puzzle.train_sizes}
     if tuning:
         return found
-    way = course(
-        run, out, LEVELS[task], lambda m: fmean(part["trained"] for part in by_size(m).values())
-    )
+    way = course(run, out, LEVELS[task], trained)
     found["by_step"] = way.by_step
     found["equal_accuracy"] = {str(level): way.at(level, everything) for level in LEVELS[task]}
     return found

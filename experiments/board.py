@@ -33,7 +33,7 @@ LEADS = {
         "growing_map",
     ): "What each loop reads, on walks longer than any in training: a row per loop, a column per "
     "word, blue where the answer is lost if that word is changed in that loop only. The same "
-    "weights run again, and the map grows by a row. Below, a model with drawn depths and a stack.",
+    "weights run again, and the map grows by a row. Below, a model trained at changing numbers of loops, and a plain model without loops.",
     (
         "depth_dial",
         "stepping_and_holding",
@@ -332,9 +332,9 @@ def first_screen(findings: Sequence[Finding]) -> str:
         for caption, _, path in leading(findings)[:1]
     ]
     parts.append(
-        f"[The scoreboard]({board}): claims about looped models, with verdicts. Whoever disagrees "
-        "runs a line again, `openmythos reproduce NAME --scale small --again`; its seconds stand "
-        "beside it.\n"
+        f"[The scoreboard]({board}): claims about looped models, with verdicts. To check one, run "
+        "its experiment again, `openmythos reproduce NAME --scale small --again`; the scoreboard "
+        "says how many seconds each takes.\n"
     )
     return "\n".join(parts)
 

@@ -33,7 +33,8 @@ LEADS = {
         "growing_map",
     ): "What each loop reads, on walks longer than any in training: a row per loop, a column per "
     "word, blue where the answer is lost if that word is changed in that loop only. The same "
-    "weights run again, and the map grows by a row. Below, a model trained at changing numbers of loops, and a plain model without loops.",
+    "weights run again, and the map grows by a row. Below, a model trained at changing numbers of "
+    "loops, and a plain model without loops. One seed of three.",
     (
         "depth_dial",
         "stepping_and_holding",
@@ -203,7 +204,9 @@ def section(finding: Finding) -> str:
         path = finding.picture(name).relative_to(study.folder).as_posix()
         parts.append(f"![{name.replace('_', ' ')}]({path})\n\nData `{own}`.\n")
     parts.append("## Claims and rules\n")
-    parts += [_claim(claim, verdict) for claim, verdict in finding.verdicts]
+    parts += [
+        _claim(claim, verdict, _same_words(claim, study)) for claim, verdict in finding.verdicts
+    ]
     if finding.conclusion is not None:
         parts += [f"## {table.title}\n\n{markdown(table)}" for table in finding.conclusion.tables]
     parts += [_fresh(finding), _runs(finding.runs, finding.results)]
@@ -240,16 +243,37 @@ def _title(claim: Claim) -> str:
     return claim.name.replace("-", " ").capitalize()
 
 
-def _claim(claim: Claim, verdict: Verdict | None) -> str:
+def _same_words(claim: Claim, study: Study) -> str:
+    """The other experiments that decide the same words, perhaps otherwise."""
+    found = [
+        f"[{other.name}](../{other.name}/README.md)"
+        for other in studies(study.root / "experiments")
+        for same in other.claims.values()
+        if same.quote == claim.quote and other.name != study.name
+    ]
+    return f". Also decided in {' and '.join(found)}" if found else ""
+
+
+def _claim(claim: Claim, verdict: Verdict | None, elsewhere: str) -> str:
     said = f"**{NOT_YET.capitalize()}.**"
     if verdict is not None:
         said = f"**{verdict.decision.capitalize()}.** {verdict.sentence}{_number(verdict)}"
     return (
         f"### {_title(claim)}\n\n"
-        f"> {claim.quote}\n>\n> {claim.article}\n\n{said}\n\n"
-        f"Rule, written before the runs: {claim.rule_in_numbers}\n\n"
+        f"> {claim.quote}\n>\n> {claim.article}{elsewhere}\n\n{said}\n\n"
+        f"Rule, written before the runs: {claim.rule_in_numbers}{_thresholds(claim)}\n\n"
         f"What would change it: {claim.would_change}\n"
     )
+
+
+def _thresholds(claim: Claim) -> str:
+    """The numbers that the rule only names, without backticks."""
+    named = [
+        f"{name} {number:g}"
+        for name, number in claim.thresholds.items()
+        if f"`{name}`" not in claim.rule and re.search(rf"\b{name}\b", claim.rule)
+    ]
+    return f" ({', '.join(named)}.)" if named else ""
 
 
 def _number(verdict: Verdict) -> str:
@@ -262,6 +286,8 @@ def _ends(verdict: Verdict, before: str) -> str:
     if verdict.interval is None:
         return ""
     low, high = verdict.interval
+    if low == high:  # equal in every seed
+        return ""
     return f"{before}{low:.3g} to {high:.3g}"
 
 

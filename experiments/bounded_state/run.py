@@ -137,7 +137,7 @@ def trained_table(results: Results) -> Table:
     shown = []
     for row in outcomes(results):
         mean = "" if row["accuracy"] is None else f"{row['accuracy']:.3f}"
-        far = "" if row["norm"] is None else f"{row['norm']:,.3g}"
+        far = "not finite" if row["norm"] is None else f"{row['norm']:,.3g}"
         rho = "" if row["rho"] is None else f"{row['rho']:.4f}"
         runs = f"{row['lost']} of {row['runs']}"
         shown.append([row["kind"], f"{row['rate']:g}", str(row["loops"]), mean, runs, rho, far])

@@ -81,15 +81,18 @@ def lti_cannot_grow(claim: Claim, results: Results, rows: Rows) -> Verdict:
 
 
 def useless_from(own: Rows, add: Rows, last: int) -> str:
-    """The least rho whose mean bound is above the norm of plain addition, at every scale."""
+    """By scale of the weights, the least rho whose bound is above the norm of plain addition."""
     plain = {(row["seed"], row["scale"]): norm_at(row, last) for row in add}
-    by_rho: dict[float, list[bool]] = {}
+    by_scale: dict[float, dict[float, list[bool]]] = {}
     for row in own:
         if row["kind"] == "lti":
             above = row["bound"] > plain[row["seed"], row["scale"]]
-            by_rho.setdefault(row["rho"], []).append(above)
-    found = [rho for rho, above in sorted(by_rho.items()) if all(above)]
-    return f"{found[0]:g}" if found else "above those tried"
+            by_scale.setdefault(row["scale"], {}).setdefault(row["rho"], []).append(above)
+    said = []
+    for scale, by_rho in sorted(by_scale.items()):
+        found = [f"{rho:g}" for rho, above in sorted(by_rho.items()) if all(above)]
+        said.append(f"{found[0] if found else 'none tried'} (weights times {scale:g})")
+    return " and ".join(said)
 
 
 def blow_up(claim: Claim, results: Results, rows: Rows) -> Verdict:
@@ -110,9 +113,12 @@ def blow_up(claim: Claim, results: Results, rows: Rows) -> Verdict:
         between.difference.mean >= limit["least_lost_gap"],
         slope.mean >= limit["least_slope"],
     )
+    free_w = results.of("trained_linear")
+    broken = sum(r.data["norms"]["256"] is None for r in free_w)
     sentence = (
         f"With fixed weights and plain addition the norm grows as the {slope.mean:.2f}th power of "
-        f"the loops: linearly, not exponentially. Of the trainings without a constraint "
+        f"the loops. With a free W_h the state of {broken} of {len(free_w)} trained models is no "
+        f"finite number at 256 loops. Of the trainings without a constraint "
         f"{statistics.mean(free):.0%} were lost, of those with one {statistics.mean(kept):.0%}."
     )
     return verdict(claim.name, graded(parts), sentence, between.difference, figure="outcomes")

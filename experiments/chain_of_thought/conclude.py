@@ -121,8 +121,9 @@ def one_loop_is_one_step(claim: Claim, results: Results) -> Verdict:
         graded(held),
         f"A loop of two layers does {slope.mean:.2f} hops, a written step one. Read out after a "
         f"loop, the model names the entity that it has reached in {said.mean:.0%} of the walks of "
-        f"{LONGEST} hops (chance 6 %). Answers stay right up to {silent:.1f} hops silently, with "
-        f"as many loops as it takes, and up to {written:.1f} in writing.",
+        f"{LONGEST} hops (chance 6 %). The longest walks that are answered have "
+        f"{silent:.1f} hops silently, with as many loops as it takes, and {written:.1f} in "
+        f"writing; silently some shorter ones are not (the table).",
         slope,
         figure="right_by_hops",
     )

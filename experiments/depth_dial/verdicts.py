@@ -177,6 +177,12 @@ class Rules:
             f"At equal training accuracy {BASE} answers {np.mean(loop):.2f} of {near} hops, "
             f"{stack} {np.mean(plain):.2f}."
         )
+        if stack == ROPE_STACK and self.early.seeds("rope") >= MIN_SEEDS:
+            alike = np.mean(self.early.best("rope", near))
+            said += (
+                f" Stacks without positions never reached it; a loop with the same positions "
+                f"answers {alike:.2f}."
+            )
         if not found.is_result:
             return "no result", found.difference, said
         collapsed = np.mean(plain) <= limits["collapsed"]
@@ -261,8 +267,8 @@ class Rules:
         decision = "holds" if np.mean(worst[best]) <= limits["most_lost"] else decision
         said = (
             f"Of {len(RULES)} rules, {best} loses least, at worst {np.mean(worst[best]):.2f}; arms "
-            f"that degrade: {', '.join(bad)}; of these some rule loses nothing in: "
-            f"{', '.join(kept) or 'none'}."
+            f"that degrade: {', '.join(bad)}; of these some rule loses at most "
+            f"{limits['most_lost']:g} in: {', '.join(kept) or 'none'}."
         )
         return decision, t_interval(worst[best]), said
 
@@ -297,7 +303,8 @@ class Rules:
         best = max(held.values(), key=lambda values: float(np.mean(values)))
         said = (
             f"Longer walks need more loops and are answered in: {', '.join(turned) or 'no arm'}; "
-            f"more loops than needed do no harm in: {', '.join(both) or 'none of them'}."
+            f"at least {limits['answered']:g} of every length stays right up to {many} loops in: "
+            f"{', '.join(both) or 'none of them'}."
         )
         return decision, t_interval(best), said
 

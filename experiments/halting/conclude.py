@@ -275,7 +275,11 @@ def converged_halt(claim: Claim, results: Results) -> Verdict:
         all(each.low >= least["holds"] for each in shares),
         all(each.high < least["fails"] for each in shares),
     )
-    said = ", ".join(f"{s.mean:.1%} ({a.in_words})" for a, s in zip(arms, shares, strict=True))
+    said = ", ".join(
+        f"{s.mean:.1%} ({a.in_words}, {fmean(results.values(a.name, own_right)):.0%} right, "
+        f"{fmean(results.values(a.name, wasted)):.0%} of its loops after settling)"
+        for a, s in zip(arms, shares, strict=True)
+    )
     half = MOST_LOOPS // 2
     return verdict(
         claim.name,
@@ -323,11 +327,12 @@ def overthinking(claim: Claim, results: Results) -> Verdict:
         if results.of(arm.name)
     ]
     others = ", ".join(f"{each:.3f}" for each in spared)
+    counted = ", ".join(arm.in_words for arm, *_ in shown) or "no arm"
     return verdict(
         claim.name,
         decision,
-        f"{said}. For comparison, ACT at fixed depth and the model without a head, from "
-        f"{MOST_LOOPS} to {2 * MOST_LOOPS} loops: {others}.",
+        f"Decided by: {counted}. {said}. For comparison, ACT at fixed depth and the model without "
+        f"a head, from {MOST_LOOPS} to {2 * MOST_LOOPS} loops: {others}.",
         max((case[2] for case in cases), key=lambda each: each.mean),
         figure="overthinking",
     )
@@ -344,11 +349,13 @@ def rule_beats_fixed(claim: Claim, results: Results) -> Verdict:
     cheap = lost <= least["within"]
     decision = _ordered(cheap and saved.low >= least["holds"], not cheap or saved.low <= 0)
     depths = ", ".join(str(depth) for _, _, depth in found)
+    by_seed = ", ".join(f"{share:.0%}" for share, _, _ in found)
     return verdict(
         claim.name,
         decision,
         f"Against the shallowest sufficient fixed depth ({depths} loops by seed), the rule chosen "
-        f"on other walks saves {saved.mean:.0%} of the loops and loses {lost:.3f} in accuracy.",
+        f"on other walks saves {saved.mean:.0%} of the loops ({by_seed} by seed) and "
+        f"{'loses' if lost > 0 else 'gains'} {abs(lost):.3f} in accuracy.",
         saved,
         figure="rules_and_depths",
     )

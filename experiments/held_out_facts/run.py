@@ -204,6 +204,8 @@ def decide(claim: Claim, results: Results) -> Verdict:
         passed = loop >= limits["passed"] and fmean(new[best]) <= limits["collapsed"]
         part = found.difference.mean >= limits["least_gap"]
         decision = "holds" if passed else "in part" if part else "fails"
+    by_seed = ", ".join(f"{value:.3f}" for value in new[best])
+    said = f"{said}; {best} by seed {by_seed}, where the rule allows {limits['collapsed']:g}"
     return verdict(claim.name, decision, f"{said}.", found.difference, figure="two_hops")
 
 

@@ -122,7 +122,7 @@ def decide(claim: Claim, fits: Mapping[int, Fit | None]) -> Verdict:
     return Verdict(
         claim=claim.name,
         decision=judged(phi, published),
-        sentence=f"Phi is {phi.mean:.2f}; in times their layers: {text}.",
+        sentence=f"Phi is {phi.mean:.2f}, published {published:g}; in times their layers: {text}.",
         number=phi.mean,
         interval=(phi.low, phi.high),
         figure="by_loops",

@@ -107,8 +107,8 @@ def equal_quality(claim: Claim, quality: Mapping[str, Any]) -> Verdict:
     said = ", ".join(f"{name} {share:.1%}" for name, share in behind.items())
     sentence = (
         f"Published scores, not measured here: the 770M loop is behind the 1.3B stack by {said}; "
-        f"of the gap in Core between the two plain sizes it closes {closed:.1%}, the best of the "
-        "published pairs. Parameters and tokens are equal there, FLOPs are not."
+        f"of the gap in Core between the two plain sizes it closes {closed:.1%}. "
+        "Parameters and tokens are equal there, FLOPs are not."
     )
     return Verdict(claim=claim.name, decision=decision, sentence=sentence, number=closed)
 

@@ -144,7 +144,10 @@ class Rules:
         if min(len(fixed), len(sampled)) < MIN_SEEDS:
             return "no result", None, "Fewer than three seeds whose loops work."
         found = gap(fixed, sampled)
-        said = f"Fixed {np.mean(fixed):.2f} bits, sampled {np.mean(sampled):.2f}."
+        said = (
+            f"Fixed {np.mean(fixed):.2f} bits, sampled {np.mean(sampled):.2f}. The second also "
+            "trains mixed walks: which of the two blurs is not known."
+        )
         return by_gap(found, limits["least_gap"], said)
 
     def slightly_different(self, limits: Mapping[str, float]) -> Found:
@@ -210,9 +213,10 @@ class Rules:
         used = number.mean >= limits["least_loss"] and number.low > 0
         decision: Decision = "in part" if apart >= limits["least"] else "fails"
         decision = "holds" if used and apart >= limits["least"] else decision
+        by_seed = ", ".join(f"{value:.2f}" for value in lost)
         said = (
             f"LoRA changes {apart:.2f} of a loop's step; with the first loop's weights at every "
-            f"loop {number.mean:.2f} of the accuracy is lost."
+            f"loop {number.mean:.2f} of the accuracy is lost ({by_seed} by seed)."
         )
         return decision, number, said
 
@@ -284,7 +288,8 @@ class Rules:
                 _mean([one["accuracy"] for one in new]),
                 _mean(self.bits(arm, NEW)), _mean([b for b in trained if b is not None]),
             ])  # fmt: skip
-        return Table("Reading maps: means over seeds", header, rows)
+        title = "Reading maps: means over seeds (shuffled: the greatest upper end)"
+        return Table(title, header, rows)
 
     def equal_table(self) -> Table:
         """The maps of runs that are as good on the longest walks of training."""

@@ -216,12 +216,11 @@ def equal_table(results: Results) -> Table:
 
 
 def leak_table(results: Results) -> Table:
-    """What guessers reach that do not do the work, at the largest size."""
+    """What guessers reach that do not do the work."""
     rows = []
     for task in TASKS:
         own = results.of(f"{task}_loop")
-        if own:
-            size, leaks = list(own[0].data["leaks"].items())[-1]
+        for size, leaks in own[0].data["leaks"].items() if own else ():
             said = ", ".join(
                 f"{name.replace('_', ' ')} {share:.3f}" for name, share in leaks.items()
             )

@@ -129,7 +129,8 @@ def test_a_state_above_its_bound_is_a_failure() -> None:
 def test_the_sentence_says_where_the_bound_is_useless() -> None:
     (found, *_) = STUDY.conclude(planted()).verdicts
     assert (
-        "from rho 0.9999 on" in found.sentence and "has 0.10 of plain addition's" in found.sentence
+        "from rho 0.9999 (weights times 1) on" in found.sentence
+        and "has 0.10 of plain addition's" in found.sentence
     )
 
 

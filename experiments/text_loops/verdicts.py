@@ -57,7 +57,7 @@ def conclude(claims: Mapping[str, Claim], results: Results) -> Conclusion:
         tables=[
             matching({arm: size_of(arm) for arm in ARMS}, LOOP, MEAN_CONTEXT),
             bits_table(results),
-            equal_table(results),
+            *equal_tables(results),
             fits_table([*results.of(LOOP), *results.of(ZOO)]),
             surprisal_table(results.of(LOOP)),
         ],
@@ -260,8 +260,13 @@ def bits_table(results: Results) -> Table:
     )
 
 
-def equal_table(results: Results) -> Table:
-    """Held-out text of runs that predict training text as well, and what it took."""
+def equal_tables(results: Results) -> list[Table]:
+    """Held-out text of runs that predict training text as well, and what it took.
+
+    None if a run has no checkpoints on the way.
+    """
+    if not all("equal_loss" in result.data for arm in ARMS for result in results.of(arm)):
+        return []
     rows = []
     for level, arm in ((level, arm) for level in LEVELS for arm in ARMS):
         own = results.of(arm)
@@ -283,7 +288,7 @@ def equal_table(results: Results) -> Table:
     title = (
         "At equal training loss: the first checkpoint with as few bits per byte of training text"
     )
-    return Table(title, header, rows)
+    return [Table(title, header, rows)]
 
 
 def fits_table(seeds: Sequence[Result]) -> Table:

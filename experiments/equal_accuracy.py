@@ -7,11 +7,13 @@ arms that know as much of what they are trained on are compared by the rest.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+from experiments.claim import Table
 from openmythos.folder import remove_folder, write_json
 
 if TYPE_CHECKING:
@@ -94,11 +96,27 @@ def _step(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
 
 
-HEADER = ("reached by", "mean step")
+def table(
+    title: str,
+    names: Sequence[str],
+    header: Sequence[str],
+    arms: Iterable[tuple[Sequence[str], Sequence[Mapping[str, Any] | None]]],
+    shown: Callable[[Sequence[str], Sequence[Mapping[str, Any]]], Iterable[str]],
+) -> Table:
+    """Arms at a level: how many of their runs reach it, at which step, and what they do there.
 
-
-def cells(found: Sequence[Mapping[str, Any] | None]) -> tuple[str, str]:
-    """For a table: how many of an arm's runs reached a level, and their mean step."""
-    steps = [one["step"] for one in found if one is not None]
-    mean = f"{sum(steps) / len(steps):.0f}" if steps else ""
-    return f"{len(steps)} of {len(found)}", mean
+    Args:
+        title: Of the table.
+        names: The headings of what names a row.
+        header: Those of what ``shown`` gives.
+        arms: Per row its names, and what each run stores of the level: None if it is not reached.
+        shown: The cells of a row, from its names and the runs that reach the level; those of a row
+            without any stay empty.
+    """
+    rows = []
+    for named, found in arms:
+        early = [one for one in found if one is not None]
+        step = f"{fmean(one['step'] for one in early):.0f}" if early else ""
+        cells = list(shown(named, early)) if early else [""] * len(header)
+        rows.append([*named, f"{len(early)} of {len(found)}", step, *cells])
+    return Table(title, [*names, "reached by", "mean step", *header], rows)

@@ -1,7 +1,7 @@
 """Intervals over seeds, and when a gap between two arms is a result."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -65,20 +65,6 @@ def t_interval(values: Sequence[float]) -> Interval:
     deviation = float(np.std(values, ddof=1))
     half = _t(n - 1) * deviation / math.sqrt(n)
     return Interval(mean, mean - half, mean + half, deviation, n)
-
-
-def bootstrap(
-    values: Sequence[float],
-    statistic: Callable[[np.ndarray], float] = lambda drawn: float(np.mean(drawn)),
-    draws: int = 2000,
-    seed: int = 0,
-) -> Interval:
-    """A statistic and its percentile interval, from values drawn again with replacement."""
-    array, generator = np.asarray(values, dtype=np.float64), np.random.default_rng(seed)
-    found = [statistic(generator.choice(array, len(array))) for _ in range(draws)]
-    low, high = np.quantile(found, (0.025, 0.975))
-    deviation = float(np.std(array, ddof=1)) if len(array) > 1 else 0.0
-    return Interval(statistic(array), float(low), float(high), deviation, len(array))
 
 
 def gap(first: Sequence[float], second: Sequence[float]) -> Gap:

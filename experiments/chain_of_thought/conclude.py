@@ -245,19 +245,18 @@ def _tables(results: Results) -> list[Table]:
 
 def _equal(results: Results, lengths: Sequence[str]) -> Table:
     """Right answers of runs that are as good on the longest walks of training."""
-    rows = []
-    for arm in ARMS.values():
-        own = [r.data["equal_accuracy"] for r in results.of(arm.name)]
-        early = [one for one in own if one is not None]
-        if not own:
-            continue
-        right = (f"{fmean(at_best(one, n) for one in early):.0%}" if early else "" for n in lengths)
-        rows.append([arm.in_words, *equal_accuracy.cells(own), *right])
-    title = (
+    return equal_accuracy.table(
         f"Right answers at equal training accuracy, at the best number of loops: the first "
-        f"checkpoint with {LEVEL:g} of {LONGEST} hops"
+        f"checkpoint with {LEVEL:g} of {LONGEST} hops",
+        ["arm"],
+        lengths,
+        [
+            ([arm.in_words], [result.data["equal_accuracy"] for result in own])
+            for arm in ARMS.values()
+            if (own := results.of(arm.name))
+        ],
+        lambda _, early: (f"{fmean(at_best(one, n) for one in early):.0%}" for n in lengths),
     )
-    return Table(title, ["arm", *equal_accuracy.HEADER, *lengths], rows)
 
 
 def _matched() -> Table:

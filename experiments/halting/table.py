@@ -84,25 +84,31 @@ def _arms(results: Results) -> Table:
 
 def _equal(results: Results) -> Table:
     """What halting does in runs that are as good on what they are trained on."""
-    owns: list[Callable[[Data], float]] = [own_loops, own_right, _follows]
-    rows = []
-    for arm in ARMS.values():
-        own = [r.data["equal_accuracy"] for r in results.of(arm.name)]
-        early = [one for one in own if one is not None]
-        if not own:
-            continue
-        row = [arm.in_words, *equal_accuracy.cells(own)]
-        if early:
-            has_own = early[0]["own"] is not None
-            row += [_cell([of(one) for one in early]) if has_own else "" for of in owns]
-            row += [_cell([best_fixed(one) for one in early])]
-            row += [_cell([max(one["accuracy"][str(n)]) for one in early]) for n in (8, 10)]
-        rows.append(row + [""] * (9 - len(row)))
-    header = ["arm", *equal_accuracy.HEADER, "own halting: loops", "right"]
-    header += ["rank correlation with hops", "right at the best fixed depth"]
-    header += [f"{n} hops at the best loops" for n in (8, 10)]
-    title = f"At equal training accuracy: the first checkpoint with {LEVEL:g} of the trained walks"
-    return Table(title, header, rows)
+
+    def shown(_: Sequence[str], early: Sequence[Data]) -> list[str]:
+        owns: list[Callable[[Data], float]] = [own_loops, own_right, _follows]
+        has_own = early[0]["own"] is not None
+        return [
+            *(_cell([of(one) for one in early]) if has_own else "" for of in owns),
+            _cell([best_fixed(one) for one in early]),
+            *(_cell([max(one["accuracy"][str(n)]) for one in early]) for n in (8, 10)),
+        ]
+
+    return equal_accuracy.table(
+        f"At equal training accuracy: the first checkpoint with {LEVEL:g} of the trained walks",
+        ["arm"],
+        [
+            *("own halting: loops", "right", "rank correlation with hops"),
+            "right at the best fixed depth",
+            *(f"{n} hops at the best loops" for n in (8, 10)),
+        ],
+        [
+            ([arm.in_words], [result.data["equal_accuracy"] for result in own])
+            for arm in ARMS.values()
+            if (own := results.of(arm.name))
+        ],
+        shown,
+    )
 
 
 def _by_hops(results: Results) -> Table:

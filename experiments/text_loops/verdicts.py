@@ -57,7 +57,7 @@ def conclude(claims: Mapping[str, Claim], results: Results) -> Conclusion:
         tables=[
             matching({arm: size_of(arm) for arm in ARMS}, LOOP, MEAN_CONTEXT),
             bits_table(results),
-            *equal_tables(results),
+            equal_table(results),
             fits_table([*results.of(LOOP), *results.of(ZOO)]),
             surprisal_table(results.of(LOOP)),
         ],
@@ -260,35 +260,37 @@ def bits_table(results: Results) -> Table:
     )
 
 
-def equal_tables(results: Results) -> list[Table]:
-    """Held-out text of runs that predict training text as well, and what it took.
+def equal_table(results: Results) -> Table:
+    """Held-out text of runs that predict training text as well, and what it took."""
 
-    None if a run has no checkpoints on the way.
-    """
-    if not all("equal_loss" in result.data for arm in ARMS for result in results.of(arm)):
-        return []
-    rows = []
-    for level, arm in ((level, arm) for level in LEVELS for arm in ARMS):
-        own = results.of(arm)
-        found = [result.data["equal_loss"][str(level)] for result in own]
-        early = [one for one in found if one is not None]
-        row = [f"{level:g}", arm, *equal_accuracy.cells(found)]
-        if early:
-            settings = own[0].run.settings
-            tokens = settings["batch_size"] * settings["seq_len"]
-            steps = fmean(one["step"] for one in early)
-            flops = steps * tokens * training_flops(size_of(arm), MEAN_CONTEXT)
-            parts = ([one[name] for one in early] for name in ("training", "held_out"))
-            gains = [one["one_loop"] - one["held_out"] for one in early]
-            gain = "" if arm in STACKS else f"{fmean(gains):+.4f}"
-            row += [f"{flops / 1e12:.1f}", *(f"{fmean(part):.4f}" for part in parts), gain]
-        rows.append(row + [""] * (8 - len(row)))
-    header = ["training text, bits", "arm", *equal_accuracy.HEADER, "training TFLOPs"]
-    header += ["training text", "held-out text", f"gained from 1 to {TRAINED_LOOPS} loops"]
-    title = (
-        "At equal training loss: the first checkpoint with as few bits per byte of training text"
+    def shown(names: Sequence[str], early: Sequence[Mapping[str, Any]]) -> list[str]:
+        arm = names[1]
+        settings = results.of(arm)[0].run.settings
+        tokens = settings["batch_size"] * settings["seq_len"]
+        steps = fmean(one["step"] for one in early)
+        flops = steps * tokens * training_flops(size_of(arm), MEAN_CONTEXT)
+        parts = (fmean(one[name] for one in early) for name in ("training", "held_out"))
+        gain = fmean(one["one_loop"] - one["held_out"] for one in early)
+        return [
+            f"{flops / 1e12:.1f}",
+            *(f"{part:.4f}" for part in parts),
+            "" if arm in STACKS else f"{gain:+.4f}",
+        ]
+
+    return equal_accuracy.table(
+        "At equal training loss: the first checkpoint with as few bits per byte of training text",
+        ["training text, bits", "arm"],
+        [
+            *("training TFLOPs", "training text", "held-out text"),
+            f"gained from 1 to {TRAINED_LOOPS} loops",
+        ],
+        [
+            ([f"{level:g}", arm], [r.data["equal_loss"][str(level)] for r in results.of(arm)])
+            for level in LEVELS
+            for arm in ARMS
+        ],
+        shown,
     )
-    return [Table(title, header, rows)]
 
 
 def fits_table(seeds: Sequence[Result]) -> Table:

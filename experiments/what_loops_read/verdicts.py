@@ -293,35 +293,36 @@ class Rules:
 
     def equal_table(self) -> Table:
         """The maps of runs that are as good on the longest walks of training."""
-        own = {
-            arm: [data["equal_accuracy"] for data in self.data[arm]]
-            for arm in ARMS
-            if ARMS[arm].trained and self.data[arm]
-        }
-        early = Rules(
-            self.claims,
-            {arm: [one for one in own.get(arm, ()) if one is not None] for arm in ARMS},
-        )
-        rows = []
-        for arm, found in own.items():
-            row = [arm, *equal_accuracy.cells(found)]
-            if early.data[arm]:
-                old, new = ([d["maps"][hops] for d in early.data[arm]] for hops in (OLD, NEW))
-                row.append(_mean([one["accuracy"] for one in old]))
-                row.append(_mean([one["loops"] for one in old], 1))
-                row.append(_interval(early.bits(arm)))
-                row.append(_mean([one["working"] for one in old], 1))
-                row.append(f"{early.agreement(arm):.2f}")
-                row.append(_mean([one["accuracy"] for one in new]))
-                row.append(_mean(early.bits(arm, NEW)))
-            rows.append(row + [""] * (10 - len(row)))
-        header = ["arm", *equal_accuracy.HEADER, "8 hops", "loops", "bits", "working loops"]
-        header += ["necessity and sufficiency differ", "10 hops", "bits at 10 hops"]
-        title = (
+
+        def shown(names: Sequence[str], early: Sequence[Mapping[str, Any]]) -> list[str]:
+            (arm,) = names
+            own = Rules(self.claims, {arm: early})
+            old, new = ([data["maps"][hops] for data in early] for hops in (OLD, NEW))
+            return [
+                _mean([one["accuracy"] for one in old]),
+                _mean([one["loops"] for one in old], 1),
+                _interval(own.bits(arm)),
+                _mean([one["working"] for one in old], 1),
+                f"{own.agreement(arm):.2f}",
+                _mean([one["accuracy"] for one in new]),
+                _mean(own.bits(arm, NEW)),
+            ]
+
+        return equal_accuracy.table(
             f"Reading maps at equal training accuracy: the first checkpoint with "
-            f"{EQUAL_ACCURACY:g} of {OLD} hops"
+            f"{EQUAL_ACCURACY:g} of {OLD} hops",
+            ["arm"],
+            [
+                *("8 hops", "loops", "bits", "working loops"),
+                *("necessity and sufficiency differ", "10 hops", "bits at 10 hops"),
+            ],
+            [
+                ([arm], [data["equal_accuracy"] for data in self.data[arm]])
+                for arm in ARMS
+                if ARMS[arm].trained and self.data[arm]
+            ],
+            shown,
         )
-        return Table(title, header, rows)
 
     def intervals_table(self) -> Table:
         """The map's numbers with what they vary by: over seeds, and over the examples of a seed."""

@@ -193,26 +193,32 @@ def equal_table(results: Results) -> Table:
     """What arms do that are as good on training examples, and what it took."""
     from experiments.wins_and_losses.arm import LEVELS, flops_of_training
 
-    rows = []
-    for task, level in ((name, one) for name in TASKS for one in LEVELS[name]):
-        for arm in ARMS:
-            own = [r.data["equal_accuracy"][str(level)] for r in results.of(f"{task}_{arm}")]
-            early = [one for one in own if one is not None]
-            row = [task, f"{level:g}", arm, *equal_accuracy.cells(own)]
-            if early:
-                steps = statistics.mean(one["step"] for one in early)
-                flops = flops_of_training(arm, task, steps, CONTEXT[task])
-                held_out = statistics.mean(one["accuracy"] for one in early)
-                beyond = (
-                    f"{name}: {statistics.mean(one['beyond'][name] for one in early):.3f}"
-                    for name in early[0]["beyond"]
-                )
-                row += [f"{flops / 1e12:.2f}", f"{held_out:.3f}", ", ".join(beyond)]
-            rows.append(row + [""] * (8 - len(row)))
-    header = ["task", "training accuracy", "arm", *equal_accuracy.HEADER]
-    header += ["training TFLOPs", "held out", "longer than in training"]
-    title = "At equal training accuracy: the first checkpoint that reaches it"
-    return Table(title, header, rows)
+    def shown(names: Sequence[str], early: Sequence[Mapping[str, Any]]) -> list[str]:
+        task, _, arm = names
+        steps = statistics.mean(one["step"] for one in early)
+        flops = flops_of_training(arm, task, steps, CONTEXT[task])
+        held_out = statistics.mean(one["accuracy"] for one in early)
+        beyond = (
+            f"{name}: {statistics.mean(one['beyond'][name] for one in early):.3f}"
+            for name in early[0]["beyond"]
+        )
+        return [f"{flops / 1e12:.2f}", f"{held_out:.3f}", ", ".join(beyond)]
+
+    return equal_accuracy.table(
+        "At equal training accuracy: the first checkpoint that reaches it",
+        ["task", "training accuracy", "arm"],
+        ["training TFLOPs", "held out", "longer than in training"],
+        [
+            (
+                [task, f"{level:g}", arm],
+                [r.data["equal_accuracy"][str(level)] for r in results.of(f"{task}_{arm}")],
+            )
+            for task in TASKS
+            for level in LEVELS[task]
+            for arm in ARMS
+        ],
+        shown,
+    )
 
 
 def leak_table(results: Results) -> Table:

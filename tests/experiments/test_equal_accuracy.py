@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from experiments.depth_dial.arms import config_of
-from experiments.equal_accuracy import RECORD, cells, course, keeping_checkpoints
+from experiments.equal_accuracy import RECORD, course, keeping_checkpoints, table
 from experiments.run_store import Run
 from openmythos.model.recurrent import RecurrentDepthLM
 from openmythos.train.run import Run as Training
@@ -61,6 +61,17 @@ def test_a_kill_between_writing_and_deleting_measures_nothing_twice(
     assert again == first and names(trained) == ["step-00000004", "step-00000006"]
 
 
-def test_cells_count_runs_and_average_steps() -> None:
-    assert cells([{"step": 40}, None, {"step": 60}]) == ("2 of 3", "50")
-    assert cells([None]) == ("0 of 1", "")
+def test_a_table_counts_runs_and_averages_steps() -> None:
+    arms = [
+        (["a"], [{"step": 40, "x": 1}, None, {"step": 60, "x": 3}]),
+        (["b"], [None]),
+    ]
+    found = table(
+        "t",
+        ["arm"],
+        ["x", "y"],
+        arms,
+        lambda n, early: [str(len(early)), f"{n[0]}{early[-1]['x']}"],
+    )
+    assert found.header == ["arm", "reached by", "mean step", "x", "y"]
+    assert found.rows == [["a", "2 of 3", "50", "2", "a3"], ["b", "0 of 1", "", "", ""]]

@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from experiments.interval import bootstrap, gap, t_interval
+from experiments.interval import gap, t_interval
 
 
 def test_t_interval() -> None:
@@ -20,14 +20,6 @@ def test_the_t_interval_covers() -> None:
     draws = np.random.default_rng(0).normal(size=(2000, 5))
     covered = [t_interval(row.tolist()) for row in draws]
     assert np.mean([i.low <= 0 <= i.high for i in covered]) == pytest.approx(0.95, abs=0.015)
-
-
-def test_bootstrap_is_the_same_each_time() -> None:
-    values = list(range(20))
-    assert bootstrap(values) == bootstrap(values)
-    found = bootstrap(values)
-    assert found.low < found.mean == 9.5 < found.high
-    assert bootstrap(values, np.max).high == 19
 
 
 def test_a_gap_under_two_deviations_is_no_result() -> None:

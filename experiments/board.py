@@ -6,7 +6,7 @@ import importlib
 import json
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from html import escape
 from pathlib import Path
@@ -204,8 +204,10 @@ def section(finding: Finding) -> str:
         path = finding.picture(name).relative_to(study.folder).as_posix()
         parts.append(f"![{name.replace('_', ' ')}]({path})\n\nData `{own}`.\n")
     parts.append("## Claims and rules\n")
+    others = studies(study.root / "experiments")
     parts += [
-        _claim(claim, verdict, _same_words(claim, study)) for claim, verdict in finding.verdicts
+        _claim(claim, verdict, _same_words(claim, study, others))
+        for claim, verdict in finding.verdicts
     ]
     if finding.conclusion is not None:
         parts += [f"## {table.title}\n\n{markdown(table)}" for table in finding.conclusion.tables]
@@ -243,24 +245,24 @@ def _title(claim: Claim) -> str:
     return claim.name.replace("-", " ").capitalize()
 
 
-def _same_words(claim: Claim, study: Study) -> str:
+def _same_words(claim: Claim, own: Study, others: Iterable[Study]) -> list[Study]:
     """The other experiments that decide the same words, perhaps otherwise."""
-    found = [
-        f"[{other.name}](../{other.name}/README.md)"
-        for other in studies(study.root / "experiments")
-        for same in other.claims.values()
-        if same.quote == claim.quote and other.name != study.name
+    return [
+        other
+        for other in others
+        if other.name != own.name
+        and any(same.quote == claim.quote for same in other.claims.values())
     ]
-    return f". Also decided in {' and '.join(found)}" if found else ""
 
 
-def _claim(claim: Claim, verdict: Verdict | None, elsewhere: str) -> str:
+def _claim(claim: Claim, verdict: Verdict | None, others: Sequence[Study]) -> str:
     said = f"**{NOT_YET.capitalize()}.**"
     if verdict is not None:
         said = f"**{verdict.decision.capitalize()}.** {verdict.sentence}{_number(verdict)}"
+    links = [f"[{other.name}](../{other.name}/README.md)" for other in others]
     return (
         f"### {_title(claim)}\n\n"
-        f"> {claim.quote}\n>\n> {claim.article}{elsewhere}\n\n{said}\n\n"
+        f"> {claim.quote}\n>\n> {claim.article}{_also(links)}\n\n{said}\n\n"
         f"Rule, written before the runs: {claim.rule_in_numbers}{_thresholds(claim)}\n\n"
         f"What would change it: {claim.would_change}\n"
     )
@@ -439,14 +441,19 @@ def _board_part(finding: Finding, findings: Sequence[Finding]) -> str:
 
 
 def _elsewhere(claim: Claim, finding: Finding, findings: Sequence[Finding]) -> str:
-    """The verdicts of other experiments on the same words, which may be others."""
-    found = [
-        f"experiment {other.study.number} ({NOT_YET if verdict is None else verdict.decision})"
-        for other in findings
-        for same, verdict in other.verdicts
-        if same.quote == claim.quote and other is not finding
-    ]
-    return f". Also decided in {' and '.join(found)}" if found else ""
+    """The verdicts of other experiments on the same words."""
+    by_name = {other.study.name: other for other in findings}
+    found = []
+    for other in _same_words(claim, finding.study, [each.study for each in findings]):
+        for same, verdict in by_name[other.name].verdicts:
+            if same.quote == claim.quote:
+                decision = NOT_YET if verdict is None else verdict.decision
+                found.append(f"experiment {other.number} ({decision})")
+    return _also(found)
+
+
+def _also(places: Sequence[str]) -> str:
+    return f". Also decided in {' and '.join(places)}" if places else ""
 
 
 def _links(verdict: Verdict, finding: Finding, data: str) -> str:

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from experiments import equal_accuracy
 from experiments.claim import (
     MIN_SEEDS,
     Claim,
@@ -483,15 +484,13 @@ class Rules:
         header = ["arm", "what", *(f"{h} hops (loops)" for h in hops)]
         rows = [[arm, ARMS[arm].says, *self._cells(self.grids, arm, hops)] for arm in known]
         steps = Table("Accuracy at equal steps, at the best loops", header, rows)
-        rows = []
-        for arm in known:
-            early = [d["equal_accuracy"]["step"] for d in self.data[arm] if d["equal_accuracy"]]
-            reached = f"{len(early)} of {self.grids.seeds(arm)}"
-            cells = self._cells(self.early, arm, hops) if early else ["" for _ in hops]
-            rows.append([arm, f"{np.mean(early):.0f}" if early else "", reached, *cells])
-        header = ["arm", "mean step", "seeds", *(f"{h} hops (loops)" for h in hops)]
-        name = "Accuracy at equal training accuracy: the first checkpoint with 0.90 of 8 hops"
-        equal = Table(name, header, rows)
+        equal = equal_accuracy.table(
+            "Accuracy at equal training accuracy: the first checkpoint with 0.90 of 8 hops",
+            ["arm"],
+            [f"{h} hops (loops)" for h in hops],
+            [([arm], [data["equal_accuracy"] for data in self.data[arm]]) for arm in known],
+            lambda names, _: self._cells(self.early, names[0], hops),
+        )
         odd = (3, 5, 7, 9, 11, 13)
         header = ["arm", *(f"{h} hops (loops)" for h in odd)]
         rows = [[arm, *self._cells(self.grids, arm, odd)] for arm in known]
